@@ -63,8 +63,9 @@ class Task:
             raise DataError(where, found=f"kind={self.kind}", rule="kind is one of " + ", ".join(FIELDS))
         if self.metric not in METRICS[self.kind]:
             raise DataError(
-                where, found=f"metric={self.metric}", rule=f"a {self.kind} task is measured by "
-                + " or ".join(METRICS[self.kind]),
+                where,
+                found=f"metric={self.metric}",
+                rule=f"a {self.kind} task is measured by " + " or ".join(METRICS[self.kind]),
             )
         for split, records in self.splits.items():
             if not records:
@@ -75,9 +76,7 @@ class Task:
     def split(self, name: str) -> Sequence[Record]:
         """The records of a split; DataError names the splits there are."""
         if name not in self.splits:
-            raise DataError(
-                f"task {self.name}", found=f"split {name!r}", rule="splits here: " + ", ".join(self.splits)
-            )
+            raise DataError(f"task {self.name}", found=f"split {name!r}", rule="splits here: " + ", ".join(self.splits))
         return self.splits[name]
 
 
@@ -85,7 +84,9 @@ def _check(where: str, kind: str, record: Record) -> None:
     for name, kinds in FIELDS[kind].items():
         if name not in record:
             raise DataError(
-                where, found="fields " + ", ".join(map(str, record)), rule=f"a {kind} record has a field {name!r}",
+                where,
+                found="fields " + ", ".join(map(str, record)),
+                rule=f"a {kind} record has a field {name!r}",
                 fix="name the column that holds it under `fields:` of the recipe",
             )
         value = record[name]
@@ -93,7 +94,8 @@ def _check(where: str, kind: str, record: Record) -> None:
             raise DataError(where, found=f"{name}={value!r}", rule=f"{name} is of type {_type_name(kinds)}")
     if kind == "choice" and not 0 <= record["label"] < len(record["choices"]):
         raise DataError(
-            where, found=f"label={record['label']}, {len(record['choices'])} choices",
+            where,
+            found=f"label={record['label']}, {len(record['choices'])} choices",
             rule="label is the index of the right choice",
         )
 

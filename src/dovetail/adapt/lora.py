@@ -1,0 +1,69 @@
+"""LoRA: a trained low-rank change of a frozen weight.
+
+    W' = W + c B A        A (r, i), B (o, r), c = alpha / r, or alpha / sqrt(r) with scaling="rs"
+
+Source: Hu et al. 2021, §4.1; rank-stabilised scaling: Kalajdzievski 2023. B starts at zero, A as a Kaiming-uniform
+linear layer. The workhorse: more capacity than IA3 and VeRA, and cheaper a step than LoHa or DoRA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from dovetail.adapt.rank import check_rank, check_width, kaiming_uniform
+from dovetail.chain.link import Adapter, Site, register, shown
+from dovetail.chain.terms import LowRank, Term
+
+
+@register("lora")
+@dataclass(frozen=True)
+class LoRA(Adapter):
+    """Low-rank update.
+
+    r        rank
+    alpha    numerator of the scale; r when not given
+    dropout  probability with which an input of A is dropped while training
+    scaling  "linear": alpha / r; "rs": alpha / sqrt(r)
+    """
+
+    r: int = shown(8)
+    alpha: float | None = None
+    dropout: float = 0.0
+    scaling: Literal["linear", "rs"] = "linear"
+
+    learning_rate: ClassVar[float] = 4e-4
+    summary: ClassVar[str] = "low-rank update W + c·BA"
+    source: ClassVar[str] = "Hu et al. 2021"
+
+    def __post_init__(self) -> None:
+        check_rank(self.name, self.r, self.dropout)
+
+    @property
+    def scale(self) -> float:
+        """c in the formula."""
+        alpha = self.r if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.r) if self.scaling == "rs" else self.r)
+
+    def check(self, site: Site) -> None:
+        check_width(self.name, self.r, site)
+
+    def parameter_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        return {"A": (self.r, site.in_features), "B": (site.out_features, self.r)}
+
+    def init(self, site: Site, weight_oi: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        return {
+            "A": kaiming_uniform((self.r, site.in_features), generator),
+            "B": torch.zeros(site.out_features, self.r),
+        }
+
+    def fold(self, weight_oi: Tensor, bias_o: Tensor | None, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        return weight_oi + self.scale * (p["B"] @ p["A"]), bias_o
+
+    def lower(self, p: Mapping[str, Tensor]) -> list[Term]:
+        return [LowRank(p["A"], self.scale * p["B"], self.dropout)]

@@ -1,0 +1,267 @@
+"""Puts a chain on a model: target layers become `ChainLinear`, and the first stage's pruners and quantizers run.
+
+A chain of several stages is walked by `advance`: it merges the stage in hand into the base and starts the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dovetail.calibrate import Batch, input_norms
+from dovetail.chain.base import Base, Scratch
+from dovetail.chain.check import check
+from dovetail.chain.layout import layout_of
+from dovetail.chain.linear import ChainLinear, LinkState, Shared, adapter_dtype, chain_layers
+from dovetail.chain.link import Adapter, Closer, Link, Pruner, Quantizer, Site
+from dovetail.chain.notation import Chain, chain
+from dovetail.chain.stages import Stage, stages
+from dovetail.errors import ChainError
+from dovetail.load import fingerprint
+from dovetail.targets import Target, find_targets, heads
+
+__all__ = ["Applied", "advance", "applied", "apply", "chain_layers", "stages_left"]
+
+
+@dataclass
+class Applied:
+    """What a model under a chain remembers of it; one object, held by every chain layer's `record`.
+
+    chain             the whole chain
+    targets           as they were asked for
+    seed              of initial values and shared projections
+    base_fingerprint  of the model before anything was done to it
+    stage             the stage in hand, from 0
+    """
+
+    chain: Chain
+    targets: str | tuple[str, ...]
+    seed: int
+    base_fingerprint: str
+    stage: int = 0
+
+
+def apply(
+    model: nn.Module,
+    chain_: str | Chain | Link,
+    *,
+    targets: str | Sequence[str] = "all-linear",
+    calibration: Iterable[Batch] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> nn.Module:
+    """Puts a chain on the model, in place, up to the end of its first stage's pruners and quantizers.
+
+    chain_       the notation, a Chain or a link
+    targets      labels, globs or "all-linear" (`dovetail.targets`)
+    calibration  batches of the model's keyword arguments; needed by pruners that look at activations
+    seed         of initial values
+    returns      the same model; everything frozen but the adapters and a newly made task head
+    errors       ChainError, TargetError, DataError: before anything is changed
+    """
+    the_chain = chain(chain_)
+    check(the_chain)
+    if chain_layers(model):
+        raise ChainError(
+            "apply",
+            found=f"the model already carries {applied(model).chain}",
+            rule="a model carries one chain",
+            fix="write both as one chain, or merge the first",
+        )
+    found = find_targets(model, targets)
+    sites = {target.name: _site(target) for target in found}
+    for site in sites.values():
+        for link in the_chain:
+            link.check(site)
+    first = stages(the_chain)[0]
+    batches = _calibration(first, calibration)
+    record = Applied(the_chain, targets if isinstance(targets, str) else tuple(targets), seed, _fingerprint(model))
+    layers = _replace(model, found, sites, record)
+    try:
+        _start(model, layers, first, record, batches, progress)
+    except BaseException:
+        for target in found:  # the layers as they were: a base never writes into the weight that it was given
+            _put(model, target.name, target.module)
+        raise
+    _freeze(model, layers)
+    return model
+
+
+def advance(
+    model: nn.Module, *, calibration: Iterable[Batch] | None = None, seed: int | None = None, progress: bool = False
+) -> nn.Module:
+    """Merges the stage in hand into the base, exactly, and starts the next: its pruners and quantizers run.
+
+    A quantized base stays quantized. ChainError when no stage is left.
+    """
+    record = applied(model)
+    parts = stages(record.chain)
+    if record.stage + 1 >= len(parts):
+        raise ChainError(
+            str(record.chain),
+            found=f"stage {record.stage + 1} of {len(parts)} in hand",
+            rule="advance needs a next stage",
+            fix="merge the model",
+        )
+    following = parts[record.stage + 1]
+    batches = _calibration(following, calibration)
+    layers = chain_layers(model)
+    for layer in layers.values():
+        layer.absorb()
+    record.stage += 1
+    if seed is not None:
+        record.seed = seed
+    _start(model, layers, following, record, batches, progress)
+    return model
+
+
+def applied(model: nn.Module) -> Applied:
+    """What the model remembers of its chain; ChainError when it carries none."""
+    for layer in chain_layers(model).values():
+        assert isinstance(layer.record, Applied)
+        return layer.record
+    raise ChainError(
+        "model",
+        found="no layer with a chain",
+        rule="this needs a model that a chain was applied to",
+        fix="dovetail.apply(model, chain)",
+    )
+
+
+def stages_left(model: nn.Module) -> int:
+    """Stages still to come after the one in hand."""
+    record = applied(model)
+    return len(stages(record.chain)) - record.stage - 1
+
+
+def base_fingerprint(layers: Mapping[str, ChainLinear]) -> str:
+    """SHA-256 of the bases in hand: dense weights, or codes and scales with the quantizer's identity."""
+    digest = hashlib.sha256()
+    for name in sorted(layers):
+        base = layers[name].base
+        digest.update(f"{name}:{base.identity}:{fingerprint(base)};".encode())
+    return "sha256:" + digest.hexdigest()
+
+
+def _calibration(stage: Stage, calibration: Iterable[Batch] | None) -> list[Batch] | None:
+    needing = [link for link in stage.applied if link.calibrated]
+    if needing and calibration is None:
+        raise ChainError(
+            f"{needing[0].name} in {stage}",
+            found="no calibration data",
+            rule=f"{needing[0].name} looks at the activations of some text",
+            fix="apply(…, calibration=[{'input_ids': …}, …]); magnitude needs none",
+        )
+    return None if calibration is None else list(calibration)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    # A new head's values come from the run's seed: they are no part of the base's identity.
+    return "unknown" if any(p.is_meta for p in model.parameters()) else fingerprint(model, leave_out=heads(model))
+
+
+def _site(target: Target) -> Site:
+    layout = layout_of(target.name, target.module)
+    return Site(
+        target.name,
+        layout.out_features,
+        layout.in_features,
+        getattr(target.module, "bias", None) is not None,
+        target.feedforward,
+    )
+
+
+def _replace(
+    model: nn.Module, found: Sequence[Target], sites: Mapping[str, Site], record: Applied
+) -> dict[str, ChainLinear]:
+    scratch, layers = Scratch(), {}
+    for target in found:
+        module = target.module
+        weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+        base = Base(layout_of(target.name, module), weight.detach(), scratch)
+        layer = ChainLinear(sites[target.name], base, None if bias is None else bias.detach(), record)
+        layer.train(module.training)
+        _put(model, target.name, layer)
+        layers[target.name] = layer
+    return layers
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module wherever the one of that name is registered, under every name that it has."""
+    old = model.get_submodule(name)
+    for parent in model.modules():
+        for child_name, child in parent.named_children():
+            if child is old:
+                setattr(parent, child_name, module)
+
+
+def _freeze(model: nn.Module, layers: Mapping[str, ChainLinear]) -> None:
+    """Freezes everything but adapters and a sequence classifier's own head, which starts untrained."""
+    new: set[int] = set()
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        body = getattr(model, "base_model", model)
+        inside = {id(p) for p in body.parameters()}
+        new = {id(p) for p in model.parameters() if id(p) not in inside}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in new)
+    for layer in layers.values():
+        layer.links.requires_grad_(True)
+
+
+def _start(
+    model: nn.Module,
+    layers: Mapping[str, ChainLinear],
+    stage: Stage,
+    record: Applied,
+    batches: list[Batch] | None,
+    progress: bool,
+) -> None:
+    """Runs the stage's pruners and quantizers on the bases, then puts its differentiable links on the layers."""
+    later = [link for part in stages(record.chain)[record.stage :] for link in part.trained]
+    keep_mask = any(isinstance(link, Closer) and link.restores == "zeros" for link in later)
+    keep_start = any(isinstance(link, Closer) and not link.from_codes for link in stage.trained)
+    for link in stage.applied:
+        if isinstance(link, Pruner):
+            norms: dict[str, Tensor] = {}
+            if link.calibrated:
+                assert batches is not None
+                norms = input_norms(model, layers, batches, progress=progress)
+            for name, layer in layers.items():
+                layer.base.set_mask(link.keep(layer.base.matrix(), norms.get(name)))
+        elif isinstance(link, Quantizer):
+            for layer in layers.values():
+                layer.base.quantize(link, keep_start)
+    shared = [
+        Shared(link.constants(_widest(layers.values()), record.seed, torch.float32))
+        if isinstance(link, Adapter)
+        else Shared({})
+        for link in stage.trained
+    ]
+    for layer in layers.values():
+        if not keep_mask:
+            layer.base.mask_bits = None
+        layer.set_links(_state(link, layer, shared[place], record, place) for place, link in enumerate(stage.trained))
+
+
+def _widest(layers: Iterable[ChainLinear]) -> tuple[int, int]:
+    shapes = [layer.base.shape for layer in layers]
+    return max(o for o, _ in shapes), max(i for _, i in shapes)
+
+
+def _state(link: Link, layer: ChainLinear, shared: Shared, record: Applied, place: int) -> LinkState:
+    values: dict[str, Tensor] = {}
+    if isinstance(link, Adapter):
+        weight = layer.base.matrix()
+        text = f"{record.seed}/{record.stage}/{place}/{layer.site.name}"
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+        dtype = adapter_dtype(layer.base.dtype)
+        values = {
+            name: value.to(layer.base.device, dtype)
+            for name, value in link.init(layer.site, weight.to(dtype), generator).items()
+        }
+    state = LinkState(link, layer.site, values, shared)
+    return state.train(layer.training)

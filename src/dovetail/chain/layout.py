@@ -1,0 +1,180 @@
+"""Layers that a chain can sit on, each seen as a matrix (out, in): how to view its weight, call it and build it again.
+
+A chain only ever sees `weight_oi`. What differs between `nn.Linear`, GPT-2's `Conv1D` (stored in x out) and convolutions
+(kernel flattened into `in`) is said here once. `call` runs the layer's own operation on a weight in its own layout, so that
+a merged layer gives the same bits.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from dovetail.errors import TargetError
+
+
+@dataclass(frozen=True)
+class Layout(ABC):
+    """How one layer stores and uses its weight."""
+
+    out_features: int
+    in_features: int
+
+    @abstractmethod
+    def matrix(self, weight: Tensor) -> Tensor:
+        """View (o, i) of a weight in the layer's own layout."""
+
+    @abstractmethod
+    def native(self, weight_oi: Tensor) -> Tensor:
+        """A weight in the layer's own layout, contiguous, of a matrix (o, i). A view where it can be."""
+
+    @abstractmethod
+    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised weight in the layer's own layout."""
+
+    @abstractmethod
+    def call(self, x: Tensor, weight: Tensor, bias_o: Tensor | None) -> Tensor:
+        """The layer's own forward on a weight in its own layout."""
+
+    @abstractmethod
+    def build(self, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
+        """A stock module that holds this weight (its own layout, not copied) and bias."""
+
+    linear: bool = True
+    """y = x Wᵀ + b over the last axis; False for convolutions."""
+
+
+@dataclass(frozen=True)
+class LinearLayout(Layout):
+    """nn.Linear: weight (o, i)."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def native(self, weight_oi: Tensor) -> Tensor:
+        return weight_oi.contiguous()
+
+    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(self.out_features, self.in_features, dtype=dtype, device=device)
+
+    def call(self, x: Tensor, weight: Tensor, bias_o: Tensor | None) -> Tensor:
+        return functional.linear(x, weight, bias_o)
+
+    def build(self, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
+        module = nn.Linear(self.in_features, self.out_features, bias=bias_o is not None, device="meta")
+        return _fill(module, weight, bias_o)
+
+
+@dataclass(frozen=True)
+class Conv1DLayout(Layout):
+    """transformers' Conv1D (GPT-2): weight (i, o)."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def native(self, weight_oi: Tensor) -> Tensor:
+        return weight_oi.t().contiguous()
+
+    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(self.in_features, self.out_features, dtype=dtype, device=device)
+
+    def call(self, x: Tensor, weight: Tensor, bias_o: Tensor | None) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        y = flat @ weight if bias_o is None else torch.addmm(bias_o, flat, weight)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def build(self, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
+        with torch.device("meta"):
+            module = Conv1D(self.out_features, self.in_features)
+        return _fill(module, weight, bias_o)
+
+
+@dataclass(frozen=True)
+class ConvLayout(Layout):
+    """nn.Conv1d and nn.Conv2d: weight (o, i / groups, *kernel), flattened after the first axis."""
+
+    linear: bool = False
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def native(self, weight_oi: Tensor) -> Tensor:
+        return weight_oi.contiguous().view(self.out_features, -1, *self.kernel)
+
+    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self.native(torch.empty(self.out_features, self.in_features, dtype=dtype, device=device))
+
+    def call(self, x: Tensor, weight: Tensor, bias_o: Tensor | None) -> Tensor:
+        conv = functional.conv1d if len(self.kernel) == 1 else functional.conv2d
+        return conv(x, weight, bias_o, self.stride, self.padding, self.dilation, self.groups)
+
+    def build(self, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
+        conv = nn.Conv1d if len(self.kernel) == 1 else nn.Conv2d
+        channels = weight.shape[1] * self.groups
+        module = conv(
+            channels,
+            self.out_features,
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,  # type: ignore[arg-type]
+            bias=bias_o is not None,
+            device="meta",
+        )
+        return _fill(module, weight, bias_o)
+
+
+def layout_of(name: str, module: nn.Module) -> Layout:
+    """The layout of a layer; TargetError for a layer that is none of these.
+
+    Its weight must be a plain parameter: other libraries' quantized layers are subclasses of nn.Linear that use theirs
+    otherwise.
+    """
+    if isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter:
+        return LinearLayout(module.out_features, module.in_features)
+    if type(module) is Conv1D:
+        in_features, out_features = module.weight.shape
+        return Conv1DLayout(out_features, in_features)
+    if type(module) in (nn.Conv1d, nn.Conv2d):
+        assert isinstance(module, nn.Conv1d | nn.Conv2d)
+        if module.padding_mode != "zeros":
+            raise TargetError(
+                name, found=f"padding_mode={module.padding_mode!r}", rule="a convolution under a chain pads with zeros"
+            )
+        out_features = module.out_channels
+        return ConvLayout(
+            out_features,
+            module.weight[0].numel(),
+            False,
+            tuple(module.kernel_size),
+            tuple(module.stride),
+            module.padding if isinstance(module.padding, str) else tuple(module.padding),
+            tuple(module.dilation),
+            module.groups,
+        )
+    raise TargetError(
+        name,
+        found=f"a {type(module).__module__}.{type(module).__qualname__}",
+        rule="a chain sits on nn.Linear, transformers' Conv1D, nn.Conv1d or nn.Conv2d",
+        fix="leave this layer out of the targets, or load the model without other quantization or adapters",
+    )
+
+
+def _fill(module: nn.Module, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
+    module.weight = nn.Parameter(weight)
+    if bias_o is not None:
+        module.bias = nn.Parameter(bias_o)
+    elif isinstance(module, Conv1D):  # Conv1D always has a bias
+        module.bias = nn.Parameter(torch.zeros(module.nf, dtype=weight.dtype, device=weight.device))
+    return module

@@ -1,0 +1,246 @@
+"""The layer that owns base and chain, and the definition of the effective weight.
+
+    W', b' = fold of the chain's links over the base        `ChainLinear.effective_weight`
+
+Forward, merge, footprint and packing all read that definition; what runs is the planner's fast path, equal to it.
+Whatever layer it stands for (`chain/layout.py`), the chain sees a matrix (out, in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dovetail.chain.base import Base
+from dovetail.chain.link import Adapter, Closer, Link, OutputAdapter, Site
+from dovetail.chain.planner import (
+    Path,
+    compose,
+    low_rank_is_cheap,
+    materialise,
+    run_closed,
+    run_open,
+    run_recomputed,
+)
+from dovetail.chain.terms import Form, Hadamard, Term
+
+
+class Shared:
+    """Frozen tensors that all layers share (VeRA's projections), held once per device and dtype."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+        self._placed: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors on that device, in that dtype."""
+        if not self._tensors:
+            return {}
+        if (device, dtype) not in self._placed:
+            with torch.inference_mode(False), torch.no_grad():
+                self._placed[device, dtype] = {k: t.to(device, dtype) for k, t in self._tensors.items()}
+        return self._placed[device, dtype]
+
+
+class LinkState(nn.Module):
+    """One link on one layer: its spec and its parameters."""
+
+    def __init__(self, link: Link, site: Site, parameters: Mapping[str, Tensor], shared: Shared) -> None:
+        super().__init__()
+        self.link = link
+        self.site = site
+        self.shared = shared
+        for name, value in parameters.items():
+            self.register_parameter(name, nn.Parameter(value))
+
+    def values(self) -> dict[str, Tensor]:
+        """Name -> tensor: the trainable parameters and this layer's part of the shared constants."""
+        own: dict[str, Tensor] = dict(self.named_parameters(recurse=False))
+        if isinstance(self.link, Adapter) and own:
+            some = next(iter(own.values()))
+            own.update(self.link.local(self.shared.on(some.device, some.dtype), self.site))
+        return own
+
+    def extra_repr(self) -> str:
+        return str(self.link)
+
+
+class ChainLinear(nn.Module):
+    """A layer whose weight is a base plus a chain of links.
+
+    base     dense or quantized weight (`chain/base.py`), frozen
+    bias     (o,) frozen, or None
+    links    the differentiable links of the stage in hand, in order
+    record   what the model remembers of its chain (`dovetail.apply.Applied`), the same object in every layer
+    """
+
+    def __init__(self, site: Site, base: Base, bias: Tensor | None, record: object = None) -> None:
+        super().__init__()
+        self.record = record
+        self.site = site
+        self.layout = base.layout
+        self.in_features, self.out_features = site.in_features, site.out_features
+        self.nf = site.out_features  # what transformers' Conv1D calls it
+        self.base = base
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.links = nn.ModuleList()
+        self.path: Path = _choose_path(self)
+
+    # Some models look at `layer.weight.dtype` (T5). A quantized layer has no such tensor, and says so by its type.
+    @property
+    def weight(self) -> Tensor | nn.Module:
+        """The frozen base: the dense weight in the layer's own layout, or the quantized weight's module."""
+        if self.base.dense is not None:
+            return self.base.dense
+        assert self.base.quantized is not None
+        return self.base.quantized
+
+    @property
+    def states(self) -> list[LinkState]:
+        """The links with their parameters, typed."""
+        return [state for state in self.links if isinstance(state, LinkState)]
+
+    @property
+    def adapters(self) -> list[tuple[Adapter, LinkState]]:
+        """Links that change the weight."""
+        return [
+            (s.link, s) for s in self.states if isinstance(s.link, Adapter) and not isinstance(s.link, OutputAdapter)
+        ]
+
+    @property
+    def closers(self) -> list[Closer]:
+        """Links that re-impose the base's zeros or grid."""
+        return [s.link for s in self.states if isinstance(s.link, Closer)]
+
+    @property
+    def from_codes(self) -> bool:
+        """Whether the chain starts from the quantized weight rather than from the one before quantizing."""
+        return all(closer.from_codes for closer in self.closers)
+
+    def set_links(self, states: Iterable[LinkState]) -> None:
+        """Puts another stage's links on the layer and chooses how they run."""
+        self.links = nn.ModuleList(states)
+        self.path = _choose_path(self)
+
+    def effective_weight(self) -> tuple[Tensor, Tensor | None]:
+        """The definition: (W', b') of the whole chain, with ordinary autograd. (o, i) and (o,), in the base's dtype.
+
+        Computed in the adapters' dtype (float32 for a half-precision base) and rounded once.
+        """
+        weight, bias = self._fold()
+        return weight.to(self.base.dtype), None if bias is None else bias.to(self.base.dtype)
+
+    def _fold(self) -> tuple[Tensor, Tensor | None]:
+        weight = self.base.beginning(torch.promote_types(self.base.dtype, torch.float32), self.from_codes)
+        if self.base.dense is None:
+            weight = weight.clone()  # out of the shared buffer
+        bias: Tensor | None = self.bias
+        for state in self.states:
+            link = state.link
+            if isinstance(link, Closer):
+                weight = link.close(weight, self.base)
+            elif isinstance(link, Adapter) and not isinstance(link, OutputAdapter):
+                weight, bias = link.fold(weight, bias, state.values())
+        return weight, bias
+
+    def _native_fold(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self._fold()
+        return self.layout.native(weight.to(self.base.dtype)), bias
+
+    def form(self) -> Form:
+        """The chain's adapters as one form of the planner's algebra."""
+        return compose(self._terms(), self.base, self.bias, self.training)
+
+    def _terms(self) -> list[Term]:
+        return [term for link, state in self.adapters for term in link.lower(state.values())]
+
+    @torch.no_grad()
+    def frozen_weight(self) -> tuple[Tensor, Tensor | None]:
+        """(W', b') as the forward pass uses them: W' in the layer's own layout, a new tensor; what merging stores."""
+        if self.path == "closed":
+            form = self.form()
+            bias = None if form.bias_o is None else form.bias_o.to(self.base.dtype)
+            return materialise(form, self.base, self.closers, self.from_codes, self.base.dtype).clone(), bias
+        weight, bias = self._native_fold()
+        return weight.to(self.base.dtype).clone(), None if bias is None else bias.to(self.base.dtype)
+
+    @torch.no_grad()
+    def used_weight(self) -> Tensor:
+        """W' (o, i) as the forward pass uses it, unrounded where it never makes it: float32 on the open path."""
+        if self.path == "closed":
+            return self.layout.matrix(self.frozen_weight()[0])
+        return self._fold()[0] if self.path == "open" else self._fold()[0].to(self.base.dtype)
+
+    @torch.no_grad()
+    def absorb(self, weight: Tensor | None = None) -> None:
+        """Merges the stage in hand into the base, which keeps its form: dense stays dense, quantized stays on its grid.
+
+        weight  to store instead of the effective one, in the layer's own layout
+        """
+        frozen, bias = self.frozen_weight()
+        weight = frozen if weight is None else weight
+        matrix = self.layout.matrix(weight)
+        if self.base.quantized is not None:
+            self.base.set_quantized(self.base.quantized.encode(matrix))
+        else:
+            self.base.set_dense(matrix)
+        self.base.start = None
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+        self.set_links([])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), as the layer it stands for; under autocast in autocast's dtype."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+            with torch.autocast(device, enabled=False):
+                return self._forward(x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if self.path == "open":
+            y = run_open(x, self.form(), self.base)
+        elif self.path == "closed":
+            y = run_closed(x, self.form(), self.base, self.closers, self.from_codes)
+        else:
+            y = self._recomputed(x)
+        for state in self.states:
+            if isinstance(state.link, OutputAdapter):
+                y = state.link.output(y, state.values())
+        return y
+
+    def _recomputed(self, x: Tensor) -> Tensor:
+        return run_recomputed(x, self._native_fold, self.base, list(self.links.parameters()))
+
+    def extra_repr(self) -> str:
+        return f"{self.site.name}, {self.out_features} x {self.in_features}, path={self.path}"
+
+
+def _choose_path(layer: ChainLinear) -> Path:
+    """Open, closed or recomputed, from the links and the layer's shape alone."""
+    weight_links = [s.link for s in layer.states if not isinstance(s.link, OutputAdapter)]
+    if not layer.layout.linear:
+        return "recomputed"
+    if any(isinstance(t, Hadamard) and not low_rank_is_cheap(t, layer.base.shape) for t in layer._terms()):
+        return "recomputed"
+    kinds = [isinstance(link, Closer) for link in weight_links]
+    if not any(kinds):
+        return "open"
+    # All closers at the end: one form, then closers. Adapters behind a closer don't fold into the form before it.
+    return "closed" if kinds == sorted(kinds) else "recomputed"
+
+
+def chain_layers(model: nn.Module) -> dict[str, ChainLinear]:
+    """Module path -> layer, of every layer of the model that carries a chain; each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ChainLinear)}
+
+
+def adapter_dtype(base_dtype: torch.dtype) -> torch.dtype:
+    """Adapters are kept in float32 over half-precision bases, in float64 over float64 ones."""
+    return torch.promote_types(base_dtype, torch.float32)
+
+
+__all__: Sequence[str] = ("ChainLinear", "LinkState", "Shared", "adapter_dtype", "chain_layers")

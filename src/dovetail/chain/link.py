@@ -1,0 +1,243 @@
+"""The link contract and the registry: what a method must say of itself to stand in a chain.
+
+A link is a frozen dataclass whose fields are the arguments of its notation (`lora(r=16, alpha=32)`). It holds no
+tensors: one spec serves every layer. Four kinds, each a small abstract class:
+
+- `Pruner`     says which weights of a layer stay; applied once to the base;
+- `Quantizer`  puts a layer's weight on a grid (`dovetail.quantize.storage`); applied once to the base;
+- `Adapter`    owns trainable parameters and says how they change `(W, b)`;
+- `Closer`     owns nothing: it re-imposes what the base has, its zeros (remask) or its grid (regrid).
+
+No link knows which model, which quantizer or which trainer is in use. Shapes: o i r = out, in, rank.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from dovetail.errors import CannotMerge, ChainError
+
+if TYPE_CHECKING:
+    from dovetail.chain.base import Base
+    from dovetail.chain.notation import Chain
+    from dovetail.chain.terms import Term
+    from dovetail.quantize.storage import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Site:
+    """The place of a link: one layer, described without its weights (so that a plan needs none).
+
+    name          module path in the model
+    out_features, in_features   the weight as a matrix (o, i); a convolution's kernel is flattened into i
+    has_bias      whether the layer has a bias (o,)
+    feedforward   the feed-forward block's output layer, where IA3 scales inputs instead of outputs
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    has_bias: bool = False
+    feedforward: bool = False
+
+
+@dataclass(frozen=True)
+class Link(ABC):
+    """One link of a chain; subclass one of the four kinds below, not this."""
+
+    name: ClassVar[str] = ""
+    differentiable: ClassVar[bool] = False
+    """Trained, or crossed by the gradient; otherwise applied once to the base."""
+    keeps_zeros: ClassVar[bool] = False
+    """A zero of the weight stays exactly zero."""
+    keeps_grid: ClassVar[bool] = False
+    """A weight on the base's quantization grid stays on it."""
+    mergeable: ClassVar[bool] = True
+    """There is a W' that does the same; a non-linear link has none."""
+    calibrated: ClassVar[bool] = False
+    """Needs activations of the layer's input."""
+    summary: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+
+    def check(self, site: Site) -> None:
+        """Raises ChainError when this link can't stand on that layer."""
+
+    def __rshift__(self, other: Link | Chain) -> Chain:
+        from dovetail.chain.notation import Chain
+
+        return Chain((self,)) >> other
+
+    def __str__(self) -> str:
+        from dovetail.chain.notation import format_link
+
+        return format_link(self)
+
+    def _bad(self, found: str, rule: str, fix: str = "") -> ChainError:
+        return ChainError(self.name, found=found, rule=rule, fix=fix)
+
+
+@dataclass(frozen=True)
+class Pruner(Link):
+    """Chooses the weights that stay. `sparsity` is the fraction of zeros wanted."""
+
+    keeps_zeros: ClassVar[bool] = True
+    keeps_grid: ClassVar[bool] = True
+
+    @abstractmethod
+    def keep(self, weight_oi: Tensor, input_norm_i: Tensor | None) -> Tensor:
+        """Which weights stay.
+
+        weight_oi     (o, i) any float dtype
+        input_norm_i  (i,) float32 L2 norm of each input feature over the calibration tokens; None unless `calibrated`
+        returns       (o, i) bool, False where the weight becomes zero
+        """
+
+
+@dataclass(frozen=True)
+class Quantizer(Link):
+    """Puts the weight on a grid: scales (and zero points, or a code book) fixed once, codes stored packed."""
+
+    keeps_zeros: ClassVar[bool] = True
+    """The grid has an exact zero, so that a pruned weight stays zero. CLAM §3.1 asks it of every quantizer in a pruned chain."""
+
+    @abstractmethod
+    def quantize(self, weight_oi: Tensor) -> QuantizedWeight:
+        """The weight's grid and packed codes. weight_oi: (o, i), float32 or wider values are what is rounded."""
+
+    @abstractmethod
+    def stored_nbytes(self, site: Site) -> int:
+        """Exact bytes that `quantize` stores for this layer: codes, scales, zero points, nested constants."""
+
+
+@dataclass(frozen=True)
+class Adapter(Link):
+    """Trainable change of `(W, b)`. Identity at init."""
+
+    differentiable: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = 4e-4
+    """Default learning rate (CLAM Table 4), scaled by the run's `lr_scale`."""
+
+    @abstractmethod
+    def parameter_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the trainable parameters on that layer."""
+
+    @abstractmethod
+    def init(self, site: Site, weight_oi: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Initial values of the trainable parameters, so that the chain starts as the identity.
+
+        weight_oi  (o, i) the weight that this link receives at the start of its stage
+        returns    name -> tensor of `parameter_shapes`, in float32 (float64 for a float64 weight), on weight_oi's device
+        """
+
+    def constants(self, widest: tuple[int, int], seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Frozen tensors that all layers share and that are remade from a seed instead of being stored.
+
+        widest   (o, i) of the widest layer's outputs and inputs; narrower layers take leading slices
+        returns  name -> tensor on the CPU; empty for most methods (VeRA's projections are the exception)
+        """
+        return {}
+
+    def local(self, shared: Mapping[str, Tensor], site: Site) -> dict[str, Tensor]:
+        """This layer's part (views) of what `constants` gave."""
+        return dict(shared)
+
+    @abstractmethod
+    def fold(self, weight_oi: Tensor, bias_o: Tensor | None, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The definition: `(W, b) -> (W', b')` of the same shapes, in ordinary autograd, dropout aside."""
+
+    @abstractmethod
+    def lower(self, p: Mapping[str, Tensor]) -> list[Term]:
+        """The same change as terms of the planner's algebra (`chain/terms.py`)."""
+
+
+@dataclass(frozen=True)
+class OutputAdapter(Adapter):
+    """Trainable function of the layer's output. No W' does the same, so it trains and is saved, but never merges."""
+
+    mergeable: ClassVar[bool] = False
+
+    @abstractmethod
+    def output(self, y: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+        """The new output. y, returned: (..., o)."""
+
+    def fold(self, weight_oi: Tensor, bias_o: Tensor | None, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        raise CannotMerge(
+            self.name,
+            found="a non-linear function of the layer's output",
+            rule="only links that change the weight have an effective weight",
+            fix=f"keep the model unmerged and save the adapter, or take {self.name} out of the chain",
+        )
+
+    def lower(self, p: Mapping[str, Tensor]) -> list[Term]:
+        return []
+
+
+@dataclass(frozen=True)
+class Closer(Link):
+    """Re-imposes an invariant of the base on whatever came before; no parameters."""
+
+    differentiable: ClassVar[bool] = True
+    keeps_zeros: ClassVar[bool] = True
+    keeps_grid: ClassVar[bool] = True
+    restores: ClassVar[Literal["zeros", "grid"]]
+    """What of the base it re-imposes."""
+    float32: ClassVar[bool] = False
+    """Computed in float32 whatever the weight's dtype."""
+
+    @property
+    def from_codes(self) -> bool:
+        """Whether the chain may start from the base as stored; False asks for the weights as they were before quantizing."""
+        return True
+
+    @abstractmethod
+    def close(self, weight_oi: Tensor, base: Base) -> Tensor:
+        """The definition: the closed weight (o, i), in ordinary autograd."""
+
+    @abstractmethod
+    def close_rows_(self, rows_ni: Tensor, start: int, base: Base) -> None:
+        """The same in place, on rows [start, start + n) of the weight."""
+
+    @abstractmethod
+    def pull_rows_(self, grad_ni: Tensor, before_ni: Tensor, start: int, base: Base) -> None:
+        """The gradient's way back, in place. before_ni: the rows as `close_rows_` found them."""
+
+
+REGISTRY: dict[str, type[Link]] = {}
+
+L = TypeVar("L", bound=type[Link])
+
+
+def register(name: str) -> Callable[[L], L]:
+    """Class decorator: makes a link known to the notation under `name`."""
+
+    def add(cls: L) -> L:
+        if name in REGISTRY:
+            raise ValueError(f"two links are called {name!r}: {REGISTRY[name].__name__} and {cls.__name__}")
+        cls.name = name
+        REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def shown(default: Any) -> Any:
+    """A dataclass field that the notation always prints, also at its default: `lora` prints as `lora(r=8)`."""
+    return field(default=default, metadata={"shown": True})
+
+
+def first(default: Any) -> Any:
+    """A dataclass field that the notation takes and prints without its name: `wanda(0.5)`."""
+    return field(default=default, metadata={"shown": True, "positional": True})
+
+
+def arguments(link: Link | type[Link]) -> dict[str, Any]:
+    """Argument name -> value (of a link) or default (of a class), in the order of the notation."""
+    if isinstance(link, type):
+        return {f.name: f.default for f in fields(link)}
+    return {f.name: getattr(link, f.name) for f in fields(link)}

@@ -1,0 +1,228 @@
+"""Chains as text: `wanda(0.5) >> nf4 >> lora(r=16, alpha=32) >> ia3`, the same in Python, YAML and on the command line.
+
+    chain = link (">>" link)*
+    link  = name [ "(" [argument ("," argument)*] ")" ]
+    argument = [name "="] value
+    value = number | true | false | none | word | "text" | "[" value ("," value)* "]"
+
+Errors point at the column. `str(chain)` prints the canonical form, which parses back to an equal chain.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, get_type_hints
+
+import pydantic
+
+from dovetail.chain.link import REGISTRY, Adapter, Link
+from dovetail.errors import ChainError
+
+MAX_LENGTH = 10_000
+"""Characters. A chain comes from outside; reading it takes bounded time."""
+
+_TOKEN = re.compile(
+    r"""\s*(?:(?P<op>>>|[(),=\[\]])|(?P<text>"[^"]*"|'[^']*')
+    |(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(?![\w:])|(?P<word>[\w][\w:.\-]*)|(?P<end>$))""",
+    re.VERBOSE,
+)
+_WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None, "null": None}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Links in the order in which they are applied. Immutable; `>>` joins links and chains."""
+
+    links: tuple[Link, ...]
+
+    def __post_init__(self) -> None:
+        if not self.links:
+            raise ChainError(
+                "chain", found="no link", rule="a chain holds at least one link", fix="for example lora(r=16)"
+            )
+
+    def __rshift__(self, other: Link | Chain) -> Chain:
+        return Chain(self.links + (other.links if isinstance(other, Chain) else (other,)))
+
+    def __iter__(self) -> Iterator[Link]:
+        return iter(self.links)
+
+    def __len__(self) -> int:
+        return len(self.links)
+
+    def __str__(self) -> str:
+        return " >> ".join(format_link(link) for link in self.links)
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The links that own trainable parameters."""
+        return tuple(link for link in self.links if isinstance(link, Adapter))
+
+
+def chain(text: str | Chain | Link) -> Chain:
+    """Reads a chain.
+
+    text     the notation; a chain or a link is taken as it is
+    errors   ChainError with the column, what was found, the rule and the closest right name
+
+    >>> str(chain("lora(r=16,alpha=32)>>ia3"))
+    'lora(r=16, alpha=32) >> ia3'
+    """
+    if isinstance(text, Chain):
+        return text
+    if isinstance(text, Link):
+        return Chain((text,))
+    if len(text) > MAX_LENGTH:
+        raise ChainError("chain", found=f"{len(text)} characters", rule=f"a chain has at most {MAX_LENGTH}")
+    return _Parser(text).chain()
+
+
+def format_link(link: Link) -> str:
+    """One link in canonical notation: headline arguments always, others when they differ from their default."""
+    parts = []
+    for f in fields(link):
+        value = getattr(link, f.name)
+        if f.metadata.get("positional"):
+            parts.append(_format_value(value))
+        elif f.metadata.get("shown") or value != f.default:
+            parts.append(f"{f.name}={_format_value(value)}")
+    return f"{link.name}({', '.join(parts)})" if parts else link.name
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_format_value, value)) + "]"
+    if isinstance(value, str):
+        plain = re.fullmatch(r"[A-Za-z_]\w*", value) and value.lower() not in _WORDS
+        return value if plain else f'"{value}"'
+    return repr(value)
+
+
+@cache
+def _types(cls: type[Link]) -> dict[str, pydantic.TypeAdapter[Any]]:
+    hints = get_type_hints(cls)
+    return {f.name: pydantic.TypeAdapter(hints[f.name]) for f in fields(cls)}
+
+
+class _Parser:
+    """Recursive descent over the tokens; `at` is the column (from 0) of the token in hand."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = self.stop = 0
+        self.next()
+
+    def error(self, found: str, rule: str, fix: str = "", at: int | None = None) -> ChainError:
+        column = self.at if at is None else at
+        line = self.text.replace("\n", " ").replace("\t", " ")
+        low = max(0, column - 60)
+        pointer = f"{line[low : column + 60]}\n{' ' * (column - low)}^ column {column + 1}"
+        return ChainError(f"chain\n{pointer}", found=found, rule=rule, fix=fix)
+
+    def next(self) -> None:
+        match = _TOKEN.match(self.text, self.stop)
+        if match is None:
+            rest = self.text[self.stop :].lstrip()
+            self.at = len(self.text) - len(rest)
+            raise self.error(repr(rest[:1]), "a chain is made of link names, arguments in (…) and >>")
+        self.kind = str(match.lastgroup)
+        self.token = match.group(self.kind)
+        self.at, self.stop = match.start(self.kind), match.end()
+
+    def accept(self, token: str) -> bool:
+        if self.kind == "op" and self.token == token:
+            self.next()
+            return True
+        return False
+
+    def expect(self, token: str, rule: str) -> None:
+        if not self.accept(token):
+            raise self.error(self.shown(), rule)
+
+    def shown(self) -> str:
+        return repr(self.token) if self.token else "the end"
+
+    def chain(self) -> Chain:
+        links = [self.link()]
+        while self.accept(">>"):
+            links.append(self.link())
+        if self.kind != "end":
+            raise self.error(self.shown(), "links are joined by >>")
+        return Chain(tuple(links))
+
+    def link(self) -> Link:
+        at, name = self.at, self.token
+        if self.kind != "word":
+            raise self.error(self.shown(), "a link's name stands here", "see `dovetail methods`")
+        if name not in REGISTRY:
+            raise self.error(
+                f"unknown link {name!r}", "links: " + ", ".join(sorted(REGISTRY)), _closest(name, REGISTRY)
+            )
+        self.next()
+        cls = REGISTRY[name]
+        values: dict[str, Any] = {}
+        if self.accept("("):
+            names = [f.name for f in fields(cls)]
+            while not self.accept(")"):
+                self.argument(cls, names, values)
+                if not self.accept(","):
+                    self.expect(")", "arguments are separated by ',' and closed by ')'")
+                    break
+        try:
+            return cls(**values)
+        except ChainError as error:
+            raise self.error(error.found, error.rule, error.fix, at) from None
+
+    def argument(self, cls: type[Link], names: list[str], values: dict[str, Any]) -> None:
+        at, first = self.at, self.token
+        is_word = self.kind == "word"
+        value = self.value()
+        if is_word and self.kind == "op" and self.token == "=":
+            if first not in names:
+                rule = f"{cls.name} takes " + (", ".join(names) if names else "no arguments")
+                raise self.error(f"unknown argument {first!r}", rule, _closest(first, names), at)
+            self.next()
+            name, at, value = first, self.at, self.value()
+        elif len(values) < len(names):
+            name = names[len(values)]
+        else:
+            raise self.error(
+                "one argument too many", f"{cls.name} takes " + (", ".join(names) or "no arguments"), "", at
+            )
+        if name in values:
+            raise self.error(f"{name} a second time", "an argument is given once", "", at)
+        try:
+            values[name] = _types(cls)[name].validate_python(value, strict=True)
+        except pydantic.ValidationError as error:
+            rule = "; ".join(e["msg"][0].lower() + e["msg"][1:] for e in error.errors()[:1])
+            raise self.error(f"{name}={_format_value(value)}", f"{name}: {rule}", "", at) from None
+
+    def value(self) -> Any:
+        if self.accept("["):
+            items = []
+            while not self.accept("]"):
+                items.append(self.value())
+                if not self.accept(","):
+                    self.expect("]", "a list is closed by ']'")
+                    break
+            return tuple(items)
+        kind, token = self.kind, self.token
+        if kind not in ("number", "word", "text"):
+            raise self.error(self.shown(), "a value stands here: a number, true, false, none, a word or a list")
+        self.next()
+        if kind == "number":
+            return int(token) if re.fullmatch(r"[+-]?\d+", token) else float(token)
+        if kind == "text":
+            return token[1:-1]
+        return _WORDS.get(token.lower(), token) if token.lower() in _WORDS else token
+
+
+def _closest(name: str, among: Any) -> str:
+    near = difflib.get_close_matches(name, list(among), n=1, cutoff=0.4)
+    return f"did you mean {near[0]}?" if near else ""

@@ -1,0 +1,74 @@
+"""regrid: the weight stays on the base's quantization grid.
+
+    W' = Q⁻¹(Q(W)) with the base's scales and zero points; straight-through gradient, zero where the range clips
+
+Source: SQFT §2.4, eq. 3-4 (QA-SparsePEFT), there for affine INT4; here for every grid: affine, NF4/FP4 code books with double
+quantization, FP8. Two forms:
+- start="weights": W starts from the full-precision weights (eq. 3), kept while training. Finer: a code that lay near a
+  boundary flips for a small update.
+- start="codes": W starts from the quantized weights. The model before tuning is then exactly the quantized model and no
+  full-precision copy is held; an update has to cross half a step before it shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from dovetail.chain.link import Closer, register
+
+if TYPE_CHECKING:
+    from dovetail.chain.base import Base
+    from dovetail.quantize.storage import QuantizedWeight
+
+
+@register("regrid")
+@dataclass(frozen=True)
+class Regrid(Closer):
+    """Back onto the grid.
+
+    start  what the chain's weight starts from: the full-precision "weights" or the quantized "codes"
+    """
+
+    start: Literal["weights", "codes"] = "weights"
+
+    restores: ClassVar[Literal["zeros", "grid"]] = "grid"
+    # In bf16, rounding would flip more codes than the adapter moves (DESIGN.md §3).
+    float32: ClassVar[bool] = True
+    summary: ClassVar[str] = "keeps the quantizer's grid, so that merging stays at its bits without loss"
+    source: ClassVar[str] = "SQFT §2.4"
+
+    @property
+    def from_codes(self) -> bool:
+        return self.start == "codes"
+
+    def close(self, weight_oi: Tensor, base: Base) -> Tensor:
+        assert base.quantized is not None
+        return _Snap.apply(weight_oi, base.quantized)  # type: ignore[no-any-return]
+
+    def close_rows_(self, rows_ni: Tensor, start: int, base: Base) -> None:
+        assert base.quantized is not None
+        base.quantized.snap_(rows_ni, start)
+
+    def pull_rows_(self, grad_ni: Tensor, before_ni: Tensor, start: int, base: Base) -> None:
+        assert base.quantized is not None
+        grad_ni.mul_(base.quantized.inside(before_ni, start))
+
+
+class _Snap(torch.autograd.Function):
+    """Nearest grid value; straight-through gradient inside the grid's range."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_oi: Tensor, quantized: QuantizedWeight) -> Tensor:
+        wide = torch.float64 if weight_oi.dtype == torch.float64 else torch.float32
+        before = weight_oi.detach().to(wide).contiguous()
+        ctx.save_for_backward(quantized.inside(before, 0))
+        return quantized.snap_(before.clone(), 0).to(weight_oi.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None

@@ -1,0 +1,50 @@
+"""Wanda: a weight matters by its size times the size of what it is multiplied with.
+
+    score = |W[o, i]| · ‖x_i‖₂, compared within each output row
+
+Source: Sun et al. 2023, eq. 1 and §3 (per-output comparison group). One pass over a little calibration data, no weight
+update; much better than magnitude on language models, whose activations have outlier features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dovetail.chain.link import Pruner, first, register
+from dovetail.sparsify.select import check_sparsity, keep_top
+
+
+def wanda_scores(weight_oi: Tensor, input_norm_i: Tensor) -> Tensor:
+    """Importance of each weight: |W[o,i]| * ‖x_i‖₂  (Sun et al. 2023, eq. 1).
+
+    weight_oi     (out, in)  any float; scored in float32
+    input_norm_i  (in,)      L2 norm of each input feature over the calibration tokens
+    returns       (out, in)  float32, larger is more important
+    """
+    return weight_oi.abs().to(torch.float32) * input_norm_i.to(torch.float32)
+
+
+@register("wanda")
+@dataclass(frozen=True)
+class Wanda(Pruner):
+    """Prunes by |W|·‖x‖, per output row.
+
+    sparsity  fraction of zeros of each row
+    """
+
+    sparsity: float = first(0.5)
+
+    calibrated: ClassVar[bool] = True
+    summary: ClassVar[str] = "zeroes by weight times input norm, per output row; needs calibration data"
+    source: ClassVar[str] = "Sun et al. 2023"
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.name, self.sparsity)
+
+    def keep(self, weight_oi: Tensor, input_norm_i: Tensor | None) -> Tensor:
+        assert input_norm_i is not None
+        return keep_top(wanda_scores(weight_oi, input_norm_i), self.sparsity)
