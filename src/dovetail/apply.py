@@ -52,6 +52,7 @@ def apply(
     targets: str | Sequence[str] = "all-linear",
     calibration: Iterable[Batch] | None = None,
     seed: int = 0,
+    masks: Mapping[str, Tensor] | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """Puts a chain on the model, in place, up to the end of its first stage's pruners and quantizers.
@@ -60,33 +61,48 @@ def apply(
     targets      labels, globs or "all-linear" (`dovetail.targets`)
     calibration  batches of the model's keyword arguments; needed by pruners that look at activations
     seed         of initial values
+    masks        layer name -> (o, i) bool, chosen earlier: pruners of the first stage take these and look at no data
     returns      the same model; everything frozen but the adapters and a newly made task head
     errors       ChainError, TargetError, DataError: before anything is changed
     """
     the_chain = chain(chain_)
     check(the_chain)
-    if chain_layers(model):
-        raise ChainError(
-            "apply",
-            found=f"the model already carries {applied(model).chain}",
-            rule="a model carries one chain",
-            fix="write both as one chain, or merge the first",
-        )
-    found = find_targets(model, targets)
-    sites = {target.name: _site(target) for target in found}
-    for site in sites.values():
-        for link in the_chain:
-            link.check(site)
     first = stages(the_chain)[0]
-    batches = _calibration(first, calibration)
-    record = Applied(the_chain, targets if isinstance(targets, str) else tuple(targets), seed, _fingerprint(model))
-    layers = _replace(model, found, sites, record)
+    batches = _calibration(first, calibration) if masks is None else None
+    record, layers, found = _cover(model, the_chain, targets, seed)
     try:
-        _start(model, layers, first, record, batches, progress)
+        _start(model, layers, first, record, batches, masks, progress)
     except BaseException:
         for target in found:  # the layers as they were: a base never writes into the weight that it was given
-            _put(model, target.name, target.module)
+            replace_module(model, layers[target.name], target.module)
         raise
+    _freeze(model, layers)
+    return model
+
+
+def restore(
+    model: nn.Module,
+    chain_: str | Chain | Link,
+    *,
+    targets: str | Sequence[str],
+    seed: int,
+    stage: int,
+    bases: Mapping[str, Mapping[str, Tensor]],
+) -> nn.Module:
+    """Puts a chain on the model at a later stage, with the bases that earlier stages trained."""
+    the_chain = chain(chain_)
+    check(the_chain)
+    parts = stages(the_chain)[: stage + 1]
+    record, layers, _ = _cover(model, the_chain, targets, seed)
+    record.stage = stage
+    quantizers = [link for part in parts for link in part.applied if isinstance(link, Quantizer)]
+    for name, layer in layers.items():
+        kept = dict(bases[name])
+        bias = kept.pop("bias", None)
+        layer.base.restore(quantizers[0] if quantizers else None, kept)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.to(layer.base.device), requires_grad=False)
+    start_links(layers, parts[stage], record)
     _freeze(model, layers)
     return model
 
@@ -115,7 +131,7 @@ def advance(
     record.stage += 1
     if seed is not None:
         record.seed = seed
-    _start(model, layers, following, record, batches, progress)
+    _start(model, layers, following, record, batches, None, progress)
     return model
 
 
@@ -159,9 +175,38 @@ def _calibration(stage: Stage, calibration: Iterable[Batch] | None) -> list[Batc
     return None if calibration is None else list(calibration)
 
 
-def _fingerprint(model: nn.Module) -> str:
-    # A new head's values come from the run's seed: they are no part of the base's identity.
+def model_fingerprint(model: nn.Module) -> str:
+    """Of a model before its chain. A new head's values come from the run's seed: they are no part of it."""
     return "unknown" if any(p.is_meta for p in model.parameters()) else fingerprint(model, leave_out=heads(model))
+
+
+def _cover(
+    model: nn.Module, the_chain: Chain, targets: str | Sequence[str], seed: int
+) -> tuple[Applied, dict[str, ChainLinear], list[Target]]:
+    """Replaces the target layers, after every check that needs no run, by layers that carry an empty chain."""
+    if chain_layers(model):
+        raise ChainError(
+            "apply",
+            found=f"the model already carries {applied(model).chain}",
+            rule="a model carries one chain",
+            fix="write both as one chain, or merge the first",
+        )
+    found = find_targets(model, targets)
+    sites = {target.name: _site(target) for target in found}
+    for site in sites.values():
+        for link in the_chain:
+            link.check(site)
+    record = Applied(the_chain, targets if isinstance(targets, str) else tuple(targets), seed, model_fingerprint(model))
+    scratch, layers = Scratch(), {}
+    for target in found:
+        module = target.module
+        weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+        base = Base(layout_of(target.name, module), weight.detach(), scratch)
+        layer = ChainLinear(sites[target.name], base, None if bias is None else bias.detach(), record)
+        layer.train(module.training)
+        replace_module(model, module, layer)
+        layers[target.name] = layer
+    return record, layers, found
 
 
 def _site(target: Target) -> Site:
@@ -175,28 +220,12 @@ def _site(target: Target) -> Site:
     )
 
 
-def _replace(
-    model: nn.Module, found: Sequence[Target], sites: Mapping[str, Site], record: Applied
-) -> dict[str, ChainLinear]:
-    scratch, layers = Scratch(), {}
-    for target in found:
-        module = target.module
-        weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
-        base = Base(layout_of(target.name, module), weight.detach(), scratch)
-        layer = ChainLinear(sites[target.name], base, None if bias is None else bias.detach(), record)
-        layer.train(module.training)
-        _put(model, target.name, layer)
-        layers[target.name] = layer
-    return layers
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module wherever the one of that name is registered, under every name that it has."""
-    old = model.get_submodule(name)
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` wherever `old` is registered, under every name that it has."""
     for parent in model.modules():
-        for child_name, child in parent.named_children():
+        for name, child in parent._modules.items():
             if child is old:
-                setattr(parent, child_name, module)
+                parent._modules[name] = new
 
 
 def _freeze(model: nn.Module, layers: Mapping[str, ChainLinear]) -> None:
@@ -218,6 +247,7 @@ def _start(
     stage: Stage,
     record: Applied,
     batches: list[Batch] | None,
+    masks: Mapping[str, Tensor] | None,
     progress: bool,
 ) -> None:
     """Runs the stage's pruners and quantizers on the bases, then puts its differentiable links on the layers."""
@@ -227,23 +257,29 @@ def _start(
     for link in stage.applied:
         if isinstance(link, Pruner):
             norms: dict[str, Tensor] = {}
-            if link.calibrated:
+            if link.calibrated and masks is None:
                 assert batches is not None
                 norms = input_norms(model, layers, batches, progress=progress)
             for name, layer in layers.items():
-                layer.base.set_mask(link.keep(layer.base.matrix(), norms.get(name)))
+                layer.base.set_mask(link.keep(layer.base.matrix(), norms.get(name)) if masks is None else masks[name])
         elif isinstance(link, Quantizer):
             for layer in layers.values():
                 layer.base.quantize(link, keep_start)
-    shared = [
-        Shared(link.constants(_widest(layers.values()), record.seed, torch.float32))
-        if isinstance(link, Adapter)
-        else Shared({})
-        for link in stage.trained
-    ]
     for layer in layers.values():
         if not keep_mask:
             layer.base.mask_bits = None
+    start_links(layers, stage, record)
+
+
+def start_links(layers: Mapping[str, ChainLinear], stage: Stage, record: Applied) -> None:
+    """Puts a stage's differentiable links on the layers, with their initial values."""
+    shared = [
+        Shared(
+            link.constants(_widest(layers.values()), record.seed, torch.float32) if isinstance(link, Adapter) else {}
+        )
+        for link in stage.trained
+    ]
+    for layer in layers.values():
         layer.set_links(_state(link, layer, shared[place], record, place) for place, link in enumerate(stage.trained))
 
 

@@ -1,8 +1,8 @@
 """Footprint: exact bits of everything that a model stores, counted from the tensors themselves.
 
-Counted: dense weights, packed codes, scales, zero points, nested constants, mask bits, adapters, and every other parameter
-and persistent buffer, shared ones once. Not counted: what is remade from a seed (VeRA's projections) and what only
-training needs (`regrid(start=weights)`'s full-precision weights).
+Counted: dense weights, packed codes, scales, zero points, nested constants, mask bits, adapters, and every other
+parameter and persistent buffer, shared ones once. Not counted: what is remade from a seed (VeRA's projections) and
+what only training needs (`regrid(start=weights)`'s full-precision weights).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from dovetail.targets import find_targets
 class Footprint:
     """What a model weighs.
 
-    bits_per_weight       stored bits of the target layers' weights (codes, scales, zero points, masks; adapters and biases
+    bits_per_weight       stored bits of the target layers' weights (codes, scales, zero points, masks; adapters and
+                          biases
                           apart) over their number of weights
     nbytes                bytes of the whole model
     nonzero_fraction      of the target layers' base weights

@@ -1,8 +1,8 @@
 """Merging: the effective weight becomes the weight of a stock layer, exactly, or `CannotMerge`.
 
-What is stored is what the forward pass used (`ChainLinear.frozen_weight`): a closed chain (remask, regrid) trains on the very
-tensor that merging writes, so nothing is lost. An open chain (plain LoRA on a dense model) is folded in float32 and rounded
-once to the model's dtype; the report says how far that is from what trained.
+What is stored is what the forward pass used (`ChainLinear.frozen_weight`): a closed chain (remask, regrid) trains on
+the very tensor that merging writes, so nothing is lost. An open chain (plain LoRA on a dense model) is folded in
+float32 and rounded once to the model's dtype; the report says how far that is from what trained.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dovetail.apply import applied, base_fingerprint, stages_left
+from dovetail.apply import applied, base_fingerprint, replace_module, stages_left
 from dovetail.calibrate import Batch
 from dovetail.chain.check import check_merge, closing, lost
 from dovetail.chain.linear import ChainLinear, chain_layers
@@ -29,7 +29,8 @@ from dovetail.footprint import Footprint, footprint
 class MergeReport:
     """What merging did.
 
-    exact                 the merged weights are the ones that the forward pass used: none lost its zero or its grid value,
+    exact                 the merged weights are the ones that the forward pass used: none lost its zero or its grid
+                          value,
                           and rounding to the model's dtype changed none
     max_abs_weight_diff   largest |merged - effective weight|, the effective weight in float32 (float64)
     max_abs_logit_diff    largest difference of the model's output before and after, on a probe batch; None where the
@@ -54,7 +55,8 @@ class MergeReport:
 def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None) -> MergeReport:
     """Merges the chain into the weights, in place, back to stock modules.
 
-    lossy    merge also where zeros or grid would be lost: the base's zeros and grid are re-imposed, and the error measured
+    lossy    merge also where zeros or grid would be lost: the base's zeros and grid are re-imposed, and the error
+             measured
     probe    a batch of the model's keyword arguments to compare outputs on; made from a seed when not given
     errors   CannotMerge naming the links to add, before anything is changed; ChainError when stages are still to come
     """
@@ -93,8 +95,8 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None) 
         _absorb(layer, restore, tally)
     summary = footprint(model)
     merged_fingerprint = base_fingerprint(layers)
-    for name, layer in layers.items():
-        _unwrap(model, name, layer)
+    for layer in layers.values():
+        replace_module(model, layer, _stock(layer))
     after = None if probe is None else _outputs(model, probe)
     model.train(training)
     if isinstance(model, PreTrainedModel):
@@ -161,16 +163,12 @@ def _zeros(weight: Tensor) -> int:
     return weight.numel() - int(torch.count_nonzero(weight))
 
 
-def _unwrap(model: nn.Module, name: str, layer: ChainLinear) -> None:
+def _stock(layer: ChainLinear) -> nn.Module:
     weight = layer.base.native(layer.base.dtype)
     if layer.base.dense is None:
         weight = weight.clone()  # out of the shared buffer
     stock = layer.layout.build(weight, None if layer.bias is None else layer.bias.detach())
-    stock.train(layer.training)
-    for parent in list(model.modules()):
-        for child_name, child in list(parent.named_children()):
-            if child is layer:
-                setattr(parent, child_name, stock)
+    return stock.train(layer.training)
 
 
 def _probe(model: nn.Module) -> dict[str, Tensor] | None:

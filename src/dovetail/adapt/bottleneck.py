@@ -2,8 +2,8 @@
 
     y' = y + U gelu(D y + d) + u        D (r, o), U (o, r); U and u start at zero
 
-Source: Houlsby et al. 2019, §2.1. Non-linear, so no W' does the same (CLAM §A.7's stated limit): it stands last in a chain,
-trains, is saved and loaded, but can't be merged, closed by remask or regrid, or followed by another stage.
+Source: Houlsby et al. 2019, §2.1. Non-linear, so no W' does the same (CLAM §A.7's stated limit): it stands last in a
+chain, trains, is saved and loaded, but can't be merged, closed by remask or regrid, or followed by another stage.
 """
 
 from __future__ import annotations

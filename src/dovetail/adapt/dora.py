@@ -2,8 +2,8 @@
 
     W' = diag(m / ‖W + c B A‖_row) (W + c B A)        m (o,), starts at ‖W‖_row; the norm takes no gradient
 
-Source: Liu et al. 2024, eq. 5 and §4.3 (norm detached). Usually a little better than LoRA at equal rank; its norm is had
-in closed form from the factors (DESIGN.md §3), so a step costs little more than LoRA's.
+Source: Liu et al. 2024, eq. 5 and §4.3 (norm detached). Usually a little better than LoRA at equal rank; its norm is
+had in closed form from the factors (DESIGN.md §3), so a step costs little more than LoRA's.
 """
 
 from __future__ import annotations

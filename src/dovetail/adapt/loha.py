@@ -2,8 +2,8 @@
 
     W' = W + c (B1 A1) ⊙ (B2 A2)        A (r, i), B (o, r), c = alpha / r
 
-Source: Hyeon-Woo et al. 2021 (FedPara), eq. 2. Reaches rank r² with 2r(o + i) parameters. B2 starts at zero. Where r² is
-small it runs as a Khatri-Rao low rank at about LoRA's price; otherwise the product is recomputed in backward.
+Source: Hyeon-Woo et al. 2021 (FedPara), eq. 2. Reaches rank r² with 2r(o + i) parameters. B2 starts at zero. Where r²
+is small it runs as a Khatri-Rao low rank at about LoRA's price; otherwise the product is recomputed in backward.
 """
 
 from __future__ import annotations

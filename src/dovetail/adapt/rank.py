@@ -32,6 +32,6 @@ def check_width(method: str, r: int, site: Site) -> None:
 
 
 def kaiming_uniform(shape: tuple[int, int], generator: torch.Generator, a: float = math.sqrt(5)) -> Tensor:
-    """Uniform in ±sqrt(6 / ((1 + a²) fan_in)), fan_in the last axis, as `torch.nn.init.kaiming_uniform_`. float32, CPU."""
+    """Uniform in ±sqrt(6 / ((1 + a²) fan_in)), fan_in the last axis, as torch's `kaiming_uniform_`. float32, CPU."""
     bound = math.sqrt(6 / ((1 + a * a) * shape[1]))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -2,8 +2,9 @@
 
     W' = W + diag(b) B diag(d) A        A (r, i), B (o, r) frozen and shared by all layers; b (o,), d (r,) trained
 
-Source: Kopiczko et al. 2024, eq. 2. Ten times fewer parameters than LoRA; A and B are remade from a seed, so that they cost
-nothing to store. Narrower layers use leading slices of the widest layer's A and B. Wants a large rank and learning rate.
+Source: Kopiczko et al. 2024, eq. 2. Ten times fewer parameters than LoRA; A and B are remade from a seed, so that
+they cost nothing to store. Narrower layers use leading slices of the widest layer's A and B. Wants a large rank and
+learning rate.
 """
 
 from __future__ import annotations

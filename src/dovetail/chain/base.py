@@ -3,14 +3,15 @@
     dense      the weight itself, frozen, in the layer's own layout
     quantized  packed codes and scales (`dovetail.quantize.storage.QuantizedWeight`)
     mask_bits  one bit a weight: where the pruner left a weight; kept when a later link needs it
-    start      the weight as it was before quantizing, in full precision; kept while training for `regrid(start=weights)`
+    start      the weight as it was before quantizing, in full precision; kept while training for
+               `regrid(start=weights)`
 
 The planner asks three things of it: the matrix (o, i) in a dtype, its row norms, and the mask's rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +164,17 @@ class Base(nn.Module):
     def identity(self) -> str:
         """What the base is made of: its dtype, or its quantizer."""
         return str(self.dtype) if self.quantized is None else self.quantized.identity
+
+    def restore(self, quantizer: Quantizer | None, state: Mapping[str, Tensor]) -> None:
+        """Takes over a base's `state_dict`, and its `start` where there is one; `quantizer`'s grid is the one it is on."""
+        if quantizer is not None:
+            self.set_quantized(quantizer.empty(self.shape).to(self.device))
+        bits = state.get("mask_bits")
+        self.mask_bits = None if bits is None else torch.zeros_like(bits, device=self.device)
+        self.load_state_dict({name: value for name, value in state.items() if name != "start"})
+        start = state.get("start")
+        self.start = None if start is None else start.to(self.device)
+        self._row_square = None
 
     def set_mask(self, keep_oi: Tensor) -> None:
         """Zeros the weights that don't stay, and keeps the mask, one bit a weight."""

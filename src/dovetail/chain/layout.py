@@ -1,8 +1,8 @@
 """Layers that a chain can sit on, each seen as a matrix (out, in): how to view its weight, call it and build it again.
 
-A chain only ever sees `weight_oi`. What differs between `nn.Linear`, GPT-2's `Conv1D` (stored in x out) and convolutions
-(kernel flattened into `in`) is said here once. `call` runs the layer's own operation on a weight in its own layout, so that
-a merged layer gives the same bits.
+A chain only ever sees `weight_oi`. What differs between `nn.Linear`, GPT-2's `Conv1D` (stored in x out) and
+convolutions (kernel flattened into `in`) is said here once. `call` runs the layer's own operation on a weight in its
+own layout, so that a merged layer gives the same bits.
 """
 
 from __future__ import annotations

@@ -104,11 +104,16 @@ class Quantizer(Link):
     """Puts the weight on a grid: scales (and zero points, or a code book) fixed once, codes stored packed."""
 
     keeps_zeros: ClassVar[bool] = True
-    """The grid has an exact zero, so that a pruned weight stays zero. CLAM §3.1 asks it of every quantizer in a pruned chain."""
+    """The grid has an exact zero, so that a pruned weight stays zero. CLAM §3.1 asks it of every quantizer in a pruned
+    chain."""
 
     @abstractmethod
     def quantize(self, weight_oi: Tensor) -> QuantizedWeight:
         """The weight's grid and packed codes. weight_oi: (o, i), float32 or wider values are what is rounded."""
+
+    @abstractmethod
+    def empty(self, shape: tuple[int, int]) -> QuantizedWeight:
+        """A weight (o, i) on this quantizer's grid: zeroed buffers of the right shapes, for a state_dict to fill."""
 
     @abstractmethod
     def stored_nbytes(self, site: Site) -> int:
@@ -132,7 +137,8 @@ class Adapter(Link):
         """Initial values of the trainable parameters, so that the chain starts as the identity.
 
         weight_oi  (o, i) the weight that this link receives at the start of its stage
-        returns    name -> tensor of `parameter_shapes`, in float32 (float64 for a float64 weight), on weight_oi's device
+        returns    name -> tensor of `parameter_shapes`, in float32 (float64 for a float64 weight), on weight_oi's
+                   device
         """
 
     def constants(self, widest: tuple[int, int], seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -192,7 +198,8 @@ class Closer(Link):
 
     @property
     def from_codes(self) -> bool:
-        """Whether the chain may start from the base as stored; False asks for the weights as they were before quantizing."""
+        """Whether the chain may start from the base as stored; False asks for the weights as they were before
+        quantizing."""
         return True
 
     @abstractmethod

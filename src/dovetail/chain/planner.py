@@ -1,11 +1,12 @@
 """Runs a chain at the price of one adapter: folds its terms to one form and executes it in one of three ways.
 
     open      scales and low ranks: one product with the base plus thin ones; W' is never made
-    closed    ... and then remask or regrid: W' is made in a shared buffer, in forward and again in backward, never saved
+    closed    ... and then remask or regrid: W' is made in a shared buffer, in forward and again in backward, never
+              saved
     recomputed  anything else: W' by the links' own definition, made again in backward
 
-Which one is decided from the links alone (`plan`). All three equal the definition (`ChainLinear.effective_weight`), which
-the contract tests hold them to in float64.
+Which one is decided from the links alone (`plan`). All three equal the definition (`ChainLinear.effective_weight`),
+which the contract tests hold them to in float64.
 
 Precision: factors are kept in float32 and cast to the weight's dtype when used, x never is cast. A scale s enters as
 x + x·(s - 1), whose second term keeps its digits in bfloat16, where 1 + 1e-3 would round to 1.

@@ -1,4 +1,5 @@
-"""Stages of a chain: it is split by (N* D*), N applied once to the base, D trained together, then merged (CLAM §3.2, A.10)."""
+"""Stages of a chain: it is split by (N* D*), N applied once to the base, D trained together, then merged (CLAM §3.2,
+A.10)."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     W' = Q⁻¹(Q(W)) with the base's scales and zero points; straight-through gradient, zero where the range clips
 
-Source: SQFT §2.4, eq. 3-4 (QA-SparsePEFT), there for affine INT4; here for every grid: affine, NF4/FP4 code books with double
-quantization, FP8. Two forms:
+Source: SQFT §2.4, eq. 3-4 (QA-SparsePEFT), there for affine INT4; here for every grid: affine, NF4/FP4 code books
+with double quantization, FP8. Two forms:
 - start="weights": W starts from the full-precision weights (eq. 3), kept while training. Finer: a code that lay near a
   boundary flips for a small update.
 - start="codes": W starts from the quantized weights. The model before tuning is then exactly the quantized model and no

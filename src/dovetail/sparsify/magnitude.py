@@ -2,7 +2,8 @@
 
     score = |W|, compared within the layer, or within each output row
 
-Source: Han et al. 2015. Needs no data; at 50% and more it costs much more quality than Wanda, which it is the baseline for.
+Source: Han et al. 2015. Needs no data; at 50% and more it costs much more quality than Wanda, which it is the
+baseline for.
 """
 
 from __future__ import annotations

@@ -1,0 +1,238 @@
+"""Saving and loading what a chain learned, beside the base that it belongs to.
+
+A directory with two files: `adapter.json` (chain, targets, seed, fingerprints, the quantizer's identity) and
+`adapter.safetensors`:
+
+    link/LAYER/PLACE/NAME    parameters of the differentiable links
+    mask/LAYER               one bit a weight, where a pruner chose; the quantizer is run again on load, and checked
+    base/LAYER/NAME          the bases and biases themselves, only for chains whose earlier stages were merged into them
+    head/NAME                a task head trained along
+
+Loading needs the base model that the chain was applied to. Another base, another quantizer, another chain: refused by
+name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dovetail.apply import (
+    applied,
+    apply,
+    base_fingerprint,
+    chain_layers,
+    model_fingerprint,
+    restore,
+)
+from dovetail.chain.bits import pack_bits, unpack_bits
+from dovetail.chain.layout import layout_of
+from dovetail.chain.linear import ChainLinear
+from dovetail.chain.link import Pruner
+from dovetail.chain.stages import stages
+from dovetail.errors import LoadError
+
+JSON_NBYTES = 1 << 20
+"""The most that adapter.json may hold."""
+
+
+class AdapterFile(pydantic.BaseModel, extra="forbid"):
+    """What adapter.json holds.
+
+    base_fingerprint   of the whole model before the chain
+    chain_fingerprint  of the bases that the links sit on: after pruning, quantizing and merging earlier stages
+    quantizer          identity of the base's grid, or its dtype
+    """
+
+    format: Literal["dovetail-adapter"] = "dovetail-adapter"
+    version: Literal[1] = 1
+    chain: str
+    targets: str | list[str]
+    seed: int
+    stage: int
+    base_fingerprint: str
+    chain_fingerprint: str
+    quantizer: str
+
+
+def save_adapter(model: nn.Module, directory: str | Path) -> Path:
+    """Writes the chain's parameters (not the base) into a directory, made if need be; each file atomically.
+
+    returns  the directory
+    errors   ChainError when the model carries no chain
+    """
+    record, layers, directory = applied(model), chain_layers(model), Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        for place, state in enumerate(layer.states):
+            for key, parameter in state.named_parameters(recurse=False):
+                tensors[f"link/{name}/{place}/{key}"] = parameter.detach()
+        if record.stage > 0:
+            kept = {**layer.base.state_dict(), "start": layer.base.start, "bias": layer.bias}
+            tensors |= {f"base/{name}/{key}": value for key, value in kept.items() if value is not None}
+        elif any(isinstance(link, Pruner) for link in stages(record.chain)[0].applied):
+            tensors[f"mask/{name}"] = _mask_bits(layer)
+    inside = {id(p) for layer in layers.values() for p in layer.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in inside:
+            tensors[f"head/{name}"] = parameter.detach()
+    file = AdapterFile(
+        chain=str(record.chain),
+        targets=record.targets if isinstance(record.targets, str) else list(record.targets),
+        seed=record.seed,
+        stage=record.stage,
+        base_fingerprint=record.base_fingerprint,
+        chain_fingerprint=base_fingerprint(layers),
+        quantizer=next(iter(layers.values())).base.identity,
+    )
+    staged = directory / ".adapter.safetensors.part"
+    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, staged, metadata={"format": "pt"})
+    os.replace(staged, directory / "adapter.safetensors")
+    staged = directory / ".adapter.json.part"
+    staged.write_text(json.dumps(file.model_dump(), indent=2) + "\n", encoding="utf-8")
+    os.replace(staged, directory / "adapter.json")
+    return directory
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
+    """Puts a saved chain on its base model, in place.
+
+    model    the base as it was before the chain (it is pruned and quantized again, as it was), or a model that
+             carries the same chain over the same base
+    returns  the same model, bit-equal to the one that was saved
+    errors   LoadError, naming what doesn't match: base, quantizer, chain, a layer, a shape
+    """
+    directory = Path(directory)
+    file = _read_json(directory / "adapter.json")
+    tensors = _read_tensors(directory / "adapter.safetensors")
+    layers = chain_layers(model)
+    if not layers:
+        found = model_fingerprint(model)
+        if found != file.base_fingerprint:
+            raise LoadError(
+                str(directory),
+                found=f"a model with fingerprint {found}",
+                rule=f"this adapter was trained on the base {file.base_fingerprint}",
+                fix="load the very checkpoint and dtype that it was trained on",
+            )
+        _apply_again(model, file, tensors)
+        layers = chain_layers(model)
+    elif str(applied(model).chain) != file.chain or applied(model).stage != file.stage:
+        raise LoadError(
+            str(directory),
+            found=f"a model that carries {applied(model).chain}, stage {applied(model).stage + 1}",
+            rule=f"this adapter belongs to {file.chain}, stage {file.stage + 1}",
+        )
+    identity = next(iter(layers.values())).base.identity
+    if identity != file.quantizer:
+        raise LoadError(
+            str(directory), found=f"a base on {identity}", rule=f"this adapter was trained over {file.quantizer}"
+        )
+    if base_fingerprint(layers) != file.chain_fingerprint:
+        raise LoadError(
+            str(directory),
+            found="bases that differ from those that it was trained on",
+            rule="pruning and quantizing again gives the same bases, bit for bit",
+            fix="load the adapter onto the untouched base model",
+        )
+    _fill(model, tensors, str(directory))
+    return model
+
+
+def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor]) -> None:
+    if file.stage > 0:
+        bases: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            kind, layer, *rest = key.split("/")
+            if kind == "base":
+                bases.setdefault(layer, {})[rest[0]] = value
+        restore(model, file.chain, targets=file.targets, seed=file.seed, stage=file.stage, bases=bases)
+        return
+    masks = {}
+    for key, bits in tensors.items():
+        kind, layer, *_ = key.split("/")
+        if kind == "mask":
+            layout = layout_of(layer, _module(model, layer))
+            _expect(key, bits, (layout.out_features, -(-layout.in_features // 8)))
+            masks[layer] = unpack_bits(bits, layout.in_features, torch.int8).bool()
+    apply(model, file.chain, targets=file.targets, seed=file.seed, masks=masks or None)
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Copies parameters into the model; every one that the model has must be there, in its shape."""
+    wanted: dict[str, Tensor] = {}
+    for name, layer in chain_layers(model).items():
+        for place, state in enumerate(layer.states):
+            wanted |= {f"link/{name}/{place}/{key}": p for key, p in state.named_parameters(recurse=False)}
+    parameters = dict(model.named_parameters())
+    for key in tensors:
+        kind, name, *_ = key.split("/")
+        if kind == "head" and name in parameters:
+            wanted[key] = parameters[name]
+    given = {key for key in tensors if key.startswith(("link/", "head/"))}
+    for key in sorted(given ^ set(wanted)):
+        raise LoadError(
+            where,
+            found=f"{key} " + ("in the file alone" if key in given else "missing from the file"),
+            rule="the file holds the parameters of this chain on this model, no more and no less",
+        )
+    for key, parameter in wanted.items():
+        _expect(key, tensors[key], tuple(parameter.shape))
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            parameter.copy_(tensors[key])
+
+
+def _mask_bits(layer: ChainLinear) -> Tensor:
+    base = layer.base
+    if base.mask_bits is not None:
+        return base.mask_bits
+    return pack_bits((base.matrix() if base.start is None else base.layout.matrix(base.start)) != 0)
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise LoadError(name, found="no such layer in the model", rule="the adapter names layers of its base") from None
+
+
+def _expect(key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise LoadError(key, found=f"shape {tuple(tensor.shape)}", rule=f"the model needs {shape}")
+
+
+def _read_json(path: Path) -> AdapterFile:
+    where = str(path)
+    try:
+        if path.stat().st_size > JSON_NBYTES:
+            raise LoadError(where, found=f"{path.stat().st_size} bytes", rule=f"at most {JSON_NBYTES}")
+        return AdapterFile.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise LoadError(where, found=str(error), rule="an adapter directory holds adapter.json") from None
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise LoadError(where, found=f"{place}: {first['msg']}", rule="adapter.json as Dovetail writes it") from None
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise LoadError(
+            str(path),
+            found=str(error),
+            rule="an adapter directory holds a whole adapter.safetensors",
+            fix="copy the directory again",
+        ) from None

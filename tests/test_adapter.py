@@ -1,0 +1,113 @@
+"""Adapters saved and loaded: bit-equal on the right base, refused by name on another."""
+
+import json
+
+import pytest
+import torch
+from families import batch, logits, make
+
+import dovetail
+from dovetail.adapter import load_adapter, save_adapter
+from dovetail.apply import advance, chain_layers
+from dovetail.errors import LoadError
+
+
+def perturb(model: torch.nn.Module, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in chain_layers(model).values():
+            for parameter in layer.links.parameters():
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+CHAINS = [
+    "lora(r=4)",
+    "ia3 >> vera(r=8) >> dora(r=4)",
+    "wanda(0.5) >> int(bits=4, group=32) >> lora(r=4) >> remask >> regrid",
+    "wanda(0.5) >> nf4 >> lora(r=4) >> ia3",
+    "magnitude(0.3) >> nf4(double=true) >> loha(r=2) >> regrid",
+    "bottleneck(r=4)",
+]
+
+
+@pytest.mark.parametrize("text", CHAINS)
+def test_round_trip_is_bit_equal(text, tmp_path):
+    model = make("llama").eval()
+    inputs = batch(model)
+    dovetail.apply(model, text, calibration=[inputs], seed=3)
+    perturb(model)
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(make("llama").eval(), tmp_path / "adapter")
+    assert torch.equal(logits(model, inputs), logits(again, inputs))
+    # ... and onto a model that carries the chain already
+    other = make("llama").eval()
+    dovetail.apply(other, text, calibration=[inputs], seed=3)
+    assert torch.equal(logits(load_adapter(other, tmp_path / "adapter"), inputs), logits(model, inputs))
+
+
+def test_later_stages_bring_their_bases(tmp_path):
+    model = make("gpt2").eval()
+    inputs = batch(model)
+    dovetail.apply(model, "lora(r=4) >> wanda(0.5) >> nf4 >> lora(r=4) >> remask >> regrid", calibration=[inputs])
+    perturb(model)
+    advance(model, calibration=[inputs])
+    perturb(model)
+    # regrid(start=weights) needs the weights before quantizing, which a later stage's file doesn't hold
+    before = logits(model, inputs)
+    save_adapter(model, tmp_path)
+    again = load_adapter(make("gpt2").eval(), tmp_path)
+    assert torch.equal(before, logits(again, inputs))
+
+
+def test_a_trained_head_travels_along(tmp_path):
+    model = make("bert").eval()
+    inputs = batch(model)
+    dovetail.apply(model, "lora(r=4)")
+    perturb(model)
+    with torch.no_grad():
+        model.classifier.weight += 1
+    save_adapter(model, tmp_path)
+    again = load_adapter(make("bert").eval(), tmp_path)
+    assert torch.equal(logits(model, inputs), logits(again, inputs))
+
+
+def test_another_base_is_refused_by_name(tmp_path):
+    model = make("llama")
+    dovetail.apply(model, "lora(r=4)")
+    save_adapter(model, tmp_path)
+    with pytest.raises(LoadError, match="fingerprint"):
+        load_adapter(make("llama", seed=7), tmp_path)
+    other = make("llama")
+    dovetail.apply(other, "ia3")
+    with pytest.raises(LoadError, match="belongs to lora"):
+        load_adapter(other, tmp_path)
+
+
+def test_another_quantizer_is_refused_by_name(tmp_path):
+    model = make("llama")
+    dovetail.apply(model, "nf4 >> lora(r=4)")
+    save_adapter(model, tmp_path)
+    text = json.loads((tmp_path / "adapter.json").read_text())
+    text["quantizer"] = "fp4(block=64, double=False)"
+    (tmp_path / "adapter.json").write_text(json.dumps(text))
+    with pytest.raises(LoadError, match="trained over fp4"):
+        load_adapter(make("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["half", "garbage", "no json", "extra key"])
+def test_damaged_files_are_refused(damage, tmp_path):
+    model = make("llama")
+    dovetail.apply(model, "lora(r=4)")
+    save_adapter(model, tmp_path)
+    tensors, text = tmp_path / "adapter.safetensors", tmp_path / "adapter.json"
+    match damage:
+        case "half":
+            tensors.write_bytes(tensors.read_bytes()[: tensors.stat().st_size // 2])
+        case "garbage":
+            tensors.write_bytes(b"\xff" * 1000)
+        case "no json":
+            text.unlink()
+        case "extra key":
+            text.write_text(json.dumps(json.loads(text.read_text()) | {"surprise": 1}))
+    with pytest.raises(LoadError):
+        load_adapter(make("llama"), tmp_path)
