@@ -6,8 +6,8 @@ A chain of several stages is walked by `advance`: it merges the stage in hand in
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class Applied:
     seed              of initial values and shared projections
     base_fingerprint  of the model before anything was done to it
     stage             the stage in hand, from 0
+    on_link           see `apply`
     """
 
     chain: Chain
@@ -43,6 +44,7 @@ class Applied:
     seed: int
     base_fingerprint: str
     stage: int = 0
+    on_link: Callable[[Link], None] | None = field(default=None, repr=False, compare=False)
 
 
 def apply(
@@ -53,6 +55,7 @@ def apply(
     calibration: Iterable[Batch] | None = None,
     seed: int = 0,
     masks: Mapping[str, Tensor] | None = None,
+    on_link: Callable[[Link], None] | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """Puts a chain on the model, in place, up to the end of its first stage's pruners and quantizers.
@@ -62,6 +65,8 @@ def apply(
     calibration  batches of the model's keyword arguments; needed by pruners that look at activations
     seed         of initial values
     masks        layer name -> (o, i) bool, chosen earlier: pruners of the first stage take these and look at no data
+    on_link      called after each pruner and quantizer that was applied, in later stages too, and with the last of a
+                 stage's trained links when `advance` has merged them; the model works as it stands then
     returns      the same model; everything frozen but the adapters and a newly made task head
     errors       ChainError, TargetError, DataError: before anything is changed
     """
@@ -70,6 +75,7 @@ def apply(
     first = stages(the_chain)[0]
     batches = _calibration(first, calibration) if masks is None else None
     record, layers, found = _cover(model, the_chain, targets, seed)
+    record.on_link = on_link
     try:
         _start(model, layers, first, record, batches, masks, progress)
     except BaseException:
@@ -128,6 +134,8 @@ def advance(
     layers = chain_layers(model)
     for layer in layers.values():
         layer.absorb()
+    if record.on_link is not None and (merged := parts[record.stage].trained):
+        record.on_link(merged[-1])
     record.stage += 1
     if seed is not None:
         record.seed = seed
@@ -265,9 +273,11 @@ def _start(
         elif isinstance(link, Quantizer):
             for layer in layers.values():
                 layer.base.quantize(link, keep_start)
-    for layer in layers.values():
         if not keep_mask:
-            layer.base.mask_bits = None
+            for layer in layers.values():
+                layer.base.mask_bits = None
+        if record.on_link is not None:
+            record.on_link(link)
     start_links(layers, stage, record)
 
 
