@@ -71,7 +71,8 @@ class AffineWeight(QuantizedWeight):
         scale = self.scale_og.view(-1)[first:last].float()
         if self.zero_og is None:
             return scale, None
-        return scale, unpack(self.zero_og, self.bits, first, last).float()
+        levels = tuple(float(code) for code in range(2**self.bits))
+        return scale, read(self.zero_og, self.bits, first, last, value_table(levels, self.bits, self.zero_og))
 
     def _decode(self, start: int, stop: int, rows: Tensor) -> None:
         i = self.shape[1]
@@ -82,7 +83,7 @@ class AffineWeight(QuantizedWeight):
         else:
             levels = tuple(float(code - offset) for code in range(2**self.bits))
             table = value_table(levels, self.bits, self.codes)
-            rows.view(-1).copy_(read(self.codes, self.bits, start * i, stop * i, table))
+            read(self.codes, self.bits, start * i, stop * i, table, out=rows.view(-1))
         if zero is not None:
             self._by_block(Tensor.sub_, rows, zero)
         self._by_block(Tensor.mul_, rows, scale)
@@ -115,16 +116,15 @@ class AffineWeight(QuantizedWeight):
             rows.add_(2 ** (self.bits - 1))
         return rows.to(torch.uint8)
 
-    def _inside(self, rows: Tensor, start: int) -> Tensor:
+    def _inside(self, rows: Tensor, start: int, inside: Tensor) -> None:
         scale, zero = self._grid(start, len(rows))
-        self._to_steps(rows, scale)
+        self._by_block(Tensor.div_, rows, scale)  # infinite or NaN, so not inside, where the scale is zero
         rows.round_()
+        lowest = -(2 ** (self.bits - 1)) if zero is None else 0
         if zero is not None:
             self._by_block(Tensor.add_, rows, zero)
-        lowest = -(2 ** (self.bits - 1)) if zero is None else 0
-        inside = (rows >= lowest) & (rows <= lowest + 2**self.bits - 1)
-        self._by_block(Tensor.logical_and_, inside, scale != 0)
-        return inside
+        half_range = (2**self.bits - 1) / 2
+        torch.le(rows.sub_(lowest + half_range).abs_(), half_range, out=inside)
 
     def _zeroed(self, keep_oi: Tensor) -> Tensor:
         o, i = self.shape

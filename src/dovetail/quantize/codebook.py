@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dovetail.quantize import dynamic8
+from dovetail.quantize.accelerate import four_bit_kernel
+from dovetail.quantize.nearest import nearest
 from dovetail.quantize.packing import pack, packed_nbytes, read, unpack, value_table
 from dovetail.quantize.storage import QuantizedWeight
 
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
 DEAD_SCALE = 2.0**-116
 """Blocks with a smaller scale are zero: their values would be subnormal, which no two processors round alike."""
 
+KERNEL_CHUNK = 2**20
+"""Weights that the kernel dequantizes at once on CPU: they stay in cache until they are copied into the buffer."""
+
 
 @dataclass(frozen=True)
 class Book:
@@ -26,10 +32,22 @@ class Book:
     name: str
     levels: tuple[float, ...]
 
-    @property
-    def order(self) -> list[int]:
+    @cached_property
+    def order(self) -> tuple[int, ...]:
         """The codes by ascending level; of two zeros, the lower code first."""
-        return sorted(range(16), key=self.levels.__getitem__)
+        return tuple(sorted(range(16), key=self.levels.__getitem__))
+
+    @cached_property
+    def ascending(self) -> tuple[float, ...]:
+        return tuple(sorted(self.levels))
+
+    def nearest_level(self, scaled: Tensor) -> Tensor:
+        """The level nearest to each number in [-1, 1], float32."""
+        return nearest(scaled, self.ascending, self.ascending, torch.float32)
+
+    def nearest_code(self, scaled: Tensor) -> Tensor:
+        """The code of the level nearest to each number in [-1, 1], uint8."""
+        return nearest(scaled, self.ascending, self.order, torch.uint8)
 
     @property
     def zero_code(self) -> int:
@@ -38,8 +56,7 @@ class Book:
     @property
     def reach(self) -> float:
         """How far the straight-through gradient passes: half a step beyond the greatest level."""
-        levels = sorted(self.levels)
-        return levels[-1] + (levels[-1] - levels[-2]) / 2
+        return self.ascending[-1] + (self.ascending[-1] - self.ascending[-2]) / 2
 
 
 class CodeBookWeight(QuantizedWeight):
@@ -70,7 +87,7 @@ class CodeBookWeight(QuantizedWeight):
             scaled = torch.cat([scaled, flat[whole:] / last])
         if flat.numel() % 2:
             scaled = torch.cat([scaled, scaled.new_zeros(1)])
-        codes = pack(_nearest(scaled.clamp_(-1, 1), book, values=False), 4)
+        codes = pack(book.nearest_code(scaled.clamp_(-1, 1)), 4)
         scales = {"scale": scale}
         if double:
             scale_codes, scale_absmax, scale_offset = dynamic8.encode(scale)
@@ -100,37 +117,48 @@ class CodeBookWeight(QuantizedWeight):
         scale = tensors[0][first:last] if len(tensors) == 1 else dynamic8.decode(tensors, first, last)
         return scale.masked_fill(scale.abs() < DEAD_SCALE, 0.0)
 
+    def dequantize(self, out: Tensor) -> Tensor:
+        """As the definition; through bitsandbytes' kernel where that is installed, faster and equal to the bit."""
+        kernel = four_bit_kernel(self.book.name, self.book.levels, self.shape, self.block, out.dtype, self.codes)
+        if kernel is None or not out.is_contiguous():
+            return super().dequantize(out)
+        self._check_shape(out)
+        (o, i), block = self.shape, self.block
+        scale = self.block_scales(0, o)
+        step = max(1, KERNEL_CHUNK // i) if out.device.type == "cpu" else o
+        for start in range(0, o, step):
+            stop = min(start + step, o)
+            codes = self.codes[start * i // 2 : stop * i // 2]
+            out[start:stop].copy_(kernel(codes, scale[start * i // block : stop * i // block], (stop - start, i)))
+        return out
+
     def _decode(self, start: int, stop: int, rows: Tensor) -> None:
         i = self.shape[1]
         table = value_table(self.book.levels, 4, self.codes)
-        rows.view(-1).copy_(read(self.codes, 4, start * i, stop * i, table))
+        read(self.codes, 4, start * i, stop * i, table, out=rows.view(-1))
         self._by_block(Tensor.mul_, rows, self.block_scales(start, stop - start))
 
     def _to_levels(self, rows: Tensor, scale: Tensor) -> None:
         """Rows in units of their scale, by bitsandbytes' rule: times the reciprocal, but the short block divided."""
-        divisor = scale.masked_fill(scale == 0, torch.inf)
         flat = rows.view(-1)
         whole = flat.numel() // self.block
-        flat[: whole * self.block].view(whole, self.block).mul_((1.0 / divisor[:whole])[:, None])
+        flat[: whole * self.block].view(whole, self.block).mul_((1.0 / scale[:whole])[:, None])
         if whole < len(scale):
-            flat[whole * self.block :].div_(divisor[-1])
+            flat[whole * self.block :].div_(scale[-1])
 
     def _snap(self, rows: Tensor, start: int) -> None:
         scale = self.block_scales(start, len(rows))
-        self._to_levels(rows, scale)
-        rows.copy_(_nearest(rows.clamp_(-1, 1), self.book, values=True))
+        self._to_levels(rows, _never_zero(scale))
+        rows.copy_(self.book.nearest_level(rows.clamp_(-1, 1)))
         self._by_block(Tensor.mul_, rows, scale)
 
     def _encode(self, rows: Tensor, start: int) -> Tensor:
-        self._to_levels(rows, self.block_scales(start, len(rows)))
-        return _nearest(rows.clamp_(-1, 1), self.book, values=False)
+        self._to_levels(rows, _never_zero(self.block_scales(start, len(rows))))
+        return self.book.nearest_code(rows.clamp_(-1, 1))
 
-    def _inside(self, rows: Tensor, start: int) -> Tensor:
-        scale = self.block_scales(start, len(rows))
-        self._to_levels(rows, scale)
-        inside = rows.abs_() <= self.book.reach
-        self._by_block(Tensor.logical_and_, inside, scale != 0)
-        return inside
+    def _inside(self, rows: Tensor, start: int, inside: Tensor) -> None:
+        self._to_levels(rows, self.block_scales(start, len(rows)))  # infinite or NaN where the scale is zero
+        torch.le(rows.abs_(), self.book.reach, out=inside)
 
     def _zeroed(self, keep_oi: Tensor) -> Tensor:
         codes = unpack(self.codes, 4, 0, keep_oi.numel()).view(self.shape)
@@ -146,14 +174,6 @@ class CodeBookWeight(QuantizedWeight):
         )
 
 
-def _nearest(scaled: Tensor, book: Book, *, values: bool) -> Tensor:
-    """The definition of nearest: the level, or its code (uint8), of float32 numbers in [-1, 1].
-
-    A number exactly between two levels (their middle as float32) takes the lower one, as in bitsandbytes.
-    """
-    levels = torch.tensor(book.levels, dtype=torch.float32, device=scaled.device)
-    order = torch.tensor(book.order, device=scaled.device)
-    ascending = levels[order]
-    middles = (ascending[:-1] + ascending[1:]) / 2
-    index = torch.bucketize(scaled, middles)
-    return (ascending if values else order.to(torch.uint8))[index]
+def _never_zero(scale: Tensor) -> Tensor:
+    """Infinity for zero: a block with scale zero holds only zero."""
+    return scale.masked_fill(scale == 0, torch.inf)

@@ -88,17 +88,23 @@ class Float8Weight(QuantizedWeight):
         return rows.div_(scale.masked_fill(scale == 0, torch.inf))
 
     def _decode(self, start: int, stop: int, rows: Tensor) -> None:
-        rows.copy_(_times_two_to_minus_8(self.codes[start:stop])).mul_(self._row_scale(start, stop - start) * 256.0)
+        _write_numbers(self.codes[start:stop], rows)
+        rows.mul_(self._row_scale(start, stop - start))
 
     def _snap(self, rows: Tensor, start: int) -> None:
         codes = self._encode(rows, start)
-        rows.copy_(_times_two_to_minus_8(codes)).mul_(self._row_scale(start, len(rows)) * 256.0)
+        if bool(rows.sum().isfinite()):
+            _write_numbers(codes, rows)
+        else:
+            rows.copy_(codes)  # a cast keeps NaN
+        rows.mul_(self._row_scale(start, len(rows)))
 
     def _encode(self, rows: Tensor, start: int) -> Tensor:
         return self._to_numbers(rows, start).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
-    def _inside(self, rows: Tensor, start: int) -> Tensor:
-        return (self._to_numbers(rows, start).abs_() <= REACH) & (self._row_scale(start, len(rows)) != 0)
+    def _inside(self, rows: Tensor, start: int, inside: Tensor) -> None:
+        rows.div_(self._row_scale(start, len(rows)))  # infinite or NaN, so not inside, where the scale is zero
+        torch.le(rows.abs_(), REACH, out=inside)
 
     def _zeroed(self, keep_oi: Tensor) -> Tensor:
         return self.codes.view(torch.uint8).masked_fill(~keep_oi, 0).view(torch.float8_e4m3fn)
@@ -107,10 +113,14 @@ class Float8Weight(QuantizedWeight):
         return type(self)(codes, self.scale, self.identity)
 
 
-def _times_two_to_minus_8(codes: Tensor) -> Tensor:
-    """float8_e4m3fn -> float16, divided by 2^8, exactly, and five times faster than a cast on CPU.
+def _write_numbers(codes: Tensor, out: Tensor) -> None:
+    """Writes the numbers that the codes stand for, none of them NaN, into `out`, float32.
 
-    The bits of e4m3, moved to float16's places, are the same number but for the exponents' biases, 7 and 15.
+    On CPU a cast is slow; there the bits of e4m3 are moved to float16's places, where they are the same number
+    divided by 2^8, as the exponents' biases are 7 and 15.
     """
+    if codes.device.type != "cpu":
+        out.copy_(codes)
+        return
     sign_extended = codes.view(torch.int8).to(torch.int16)
-    return sign_extended.bitwise_left_shift_(7).bitwise_and_(-0x4001).view(torch.float16)
+    out.copy_(sign_extended.bitwise_left_shift_(7).bitwise_and_(-0x4001).view(torch.float16)).mul_(256.0)

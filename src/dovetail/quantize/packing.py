@@ -62,15 +62,18 @@ def unpack(packed: Tensor, bits: int, start: int, stop: int) -> Tensor:
     return read(packed, bits, start, stop, _codes_of_index(bits, packed))
 
 
-def read(packed: Tensor, bits: int, start: int, stop: int, table: Tensor) -> Tensor:
-    """Values [start, stop) of packed codes, by `table` (`value_table` or the codes themselves); table's dtype."""
+def read(packed: Tensor, bits: int, start: int, stop: int, table: Tensor, out: Tensor | None = None) -> Tensor:
+    """Values [start, stop) of packed codes, by `table` (`value_table` or the codes themselves), in table's dtype.
+
+    out  (stop - start,) contiguous, of table's dtype, aligned like a fresh tensor; if given, it is filled and returned
+    """
     unit = CODES_PER_UNIT[bits]
     first, last = start // unit, -(-stop // unit)
     index = _indices(packed[first * BYTES_PER_UNIT[bits] : last * BYTES_PER_UNIT[bits]], bits)
-    values = _select(table, index)
     if start == first * unit and stop == last * unit:
-        return values
-    return values[start - first * unit : stop - first * unit]
+        return _select(table, index, out)
+    values = _select(table, index, None)[start - first * unit : stop - first * unit]
+    return values if out is None else out.copy_(values)
 
 
 def value_table(levels: tuple[float, ...], bits: int, like: Tensor) -> Tensor:
@@ -95,11 +98,15 @@ def _indices(packed: Tensor, bits: int) -> Tensor:
     return torch.stack([(a << 4) | (b >> 4), ((b & 15) << 8) | c], dim=1).view(-1)
 
 
-def _select(table: Tensor, index: Tensor) -> Tensor:
+def _select(table: Tensor, index: Tensor, out: Tensor | None) -> Tensor:
     if index.device.type != "cpu":
-        return table[index.long()].view(-1)
-    wide = table.view(_ONE_ELEMENT[table.shape[1] * table.element_size()]).view(-1)
-    return torch.index_select(wide, 0, index).view(table.dtype)
+        values = table[index.long()].view(-1)
+        return values if out is None else out.copy_(values)
+    wide = _ONE_ELEMENT[table.shape[1] * table.element_size()]
+    if out is None:
+        return torch.index_select(table.view(wide).view(-1), 0, index).view(table.dtype)
+    torch.index_select(table.view(wide).view(-1), 0, index, out=out.view(wide))
+    return out
 
 
 @lru_cache(maxsize=64)

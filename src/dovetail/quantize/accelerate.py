@@ -1,0 +1,76 @@
+"""bitsandbytes' dequantize kernel, where it is installed, faster, and equal to ours to the bit.
+
+Only the kernel is used, on our codes, into our buffer. Its import takes seconds, so small weights do without; it logs a
+complaint about a package that the kernel doesn't need, so that it is imported quietly. On CPU the kernel takes wrong
+scales where blocks straddle rows, and loses accuracy at blocks of 2048 and more: those are left to our own path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+SMALLEST = 2**19
+"""Weights from which the kernel is worth its import."""
+LARGEST_BLOCK = 1024
+
+Kernel = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
+"""(packed codes, float32 scales, shape) -> values."""
+
+
+def four_bit_kernel(
+    name: str, levels: tuple[float, ...], shape: tuple[int, int], block: int, dtype: torch.dtype, codes: Tensor
+) -> Kernel | None:
+    """The kernel for a weight of this shape, or None where our own path is to be used."""
+    usable = shape[1] % block == 0 and block <= LARGEST_BLOCK and shape[0] * shape[1] >= SMALLEST
+    usable = usable and dtype in (torch.float32, torch.bfloat16, torch.float16) and type(codes) is Tensor
+    if not usable or codes.device.type not in ("cpu", "cuda") or not _available():
+        return None
+    return _proved_kernel(name, levels, block, dtype, codes.device)
+
+
+@cache
+def _available() -> bool:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return False
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("bitsandbytes")
+    except Exception:  # an optional accelerator that doesn't load on this machine is an absent one
+        return False
+    finally:
+        logger.setLevel(level)
+    return True
+
+
+@lru_cache(maxsize=64)
+def _proved_kernel(
+    name: str, levels: tuple[float, ...], block: int, dtype: torch.dtype, device: torch.device
+) -> Kernel | None:
+    """The kernel if, on this device, it gives every pair of codes the value that the definition gives, to the bit."""
+
+    def kernel(codes: Tensor, scale: Tensor, shape: tuple[int, int]) -> Tensor:
+        return torch.ops.bitsandbytes.dequantize_4bit.default(codes, scale, block, name, shape, dtype)
+
+    with torch.inference_mode(False), torch.no_grad():
+        codes = torch.arange(256, device=device).repeat(block).to(torch.uint8)
+        count = 2 * len(codes) // block
+        scale = torch.logspace(-3, 1, count, device=device) * (1 - 2 * (torch.arange(count, device=device) % 7 == 0))
+        pairs = torch.stack([codes >> 4, codes & 15], dim=1).view(count, block)
+        expected = (torch.tensor(levels, device=device)[pairs.long()] * scale[:, None]).to(dtype)
+        try:
+            found = kernel(codes, scale, (count // 4, 4 * block)).view_as(expected)
+        except (RuntimeError, NotImplementedError):
+            return None
+        return kernel if torch.equal(found.view(torch.uint8), expected.view(torch.uint8)) else None

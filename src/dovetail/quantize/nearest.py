@@ -1,0 +1,65 @@
+"""Nearest of 16 levels: the definition, and a faster way to the same answer on CPU.
+
+The levels' middles cut [-1, 1] into intervals; a number exactly on a middle (as float32) belongs to the lower level, as
+in bitsandbytes. The definition searches the middles. On CPU a search costs 15 times a multiplication, so [-1, 1] is cut
+into equal cells, so many that none holds two middles: a first table gives a cell's middle, one comparison tells the
+side, and a second table gives the answer. Both ways agree to the bit, since cells grow with the number.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def nearest(scaled: Tensor, levels: tuple[float, ...], answers: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """For each number, the answer that belongs to the level nearest to it.
+
+    scaled   float32 in [-1, 1], contiguous
+    levels   ascending, float32 numbers in [-1, 1]
+    answers  one a level: the levels themselves, or their codes
+    dtype    of the answers: float32 (then NaN gives NaN) or uint8
+    """
+    if scaled.device.type != "cpu" or type(scaled) is not Tensor or not bool(scaled.sum().isfinite()):
+        return _by_search(scaled, levels, answers, dtype)
+    middle_of_cell, answer_of_side, cells = _tables(levels, answers, dtype)
+    position = torch.mul(scaled, cells).add_(cells + 1).view(-1)
+    cell = position.to(torch.int32)
+    distance = torch.index_select(middle_of_cell, 0, cell, out=position).sub_(scaled.view(-1))
+    above = distance.view(torch.int32).bitwise_right_shift_(31)  # -1 where scaled > middle, else 0
+    return torch.index_select(answer_of_side, 0, above.add_(cell, alpha=2)).view(scaled.shape)
+
+
+def middles(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    """The middles between neighbouring levels, computed in float32."""
+    ascending = torch.tensor(levels, dtype=torch.float32, device=device)
+    return (ascending[:-1] + ascending[1:]) / 2
+
+
+def _by_search(scaled: Tensor, levels: tuple[float, ...], answers: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    index = torch.bucketize(scaled, middles(levels, scaled.device))
+    answer = torch.tensor(answers, dtype=dtype, device=scaled.device)[index]
+    return answer.add_(scaled - scaled) if dtype.is_floating_point else answer
+
+
+@lru_cache(maxsize=16)
+def _tables(levels: tuple[float, ...], answers: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """Middle of each cell (infinity if it holds none); answers at 2 * cell (below) and 2 * cell - 1 (above); scale."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        middle = middles(levels, torch.device("cpu"))
+        cells = 16
+        while True:
+            cell_of_middle = (middle * cells).add_(cells + 1).to(torch.int32)
+            if bool((cell_of_middle.diff() > 0).all()):
+                break
+            cells *= 2
+        every_cell = torch.arange(2 * cells + 2, dtype=torch.int32)
+        below = torch.bucketize(every_cell, cell_of_middle)
+        middle_of_cell = torch.full((2 * cells + 2,), torch.inf)
+        middle_of_cell[cell_of_middle] = middle
+        index = torch.stack([below, below], dim=1).view(-1)
+        index[2 * cell_of_middle - 1] = torch.arange(1, len(levels))
+        # Only a cell with a middle is ever asked for its upper side, so the neighbour's entry there is never read.
+        return middle_of_cell, torch.tensor(answers, dtype=dtype)[index], float(cells)
