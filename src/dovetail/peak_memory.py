@@ -1,0 +1,143 @@
+"""The most bytes of tensors alive at once, counted op by op: the same on any device, and on tensors that don't exist.
+
+Every op's inputs and outputs are seen, and a storage counts from when it is first seen until it is freed. Because the
+count needs sizes only, a training step on fake tensors tells what a real one will need, from a configuration alone.
+What a kernel allocates inside itself, and what the allocator keeps back, isn't seen; on a GPU a run reports what the
+allocator says instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+class PeakMemory(TorchDispatchMode):
+    """Context manager that counts the bytes of live storages while it is entered.
+
+    roots   tensors that are there before: parameters and buffers, say
+    """
+
+    def __init__(self, roots: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.live_nbytes = 0
+        self.peak_nbytes = 0
+        """The most that `live_nbytes` ever was."""
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        for tensor in roots:
+            self._see(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for tensor in _tensors((args, *kwargs.values())):
+            self._see(tensor)
+        result = func(*args, **kwargs)
+        for tensor in _tensors(result):
+            self._see(tensor)
+        return result
+
+    def _see(self, tensor: Tensor) -> None:
+        if tensor.layout != torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        key = id(storage)  # the storage's Python object lives as long as the storage
+        if key in self._seen:
+            return
+        nbytes = storage.nbytes()
+        self._seen[key] = weakref.ref(storage, partial(self._freed, key, nbytes))
+        self.live_nbytes += nbytes
+        self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes)
+
+    def _freed(self, key: int, nbytes: int, _: object) -> None:
+        del self._seen[key]
+        self.live_nbytes -= nbytes
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def training_step_peak(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    make_optimizer: MakeOptimizer,
+    bf16: bool = False,
+    max_grad_norm: float = 1.0,
+) -> int:
+    """The bytes that training needs: the peak over two steps, the second of which has the optimizer's state.
+
+    model            with its chain applied; real (it is then trained two steps), or of fake tensors
+    batch            what the model is called with, `labels` included: the widest batch gives the run's peak
+    make_optimizer   from the model: `lambda model: dovetail.optimizer.make_optimizer(model, settings)`
+    bf16             autocast, as in a run with bf16; cast the model with `dovetail.optimizer.cast_frozen` before
+    """
+    model.train()
+    optimizer = make_optimizer(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    device = trained[0].device.type
+    with PeakMemory([*model.parameters(), *model.buffers()]) as memory:
+        for _ in range(2):
+            with torch.autocast(device, torch.bfloat16) if bf16 else nullcontext():
+                loss = model(**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
+            optimizer.step()
+            del loss
+            model.zero_grad()
+    return memory.peak_nbytes
+
+
+def predict_peak_memory(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    make_optimizer: MakeOptimizer,
+    bf16: bool = False,
+    max_grad_norm: float = 1.0,
+    device: str = "cpu",
+) -> int:
+    """`training_step_peak` without weights or computing: what the model would need on `device`.
+
+    model   on the device "meta" (`dovetail.load.empty_model`), the chain applied; it isn't changed
+    batch   the widest batch of the run: only its shapes count
+    """
+    model = copy.deepcopy(model)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        _place(model, device)
+        shapes = {name: mode.from_tensor(tensor).to(device) for name, tensor in batch.items()}
+        return training_step_peak(
+            model, shapes, make_optimizer=make_optimizer, bf16=bf16, max_grad_norm=max_grad_norm
+        )
+
+
+def _place(model: nn.Module, device: str) -> None:
+    """Parameters and buffers become empty ones on the device; what was shared stays shared (`Module.to` would not)."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        named = [*module.named_parameters(recurse=False, remove_duplicate=False)]
+        named += module.named_buffers(recurse=False, remove_duplicate=False)
+        for name, tensor in named:
+            if id(tensor) not in made:
+                empty = torch.empty_like(tensor, device=device)
+                made[id(tensor)] = (
+                    nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                )
+            setattr(module, name, made[id(tensor)])
