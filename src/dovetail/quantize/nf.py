@@ -14,8 +14,9 @@ Codes and scales are, byte for byte, those of `bitsandbytes.functional.quantize_
 values: blocks with a scale below 2^-116 are exactly zero.
 
 Source: Dettmers et al. 2023 (QLoRA, arXiv:2305.14314), §3 and appendix E; the layout is bitsandbytes'.
-Against their neighbours: better than `int(bits=4)` for bell-shaped weights at the same size, but without integer
-arithmetic, and for 4 bits only; fp4 is the weaker of the two, kept for checkpoints that use it.
+Against their neighbours: nf4 errs as much as asymmetric `int(bits=4)` at group 64 (9.2% and 9.1% of a normal weight's
+norm) and less than the symmetric one (10.3%); with `double=True` it is the smallest of them; but it has no integer
+arithmetic and no other width. fp4 errs more (12.2%); it is kept for checkpoints that use it.
 Cost: 4 + 32/block bits a weight (4.5 at 64); with double=True 4 + 8.125/block (4.13).
 """
 
