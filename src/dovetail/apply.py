@@ -17,7 +17,7 @@ from dovetail.chain.base import Base, Scratch
 from dovetail.chain.check import check
 from dovetail.chain.layout import layout_of
 from dovetail.chain.linear import ChainLinear, LinkState, Shared, adapter_dtype, chain_layers
-from dovetail.chain.link import Adapter, Closer, Link, Pruner, Quantizer, Site
+from dovetail.chain.link import Adapter, Closer, Link, Pruner, Quantizer, Site, arguments
 from dovetail.chain.notation import Chain, chain
 from dovetail.chain.stages import Stage, stages
 from dovetail.errors import ChainError
@@ -204,6 +204,8 @@ def _cover(
     for site in sites.values():
         for link in the_chain:
             link.check(site)
+    for target in found:
+        _refuse_dropout(target, the_chain)
     record = Applied(the_chain, targets if isinstance(targets, str) else tuple(targets), seed, model_fingerprint(model))
     scratch, layers = Scratch(), {}
     for target in found:
@@ -226,6 +228,18 @@ def _site(target: Target) -> Site:
         getattr(target.module, "bias", None) is not None,
         target.feedforward,
     )
+
+
+def _refuse_dropout(target: Target, the_chain: Chain) -> None:
+    """A convolution's W' is made by its definition, which doesn't know the input that dropout would act on."""
+    for link in the_chain:
+        if arguments(link).get("dropout") and not layout_of(target.name, target.module).linear:
+            raise ChainError(
+                f"{link.name} at {target.name}",
+                found=f"dropout={arguments(link)['dropout']} on a {type(target.module).__name__}",
+                rule="dropout of a low rank's input is for linear layers only",
+                fix=f"dropout=0 in {link.name}, or leave this layer out of the targets",
+            )
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -289,8 +303,11 @@ def start_links(layers: Mapping[str, ChainLinear], stage: Stage, record: Applied
         )
         for link in stage.trained
     ]
+    from_codes = all(link.from_codes for link in stage.trained if isinstance(link, Closer))
     for layer in layers.values():
-        layer.set_links(_state(link, layer, shared[place], record, place) for place, link in enumerate(stage.trained))
+        layer.set_links(
+            _state(link, layer, shared[place], record, place, from_codes) for place, link in enumerate(stage.trained)
+        )
 
 
 def _widest(layers: Iterable[ChainLinear]) -> tuple[int, int]:
@@ -298,10 +315,12 @@ def _widest(layers: Iterable[ChainLinear]) -> tuple[int, int]:
     return max(o for o, _ in shapes), max(i for _, i in shapes)
 
 
-def _state(link: Link, layer: ChainLinear, shared: Shared, record: Applied, place: int) -> LinkState:
+def _state(
+    link: Link, layer: ChainLinear, shared: Shared, record: Applied, place: int, from_codes: bool
+) -> LinkState:
     values: dict[str, Tensor] = {}
     if isinstance(link, Adapter):
-        weight = layer.base.matrix()
+        weight = layer.base.origin(from_codes)
         text = f"{record.seed}/{record.stage}/{place}/{layer.site.name}"
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
         dtype = adapter_dtype(layer.base.dtype)

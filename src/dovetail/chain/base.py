@@ -12,6 +12,7 @@ The planner asks three things of it: the matrix (o, i) in a dtype, its row norms
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class Base(nn.Module):
         self.quantized: QuantizedWeight | None = None
         self.register_buffer("mask_bits", None)
         self.register_buffer("start", None, persistent=False)
-        self._row_square: Tensor | None = None
+        self._row_square: dict[bool, Tensor] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,8 +78,12 @@ class Base(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Base:
         super()._apply(fn, recurse)
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype  # codes follow `model.to(dtype)` when dequantized
-        self._row_square = None
+        self._row_square = {}
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._row_square = {}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -119,14 +124,21 @@ class Base(nn.Module):
         assert self.quantized is not None
         return self.quantized.dequantize(self.scratch.take("beginning", self.shape, dtype, self.device))
 
-    def row_square(self) -> Tensor:
-        """‖W‖² of each row, (o,) float32 (float64 for a float64 weight), cached until the base changes."""
-        if self._row_square is None or self._row_square.device != self.device:
+    def origin(self, from_codes: bool) -> Tensor:
+        """The weight (o, i) of `beginning` in the base's own dtype, dequantized into the buffer that `native` uses."""
+        if self.start is not None and not from_codes:
+            return self.layout.matrix(self.start)
+        return self.layout.matrix(self.native(self.dtype))
+
+    def row_square(self, from_codes: bool) -> Tensor:
+        """‖W‖² of each row of `beginning`, (o,) float32 (float64 for a float64 weight), cached until the base changes."""
+        found = self._row_square.get(from_codes)
+        if found is None or found.device != self.device:
             wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-            weight = self.matrix()
+            weight = self.origin(from_codes)
             parts = [weight[rows].to(wide).square().sum(1) for rows in self.row_chunks(wide)]
-            self._row_square = torch.cat(parts)
-        return self._row_square
+            found = self._row_square[from_codes] = torch.cat(parts)
+        return found
 
     def row_chunks(self, dtype: torch.dtype) -> list[slice]:
         """Slices of rows to work on one after the other."""
@@ -145,13 +157,13 @@ class Base(nn.Module):
         """Replaces a dense base by another weight (o, i)."""
         self.dense = nn.Parameter(self.layout.native(weight_oi.to(self.dtype)), requires_grad=False)
         self.quantized = None
-        self._row_square = None
+        self._row_square = {}
 
     def set_quantized(self, quantized: QuantizedWeight) -> None:
         """Replaces the base by codes on a grid."""
         self.quantized = quantized
         self.dense = None
-        self._row_square = None
+        self._row_square = {}
 
     def quantize(self, quantizer: Quantizer, keep_start: bool) -> None:
         """Puts a dense base on the quantizer's grid; `keep_start` keeps the dense weight beside the codes."""
@@ -174,14 +186,21 @@ class Base(nn.Module):
         self.load_state_dict({name: value for name, value in state.items() if name != "start"})
         start = state.get("start")
         self.start = None if start is None else start.to(self.device)
-        self._row_square = None
+        self._row_square = {}
 
     def set_mask(self, keep_oi: Tensor) -> None:
-        """Zeros the weights that don't stay, and keeps the mask, one bit a weight."""
+        """Zeros the weights that don't stay, and keeps the mask, one bit a weight.
+
+        What was zero before, pruned earlier in the chain or in the checkpoint, stays zero. A quantized weight's zeros
+        may be rounded ones: there only an earlier mask counts.
+        """
         if self.dense is not None:
+            keep_oi = keep_oi & (self.matrix() != 0)
             self.set_dense(torch.where(keep_oi, self.matrix(), 0))
         else:
             assert self.quantized is not None
+            if self.mask_bits is not None:
+                keep_oi = keep_oi & self.mask_rows(slice(None))
             self.set_quantized(self.quantized.with_zeros(keep_oi))
         if self.start is not None:
             self.start = self.layout.native(torch.where(keep_oi, self.layout.matrix(self.start), 0))

@@ -48,6 +48,11 @@ class Layout(ABC):
     linear: bool = True
     """y = x Wᵀ + b over the last axis; False for convolutions."""
 
+    @property
+    def out_axis(self) -> int:
+        """The axis of the layer's output that has out_features entries."""
+        return -1
+
 
 @dataclass(frozen=True)
 class LinearLayout(Layout):
@@ -104,6 +109,10 @@ class ConvLayout(Layout):
     padding: tuple[int, ...] | str = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
+
+    @property
+    def out_axis(self) -> int:
+        return -1 - len(self.kernel)
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)

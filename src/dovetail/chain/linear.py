@@ -24,7 +24,7 @@ from dovetail.chain.planner import (
     run_open,
     run_recomputed,
 )
-from dovetail.chain.terms import Form, Hadamard, Term
+from dovetail.chain.terms import Form, Hadamard, LowRank, Term
 
 
 class Shared:
@@ -151,7 +151,7 @@ class ChainLinear(nn.Module):
 
     def form(self) -> Form:
         """The chain's adapters as one form of the planner's algebra."""
-        return compose(self._terms(), self.base, self.bias, self.training)
+        return compose(self._terms(), self.base, self.bias, self.training, self.from_codes)
 
     def _terms(self) -> list[Term]:
         return [term for link, state in self.adapters for term in link.lower(state.values())]
@@ -209,11 +209,13 @@ class ChainLinear(nn.Module):
             y = self._recomputed(x)
         for state in self.states:
             if isinstance(state.link, OutputAdapter):
-                y = state.link.output(y, state.values())
+                axis = self.layout.out_axis
+                y = state.link.output(y.movedim(axis, -1), state.values()).movedim(-1, axis)
         return y
 
     def _recomputed(self, x: Tensor) -> Tensor:
-        return run_recomputed(x, self._native_fold, self.base, list(self.links.parameters()))
+        parameters = [parameter for _, state in self.adapters for parameter in state.parameters()]
+        return run_recomputed(x, self._native_fold, self.base, parameters)
 
     def extra_repr(self) -> str:
         return f"{self.site.name}, {self.out_features} x {self.in_features}, path={self.path}"
@@ -224,7 +226,10 @@ def _choose_path(layer: ChainLinear) -> Path:
     weight_links = [s.link for s in layer.states if not isinstance(s.link, OutputAdapter)]
     if not layer.layout.linear:
         return "recomputed"
-    if any(isinstance(t, Hadamard) and not low_rank_is_cheap(t, layer.base.shape) for t in layer._terms()):
+    terms = layer._terms()
+    # Dropout acts on a low rank's input, which the definition of W' doesn't know: such a chain stays open.
+    dropout = any(isinstance(t, LowRank) and t.dropout > 0 for t in terms)
+    if not dropout and any(isinstance(t, Hadamard) and not low_rank_is_cheap(t, layer.base.shape) for t in terms):
         return "recomputed"
     kinds = [isinstance(link, Closer) for link in weight_links]
     if not any(kinds):

@@ -32,8 +32,10 @@ NORM_FLOOR = 1e-2
 """Below this share of its parts, the closed-form ‖W'‖² has cancelled and is computed from W' itself."""
 
 
-def compose(terms: Sequence[Term], base: Base, bias_o: Tensor | None, training: bool) -> Form:
-    """Folds the terms of a chain, in order, to one form over the base."""
+def compose(
+    terms: Sequence[Term], base: Base, bias_o: Tensor | None, training: bool, from_codes: bool = True
+) -> Form:
+    """Folds the terms of a chain, in order, to one form over the base (`Base.beginning`)."""
     form = Form(bias_o=bias_o)
     for term in terms:
         match term:
@@ -46,13 +48,13 @@ def compose(terms: Sequence[Term], base: Base, bias_o: Tensor | None, training: 
             case Hadamard():
                 form.add(term.low_rank(), training)
             case RowNorm(magnitude_o):
-                norm_o = row_norm(form, base)
+                norm_o = row_norm(form, base, from_codes)
                 form.scale_out(magnitude_o / nonzero(norm_o).to(magnitude_o.dtype), scales_bias=False)
     return form
 
 
 @torch.no_grad()
-def row_norm(form: Form, base: Base) -> Tensor:
+def row_norm(form: Form, base: Base, from_codes: bool = True) -> Tensor:
     """‖diag(s) W diag(t) + B A‖ of each row, (o,), without making the matrix:
 
     s²‖W t‖² + 2 s·rowsum(((W t) Aᵀ) ⊙ B) + rowsum((B A Aᵀ) ⊙ B)
@@ -60,9 +62,9 @@ def row_norm(form: Form, base: Base) -> Tensor:
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
     scale_i = None if form.in_scale_i is None else form.in_scale_i.to(wide)
     if scale_i is None:
-        square_o = base.row_square()
+        square_o = base.row_square(from_codes)
     else:
-        weight = base.layout.matrix(base.native(base.dtype))
+        weight = base.origin(from_codes)
         squares = [weight[rows].to(wide).square() @ scale_i.square() for rows in base.row_chunks(wide)]
         square_o = torch.cat(squares)
     scale_o = torch.ones_like(square_o) if form.out_scale_o is None else form.out_scale_o.to(wide)
@@ -71,22 +73,24 @@ def row_norm(form: Form, base: Base) -> Tensor:
     if factors is None:
         return square_o.sqrt()
     a_ri, b_or = factors[0].to(wide), factors[1].to(wide)
-    weight = base.layout.matrix(base.native(base.dtype))
+    weight = base.origin(from_codes)
     a_scaled = a_ri if scale_i is None else a_ri * scale_i
     cross_o = 2 * scale_o * ((weight @ a_scaled.t().to(weight.dtype)).to(wide) * b_or).sum(1)
     own_o = ((b_or @ (a_ri @ a_ri.t())) * b_or).sum(1)
     total_o = square_o + cross_o + own_o
     if bool((total_o < NORM_FLOOR * (square_o + own_o)).any()):
-        return _exact_norm(form, base, wide)
+        return _exact_norm(form, base, from_codes, wide)
     return total_o.sqrt()
 
 
-def _exact_norm(form: Form, base: Base, wide: torch.dtype) -> Tensor:
-    weight = base.layout.matrix(base.native(base.dtype))
+def _exact_norm(form: Form, base: Base, from_codes: bool, wide: torch.dtype) -> Tensor:
+    weight = base.origin(from_codes)
+    out_o, in_i, _, _ = _casts(form, wide)
+    a_ri, b_or = (None, None) if (factors := form.factors()) is None else (t.to(wide) for t in factors)
     parts = []
     for rows in base.row_chunks(wide):
         part = weight[rows].to(wide)
-        _affine_(part, rows, *_casts(form, wide))
+        _affine_(part, rows, out_o, in_i, a_ri, b_or)
         parts.append(torch.linalg.vector_norm(part, dim=1))
     return torch.cat(parts)
 
