@@ -215,17 +215,17 @@ def test_an_encoder_decoder_learns():
 def test_order_of_rows():
     random = Random(0)
     lengths = [random.randint(3, 60) for _ in range(1003)]
-    order = BatchOrder(lengths, batch_size=8, grouped=True, seed="0")
+    order = BatchOrder(lengths, batch_size=8, step_rows=16, grouped=True, seed="0")
     first = list(order)
     assert sorted(first) == list(range(1003))
     assert first == list(order)
-    assert lengths[first[0]] == max(lengths)
-    batches = [[lengths[row] for row in first[at : at + 8]] for at in range(8, 1000, 8)]
+    assert lengths[first[16]] == max(lengths)
+    batches = [[lengths[row] for row in first[at : at + 8]] for at in range(24, 1000, 8)]
     assert sum(max(batch) - min(batch) for batch in batches) / len(batches) < 4
     assert abs(torch.corrcoef(torch.tensor([[b[0] for b in batches], list(range(len(batches)))]).float())[0, 1]) < 0.3
     order.set_epoch(1)
     assert list(order) != first
-    assert sorted(BatchOrder([1, 2, 9], batch_size=8, grouped=True, seed="0")) == [0, 1, 2]
+    assert sorted(BatchOrder([1, 2, 9], batch_size=8, step_rows=8, grouped=True, seed="0")) == [0, 1, 2]
 
 
 def test_peak_memory_counts_what_is_alive():
@@ -252,7 +252,7 @@ def _some_layers() -> nn.Module:
 
 @pytest.mark.parametrize("make", [
     llama, _some_layers, lambda: apply(llama(), "lora(r=4) >> ia3"),
-    lambda: apply(llama(), "magnitude(0.5) >> lora(r=4) >> remask"),
+    lambda: apply(llama(), "magnitude(0.5) >> lora(r=4) >> remask"), lambda: apply(llama(), "dora(r=4)"),
 ])  # fmt: skip
 def test_peak_memory_is_predicted_without_weights(make):
     tokenizer = make_tokenizer()
@@ -263,7 +263,7 @@ def test_peak_memory_is_predicted_without_weights(make):
     with torch.device("meta"):
         model = make()
     predicted = predict_peak_memory(model, widest, make_optimizer=lambda model: make_optimizer(model, Settings()))
-    assert predicted == pytest.approx(measured, rel=0.1)
+    assert predicted == pytest.approx(measured, rel=0.02)
     assert all(p.is_meta for p in model.parameters())
 
 

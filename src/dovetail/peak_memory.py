@@ -9,6 +9,7 @@ allocator says instead.
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -44,6 +45,8 @@ class PeakMemory(TorchDispatchMode):
         kwargs = kwargs or {}
         for tensor in _tensors((args, *kwargs.values())):
             self._see(tensor)
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return False if args[0].dtype == torch.bool else 0  # there is no value: branches go the way of zero
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
             self._see(tensor)
@@ -120,7 +123,9 @@ def predict_peak_memory(
     batch   the widest batch of the run: only its shapes count
     """
     model = copy.deepcopy(model)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        # Code that asks whether two tensors are one place finds that all are, which no size depends on.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         _place(model, device)
         shapes = {name: mode.from_tensor(tensor).to(device) for name, tensor in batch.items()}
         return training_step_peak(
@@ -132,9 +137,8 @@ def _place(model: nn.Module, device: str) -> None:
     """Parameters and buffers become empty ones on the device; what was shared stays shared (`Module.to` would not)."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
-        named = [*module.named_parameters(recurse=False, remove_duplicate=False)]
-        named += module.named_buffers(recurse=False, remove_duplicate=False)
-        for name, tensor in named:
+        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        for name, tensor in [*parameters, *module.named_buffers(recurse=False, remove_duplicate=False)]:
             if id(tensor) not in made:
                 empty = torch.empty_like(tensor, device=device)
                 made[id(tensor)] = (

@@ -2,7 +2,7 @@
 
 Different from the Trainer as it comes: one learning rate per link; the loss is the mean over the counted tokens of
 the whole step, however many batches are accumulated, for every model; batches of like length come in random order,
-the longest row first of all; a checkpoint holds the trained parameters only, as safetensors, and counts once it is
+the longest row early; a checkpoint holds the trained parameters only, as safetensors, and counts once it is
 whole; a loss that isn't finite ends the run; the peak of memory is measured over the first steps.
 """
 
@@ -49,12 +49,16 @@ class BatchOrder(Sampler[int]):
 
     lengths      tokens of each row
     batch_size   consecutive rows that make a batch
-    grouped      rows of a batch are of like length; the longest row comes first of all, so that what doesn't fit
-                 into memory fails at once
+    step_rows    rows of a step, all its batches
+    grouped      rows of a batch are of like length; the longest row comes in the second step, when the optimizer has
+                 its state: what doesn't fit into memory fails at once, and the first steps show the peak
     """
 
-    def __init__(self, lengths: Sequence[int], *, batch_size: int, grouped: bool, seed: str) -> None:
-        self.lengths, self.batch_size, self.grouped, self.seed = lengths, batch_size, grouped, seed
+    def __init__(
+        self, lengths: Sequence[int], *, batch_size: int, step_rows: int, grouped: bool, seed: str
+    ) -> None:
+        self.lengths, self.batch_size, self.step_rows = lengths, batch_size, step_rows
+        self.grouped, self.seed = grouped, seed
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -77,7 +81,8 @@ class BatchOrder(Sampler[int]):
         random.shuffle(batches)
         order = [row for batch in [*batches, last] for row in batch]
         longest = max(range(len(order)), key=lambda place: self.lengths[order[place]])
-        order[0], order[longest] = order[longest], order[0]
+        early = self.step_rows if self.step_rows < len(order) else 0
+        order[early], order[longest] = order[longest], order[early]
         return iter(order)
 
 

@@ -122,7 +122,7 @@ def train(
                             merge into the rounded base, which costs them precision. A model without a chain keeps
                             float32 parameters
     gradient_checkpointing  activations of a block are computed again in the backward pass: less memory, slower
-    group_by_length         batches of like length, in random order, the longest row first
+    group_by_length         batches of like length, in random order, the longest row in the second step
     seed                    of the order of rows, dropout and the next stages' links; two runs give the same bits
     calibration             batches for the next stages' pruning and quantizing; by default drawn from the train split
     evaluate_every          steps after which the validation split (`evaluate_limit` records of it) is scored
@@ -187,7 +187,7 @@ def train(
                 arguments = _arguments(model, settings, here, None if output_dir is None else checkpoint_every)
                 order = BatchOrder(
                     [_tokens(row, config.is_encoder_decoder) for row in rows], batch_size=batch_size,
-                    grouped=group_by_length, seed=f"{seed} stage {stage}",
+                    step_rows=batch_size * gradient_accumulation, grouped=group_by_length, seed=f"{seed} stage {stage}",
                 )
                 trainer = StageTrainer(
                     model, arguments, rows, Collator(pad_id(tokenizer)), order=order, bf16=bf16, callback=watch,
