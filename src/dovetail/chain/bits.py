@@ -22,14 +22,14 @@ def pack_bits(keep_oi: Tensor) -> Tensor:
 def unpack_bits(bits: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """(n, ceil(width / 8)) uint8 -> (n, width) integers of `dtype`, -1 (all ones) for a set bit, 0 for a clear one."""
     n = bits.shape[0]
-    words = _table(dtype, bits.device).index_select(0, bits.flatten().int())
-    return words.view(dtype).view(n, -1)[:, :width]
+    bytes_ = _table(bits.device).index_select(0, bits.flatten().int()).view(torch.int8)
+    return bytes_.view(n, -1)[:, :width].to(dtype)
 
 
 @cache
-def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Row b: the eight bits of byte b as integers of `dtype`, seen as int64 (fewer elements to gather)."""
+def _table(device: torch.device) -> Tensor:
+    """Entry b: the eight bits of byte b as eight bytes, -1 or 0, seen as one int64, to be gathered at once."""
     with torch.inference_mode(False):
         byte = torch.arange(256, dtype=torch.int64)[:, None]
         bit = (byte >> torch.arange(8)) & 1
-        return (-bit).to(dtype).contiguous().view(torch.int64).to(device)
+        return (-bit).to(torch.int8).contiguous().view(torch.int64).flatten().to(device)

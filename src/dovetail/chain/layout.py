@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,7 @@ class ConvLayout(Layout):
         return conv(x, weight, bias_o, self.stride, self.padding, self.dilation, self.groups)
 
     def build(self, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
-        conv = nn.Conv1d if len(self.kernel) == 1 else nn.Conv2d
+        conv: Any = nn.Conv1d if len(self.kernel) == 1 else nn.Conv2d
         channels = weight.shape[1] * self.groups
         module = conv(
             channels,

@@ -207,12 +207,11 @@ class Closer(Link):
         """The definition: the closed weight (o, i), in ordinary autograd."""
 
     @abstractmethod
-    def close_rows_(self, rows_ni: Tensor, start: int, base: Base) -> None:
-        """The same in place, on rows [start, start + n) of the weight."""
+    def close_rows_(self, rows_ni: Tensor, start: int, base: Base, grad_ni: Tensor | None = None) -> None:
+        """The same in place, on rows [start, start + n) of the weight.
 
-    @abstractmethod
-    def pull_rows_(self, grad_ni: Tensor, before_ni: Tensor, start: int, base: Base) -> None:
-        """The gradient's way back, in place. before_ni: the rows as `close_rows_` found them."""
+        grad_ni  gradient of the closed rows, where wanted: masked in place on its way back, any float dtype
+        """
 
 
 REGISTRY: dict[str, type[Link]] = {}

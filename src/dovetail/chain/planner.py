@@ -32,9 +32,7 @@ NORM_FLOOR = 1e-2
 """Below this share of its parts, the closed-form ‖W'‖² has cancelled and is computed from W' itself."""
 
 
-def compose(
-    terms: Sequence[Term], base: Base, bias_o: Tensor | None, training: bool, from_codes: bool = True
-) -> Form:
+def compose(terms: Sequence[Term], base: Base, bias_o: Tensor | None, training: bool, from_codes: bool = True) -> Form:
     """Folds the terms of a chain, in order, to one form over the base (`Base.beginning`)."""
     form = Form(bias_o=bias_o)
     for term in terms:
@@ -119,7 +117,7 @@ def _factors(form: Form, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | No
     """a (r, i), b (r, o), s - 1 (o,), t - 1 (i,), cast to `dtype`."""
     return (
         None if form.a_ri is None else form.a_ri.to(dtype),
-        None if form.b_or is None else form.b_or.t().to(dtype),
+        None if form.b_or is None else form.b_or.t().to(dtype, memory_format=torch.contiguous_format),
         None if form.out_scale_o is None else (form.out_scale_o - 1).to(dtype),
         None if form.in_scale_i is None else (form.in_scale_i - 1).to(dtype),
     )
@@ -247,18 +245,26 @@ def _materialise(
     in_i: Tensor | None,
     a_ri: Tensor | None,
     b_or: Tensor | None,
+    grad_oi: Tensor | None = None,
 ) -> Tensor:
+    """W' in the shared buffer, chunk of rows by chunk of rows. A gradient of W', where given, is pulled back through the
+    closers on the way, in place: each is a mask that depends on the values it closes, so their order doesn't matter."""
     work = work_dtype(dtype, closers)
     begin_oi = base.beginning(work, from_codes)
     native = base.buffer(dtype, "weight")
     target_oi = base.layout.matrix(native)
+    direct = work == dtype and begin_oi.dtype == dtype and target_oi.is_contiguous() and out_o is None and in_i is None
     for rows in base.row_chunks(work):
-        part_ni = base.scratch.take("rows", (rows.stop - rows.start, base.shape[1]), work, base.device)
-        part_ni.copy_(begin_oi[rows])
-        _affine_(part_ni, rows, out_o, in_i, a_ri, b_or)
+        if direct and a_ri is not None and b_or is not None:
+            part_ni = torch.addmm(begin_oi[rows], b_or[rows], a_ri, out=target_oi[rows])
+        else:
+            part_ni = base.scratch.take("rows", (rows.stop - rows.start, base.shape[1]), work, base.device)
+            part_ni.copy_(begin_oi[rows])
+            _affine_(part_ni, rows, out_o, in_i, a_ri, b_or)
         for closer in closers:
-            closer.close_rows_(part_ni, rows.start, base)
-        target_oi[rows].copy_(part_ni)
+            closer.close_rows_(part_ni, rows.start, base, None if grad_oi is None else grad_oi[rows])
+        if part_ni.data_ptr() != target_oi[rows].data_ptr():
+            target_oi[rows].copy_(part_ni)
     return native
 
 
@@ -289,91 +295,57 @@ class _Closed(torch.autograd.Function):
         x, out_o, in_i, a_ri, b_or = ctx.saved_tensors
         base: Base = ctx.base
         g_to, x_ti = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            native = _materialise(base, ctx.closers, ctx.from_codes, x.dtype, out_o, in_i, a_ri, b_or)
-            grad_x = (g_to @ base.layout.matrix(native)).view(x.shape)
-        grads: tuple[Tensor | None, ...] = (None, None, None, None)
-        if any(ctx.needs_input_grad[4:8]):
-            # gᵀ contiguous: the product that follows is a third faster. The weight's gradient lives in a shared buffer.
+        needs = ctx.needs_input_grad[4:8]
+        weight_grad_oi = None
+        if any(needs):
+            # gᵀ contiguous: on some processors the product that follows is a third faster.
             weight_grad_oi = base.scratch.take("gradient", base.shape, x.dtype, base.device)
             torch.mm(g_to.t().contiguous(), x_ti, out=weight_grad_oi)
-            grads = _pull(
-                base, ctx.closers, ctx.from_codes, weight_grad_oi, ctx.needs_input_grad[4:8], out_o, in_i, a_ri, b_or
-            )
+        native = _materialise(base, ctx.closers, ctx.from_codes, x.dtype, out_o, in_i, a_ri, b_or, weight_grad_oi)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (g_to @ base.layout.matrix(native)).view(x.shape)
+        grads: tuple[Tensor | None, ...] = (None, None, None, None)
+        if weight_grad_oi is not None:
+            begin_oi = base.beginning(x.dtype, ctx.from_codes) if needs[0] or needs[1] else None
+            grads = _factor_grads(weight_grad_oi, begin_oi, base.row_chunks(x.dtype), needs, out_o, in_i, a_ri, b_or)
         grad_bias = g_to.sum(0) if ctx.needs_input_grad[8] else None
         return grad_x, None, None, None, *grads, grad_bias
 
 
-def _pull(
-    base: Base,
-    closers: Sequence[Closer],
-    from_codes: bool,
+def _factor_grads(
     grad_oi: Tensor,
+    begin_oi: Tensor | None,
+    chunks: Sequence[slice],
     needs: Sequence[bool],
     out_o: Tensor | None,
     in_i: Tensor | None,
     a_ri: Tensor | None,
     b_or: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of out, in, a and b from the gradient of W', chunk of rows by chunk of rows."""
-    work = work_dtype(grad_oi.dtype, closers)
-    needs_values = any(closer.float32 for closer in closers)
-    begin_oi = base.beginning(work, from_codes) if needs_values or needs[0] or needs[1] else None
-    grad_out = [] if needs[0] else None
-    grad_in = None if in_i is None or not needs[1] else torch.zeros_like(in_i)
-    grad_a = None if a_ri is None or not needs[2] else torch.zeros_like(a_ri)
-    grad_b = [] if needs[3] else None
-    for rows in base.row_chunks(work):
-        shape = (rows.stop - rows.start, base.shape[1])
-        g_ni = base.scratch.take("gradient rows", shape, work, base.device).copy_(grad_oi[rows])
-        if needs_values:
-            assert begin_oi is not None
-            _pull_closers_(base, closers, begin_oi, rows, g_ni, out_o, in_i, a_ri, b_or)
-        else:
-            for closer in reversed(closers):
-                closer.pull_rows_(g_ni, g_ni, rows.start, base)
-        if grad_a is not None and b_or is not None:
-            grad_a.addmm_(b_or[rows].t(), g_ni)
-        if grad_b is not None and a_ri is not None:
-            grad_b.append(a_ri @ g_ni.t())
-        if grad_out is not None or grad_in is not None:
-            assert begin_oi is not None
-            g_ni.mul_(begin_oi[rows])
-            if grad_out is not None:
-                grad_out.append((g_ni if in_i is None else g_ni * in_i).sum(1))
-            if grad_in is not None:
-                grad_in += (g_ni if out_o is None else g_ni * out_o[rows, None]).sum(0)
-    return (
-        None if grad_out is None else torch.cat(grad_out),
-        grad_in,
-        grad_a,
-        None if grad_b is None else torch.cat(grad_b, dim=1).t(),
-    )
-
-
-def _pull_closers_(
-    base: Base,
-    closers: Sequence[Closer],
-    begin_oi: Tensor,
-    rows: slice,
-    g_ni: Tensor,
-    out_o: Tensor | None,
-    in_i: Tensor | None,
-    a_ri: Tensor | None,
-    b_or: Tensor | None,
-) -> None:
-    """The gradient's way back through closers that need the values they closed: these are made again."""
-    part_ni = base.scratch.take("rows", tuple(g_ni.shape), g_ni.dtype, base.device)
-    part_ni.copy_(begin_oi[rows])
-    _affine_(part_ni, rows, out_o, in_i, a_ri, b_or)
-    before = []
-    for closer in closers:
-        before.append(part_ni.clone() if closer is not closers[-1] and closer.float32 else part_ni)
-        if closer is not closers[-1]:
-            closer.close_rows_(part_ni, rows.start, base)
-    for closer, values_ni in zip(reversed(closers), reversed(before), strict=True):
-        closer.pull_rows_(g_ni, values_ni, rows.start, base)
+    """Gradients of out, in, a and b from that of diag(s) W diag(t) + B A, (o, i)."""
+    grad_out: Tensor | None = None
+    grad_in: Tensor | None = None
+    grad_a: Tensor | None = None
+    grad_b: Tensor | None = None
+    if a_ri is not None and b_or is not None:
+        if needs[2]:
+            grad_a = (b_or.t().to(grad_oi.dtype, memory_format=torch.contiguous_format) @ grad_oi).to(a_ri.dtype)
+        if needs[3]:
+            grad_b = (a_ri.to(grad_oi.dtype) @ grad_oi.t()).t().to(b_or.dtype)
+    if begin_oi is not None:
+        wide = torch.promote_types(grad_oi.dtype, torch.float32)
+        out_parts: list[Tensor] = []
+        in_sum = torch.zeros(grad_oi.shape[1], dtype=wide, device=grad_oi.device)
+        for rows in chunks:
+            product_ni = grad_oi[rows].to(wide) * begin_oi[rows]
+            out_parts.append((product_ni if in_i is None else product_ni * in_i).sum(1))
+            in_sum += (product_ni if out_o is None else product_ni * out_o[rows, None]).sum(0)
+        if needs[0] and out_o is not None:
+            grad_out = torch.cat(out_parts).to(out_o.dtype)
+        if needs[1] and in_i is not None:
+            grad_in = in_sum.to(in_i.dtype)
+    return grad_out, grad_in, grad_a, grad_b
 
 
 # ---------------------------------------------------------------------------------------------------------- recomputed

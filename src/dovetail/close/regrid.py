@@ -49,13 +49,16 @@ class Regrid(Closer):
         assert base.quantized is not None
         return _Snap.apply(weight_oi, base.quantized)  # type: ignore[no-any-return]
 
-    def close_rows_(self, rows_ni: Tensor, start: int, base: Base) -> None:
+    def close_rows_(self, rows_ni: Tensor, start: int, base: Base, grad_ni: Tensor | None = None) -> None:
         assert base.quantized is not None
-        base.quantized.snap_(rows_ni, start)
-
-    def pull_rows_(self, grad_ni: Tensor, before_ni: Tensor, start: int, base: Base) -> None:
-        assert base.quantized is not None
-        grad_ni.mul_(base.quantized.inside(before_ni, start))
+        if grad_ni is None:
+            base.quantized.snap_(rows_ni, start)
+            return
+        inside = base.scratch.take("inside", tuple(rows_ni.shape), torch.bool, base.device)
+        base.quantized.snap_(rows_ni, start, inside)
+        # Mostly nothing is clipped, and a minimum over bytes is much cheaper than a product with booleans.
+        if not bool(inside.view(torch.uint8).amin()):
+            grad_ni.mul_(inside.to(grad_ni.dtype))
 
 
 class _Snap(torch.autograd.Function):

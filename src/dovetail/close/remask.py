@@ -33,11 +33,10 @@ class Remask(Closer):
     def close(self, weight_oi: Tensor, base: Base) -> Tensor:
         return weight_oi * base.mask_rows(slice(None))
 
-    def close_rows_(self, rows_ni: Tensor, start: int, base: Base) -> None:
+    def close_rows_(self, rows_ni: Tensor, start: int, base: Base, grad_ni: Tensor | None = None) -> None:
         _and_(rows_ni, start, base)
-
-    def pull_rows_(self, grad_ni: Tensor, before_ni: Tensor, start: int, base: Base) -> None:
-        _and_(grad_ni, start, base)
+        if grad_ni is not None:
+            _and_(grad_ni, start, base)
 
 
 def _and_(rows_ni: Tensor, start: int, base: Base) -> None:

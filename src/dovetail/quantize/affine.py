@@ -92,19 +92,26 @@ class AffineWeight(QuantizedWeight):
         """Rows in steps from zero; a block whose scale is zero holds only zero."""
         self._by_block(Tensor.div_, rows, scale.masked_fill(scale == 0, torch.inf))
 
-    def _to_codes(self, rows: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+    def _to_codes(self, rows: Tensor, scale: Tensor, zero: Tensor | None, inside: Tensor | None = None) -> None:
         """Rows replaced by their codes, minus 2^(bits-1) if symmetric; the zero code is +0."""
         self._to_steps(rows, scale)
         rows.round_()
         if zero is None:
-            rows.clamp_(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1).add_(0.0)
+            lowest, highest = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         else:
             self._by_block(Tensor.add_, rows, zero)
-            rows.clamp_(0, 2**self.bits - 1)
+            lowest, highest = 0, 2**self.bits - 1
+        if inside is not None:
+            torch.eq(rows, rows.clamp(lowest, highest), out=inside)
+            if not bool(scale.all()):
+                self._by_block(Tensor.logical_and_, inside, scale != 0)
+        rows.clamp_(lowest, highest)
+        if zero is None:
+            rows.add_(0.0)
 
-    def _snap(self, rows: Tensor, start: int) -> None:
+    def _snap(self, rows: Tensor, start: int, inside: Tensor | None = None) -> None:
         scale, zero = self._grid(start, len(rows))
-        self._to_codes(rows, scale, zero)
+        self._to_codes(rows, scale, zero, inside)
         if zero is not None:
             self._by_block(Tensor.sub_, rows, zero)
         self._by_block(Tensor.mul_, rows, scale)

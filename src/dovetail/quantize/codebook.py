@@ -146,9 +146,13 @@ class CodeBookWeight(QuantizedWeight):
         if whole < len(scale):
             flat[whole * self.block :].div_(scale[-1])
 
-    def _snap(self, rows: Tensor, start: int) -> None:
+    def _snap(self, rows: Tensor, start: int, inside: Tensor | None = None) -> None:
         scale = self.block_scales(start, len(rows))
         self._to_levels(rows, _never_zero(scale))
+        if inside is not None:
+            torch.le(rows.abs(), self.book.reach, out=inside)
+            if not bool(scale.all()):
+                self._by_block(Tensor.logical_and_, inside, scale != 0)
         rows.copy_(self.book.nearest_level(rows.clamp_(-1, 1)))
         self._by_block(Tensor.mul_, rows, scale)
 

@@ -91,7 +91,9 @@ class Float8Weight(QuantizedWeight):
         _write_numbers(self.codes[start:stop], rows)
         rows.mul_(self._row_scale(start, stop - start))
 
-    def _snap(self, rows: Tensor, start: int) -> None:
+    def _snap(self, rows: Tensor, start: int, inside: Tensor | None = None) -> None:
+        if inside is not None:
+            self._inside(rows.clone(), start, inside)
         codes = self._encode(rows, start)
         if bool(rows.sum().isfinite()):
             _write_numbers(codes, rows)

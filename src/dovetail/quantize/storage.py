@@ -47,8 +47,8 @@ class QuantizedWeight(nn.Module, ABC):
         """Writes the values of weight rows [start, stop) into `rows`, contiguous float32, a fresh tensor's start."""
 
     @abstractmethod
-    def _snap(self, rows: Tensor, start: int) -> None:
-        """Replaces `rows`, contiguous float32, by the nearest grid values."""
+    def _snap(self, rows: Tensor, start: int, inside: Tensor | None = None) -> None:
+        """Replaces `rows`, contiguous float32, by the nearest grid values; fills `inside`, bool, as `_inside` does."""
 
     @abstractmethod
     def _encode(self, rows: Tensor, start: int) -> Tensor:
@@ -94,14 +94,16 @@ class QuantizedWeight(nn.Module, ABC):
         return min(o, max(1, size // (i * step)) * step)
 
     @torch.no_grad()
-    def snap_(self, rows: Tensor, start: int) -> Tensor:
+    def snap_(self, rows: Tensor, start: int, inside: Tensor | None = None) -> Tensor:
         """Replaces rows in place by the nearest values on the grid: those of `dequantize` for `encode`'s codes.
 
         rows   (n, i) contiguous; float32, or a wider or narrower dtype that is rounded to float32 first
         start  the weight row of rows[0]; start and start + n must be ends of blocks (see `rows_per_chunk`)
+        inside (n, i) bool, filled with what `inside` says of the rows before; cheaper than asking separately
         """
         for rows_32, at in self._float32_chunks(rows, start, copy=False):
-            self._snap(rows_32, at)
+            part = None if inside is None else inside[at - start : at - start + len(rows_32)]
+            self._snap(rows_32, at, part)
             if rows.dtype != torch.float32:
                 rows[at - start : at - start + len(rows_32)].copy_(rows_32)
         return rows
