@@ -1,0 +1,40 @@
+# Every target sets up what it needs from nothing: a virtual environment in .venv with pinned packages.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OUTPUT ?= runs/quickstart
+
+.PHONY: demo test tiny check fix bench clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet torch==2.13.0 --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" --constraint constraints.txt
+	touch $@
+
+demo: $(READY)  ## prune, quantize, fine-tune, merge, evaluate and report on the playground, in minutes
+	$(BIN)/dovetail quickstart --output $(OUTPUT)
+
+test: $(READY)  ## the whole suite
+	$(BIN)/python -m pytest -n 2
+
+tiny: $(READY)  ## the whole flow on a two-layer model, in seconds
+	$(BIN)/python -m pytest tests/test_tiny.py
+
+check: $(READY)  ## style, types, sizes
+	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python tests/sizes.py
+
+fix: $(READY)  ## what style can mend itself
+	$(BIN)/ruff check --fix src tests bench
+	$(BIN)/ruff format src tests bench
+
+bench: $(READY)  ## side by side with peers; ratios of medians
+	$(BIN)/python bench/train_step.py
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache
