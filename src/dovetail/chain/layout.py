@@ -57,7 +57,9 @@ class Layout(ABC):
 
 @dataclass(frozen=True)
 class LinearLayout(Layout):
-    """nn.Linear: weight (o, i)."""
+    """nn.Linear: weight (o, i). kind: the class itself, or one derived from it that computes the same."""
+
+    kind: type[nn.Linear] = nn.Linear
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight
@@ -73,6 +75,7 @@ class LinearLayout(Layout):
 
     def build(self, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
         module = nn.Linear(self.in_features, self.out_features, bias=bias_o is not None, device="meta")
+        module.__class__ = self.kind
         return _fill(module, weight, bias_o)
 
 
@@ -151,8 +154,8 @@ def layout_of(name: str, module: nn.Module) -> Layout:
     Its weight must be a plain parameter: other libraries' quantized layers are subclasses of nn.Linear that use theirs
     otherwise.
     """
-    if isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter:
-        return LinearLayout(module.out_features, module.in_features)
+    if isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter and _is_plain(type(module)):
+        return LinearLayout(module.out_features, module.in_features, kind=type(module))
     if type(module) is Conv1D:
         in_features, out_features = module.weight.shape
         return Conv1DLayout(out_features, in_features)
@@ -179,6 +182,11 @@ def layout_of(name: str, module: nn.Module) -> Layout:
         rule="a chain sits on nn.Linear, transformers' Conv1D, nn.Conv1d or nn.Conv2d",
         fix="leave this layer out of the targets, or load the model without other quantization or adapters",
     )
+
+
+def _is_plain(cls: type[nn.Linear]) -> bool:
+    """Whether a linear layer computes x Wᵀ + b: its forward is nn.Linear's, or Falcon's, which writes the same out."""
+    return cls.forward is nn.Linear.forward or cls.__name__ == "FalconLinear"
 
 
 def _fill(module: nn.Module, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
