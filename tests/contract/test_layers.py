@@ -300,7 +300,7 @@ def assert_closed(weight: Tensor, mask: Tensor | None, grid) -> None:
         assert grid.off_grid(weight) == 0
 
 
-@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("pruner", [*PRUNERS, "magnitude(0.5) >> wanda(0.2)", "wanda(0.3) >> magnitude(0.6)"])
 def test_sparsity_is_the_same_before_and_after(pruner: str) -> None:
     report = dovetail.merge(chained(f"{pruner} >> lora(r=3) >> ia3 >> remask"))
     assert report.sparsity_before == report.sparsity_after
