@@ -66,6 +66,7 @@ def quiet(model, data, tokenizer=None, **settings):
 def test_a_whole_model_learns(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model = llama()
+    state = torch.get_rng_state()
     report = quiet(model, SUMS, max_steps=60, learning_rate=3e-3, evaluate_every=30)
     (stage,) = report.stages
     assert stage.links == []
@@ -79,6 +80,7 @@ def test_a_whole_model_learns(tmp_path, monkeypatch):
     assert not model.training
     assert model.config.use_cache
     assert not any(tmp_path.iterdir())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_same_seed_gives_the_same_bits():

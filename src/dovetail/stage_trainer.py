@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from dovetail.batches import IGNORED, Collator, Example
 from dovetail.checkpoints import TRAINED, load_trained, mark_complete, save_trained
 from dovetail.errors import TrainError
+from dovetail.optimizer import Settings
 from dovetail.peak_memory import PeakMemory
 from dovetail.progress import Bar
 
@@ -224,3 +225,36 @@ class Watch(TrainerCallback):
             self._memory.__exit__(None, None, None)
             self.peak_memory_nbytes = self._memory.peak_nbytes
             self._memory = None
+
+
+def trainer_arguments(
+    model: PreTrainedModel, settings: Settings, directory: Path, checkpoint_every: int | None
+) -> TrainingArguments:
+    """The Trainer's arguments for a stage: quiet, on the model's device, checkpoints only where asked for."""
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        num_train_epochs=settings.epochs,
+        max_steps=-1 if settings.max_steps is None else settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        use_cpu=model.device.type == "cpu",
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no" if checkpoint_every is None else "steps",
+        save_steps=checkpoint_every or 1,
+        save_total_limit=2,
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+    if arguments.n_gpu > 1:  # one model on one device: no DataParallel
+        arguments._n_gpu = 1
+    return arguments

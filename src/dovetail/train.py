@@ -7,6 +7,7 @@ A model without a chain is fine-tuned whole: the baseline to compare with.
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,9 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.apply import advance, stages_left
 from dovetail.batches import Collator, Example, calibration_batches, check_labels, encode, length_limit, pad_id
@@ -35,7 +37,7 @@ from dovetail.optimizer import (
     make_optimizer,
     trained_parts,
 )
-from dovetail.stage_trainer import BatchOrder, StageTrainer, Watch
+from dovetail.stage_trainer import BatchOrder, StageTrainer, Watch, trainer_arguments
 from dovetail.tasks import Task
 
 _REPORT = "report.json"
@@ -123,7 +125,8 @@ def train(
                             float32 parameters
     gradient_checkpointing  activations of a block are computed again in the backward pass: less memory, slower
     group_by_length         batches of like length, in random order, the longest row in the second step
-    seed                    of the order of rows, dropout and the next stages' links; two runs give the same bits
+    seed                    of the order of rows, dropout and the next stages' links; two runs give the same bits. The
+                            global random state is left as it was
     calibration             batches for the next stages' pruning and quantizing; by default drawn from the train split
     evaluate_every          steps after which the validation split (`evaluate_limit` records of it) is scored
     output_dir              where checkpoints go; without one nothing is written
@@ -168,7 +171,7 @@ def train(
         return scores[data.name]
 
     reports: list[StageReport] = []
-    with run_directory(output_dir, asdict(settings), resume) as directory, _kept_use_cache(model):
+    with run_directory(output_dir, asdict(settings), resume) as directory, _kept_use_cache(model), _kept_random_state():
         if bf16 and chained:
             cast_frozen(model)
         for stage in range(stages):
@@ -184,7 +187,7 @@ def train(
                 load_trained(model, here / TRAINED)
                 reports.append(_read_report(here / _REPORT))
             else:
-                arguments = _arguments(model, settings, here, None if output_dir is None else checkpoint_every)
+                arguments = trainer_arguments(model, settings, here, None if output_dir is None else checkpoint_every)
                 order = BatchOrder(
                     [_tokens(row, config.is_encoder_decoder) for row in rows], batch_size=batch_size,
                     step_rows=batch_size * gradient_accumulation, grouped=group_by_length, seed=f"{seed} stage {stage}",
@@ -232,38 +235,6 @@ def _train_stage(
     )
 
 
-def _arguments(
-    model: PreTrainedModel, settings: Settings, directory: Path, checkpoint_every: int | None
-) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=str(directory),
-        num_train_epochs=settings.epochs,
-        max_steps=-1 if settings.max_steps is None else settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup,
-        max_grad_norm=settings.max_grad_norm,
-        seed=settings.seed,
-        use_cpu=model.device.type == "cpu",
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no" if checkpoint_every is None else "steps",
-        save_steps=checkpoint_every or 1,
-        save_total_limit=2,
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-    )
-    if arguments.n_gpu > 1:  # one model on one device: no DataParallel
-        arguments._n_gpu = 1
-    return arguments
-
-
 @contextmanager
 def _kept_use_cache(model: PreTrainedModel) -> Iterator[None]:
     """The Trainer turns config.use_cache off, and generating needs it."""
@@ -276,6 +247,18 @@ def _kept_use_cache(model: PreTrainedModel) -> Iterator[None]:
             vars(config).pop("use_cache", None)
         else:
             config.use_cache = use_cache
+
+
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """The Trainer seeds every generator; afterwards they are as they were."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _autocast(model: PreTrainedModel, bf16: bool) -> AbstractContextManager[Any]:
