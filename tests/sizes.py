@@ -10,7 +10,6 @@ MAX_LINES = 300
 MAX_MODEL_NBYTES = 8 * 2**20
 REASONED = {
     # file: why it is one room all the same
-    "src/dovetail/chain/planner.py": "one autograd Function per way of running, side by side",
 }
 
 

@@ -133,7 +133,7 @@ class Base(nn.Module):
         return self.layout.matrix(self.native(self.dtype))
 
     def row_square(self, from_codes: bool) -> Tensor:
-        """‖W‖² of each row of `beginning`, (o,) float32 (float64 for a float64 weight), cached until the base changes."""
+        """‖W‖² of each row of `beginning`, (o,), at least float32; cached until the base changes."""
         found = self._row_square.get(from_codes)
         if found is None or found.device != self.device:
             wide = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -180,7 +180,7 @@ class Base(nn.Module):
         return str(self.dtype) if self.quantized is None else self.quantized.identity
 
     def restore(self, quantizer: Quantizer | None, state: Mapping[str, Tensor]) -> None:
-        """Takes over a base's `state_dict`, and its `start` where there is one; `quantizer`'s grid is the one it is on."""
+        """Takes over a base's `state_dict`, on the grid of `quantizer`, and its `start` where there is one."""
         if quantizer is not None:
             self.set_quantized(quantizer.empty(self.shape).to(self.device))
         bits = state.get("mask_bits")

@@ -14,17 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.chain.base import Base
+from dovetail.chain.execute import materialise, run_closed, run_open, run_recomputed
 from dovetail.chain.link import Adapter, Closer, Link, OutputAdapter, Site
-from dovetail.chain.planner import (
-    Path,
-    compose,
-    low_rank_is_cheap,
-    materialise,
-    run_closed,
-    run_open,
-    run_recomputed,
-)
-from dovetail.chain.terms import Form, Hadamard, LowRank, Term
+from dovetail.chain.planner import Path, choose_path, compose
+from dovetail.chain.terms import Form, Term
 
 
 class Shared:
@@ -86,7 +79,7 @@ class ChainLinear(nn.Module):
         self.base = base
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.links = nn.ModuleList()
-        self.path: Path = _choose_path(self)
+        self.path: Path = self._choose_path()
 
     # Some models look at `layer.weight.dtype` (T5). A quantized layer has no such tensor, and says so by its type.
     @property
@@ -122,7 +115,11 @@ class ChainLinear(nn.Module):
     def set_links(self, states: Iterable[LinkState]) -> None:
         """Puts another stage's links on the layer and chooses how they run."""
         self.links = nn.ModuleList(states)
-        self.path = _choose_path(self)
+        self.path = self._choose_path()
+
+    def _choose_path(self) -> Path:
+        closes = [isinstance(s.link, Closer) for s in self.states if not isinstance(s.link, OutputAdapter)]
+        return choose_path(closes, self._terms(), self.layout)
 
     def effective_weight(self) -> tuple[Tensor, Tensor | None]:
         """The definition: (W', b') of the whole chain, with ordinary autograd. (o, i) and (o,), in the base's dtype.
@@ -219,23 +216,6 @@ class ChainLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.site.name}, {self.out_features} x {self.in_features}, path={self.path}"
-
-
-def _choose_path(layer: ChainLinear) -> Path:
-    """Open, closed or recomputed, from the links and the layer's shape alone."""
-    weight_links = [s.link for s in layer.states if not isinstance(s.link, OutputAdapter)]
-    if not layer.layout.linear:
-        return "recomputed"
-    terms = layer._terms()
-    # Dropout acts on a low rank's input, which the definition of W' doesn't know: such a chain stays open.
-    dropout = any(isinstance(t, LowRank) and t.dropout > 0 for t in terms)
-    if not dropout and any(isinstance(t, Hadamard) and not low_rank_is_cheap(t, layer.base.shape) for t in terms):
-        return "recomputed"
-    kinds = [isinstance(link, Closer) for link in weight_links]
-    if not any(kinds):
-        return "open"
-    # All closers at the end: one form, then closers. Adapters behind a closer don't fold into the form before it.
-    return "closed" if kinds == sorted(kinds) else "recomputed"
 
 
 def chain_layers(model: nn.Module) -> dict[str, ChainLinear]:

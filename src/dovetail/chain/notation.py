@@ -11,6 +11,7 @@ Errors point at the column. `str(chain)` prints the canonical form, which parses
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -24,6 +25,8 @@ from dovetail.errors import ChainError
 
 MAX_LENGTH = 10_000
 """Characters. A chain comes from outside; reading it takes bounded time."""
+
+MAX_DIGITS = 100
 
 _TOKEN = re.compile(
     r"""\s*(?:(?P<op>>>|[(),=\[\]])|(?P<text>"[^"]*"|'[^']*')
@@ -101,6 +104,8 @@ def _format_value(value: Any) -> str:
     if isinstance(value, str):
         plain = re.fullmatch(r"[A-Za-z_]\w*", value) and value.lower() not in _WORDS
         return value if plain else f'"{value}"'
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))  # alpha=32, as people write it
     return repr(value)
 
 
@@ -207,6 +212,8 @@ class _Parser:
         if self.accept("["):
             items = []
             while not self.accept("]"):
+                if self.kind == "op" and self.token == "[":
+                    raise self.error("a list in a list", "a list holds numbers, words and texts")
                 items.append(self.value())
                 if not self.accept(","):
                     self.expect("]", "a list is closed by ']'")
@@ -215,9 +222,12 @@ class _Parser:
         kind, token = self.kind, self.token
         if kind not in ("number", "word", "text"):
             raise self.error(self.shown(), "a value stands here: a number, true, false, none, a word or a list")
-        self.next()
         if kind == "number":
+            if len(token) > MAX_DIGITS or not math.isfinite(float(token)):
+                raise self.error(f"{token[:20]}…", f"a number is finite and has at most {MAX_DIGITS} digits")
+            self.next()
             return int(token) if re.fullmatch(r"[+-]?\d+", token) else float(token)
+        self.next()
         if kind == "text":
             return token[1:-1]
         return _WORDS.get(token.lower(), token) if token.lower() in _WORDS else token
