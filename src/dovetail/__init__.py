@@ -1,26 +1,88 @@
 """Dovetail: adapters, quantization and pruning as links of one chain, merged without loss."""
 
-from dovetail import adapt, close, quantize, sparsify  # registers the links
-from dovetail.apply import advance, apply
-from dovetail.chain.notation import Chain, chain
-from dovetail.errors import DovetailError
-from dovetail.footprint import Footprint, footprint
-from dovetail.load import load
-from dovetail.merge import MergeReport, merge
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dovetail.adapter import load_adapter, save_adapter
+    from dovetail.apply import advance, apply
+    from dovetail.chain.notation import Chain, chain
+    from dovetail.errors import DovetailError
+    from dovetail.evaluate import evaluate
+    from dovetail.flow import run
+    from dovetail.footprint import Footprint, footprint
+    from dovetail.load import load
+    from dovetail.merge import MergeReport, merge
+    from dovetail.plan import plan
+    from dovetail.recipe import Recipe
+    from dovetail.tasks import Task
+    from dovetail.train import TrainReport, train
+
+_HOME = {
+    "Chain": "chain.notation",
+    "DovetailError": "errors",
+    "Footprint": "footprint",
+    "MergeReport": "merge",
+    "Recipe": "recipe",
+    "Task": "tasks",
+    "TrainReport": "train",
+    "advance": "apply",
+    "apply": "apply",
+    "chain": "chain.notation",
+    "evaluate": "evaluate",
+    "footprint": "footprint",
+    "load": "load",
+    "load_adapter": "adapter",
+    "merge": "merge",
+    "plan": "plan",
+    "run": "flow",
+    "save_adapter": "adapter",
+    "train": "train",
+}
+"""Public name -> the module that holds it, imported on first use: `dovetail --help` must not wait for torch."""
 
 __all__ = [
     "Chain",
     "DovetailError",
     "Footprint",
     "MergeReport",
-    "adapt",
+    "Recipe",
+    "Task",
+    "TrainReport",
     "advance",
     "apply",
     "chain",
-    "close",
+    "evaluate",
     "footprint",
     "load",
+    "load_adapter",
     "merge",
-    "quantize",
-    "sparsify",
+    "plan",
+    "run",
+    "save_adapter",
+    "train",
 ]
+
+
+class _Package(types.ModuleType):
+    """`dovetail.merge` is the function, also after the module of that name has been imported."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'dovetail' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"dovetail.{_HOME[name]}"), name)
+        super().__setattr__(name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOME and isinstance(value, types.ModuleType):
+            return  # the import system binds a submodule to its name
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *_HOME]
+
+
+sys.modules[__name__].__class__ = _Package
