@@ -81,7 +81,7 @@ def _exact_norm(form: Form, base: Base, from_codes: bool, wide: torch.dtype) -> 
     a_ri, b_or = (None, None) if (factors := form.factors()) is None else (t.to(wide) for t in factors)
     parts = []
     for rows in base.row_chunks(wide):
-        part = weight[rows].to(wide)
+        part = weight[rows].to(wide, copy=True)  # a dense base is its own weight: never write to it
         affine_(part, rows, out_o, in_i, a_ri, b_or)
         parts.append(torch.linalg.vector_norm(part, dim=1))
     return torch.cat(parts)
