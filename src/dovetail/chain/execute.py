@@ -26,7 +26,8 @@ def run_open(x: Tensor, form: Form, base: Base) -> Tensor:
     """y = x W'ᵀ + b' for W' = diag(s) W diag(t) + B A. x (..., i) in the weight's dtype."""
     a_ri, b_ro, out_o, in_i = _factors(form, x.dtype)
     bias_o = None if form.bias_o is None else form.bias_o.to(x.dtype)
-    y = _Open.apply(x, base, a_ri, b_ro, out_o, in_i, bias_o)
+    y_to = _Open.apply(x, base, a_ri, b_ro, out_o, in_i, bias_o)
+    y = y_to.view(*x.shape[:-1], y_to.shape[1])  # outside: a Function's view can't be changed in place (y += x)
     for probability, a, b in form.dropped:
         u = functional.linear(functional.dropout(x, probability), a.to(x.dtype))
         y = y + functional.linear(u, b.to(x.dtype))
@@ -77,15 +78,14 @@ class _Open(torch.autograd.Function):
         ctx.base = base
         ctx.shape = x.shape
         ctx.save_for_backward(x_ti, a_ri, b_ro, out_o, in_i, u_rt, product_to if ctx.needs_input_grad[4] else None)
-        return y_to.view(*x.shape[:-1], weight_oi.shape[0])
+        return y_to
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g_to: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_ti, a_ri, b_ro, out_o, in_i, u_rt, product_to = ctx.saved_tensors
         need_x, _, need_a, need_b, need_out, need_in, need_bias = ctx.needs_input_grad
         grad_x = grad_a = grad_b = grad_out = grad_in = grad_bias = None
-        g_to = grad.reshape(-1, grad.shape[-1])
         if need_bias:
             grad_bias = g_to.sum(0)
         if need_out:
