@@ -49,7 +49,7 @@ def input_norms(
         return hook
 
     handles = [layer.register_forward_pre_hook(watch(name, layer)) for name, layer in layers.items()]
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     batches = list(batches)  # token ids: small
     try:
@@ -59,7 +59,8 @@ def input_norms(
                 model(**batch)
                 bar.advance()
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
         for handle in handles:
             handle.remove()
     if not batches:

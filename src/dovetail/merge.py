@@ -83,7 +83,7 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None) 
                     rule="merged weights are finite",
                     fix="train again with a smaller lr_scale",
                 )
-    training = model.training
+    modes = {name: module.training for name, module in model.named_modules()}
     model.eval()
     probe = probe if probe is not None else _probe(model)
     before = None if probe is None else _outputs(model, probe)
@@ -98,7 +98,8 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None) 
     for layer in layers.values():
         replace_module(model, layer, _stock(layer))
     after = None if probe is None else _outputs(model, probe)
-    model.train(training)
+    for name, module in model.named_modules():
+        module.training = modes[name]
     if isinstance(model, PreTrainedModel):
         model.config.dovetail = {
             "chain": str(record.chain),
