@@ -80,6 +80,35 @@ class Task:
         return self.splits[name]
 
 
+def as_task(data: Task | str | Sequence[Record], split: str = "train") -> Task:
+    """A task as it is, one of the playground by its name, or plain records under the name "data".
+
+    split   the split that plain records become; their kind is the one whose fields they have
+    errors  DataError for an unknown name, for no records, or for records of no one kind
+    """
+    if isinstance(data, Task):
+        return data
+    if isinstance(data, str):
+        from dovetail import playground  # built on this module
+
+        return playground.task(data)
+    if not data:
+        raise DataError("data", found="no records", rule="data holds at least one record")
+    kinds = [kind for kind, fields in FIELDS.items() if set(fields) <= set(data[0])]
+    # A labelled text is also a text; labels that aren't all integers are values.
+    if "classification" in kinds:
+        whole = all(isinstance(record.get("label"), int) for record in data)
+        kinds = ["classification" if whole else "regression"]
+    if len(kinds) != 1:
+        raise DataError(
+            "data, record 0",
+            found="fields " + ", ".join(map(str, data[0])),
+            rule="fields are those of one kind: " + "; ".join(f"{k}: {', '.join(f)}" for k, f in FIELDS.items()),
+            fix="rename the fields, or make a dovetail.Task and name its kind",
+        )
+    return Task("data", kinds[0], METRICS[kinds[0]][0], {split: data})
+
+
 def _check(where: str, kind: str, record: Record) -> None:
     for name, kinds in FIELDS[kind].items():
         if name not in record:

@@ -10,7 +10,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ from dovetail.optimizer import (
     trained_parts,
 )
 from dovetail.stage_trainer import BatchOrder, StageTrainer, Watch, trainer_arguments
-from dovetail.tasks import Task
+from dovetail.tasks import Record, Task, as_task
 
 _REPORT = "report.json"
 
@@ -83,7 +83,7 @@ class TrainReport:
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: Task,
+    data: Task | str | Sequence[Record],
     *,
     epochs: float = 3.0,
     max_steps: int | None = None,
@@ -111,6 +111,7 @@ def train(
 ) -> TrainReport:
     """Train a model in place on a task's train split, and leave it in evaluation mode.
 
+    data                    a task, a playground task's name, or records (`dovetail.tasks`)
     epochs, max_steps       of each stage; max_steps goes before epochs
     batch_size              rows of a batch; a step is `gradient_accumulation` batches
     lr_scale                CLAM's c: multiplies every learning rate
@@ -146,6 +147,7 @@ def train(
     )  # fmt: skip
     started = time.perf_counter()
     config: Any = model.config
+    data = as_task(data)
     records = data.split("train")
     if data.kind in ("classification", "regression"):
         check_labels(data.name, data.kind, records, model)

@@ -17,7 +17,7 @@ from dovetail.evaluate.generation import score_generation
 from dovetail.evaluate.pairs import score_pairs
 from dovetail.evaluate.perplexity import score_text
 from dovetail.evaluate.runner import Runner
-from dovetail.tasks import Record, Task
+from dovetail.tasks import Record, Task, as_task
 
 METHODS: Mapping[str, Callable[[Runner, Sequence[Record]], dict[str, float]]] = {
     "generation": score_generation,
@@ -33,7 +33,7 @@ METHODS: Mapping[str, Callable[[Runner, Sequence[Record]], dict[str, float]]] = 
 def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Task | Sequence[Task],
+    tasks: Task | str | Sequence[Task | str],
     *,
     split: str = "test",
     limit: int | None = None,
@@ -43,6 +43,7 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """The scores of a model on tasks: task name -> metric -> figure, and `n`, the number of records.
 
+    tasks        tasks, or playground tasks by their names
     split        the split to score
     limit        only the first `limit` records
     batch_size   rows at a time; records are sorted by length, so that little is spent on padding
@@ -56,7 +57,7 @@ def evaluate(
     device where they are. Nothing is drawn by chance, and the model is left in the mode it was in. Raises DataError
     for a missing split, a label without a place in the head, or a task that the model has no head for.
     """
-    tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
+    tasks = [as_task(task) for task in ([tasks] if isinstance(tasks, Task | str) else tasks)]
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise DataError("evaluate", found="tasks " + ", ".join(names), rule="each task has its own name")
