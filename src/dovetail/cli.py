@@ -1,0 +1,216 @@
+"""The command `dovetail`. Commands import what they need when they run, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dovetail.errors import DovetailError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dovetail.tasks import Task
+
+app = typer.Typer(
+    name="dovetail", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Adapt language models on small hardware: adapters, quantization and pruning as one chain, merged without "
+    "loss.\n\nStart with [bold]dovetail quickstart[/bold]: one model pruned, quantized, fine-tuned, merged and "
+    "reported in a few minutes, offline.",
+)  # fmt: skip
+
+Output = Annotated[Path | None, typer.Option(help="Folder for the results, new or empty. [default: runs/NAME]")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")]
+Resume = Annotated[bool, typer.Option(help="Go on where a killed run with the same recipe and output stopped.")]
+Targets = Annotated[str, typer.Option(help="Layers: labels (query, value, up, ...), globs or all-linear.")]
+TaskName = Annotated[str, typer.Option("--task", help="A task of the playground, or a recipe whose data is taken.")]
+
+
+@app.command(epilog="Example: dovetail quickstart --output runs/first")
+def quickstart(output: Output = None, resume: Resume = True, as_json: Json = False) -> None:
+    """Prune, quantize, fine-tune, merge and report the playground's model. Offline, a few minutes on two cores."""
+    import yaml
+
+    from dovetail.quickstart import RECIPE
+
+    _run(yaml.safe_load(RECIPE), "quickstart", output, resume, as_json)
+
+
+@app.command(epilog="Example: dovetail run examples/minilm_stsb.yaml --output runs/stsb")
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; docs/recipes.md lists its keys.")],
+    output: Output = None,
+    resume: Resume = True,
+    as_json: Json = False,
+) -> None:
+    """Do what a recipe says: load, evaluate, prune, quantize, train, merge, save and report."""
+    _run(recipe, recipe.stem, output, resume, as_json)
+
+
+@app.command(epilog='Example: dovetail plan "wanda(0.5) >> nf4 >> lora(r=16) >> remask >> regrid" --task word_problems')
+def plan(
+    chain: Annotated[str, typer.Argument(help='The chain, in quotes: "nf4 >> lora(r=16) >> regrid".')],
+    model: Annotated[str, typer.Option(help="playground, a folder, package:NAME/FOLDER or a hub id.")] = "playground",
+    targets: Targets = "all-linear",
+    task: Annotated[str, typer.Option(help="A playground task or a recipe: its longest records set the batch.")] = "",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 32,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a row, where no task is named.")] = 128,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16.")] = False,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a chain will do, from the model's config alone: legality, stages, exact bits, memory of training."""
+    from dataclasses import asdict
+
+    from dovetail.data import number_of_labels
+    from dovetail.plan import plan as make_plan
+    from dovetail.tables import print_plan
+
+    _quiet()
+    found = _task(task) if task else None
+    made = make_plan(
+        chain, model, targets=[part.strip() for part in targets.split(",")], task=found, batch_size=batch_size,
+        length=length, bf16=bf16, gradient_checkpointing=gradient_checkpointing,
+        num_labels=None if found is None else number_of_labels(found),
+    )  # fmt: skip
+    if as_json:
+        _print_json(asdict(made))
+    elif made.legal:
+        print_plan(_console(), made)
+    if not made.legal:
+        print(made.problem, file=sys.stderr)
+        raise typer.Exit(2)
+
+
+@app.command(epilog="Example: dovetail methods --json")
+def methods(as_json: Json = False) -> None:
+    """List the links that a chain is made of, with their arguments and what they keep."""
+    from dovetail.tables import method_rows, print_methods
+
+    rows = method_rows()
+    if as_json:
+        _print_json(rows)
+    else:
+        print_methods(_console(), rows)
+
+
+@app.command(epilog="Example: dovetail evaluate runs/quickstart/model --task word_problems --task multiple_choice")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="playground, a folder, package:NAME/FOLDER or a hub id.")],
+    task: Annotated[list[str], typer.Option(help="A task of the playground, or a recipe whose data is taken.")],
+    adapter: Annotated[Path | None, typer.Option(help="A saved adapter to put on the model first.")] = None,
+    split: Annotated[str | None, typer.Option(help="[default: test, or validation where there is no test]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Score a model on tasks."""
+    from dovetail.adapter import load_adapter
+    from dovetail.evaluate import evaluate as evaluate_model
+    from dovetail.load import load
+    from dovetail.tables import print_scores
+
+    _quiet()
+    tasks = [_task(name) for name in task]
+    chosen = split or next((name for name in ("test", "validation") if name in tasks[0].splits), "test")
+    loaded, tokenizer = load(model, task_kind=tasks[0].kind)
+    if adapter is not None:
+        load_adapter(loaded, adapter)
+    scores = evaluate_model(loaded, tokenizer, tasks, split=chosen, limit=limit, batch_size=batch_size)
+    if as_json:
+        _print_json(scores)
+    else:
+        print_scores(_console(), scores)
+
+
+@app.command(epilog="Example: dovetail report runs/quickstart")
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder that a run wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Show the report of a run again, and write its page anew."""
+    from dovetail.recipe import Recipe
+    from dovetail.report import Report, page, print_summary
+    from dovetail.run_folder import PAGE, RECIPE, write_whole
+
+    found = Report.load(directory)
+    write_whole(directory / PAGE, page(found, Recipe.load(directory / RECIPE)))
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        print_summary(_console(), found, directory)
+
+
+def main() -> None:
+    """Entry point: bad input is one message on standard error and exit code 2."""
+    try:
+        app()
+    except DovetailError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(recipe: Path | dict[str, Any], name: str, output: Path | None, resume: bool, as_json: bool) -> None:
+    from dovetail.flow import run as run_recipe
+    from dovetail.recipe import Recipe
+    from dovetail.report import print_summary
+    from dovetail.report.summary import row_line
+    from dovetail.run_folder import choose_output
+
+    _quiet()
+    loaded = Recipe.load(recipe) if isinstance(recipe, Path) else Recipe.parse(recipe)
+    output = choose_output(output or loaded.output, name)
+    if not as_json:
+        print(f"{loaded.chain}  on {loaded.model}, written to {output}", file=sys.stderr)
+    found = run_recipe(
+        loaded, output=output, resume=resume,
+        on_row=None if as_json else lambda row: print(row_line(row), file=sys.stderr, flush=True),
+    )  # fmt: skip
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        print_summary(_console(), found, output)
+
+
+def _task(name: str) -> Task:
+    """A playground task by name, or the task of a recipe's data."""
+    from dovetail.data import load_task
+    from dovetail.recipe import Data, Recipe
+
+    is_file = name.endswith((".yaml", ".yml"))
+    return load_task(Recipe.load(name).data if is_file else Data(task=name))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _quiet() -> None:
+    """Keeps other libraries' bars, advice and warnings off the terminal; errors are shown."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+"""The recipe of `dovetail quickstart`. `examples/quickstart.yaml` is the same text (a test sees to it)."""
+
+RECIPE = """\
+# The main job: half of the weights pruned, the rest in 4 bits, a LoRA trained inside the mask and on the grid,
+# and merged back into the same sparse 4-bit model without losing a bit. `dovetail quickstart` runs this file.
+model: playground
+chain: wanda(0.5) >> int(bits=4, group=64) >> lora(r=16) >> remask >> regrid
+data:
+  task: word_problems
+"""

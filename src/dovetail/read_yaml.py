@@ -1,0 +1,70 @@
+"""Reading YAML that comes from outside: bounded in size and depth, no anchors, no tags, no key twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dovetail.errors import RecipeError
+
+MAX_NBYTES = 1 << 20
+"""The most that a recipe file may hold."""
+MAX_DEPTH = 20
+"""Levels of nesting that a recipe may have; it needs four."""
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, of plain values only; RecipeError says where it is no recipe."""
+    where = f"recipe {path}"
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_NBYTES + 1)
+    except OSError as error:
+        rule, fix = "a recipe is a YAML file", "`dovetail quickstart` needs none; examples are in examples/"
+        raise RecipeError(where, found=error.strerror or str(error), rule=rule, fix=fix) from None
+    if len(raw) > MAX_NBYTES:
+        raise RecipeError(where, found=f"more than {MAX_NBYTES} bytes", rule="a recipe is a short YAML file")
+    try:
+        text = raw.decode("utf-8")
+        _refuse_tricks(where, text)
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except UnicodeDecodeError as error:
+        raise RecipeError(where, found=f"byte {error.start} is no UTF-8", rule="a recipe is a text file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(
+            where + at, found=str(problem), rule="a recipe is valid YAML", fix="quote special text"
+        ) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that doesn't let a second key of the same name win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem=f"{key.value} a second time", problem_mark=key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _refuse_tricks(where: str, text: str) -> None:
+    """Anchors and aliases can make a small file expand without bound, and deep nesting overflows the stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        line = f"{where}, line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
+            rule = "a recipe holds no anchors (&) and aliases (*)"
+            raise RecipeError(line, found=f"{event.anchor!r}", rule=rule, fix="write it out, or quote it")
+        if depth > MAX_DEPTH:
+            raise RecipeError(line, found=f"{depth} levels of nesting", rule=f"at most {MAX_DEPTH}")

@@ -1,0 +1,264 @@
+"""Recipes: everything that fixes a run, in one YAML file; what isn't known is an error, what isn't said has a default.
+
+    model: playground
+    chain: wanda(0.5) >> int(bits=4, group=64) >> lora(r=16) >> remask >> regrid
+    data: {task: word_problems}
+
+A recipe comes from outside: it is read with a size limit, without YAML's anchors and tags, and every key is checked.
+`docs/recipes.md` lists all keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from dovetail.chain.notation import chain
+from dovetail.errors import RecipeError
+from dovetail.read_yaml import read_yaml
+from dovetail.tasks import FIELDS, METRICS
+
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Part(pydantic.BaseModel):
+    """A part of a recipe: no unknown keys, no changes."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class Limit(_Part):
+    """Only the first so many records of a split."""
+
+    train: Positive | None = None
+    validation: Positive | None = None
+    test: Positive | None = None
+
+    def of(self, split: str) -> int | None:
+        """The limit of a split, or None."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
+
+
+class Data(_Part):
+    """Where a task's records come from: the playground (`task`), or JSON Lines files, one record a line.
+
+    task                     name of a task of the playground; then nothing else but `limit`
+    name                     shown in tables; the folder's name when not given
+    train, validation, test  files, relative to the recipe
+    kind, metric             `dovetail.tasks`; metric: the kind's first when not given
+    fields                   the task's field -> the file's column, where they differ
+    num_labels               of a classification; as many as the records have when not given
+    limit                    split -> only its first so many records
+    """
+
+    task: str | None = None
+    name: str | None = None
+    train: Path | None = None
+    validation: Path | None = None
+    test: Path | None = None
+    kind: Literal["generation", "choice", "pairs", "text", "classification", "regression"] | None = None
+    metric: str | None = None
+    fields: dict[str, str] = {}
+    num_labels: Annotated[int, Field(ge=2)] | None = None
+    limit: Limit = Limit()
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Split -> file, of those that are named."""
+        named = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {split: path for split, path in named.items() if path is not None}
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"task": value} if isinstance(value, str) else value
+
+    @pydantic.model_validator(mode="after")
+    def _one_source(self) -> Data:
+        if self.task is not None:
+            others = [name for name in self.model_fields_set if name not in ("task", "limit") and getattr(self, name)]
+            if others:
+                raise ValueError(f"a playground task takes no {sorted(others)[0]}: name a task, or files")
+            return self
+        if not self.files:
+            raise ValueError("name a playground task (task: word_problems), or files (train: train.jsonl, ...)")
+        if self.kind is None:
+            raise ValueError("files need a kind: " + ", ".join(FIELDS))
+        if self.metric is not None and self.metric not in METRICS[self.kind]:
+            raise ValueError(f"a {self.kind} task is measured by " + " or ".join(METRICS[self.kind]))
+        known = [*FIELDS[self.kind], *(["pair"] if self.kind in ("classification", "regression") else [])]
+        for name in self.fields:
+            if name not in known:
+                raise ValueError(f"a {self.kind} record has no field {name!r}; it has " + ", ".join(known))
+        return self
+
+
+class Training(_Part):
+    """How to train: the arguments of `dovetail.train` with the same names."""
+
+    epochs: PositiveFloat = 3.0
+    max_steps: Positive | None = None
+    batch_size: Positive = 32
+    gradient_accumulation: Positive = 1
+    lr_scale: PositiveFloat = 1.0
+    head_learning_rate: PositiveFloat = 1e-3
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    max_length: Annotated[int, Field(ge=2)] = 512
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    group_by_length: bool = True
+    evaluate_every: Positive | None = None
+    evaluate_limit: Positive | None = None
+    checkpoint_every: Positive = 200
+
+
+class Calibration(_Part):
+    """What pruners that look at activations look at: so many records of a split."""
+
+    samples: Positive = 128
+    split: Literal["train", "validation", "test"] = "train"
+
+
+class Evaluation(_Part):
+    """What is scored after each stage.
+
+    tasks       further tasks beside the one that is trained: names of the playground, or data parts
+    split       of every task; test where the data has one, else validation
+    limit       only the first so many records
+    """
+
+    tasks: tuple[Data, ...] = ()
+    split: Literal["train", "validation", "test"] | None = None
+    limit: Positive | None = None
+    batch_size: Positive = 64
+
+
+class Recipe(_Part):
+    """A run. Build it with `Recipe.load(path)` or `Recipe.parse(mapping)`; both raise RecipeError or ChainError.
+
+    model   playground, a folder (relative to the recipe), a hub id, or package:NAME/FOLDER
+    chain   the notation; kept in its canonical form
+    merge   exact: CannotMerge before training starts if the chain can't be merged without loss; lossy: merge anyway
+            and measure the loss; none: keep the adapter apart
+    output  folder of the run, relative to where the command is given
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    chain: Annotated[str, Field(min_length=1)]
+    targets: str | tuple[str, ...] = "all-linear"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    trust_remote_code: bool = False
+    data: Data
+    train: Training = Training()
+    calibration: Calibration = Calibration()
+    evaluate: Evaluation = Evaluation()
+    merge: Literal["exact", "lossy", "none"] = "exact"
+    output: Path | None = None
+
+    @pydantic.field_validator("chain")
+    @classmethod
+    def _canonical(cls, text: str) -> str:
+        return str(chain(text))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Reads a recipe file; paths in it are taken relative to its folder."""
+        path = Path(path)
+        return cls.parse(read_yaml(path), where=str(path), folder=path.parent)
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any], *, where: str = "recipe", folder: str | Path = ".") -> Recipe:
+        """A recipe from a mapping as YAML gives it.
+
+        where   what messages call it
+        folder  that relative paths start from
+        """
+        if not isinstance(value, Mapping):
+            raise RecipeError(
+                where, found=f"a {type(value).__name__}", rule="a recipe is a mapping: model, chain, data"
+            )
+        try:
+            return cls.model_validate(dict(value))._resolved(Path(folder))
+        except pydantic.ValidationError as error:
+            raise _refusal(where, error) from None
+
+    def dump(self, path: str | Path) -> None:
+        """Writes the recipe with every default, atomically; the file alone repeats the run from anywhere."""
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        whole = Path(path)
+        part = whole.with_name(f".{whole.name}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(whole)
+
+    def _resolved(self, folder: Path) -> Recipe:
+        """Paths absolute, and what depends on other keys filled in."""
+        model = self.model
+        if not model.startswith("package:") and model != "playground" and (folder / model).expanduser().is_dir():
+            model = str((folder / Path(model).expanduser()).resolve())
+        data = _at(self.data, folder)
+        split = self.evaluate.split or ("validation" if data.task is None and data.test is None else "test")
+        tasks = tuple(_at(task, folder) for task in self.evaluate.tasks)
+        evaluate = self.evaluate.model_copy(update={"split": split, "tasks": tasks})
+        return self.model_copy(update={"model": model, "data": data, "evaluate": evaluate})
+
+
+def _at(data: Data, folder: Path) -> Data:
+    if data.task is not None or data.kind is None:
+        return data
+    paths = {split: (folder / path.expanduser()).resolve() for split, path in data.files.items()}
+    update = {
+        "name": data.name or next(iter(paths.values())).parent.name,
+        "metric": data.metric or METRICS[data.kind][0],
+    }
+    return data.model_copy(update={**paths, **update})
+
+
+def _refusal(where: str, error: pydantic.ValidationError) -> RecipeError:
+    """The first thing that pydantic objects to, in the project's form."""
+    errors = error.errors(include_url=False)
+    # An unknown key is often the reason why another is missing.
+    first = min(errors, key=lambda e: e["type"] != "extra_forbidden")
+    place = [str(part) for part in first["loc"]]
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _keys(first["loc"][:-1])
+        near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
+        inside = " of " + ".".join(place[:-1]) if place[:-1] else ""
+        return RecipeError(
+            where,
+            found=f"key {'.'.join(place)!r}{more}",
+            rule=f"keys{inside}: " + ", ".join(known),
+            fix=f"did you mean {near[0]}?" if near else "",
+        )
+    at = f"{where}, {'.'.join(place)}" if place else where
+    if first["type"] == "missing":
+        return RecipeError(
+            at, found=f"nothing{more}", rule=f"a recipe says its {place[-1]}", fix=_HINTS.get(place[-1], "")
+        )
+    message = first["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(first["input"], Mapping) else f"{first['input']!r}{more}"
+    return RecipeError(at, found=found[:300], rule=message[0].lower() + message[1:])
+
+
+_HINTS = {"model": "model: playground", "chain": "chain: lora(r=16)", "data": "data: {task: word_problems}"}
+
+
+def _keys(place: Sequence[int | str]) -> list[str]:
+    """The keys that the part of a recipe at this place knows."""
+    parts: dict[str, type[pydantic.BaseModel]] = {
+        "data": Data, "tasks": Data, "limit": Limit, "train": Training, "calibration": Calibration,
+        "evaluate": Evaluation,
+    }  # fmt: skip
+    names = [part for part in place if isinstance(part, str) and part in parts]
+    return list((parts[names[-1]] if names else Recipe).model_fields)
