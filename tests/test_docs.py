@@ -50,7 +50,9 @@ def test_the_readmes_example_runs(tmp_path):
     code = re.search(r"```python\n(.*?)```", readme(), re.DOTALL)
     assert code is not None
     assert len([line for line in code.group(1).splitlines() if line.strip()]) <= 12
-    run = subprocess.run([sys.executable, "-c", code.group(1)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code.group(1)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert "exact" in run.stdout
 
@@ -60,7 +62,9 @@ def test_the_readmes_tree_is_the_tree():
     assert tree is not None
     named = set(re.findall(r"[\w/]+\.py|\b\w+/", tree.group(1)))
     folder = ROOT / "src/dovetail"
-    modules = {p.name for p in folder.glob("*.py")} | {f"{p.name}/" for p in folder.iterdir() if (p / "__init__.py").exists()}
+    modules = {p.name for p in folder.glob("*.py") if p.name != "__init__.py"} | {
+        f"{p.name}/" for p in folder.iterdir() if (p / "__init__.py").exists()
+    }
     missing = modules - named
     assert not missing, f"not in the README's tree: {sorted(missing)}"
     inside = {p.name for p in folder.rglob("*.py")} | {f"{p.name}/" for p in folder.rglob("*") if p.is_dir()}

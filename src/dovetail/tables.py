@@ -42,6 +42,15 @@ def method_rows() -> list[dict[str, Any]]:
     return found
 
 
+def markdown_table() -> str:
+    """The table of links as the README has it."""
+    lines = ["| link | kind | keeps | what it does |", "|---|---|---|---|"]
+    for row in method_rows():
+        keeps = ", ".join(what for what in ("zeros", "grid") if row[f"keeps_{what}"]) or "–"
+        lines.append(f"| `{row['notation']}` | {row['kind']} | {keeps} | {row['summary']} ({row['source']}) |")
+    return "\n".join(lines)
+
+
 def _notation(link: type[Link]) -> str:
     parts = [
         format_value(f.default) if f.metadata.get("positional") else f"{f.name}={format_value(f.default)}"

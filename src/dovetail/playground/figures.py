@@ -12,6 +12,8 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 
@@ -26,9 +28,8 @@ from dovetail.tasks import Record
 GROUP = 64
 """Weights that share a scale and a zero point in INT4."""
 
-FULL_STEPS, FULL_LR = 200, 1e-3
-LORA_STEPS, LORA_LR = (200, 500), 4e-3
-"""Steps are of 64 problems. The shorter training of LoRA is about a minute, the longer about two."""
+STEPS, BATCH = 300, 32
+FULL_LR, LORA_LR = 1e-3, 4e-3
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
@@ -121,24 +122,24 @@ def batch_of(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str,
 
 def train(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parameters: list[nn.Parameter],
-    records: Sequence[Record], *, lr: float, steps: int, batch: int = 64, seed: int,
+    records: Sequence[Record], *, lr: float, seed: int,
 ) -> float:  # fmt: skip
-    """Train on the answers to the prompts with a one-cycle cosine; returns the seconds it took."""
-    rng, started = Random(seed), time.perf_counter()
+    """Train on the answers to the prompts with a one-cycle cosine; returns its seconds of processor time."""
+    rng, started = Random(seed), time.process_time()
     end, pad = special(tokenizer)
     rows = [(encode(tokenizer, r["prompt"]), [*encode(tokenizer, r["answer"]), end]) for r in records]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=STEPS, pct_start=0.1)
     model.train()
-    for _ in range(steps):
-        loss = model(**batch_of(rng.sample(rows, batch), pad)).loss
+    for _ in range(STEPS):
+        loss = model(**batch_of(rng.sample(rows, BATCH), pad)).loss
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     model.eval()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def special(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
@@ -211,21 +212,17 @@ class Playground:
         wanda(copied, self.tokenizer, [r["prompt"] + r["answer"] for r in self.problems[:128]])
         return copied
 
-    def full(self, seed: int, *, steps: int, lr: float) -> tuple[PreTrainedModel, float]:
+    def full(self, seed: int) -> tuple[PreTrainedModel, float]:
         """Every weight tuned; and the seconds."""
         model = copy.deepcopy(self.base)
-        return model, train(
-            model, self.tokenizer, list(model.parameters()), self.problems, lr=lr, steps=steps, seed=seed
-        )
+        return model, train(model, self.tokenizer, list(model.parameters()), self.problems, lr=FULL_LR, seed=seed)
 
-    def lora(
-        self, seed: int, *, steps: int, lr: float, prune: bool = False, bits: int = 0
-    ) -> tuple[PreTrainedModel, float]:
+    def lora(self, seed: int, *, prune: bool = False, bits: int = 0) -> tuple[PreTrainedModel, float]:
         """LoRA of rank 16 on the dense or pruned model; with bits, on the grid of that model quantized."""
         torch.manual_seed(seed)
         model = self.pruned(self.base) if prune else copy.deepcopy(self.base)
         parameters = add_lora(model, bits=bits)
-        return model, train(model, self.tokenizer, parameters, self.problems, lr=lr, steps=steps, seed=seed)
+        return model, train(model, self.tokenizer, parameters, self.problems, lr=LORA_LR, seed=seed)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -244,28 +241,33 @@ def base_table(play: Playground) -> list[str]:
     return lines
 
 
-def tuned_table(play: Playground, seeds: range) -> list[str]:
-    """Word problems after tuning in each way, over the seeds."""
-    rows: dict[str, list[tuple[float, float]]] = {}
+def tuned_scores(directory: Path, seed: int) -> dict[str, tuple[float, float]]:
+    """Word problems after tuning in each way with this seed: exact match, and the seconds of training."""
+    torch.set_num_threads(1)
+    play = Playground(directory)
+    rows: dict[str, tuple[float, float]] = {}
 
     def note(row: str, model: PreTrainedModel, seconds: float) -> None:
-        rows.setdefault(row, []).append((score(model, play.tokenizer, "word_problems"), seconds))
+        rows[row] = (score(model, play.tokenizer, "word_problems"), seconds)
 
-    for seed in track(seeds, "tuning, by seed"):
-        model, seconds = play.full(seed, steps=FULL_STEPS, lr=FULL_LR)
-        note("full fine-tuning", model, seconds)
-        note("full fine-tuning, then Wanda 50%", play.pruned(model), seconds)
-        for steps in LORA_STEPS:
-            note(f"LoRA r=16, {steps} steps", *play.lora(seed, steps=steps, lr=LORA_LR))
-        for steps in LORA_STEPS:
-            note(f"Wanda 50%, LoRA r=16 in the mask, {steps} steps",
-                 *play.lora(seed, steps=steps, lr=LORA_LR, prune=True))  # fmt: skip
-        steps = LORA_STEPS[-1]
-        note(f"Wanda 50%, INT4, LoRA r=16 in the mask and on the grid, {steps} steps",
-             *play.lora(seed, steps=steps, lr=LORA_LR, prune=True, bits=4))  # fmt: skip
+    model, seconds = play.full(seed)
+    note("full fine-tuning", model, seconds)
+    note("full fine-tuning, then Wanda 50%", play.pruned(model), seconds)
+    note("LoRA r=16", *play.lora(seed))
+    note("Wanda 50%, LoRA r=16 in the mask", *play.lora(seed, prune=True))
+    note("Wanda 50%, INT4, LoRA r=16 in the mask and on the grid", *play.lora(seed, prune=True, bits=4))
+    return rows
+
+
+def tuned_table(directory: Path, seeds: range, jobs: int) -> list[str]:
+    """The rows of `tuned_scores` over the seeds, `jobs` of them at a time."""
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        results = pool.map(tuned_scores, [directory] * len(seeds), seeds)
+        per_seed = list(track(results, "tuning, by seed", total=len(seeds)))
     lines = ["| word_problems | exact match | seconds |", "|---|---:|---:|"]
-    for row, results in rows.items():
-        lines.append(f"| {row} | {spread([r for r, _ in results])} | {statistics.mean(s for _, s in results):.0f} |")
+    for row in per_seed[0]:
+        seconds = statistics.mean(scores[row][1] for scores in per_seed)
+        lines.append(f"| {row} | {spread([scores[row][0] for scores in per_seed])} | {seconds:.0f} |")
     return lines
 
 
@@ -281,12 +283,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2, help="seeds measured at a time, one thread each")
     parser.add_argument("--page", type=Path, help="write the tables into this page, between its markers")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    play = Playground(arguments.model)
-    lines = [*base_table(play), "", *tuned_table(play, range(arguments.seeds))]
+    torch.set_num_threads(1)
+    lines = [*base_table(Playground(arguments.model)), ""]
+    lines += tuned_table(arguments.model, range(arguments.seeds), arguments.jobs)
     print("\n".join(lines))
     if arguments.page:
         write(arguments.page, lines)
