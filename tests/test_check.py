@@ -244,7 +244,7 @@ def test_wanda_prunes_by_weight_times_input_norm_per_row() -> None:
 def test_wanda_on_a_convolution_sees_each_tap_of_its_kernel() -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 6, (2, 3), stride=(1, 2), padding=(1, 0), dilation=(1, 2), groups=2)
-    model, x = nn.Sequential(conv), torch.randn(3, 4, 5, 9)
+    model, x = nn.Sequential(conv), torch.randn(3, 4, 5, 9) * torch.tensor([1.0, 0.1, 0.1, 30.0]).view(4, 1, 1)
     weight = conv.weight.detach().clone()
     dovetail.apply(model, "wanda(0.5)", targets="0", calibration=[{"input": x}])
     columns = nn.functional.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)  # (b, 4·6, positions)
