@@ -52,9 +52,11 @@ def input_norms(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     batches = list(batches)  # token ids: small
+    device = next(model.parameters()).device
     try:
         with Bar("calibrating", len(batches), shown=progress) as bar:
             for batch in batches:
+                batch = {name: tensor.to(device) for name, tensor in batch.items()}
                 mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
                 model(**batch)
                 bar.advance()

@@ -190,7 +190,8 @@ def _probe(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def _outputs(model: nn.Module, probe: Batch) -> Tensor:
-    found: Any = model(**probe)
+    device = next(model.parameters()).device
+    found: Any = model(**{name: tensor.to(device) for name, tensor in probe.items()})
     if isinstance(found, Tensor):
         return found.detach().clone()
     logits = found.logits if "logits" in found else found[0]
