@@ -113,6 +113,7 @@ def evaluate(
     from dovetail.adapter import load_adapter
     from dovetail.evaluate import evaluate as evaluate_model
     from dovetail.load import load
+    from dovetail.report.record import finite
     from dovetail.tables import print_scores
 
     _quiet()
@@ -123,7 +124,7 @@ def evaluate(
         load_adapter(loaded, adapter)
     scores = evaluate_model(loaded, tokenizer, tasks, split=chosen, limit=limit, batch_size=batch_size)
     if as_json:
-        _print_json(scores)
+        _print_json({name: finite(found) for name, found in scores.items()})
     else:
         print_scores(_console(), scores)
 
@@ -208,7 +209,7 @@ def _quiet() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore")
 
 

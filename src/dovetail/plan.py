@@ -225,14 +225,14 @@ def _peak(model: PreTrainedModel, batch: Mapping[str, Tensor], settings: Setting
     """The peak of memory of training steps on this batch, 0 where nothing is trained."""
     if not trained_parts(model):
         return 0
+    if settings.bf16:
+        cast_frozen(model)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake, warnings.catch_warnings():
             # A fake tensor's address is asked for where a copy can be saved; that it has none is an answer too.
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             model.to_empty(device="cpu")
             model.tie_weights()
-            if settings.bf16:
-                cast_frozen(model)
             if settings.gradient_checkpointing:
                 model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
             return training_step_peak(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pydantic
@@ -13,6 +15,11 @@ from dovetail.merge import MergeReport
 REPORT = "report.json"
 MAX_NBYTES = 1 << 28
 """The most that a report.json may hold: losses of millions of steps."""
+
+
+def finite(scores: Mapping[str, float | None]) -> dict[str, float | None]:
+    """The scores with None for an infinite one: JSON has no word for it."""
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in scores.items()}
 
 
 class _Record(pydantic.BaseModel):
@@ -41,6 +48,11 @@ class Row(_Record):
     metrics: dict[str, dict[str, float | None]]
     footprint: Footprint
     seconds: float
+
+    @pydantic.field_validator("metrics")
+    @classmethod
+    def _finite(cls, metrics: dict[str, dict[str, float | None]]) -> dict[str, dict[str, float | None]]:
+        return {task: finite(scores) for task, scores in metrics.items()}
 
 
 class Merge(_Record):
