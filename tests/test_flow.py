@@ -66,7 +66,7 @@ def test_a_run_directory(tmp_path):
     assert [step for step, _ in written["training"][0]["losses"]] == [1, 2, 3, 4]
     assert report.row("tuned").metrics == report.row("merged").metrics
     assert Report.load(folder) == report
-    assert Recipe.load(folder / "recipe.yaml").chain == MAIN.replace("bits=4, ", "")
+    assert Recipe.load(folder / "recipe.yaml").chain == str(chain(MAIN))
     events = [json.loads(line)["event"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert events.count("row") == 5
     assert events.count("loss") == 4

@@ -62,20 +62,21 @@ def plan(
     length: Annotated[int, typer.Option(min=2, help="Tokens of a row, where no task is named.")] = 128,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16.")] = False,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
+    memory: Annotated[bool, typer.Option(help="Predict the memory of training: minutes for large models.")] = True,
     as_json: Json = False,
 ) -> None:
     """Say what a chain will do, from the model's config alone: legality, stages, exact bits, memory of training."""
+    _quiet()
     from dataclasses import asdict
 
     from dovetail.data import number_of_labels
     from dovetail.plan import plan as make_plan
     from dovetail.tables import print_plan
 
-    _quiet()
     found = _task(task) if task else None
     made = make_plan(
         chain, model, targets=[part.strip() for part in targets.split(",")], task=found, batch_size=batch_size,
-        length=length, bf16=bf16, gradient_checkpointing=gradient_checkpointing,
+        length=length, bf16=bf16, gradient_checkpointing=gradient_checkpointing, memory=memory,
         num_labels=None if found is None else number_of_labels(found),
     )  # fmt: skip
     if as_json:
@@ -110,13 +111,13 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a model on tasks."""
+    _quiet()
     from dovetail.adapter import load_adapter
     from dovetail.evaluate import evaluate as evaluate_model
     from dovetail.load import load
     from dovetail.report.record import finite
     from dovetail.tables import print_scores
 
-    _quiet()
     tasks = [_task(name) for name in task]
     chosen = split or next((name for name in ("test", "validation") if name in tasks[0].splits), "test")
     loaded, tokenizer = load(model, task_kind=tasks[0].kind)
@@ -160,13 +161,13 @@ def main() -> None:
 
 
 def _run(recipe: Path | dict[str, Any], name: str, output: Path | None, resume: bool, as_json: bool) -> None:
+    _quiet()
     from dovetail.flow import run as run_recipe
     from dovetail.recipe import Recipe
     from dovetail.report import print_summary
     from dovetail.report.summary import row_line
     from dovetail.run_folder import choose_output
 
-    _quiet()
     loaded = Recipe.load(recipe) if isinstance(recipe, Path) else Recipe.parse(recipe)
     output = choose_output(output or loaded.output, name)
     if not as_json:
@@ -201,7 +202,7 @@ def _print_json(value: Any) -> None:
 
 
 def _quiet() -> None:
-    """Keeps other libraries' bars, advice and warnings off the terminal; errors are shown."""
+    """Keeps other libraries' bars, advice and warnings off the terminal; errors are shown. Before they are imported."""
     import logging
     import warnings
 

@@ -164,6 +164,8 @@ class _Rows:
                 self.model, self.tokenizer, self.tasks, split=self.split, limit=self.settings.limit,
                 batch_size=self.settings.batch_size, progress=self.progress,
             ))  # fmt: skip
+            for task in self.tasks:  # the figure that stands for the task comes first
+                scores[task.name] = {task.metric: scores[task.name][task.metric], **scores[task.name]}
             seconds = time.perf_counter() - self._started
             row = Row(name=name, metrics=scores, footprint=taken or footprint(self.model), seconds=seconds)
             self.folder.add(row)

@@ -44,7 +44,7 @@ class StagePlan:
     bits_per_weight: float
     nbytes: int
     trainable_parameters: int
-    predicted_peak_memory_nbytes: int
+    predicted_peak_memory_nbytes: int | None
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Plan:
     bits_per_weight: float
     nbytes: int
     trainable_parameters: int
-    predicted_peak_memory_nbytes: int
+    predicted_peak_memory_nbytes: int | None
     batch_size: int
     length: int
 
@@ -95,6 +95,7 @@ def plan(
     bf16: bool = False,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    memory: bool = True,
 ) -> Plan:
     """Plans a chain on a model without running it.
 
@@ -103,6 +104,7 @@ def plan(
     task_kind   where no task is given
     batch_size, length   rows and tokens of the widest batch; length is the longest record's with a task
     max_length, bf16, gradient_checkpointing   as in `dovetail.train`
+    memory      predict the peak, which takes seconds for small models and minutes for large ones; else it is None
 
     An illegal chain gives a plan that isn't `legal`; other errors are raised: LoadError for the model, DataError for
     records that don't suit it.
@@ -142,7 +144,7 @@ def plan(
                 bits_per_weight=8 * sum(map(weight_nbytes, layers.values())) / weights,
                 nbytes=stored_nbytes(model_here),
                 trainable_parameters=sum(p.numel() for p in model_here.parameters() if p.requires_grad),
-                predicted_peak_memory_nbytes=_peak(model_here, batch, settings),
+                predicted_peak_memory_nbytes=_peak(model_here, batch, settings) if memory else None,
             )
         )
         nothing = replace(nothing, layers=len(layers), weights=weights)
@@ -155,7 +157,7 @@ def plan(
         bits_per_weight=parts[-1].bits_per_weight,
         nbytes=parts[-1].nbytes,
         trainable_parameters=parts[-1].trainable_parameters,
-        predicted_peak_memory_nbytes=max(part.predicted_peak_memory_nbytes for part in parts),
+        predicted_peak_memory_nbytes=max(part.predicted_peak_memory_nbytes or 0 for part in parts) if memory else None,
     )
 
 

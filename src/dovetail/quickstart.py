@@ -7,4 +7,9 @@ model: playground
 chain: wanda(0.5) >> int(bits=4, group=64) >> lora(r=16) >> remask >> regrid
 data:
   task: word_problems
+train:
+  epochs: 3
+  lr_scale: 10 # a model this small takes ten times the learning rates that large ones do
+  schedule: cosine
+  warmup: 0.05
 """

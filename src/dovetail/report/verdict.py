@@ -15,7 +15,10 @@ def verdict(merged: MergeReport | None, *, lossy: bool, quantized: bool) -> str:
     if merged is None:
         return "Not merged: the recipe keeps the base and the adapter apart. adapter/ holds what was trained."
     if merged.exact:
-        words = ["Merged without loss: no weight lost its zero, its place on the grid or a bit of its precision."]
+        kept = ["its zero"] if merged.sparsity_before > 0.01 else []
+        kept += ["its place on the grid"] if quantized else []
+        kept = [", ".join(kept), "or a bit of its precision"] if kept else ["a bit of its precision"]
+        words = [f"Merged without loss: no weight lost {' '.join(kept)}."]
     elif lossy:
         words = [
             "Merged with loss, as the recipe asks: the chain doesn't keep what pruning and quantizing made, so merging "
