@@ -1,5 +1,6 @@
 """The documents tell the truth: samples run, the tree is the tree, the table is the registry."""
 
+import os
 import re
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def test_the_readmes_example_runs(tmp_path):
 
 
 def test_the_readmes_tree_is_the_tree():
-    tree = re.search(r"```\nsrc/dovetail/\n(.*?)```", readme(), re.DOTALL)
+    tree = re.search(r"```\nsrc/dovetail/\n(.*?)\nbench/", readme(), re.DOTALL)
     assert tree is not None
     named = set(re.findall(r"[\w/]+\.py|\b\w+/", tree.group(1)))
     folder = ROOT / "src/dovetail"

@@ -20,7 +20,7 @@ from dovetail.chain.linear import ChainLinear, LinkState, Shared, adapter_dtype,
 from dovetail.chain.link import Adapter, Closer, Link, Pruner, Quantizer, Site, arguments
 from dovetail.chain.notation import Chain, chain
 from dovetail.chain.stages import Stage, stages
-from dovetail.errors import ChainError
+from dovetail.errors import ChainError, DataError
 from dovetail.load import fingerprint
 from dovetail.targets import Target, find_targets, heads
 
@@ -180,7 +180,15 @@ def _calibration(stage: Stage, calibration: Iterable[Batch] | None) -> list[Batc
             rule=f"{needing[0].name} looks at the activations of some text",
             fix="apply(…, calibration=[{'input_ids': …}, …]); magnitude needs none",
         )
-    return None if calibration is None else list(calibration)
+    batches = None if calibration is None else list(calibration)
+    if needing and not batches:
+        raise DataError(
+            f"calibration of {needing[0].name}",
+            found="no batch",
+            rule="pruning by activations needs at least one batch",
+            fix="pass calibration=[{'input_ids': …}, …]",
+        )
+    return batches
 
 
 def model_fingerprint(model: nn.Module) -> str:

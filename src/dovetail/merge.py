@@ -100,6 +100,7 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None) 
     after = None if probe is None else _outputs(model, probe)
     for name, module in model.named_modules():
         module.training = modes[name]
+    model.requires_grad_(True)  # a stock model again, as `from_pretrained` gives it
     if isinstance(model, PreTrainedModel):
         model.config.dovetail = {
             "chain": str(record.chain),

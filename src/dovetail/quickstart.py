@@ -8,7 +8,7 @@ chain: wanda(0.5) >> int(bits=4, group=64) >> lora(r=16) >> remask >> regrid
 data:
   task: word_problems
 train:
-  epochs: 3
+  epochs: 5
   lr_scale: 10 # a model this small takes ten times the learning rates that large ones do
   schedule: cosine
   warmup: 0.05

@@ -37,7 +37,7 @@ class DoRA(Adapter):
     source: ClassVar[str] = "Liu et al. 2024"
 
     def __post_init__(self) -> None:
-        check_rank(self.name, self.r)
+        check_rank(self.name, self.r, self.alpha)
 
     @property
     def scale(self) -> float:

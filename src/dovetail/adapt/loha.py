@@ -37,7 +37,7 @@ class LoHa(Adapter):
     source: ClassVar[str] = "Hyeon-Woo et al. 2021"
 
     def __post_init__(self) -> None:
-        check_rank(self.name, self.r)
+        check_rank(self.name, self.r, self.alpha)
 
     @property
     def scale(self) -> float:

@@ -42,7 +42,7 @@ class LoRA(Adapter):
     source: ClassVar[str] = "Hu et al. 2021"
 
     def __post_init__(self) -> None:
-        check_rank(self.name, self.r, self.dropout)
+        check_rank(self.name, self.r, self.alpha, self.dropout)
 
     @property
     def scale(self) -> float:

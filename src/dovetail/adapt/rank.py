@@ -11,8 +11,10 @@ from dovetail.chain.link import Site
 from dovetail.errors import ChainError
 
 
-def check_rank(method: str, r: int, dropout: float = 0.0) -> None:
-    """ChainError unless r >= 1 and 0 <= dropout < 1."""
+def check_rank(method: str, r: int, alpha: float | None = None, dropout: float = 0.0) -> None:
+    """ChainError unless r >= 1, alpha is finite and 0 <= dropout < 1."""
+    if alpha is not None and not math.isfinite(alpha):
+        raise ChainError(method, found=f"alpha={alpha}", rule="alpha is a finite number", fix=f"alpha={r}")
     if r < 1:
         raise ChainError(method, found=f"r={r}", rule="the rank r is at least 1", fix="r=8")
     if not 0 <= dropout < 1:

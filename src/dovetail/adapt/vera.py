@@ -42,7 +42,7 @@ class VeRA(Adapter):
     source: ClassVar[str] = "Kopiczko et al. 2024"
 
     def __post_init__(self) -> None:
-        check_rank(self.name, self.r, self.dropout)
+        check_rank(self.name, self.r, dropout=self.dropout)
 
     def parameter_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         return {"b": (site.out_features,), "d": (self.r,)}

@@ -69,7 +69,6 @@ class Base(nn.Module):
         self.register_buffer("mask_bits", None)
         self.register_buffer("start", None, persistent=False)
         self._row_square: dict[bool, Tensor] = {}
-        self._words: tuple[tuple[object, ...], Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,7 +84,6 @@ class Base(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._row_square = {}
-        self._words = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -207,7 +205,6 @@ class Base(nn.Module):
         if self.start is not None:
             self.start = self.layout.native(torch.where(keep_oi, self.layout.matrix(self.start), 0))
         self.mask_bits = pack_bits(keep_oi)
-        self._words = None
 
     def mask_rows(self, rows: slice) -> Tensor:
         """(n, i) bool: where the mask lets a weight live."""
@@ -216,12 +213,6 @@ class Base(nn.Module):
         return words.bool()
 
     def mask_words(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """(n, i) integers as wide as `dtype`: all ones where a weight lives, zero elsewhere, for a bitwise AND.
-
-        The last chunk is remembered: in backward the weight and its gradient ask for the same one.
-        """
+        """(n, i) integers as wide as `dtype`: all ones where a weight lives, zero elsewhere, for a bitwise AND."""
         assert self.mask_bits is not None
-        key = (rows.start, rows.stop, dtype.itemsize, id(self.mask_bits))
-        if self._words is None or self._words[0] != key:
-            self._words = key, unpack_bits(self.mask_bits[rows], self.shape[1], INTEGERS[dtype.itemsize])
-        return self._words[1]
+        return unpack_bits(self.mask_bits[rows], self.shape[1], INTEGERS[dtype.itemsize])

@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dovetail.chain.link import Quantizer, Site, register
+from dovetail.chain.link import Quantizer, Site, register, shown
 from dovetail.errors import ChainError, DovetailError
 from dovetail.quantize.affine import AffineWeight
 from dovetail.quantize.packing import packed_nbytes
@@ -40,8 +40,8 @@ class Int(Quantizer):
     summary: ClassVar[str] = "integers of 2, 3, 4 or 8 bits, rounded to nearest, one scale per group"
     source: ClassVar[str] = "round-to-nearest, SQFT §2.2"
 
-    bits: int = 4
-    group: int = 64
+    bits: int = shown(4)
+    group: int = shown(64)
     symmetric: bool = False
 
     def __post_init__(self) -> None:
