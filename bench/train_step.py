@@ -18,12 +18,12 @@ warnings.filterwarnings("ignore")
 
 import peft
 import torch
-from timing import Row, medians, show
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dovetail
 from dovetail.chain.linear import ChainLinear, chain_layers
+from timing import Row, medians, show
 
 WIDTH, RANK, TOKENS = 2048, 8, 512
 BF16 = torch.bfloat16
@@ -104,7 +104,9 @@ def quantized(rounds: int) -> list[Row]:
     import bitsandbytes as bnb
 
     base = net()
-    linear = bnb.nn.Linear4bit(WIDTH, WIDTH, bias=False, quant_type="nf4", compute_dtype=BF16, compress_statistics=False)
+    linear = bnb.nn.Linear4bit(
+        WIDTH, WIDTH, bias=False, quant_type="nf4", compute_dtype=BF16, compress_statistics=False
+    )
     linear.weight = bnb.nn.Params4bit(
         base.proj.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False
     )

@@ -41,18 +41,37 @@ VOCABULARY, HIDDEN, FEEDFORWARD, LAYERS, HEADS = 128, 64, 128, 2, 4
 # Shared by the decoders whose configs use Llama's names. Grouped-query attention (2 key-value heads for 4 heads), so
 # that query and key differ in shape.
 _LLAMA = {
-    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": FEEDFORWARD, "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS, "num_key_value_heads": 2, "max_position_embeddings": 128,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": FEEDFORWARD,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 _GEMMA = _LLAMA | {"head_dim": 16}
 _BERT = {
-    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": FEEDFORWARD, "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS, "max_position_embeddings": 130, "pad_token_id": 0,
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": FEEDFORWARD,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": 130,
+    "pad_token_id": 0,
 }
 _T5 = {
-    "vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 16, "d_ff": FEEDFORWARD, "num_layers": LAYERS,
-    "num_heads": HEADS, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
+    "vocab_size": VOCABULARY,
+    "d_model": HIDDEN,
+    "d_kv": 16,
+    "d_ff": FEEDFORWARD,
+    "num_layers": LAYERS,
+    "num_heads": HEADS,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
 }
 _END = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
@@ -69,12 +88,23 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=128, **_END
     ),
     "gpt_neox": lambda: GPTNeoXConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=FEEDFORWARD, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, max_position_embeddings=128, **_END
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=FEEDFORWARD,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=128,
+        **_END,
     ),
     "opt": lambda: OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, word_embed_proj_dim=HIDDEN, ffn_dim=FEEDFORWARD,
-        num_hidden_layers=LAYERS, num_attention_heads=HEADS, max_position_embeddings=128, **_END
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        word_embed_proj_dim=HIDDEN,
+        ffn_dim=FEEDFORWARD,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=128,
+        **_END,
     ),
     "bloom": lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS, **_END),
     "falcon": lambda: FalconConfig(
@@ -86,8 +116,13 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "bert": lambda: BertConfig(**_BERT),
     "roberta": lambda: RobertaConfig(**_BERT, bos_token_id=1, eos_token_id=2),
     "distilbert": lambda: DistilBertConfig(
-        vocab_size=VOCABULARY, dim=HIDDEN, hidden_dim=FEEDFORWARD, n_layers=LAYERS, n_heads=HEADS,
-        max_position_embeddings=128, pad_token_id=0,
+        vocab_size=VOCABULARY,
+        dim=HIDDEN,
+        hidden_dim=FEEDFORWARD,
+        n_layers=LAYERS,
+        n_heads=HEADS,
+        max_position_embeddings=128,
+        pad_token_id=0,
     ),
 }
 ENCODERS = ("bert", "roberta", "distilbert")

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from families import batch, logits, make
 
 import dovetail
 from dovetail.adapter import load_adapter, save_adapter
 from dovetail.apply import advance, chain_layers
 from dovetail.errors import LoadError
+from families import batch, logits, make
 
 
 def perturb(model: torch.nn.Module, seed: int = 1) -> None:

@@ -1,17 +1,16 @@
 """The documents tell the truth: samples run, the tree is the tree, the table is the registry."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from families import batch, logits, make
 
 import dovetail
 from dovetail.apply import chain_layers
 from dovetail.chain.link import REGISTRY
+from families import batch, logits, make
 
 ROOT = Path(__file__).parents[1]
 

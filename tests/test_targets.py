@@ -13,13 +13,22 @@ from dovetail.targets import LABELS, find_targets, fused_experts, heads, labels
 from families import FAMILIES, HIDDEN, LAYERS, batch, logits, make
 
 LLAMA = {
-    "query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj", "output": "self_attn.o_proj",
-    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
 }
 ATTENTION = {label: LLAMA[label] for label in ("query", "key", "value", "output")}
 BERT = {
-    "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
-    "output": "attention.output.dense", "up": "intermediate.dense", "down": "output.dense",
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "output": "attention.output.dense",
+    "up": "intermediate.dense",
+    "down": "output.dense",
 }
 
 
@@ -51,14 +60,24 @@ EXPECTED: dict[str, tuple[str, dict[str, str]]] = {
     "opt": ("model.decoder.layers.*", {**ATTENTION, "output": "self_attn.out_proj", "up": "fc1", "down": "fc2"}),
     "bert": ("bert.encoder.layer.*", BERT),
     "roberta": ("roberta.encoder.layer.*", BERT),
-    "distilbert": ("distilbert.transformer.layer.*", {
-        "query": "attention.q_lin", "key": "attention.k_lin", "value": "attention.v_lin",
-        "output": "attention.out_lin", "up": "ffn.lin1", "down": "ffn.lin2",
-    }),
+    "distilbert": (
+        "distilbert.transformer.layer.*",
+        {
+            "query": "attention.q_lin",
+            "key": "attention.k_lin",
+            "value": "attention.v_lin",
+            "output": "attention.out_lin",
+            "up": "ffn.lin1",
+            "down": "ffn.lin2",
+        },
+    ),
 }
 T5_ATTENTION = {"query": "q", "key": "k", "value": "v", "output": "o"}
-T5_PLACES = ("encoder.block.*.layer.0.SelfAttention", "decoder.block.*.layer.0.SelfAttention",
-             "decoder.block.*.layer.1.EncDecAttention")
+T5_PLACES = (
+    "encoder.block.*.layer.0.SelfAttention",
+    "decoder.block.*.layer.0.SelfAttention",
+    "decoder.block.*.layer.1.EncDecAttention",
+)
 T5_FEEDFORWARD = ("encoder.block.*.layer.1.DenseReluDense", "decoder.block.*.layer.2.DenseReluDense")
 
 
@@ -72,7 +91,8 @@ def expected(name: str) -> dict[str, set[str]]:
         paths = {label: [f"{block}.{end}"] for label, end in table.items()}
     return {
         label: {path.replace("*", str(i)) for path in paths[label] for i in range(LAYERS)}
-        for label in LABELS if label in paths
+        for label in LABELS
+        if label in paths
     }
 
 
@@ -144,9 +164,9 @@ def test_heads_stay_out_of_all_linear_and_carry_no_label() -> None:
     assert heads(make("llama")) == ["lm_head"]
     assert len(find_targets(make("roberta"), "classifier.*")) == 2
     assert "classifier.out_proj" not in labels(make("roberta"))["output"]
-    masked = AutoModelForMaskedLM.from_config(BertConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    ))
+    masked = AutoModelForMaskedLM.from_config(
+        BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
     assert len(find_targets(masked)) == 6
 
 
@@ -155,9 +175,9 @@ class Wrapped(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = BertModel(BertConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-        ))
+        self.encoder = BertModel(
+            BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        )
         self.project = nn.Linear(16, 4)
 
 
@@ -187,10 +207,17 @@ def test_a_module_under_two_names_is_one_target() -> None:
     targets = find_targets(model)
     assert [(target.name, target.aliases) for target in targets] == [("first", ("again",)), ("other", ())]
     assert [target.name for target in find_targets(model, "again")] == ["first"]
-    albert = AutoModel.from_config(AlbertConfig(
-        vocab_size=32, embedding_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=3,
-        num_attention_heads=2, num_hidden_groups=1,
-    ))
+    albert = AutoModel.from_config(
+        AlbertConfig(
+            vocab_size=32,
+            embedding_size=8,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_hidden_groups=1,
+        )
+    )
     names = [target.name for target in find_targets(albert)]
     assert "pooler" not in names
     assert len(names) == len(set(names)) == 7  # one group, used three times, and the embedding's projection
@@ -233,16 +260,19 @@ def test_layers_that_cannot_be_changed_alone() -> None:
         find_targets(nn.Sequential(packed), "0")
 
 
-@pytest.mark.parametrize(("name", "target", "message"), [
-    ("llama", "q_prj", r"found: 15 layers: self_attn.q_proj x2 \(query\).*\n.*rule: .*\n.*fix: .*q_proj"),
-    ("llama", "quer", "fix:   query"),
-    ("llama", "self_attn", r"fix:   self_attn\.\*"),
-    ("llama", "*.mlp", r"fix:   \*\.mlp\.\*"),
-    ("gpt2", "gate", r"attn.c_proj x2 \(output\)"),
-    ("mixtral", "gate", "three-dimensional parameters.*model.layers.0.mlp.experts"),
-    ("llama", "", "no target"),
-    ("llama", [], "no target"),
-])
+@pytest.mark.parametrize(
+    ("name", "target", "message"),
+    [
+        ("llama", "q_prj", r"found: 15 layers: self_attn.q_proj x2 \(query\).*\n.*rule: .*\n.*fix: .*q_proj"),
+        ("llama", "quer", "fix:   query"),
+        ("llama", "self_attn", r"fix:   self_attn\.\*"),
+        ("llama", "*.mlp", r"fix:   \*\.mlp\.\*"),
+        ("gpt2", "gate", r"attn.c_proj x2 \(output\)"),
+        ("mixtral", "gate", "three-dimensional parameters.*model.layers.0.mlp.experts"),
+        ("llama", "", "no target"),
+        ("llama", [], "no target"),
+    ],
+)
 def test_what_matches_nothing_says_what_there_is(name: str, target: str | list[str], message: str) -> None:
     with pytest.raises(TargetError, match=message) as caught:
         find_targets(make(name), target)

@@ -323,9 +323,7 @@ def _widest(layers: Iterable[ChainLinear]) -> tuple[int, int]:
     return max(o for o, _ in shapes), max(i for _, i in shapes)
 
 
-def _state(
-    link: Link, layer: ChainLinear, shared: Shared, record: Applied, place: int, from_codes: bool
-) -> LinkState:
+def _state(link: Link, layer: ChainLinear, shared: Shared, record: Applied, place: int, from_codes: bool) -> LinkState:
     values: dict[str, Tensor] = {}
     if isinstance(link, Adapter):
         weight = layer.base.origin(from_codes)

@@ -48,13 +48,9 @@ def encode(
         answers = [record["choices"][record["label"]] for record in records]
     else:
         texts = [record["good" if kind == "pairs" else "text"] for record in records]
-        return text_rows(
-            texts, tokenizer, encoder_decoder=encoder_decoder, max_length=max_length, split=kind == "text"
-        )
+        return text_rows(texts, tokenizer, encoder_decoder=encoder_decoder, max_length=max_length, split=kind == "text")
     prompts = [record["prompt"] for record in records]
-    return answer_rows(
-        prompts, answers, tokenizer, encoder_decoder=encoder_decoder, max_length=max_length, end=True
-    )
+    return answer_rows(prompts, answers, tokenizer, encoder_decoder=encoder_decoder, max_length=max_length, end=True)
 
 
 def answer_rows(
@@ -88,8 +84,10 @@ def answer_rows(
             labels.append(eos)
         if len(labels) + (0 if encoder_decoder else max(1, len(before))) > max_length:
             raise DataError(
-                f"record {index}", found=f"an answer of {len(labels)} tokens, max_length={max_length}",
-                rule="an answer is never cut", fix="raise max_length or leave the record out",
+                f"record {index}",
+                found=f"an answer of {len(labels)} tokens, max_length={max_length}",
+                rule="an answer is never cut",
+                fix="raise max_length or leave the record out",
             )
         if not encoder_decoder:
             context = _keep_end(before, prompt, [], max_length - len(labels)) or _start(tokenizer)
@@ -129,7 +127,8 @@ def text_rows(
     for index, ids in enumerate(_ids(texts, tokenizer)):
         if not ids or (len(ids) > room and not split):
             raise DataError(
-                f"record {index}", found=f"a text of {len(ids)} tokens",
+                f"record {index}",
+                found=f"a text of {len(ids)} tokens",
                 rule=f"from 1 to {room} tokens" if not split else "a text has a token at least",
                 fix="raise max_length or leave the record out",
             )
@@ -221,19 +220,25 @@ def check_labels(name: str, kind: str, records: Sequence[Record], model: nn.Modu
     config: Any = model.config
     if kind == "regression" and config.num_labels != 1:
         raise DataError(
-            f"task {name}", found=f"a head of {config.num_labels} outputs", rule="a regression has 1 output",
+            f"task {name}",
+            found=f"a head of {config.num_labels} outputs",
+            rule="a regression has 1 output",
             fix="load the model with num_labels=1",
         )
     if kind == "classification":
         for index, record in enumerate(records):
             if not 0 <= record["label"] < config.num_labels:
                 raise DataError(
-                    f"task {name}, record {index}", found=f"label={record['label']}, num_labels={config.num_labels}",
-                    rule="labels are 0 to num_labels - 1", fix="load the model with the right num_labels",
+                    f"task {name}, record {index}",
+                    found=f"label={record['label']}, num_labels={config.num_labels}",
+                    rule="labels are 0 to num_labels - 1",
+                    fix="load the model with the right num_labels",
                 )
     if config.pad_token_id is None:
         raise DataError(
-            f"task {name}", found="config.pad_token_id=None", rule="a head over texts needs to know padding",
+            f"task {name}",
+            found="config.pad_token_id=None",
+            rule="a head over texts needs to know padding",
             fix="model.config.pad_token_id = tokenizer.pad_token_id",
         )
 
@@ -257,7 +262,10 @@ def calibration_batches(
     records = task.split("train")
     chosen = Random(seed).sample(range(len(records)), min(samples, len(records)))
     rows = encode(
-        task.kind, [records[i] for i in chosen], tokenizer, encoder_decoder=decoder_start is not None,
+        task.kind,
+        [records[i] for i in chosen],
+        tokenizer,
+        encoder_decoder=decoder_start is not None,
         max_length=min(max_length, tokenizer.model_max_length),
     )[:samples]
     collate = Collator(pad_id(tokenizer))

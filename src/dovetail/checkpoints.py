@@ -42,7 +42,9 @@ def run_directory(output_dir: Path | None, settings: Mapping[str, Any], resume: 
     if path.exists():
         if not resume:
             raise TrainError(
-                "train", found=f"an earlier run in {output_dir}", rule="a directory holds one run",
+                "train",
+                found=f"an earlier run in {output_dir}",
+                rule="a directory holds one run",
                 fix="resume=True, or another output_dir",
             )
         theirs = json.loads(path.read_text())
@@ -50,7 +52,8 @@ def run_directory(output_dir: Path | None, settings: Mapping[str, Any], resume: 
         if differing:
             name = differing[0]
             raise TrainError(
-                f"resume from {output_dir}", found=f"{name}={mine[name]}, and {theirs.get(name)} when it began",
+                f"resume from {output_dir}",
+                found=f"{name}={mine[name]}, and {theirs.get(name)} when it began",
                 rule="a run goes on with the settings that it began with",
             )
     else:
@@ -91,7 +94,8 @@ def load_trained(model: nn.Module, path: Path) -> None:
         raise TrainError(
             f"resume from {path.parent.name}",
             found=f"{name}: {stored.get(name)} stored, {shapes.get(name)} in the model",
-            rule="a run goes on with the chain that it began with", fix="another output directory, or resume=False",
+            rule="a run goes on with the chain that it began with",
+            fix="another output directory, or resume=False",
         )
     for name, parameter in trained.items():
         parameter.copy_(tensors[name])

@@ -50,8 +50,13 @@ _UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, KeyError, StrictD
 
 
 def load(
-    name_or_dir: str | Path, *, task_kind: str = "generation", num_labels: int | None = None,
-    dtype: str | torch.dtype | None = None, trust_remote_code: bool = False, seed: int = 0,
+    name_or_dir: str | Path,
+    *,
+    task_kind: str = "generation",
+    num_labels: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model (on the CPU, eval mode) and its tokenizer (with a padding token), ready for tasks of one kind.
 
@@ -75,8 +80,13 @@ def load(
     with _unreadable(f"model {name_or_dir}"), torch.random.fork_rng(devices=[]), _held_report() as reports:
         torch.default_generator.manual_seed(seed)  # heads are drawn on the CPU; other devices' generators stay
         model, info = auto.from_pretrained(
-            source, config=config, dtype=weights_dtype, use_safetensors=True,
-            trust_remote_code=trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
+            source,
+            config=config,
+            dtype=weights_dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     _check_complete(name_or_dir, model, info, new_head=task_kind in HEAD_KINDS)
     if not all(key.partition(".")[0] in HEADS for key in info["unexpected_keys"]):
@@ -92,7 +102,10 @@ def load_config(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> 
 
 
 def empty_model(
-    config: PreTrainedConfig, *, task_kind: str = "generation", num_labels: int | None = None,
+    config: PreTrainedConfig,
+    *,
+    task_kind: str = "generation",
+    num_labels: int | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> PreTrainedModel:
     """A model without storage (device "meta"): names, shapes, dtypes and ties as `load` gives them.
@@ -105,7 +118,7 @@ def empty_model(
 
 
 def fingerprint(model: nn.Module, *, leave_out: Collection[str] = ()) -> str:
-    """"sha256:" and 64 hexadecimal digits that identify the model's tensors exactly.
+    """ "sha256:" and 64 hexadecimal digits that identify the model's tensors exactly.
 
     The hash runs over parameters and persistent buffers in order of their names: name, dtype, shape, bytes. Equal
     fingerprints mean equal tensors, bit for bit; a changed bit, dtype, shape or name changes it. The device, the
@@ -131,6 +144,7 @@ def resolve(name_or_dir: str | Path) -> str | Path:
     text = str(name_or_dir)
     if name_or_dir == PLAYGROUND:
         from dovetail.playground import MODEL_DIR  # here, so that loading other models doesn't need it
+
         return Path(MODEL_DIR)
     if text.startswith("package:"):
         return _package_folder(text)

@@ -128,9 +128,7 @@ def predict_peak_memory(
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         _place(model, device)
         shapes = {name: mode.from_tensor(tensor).to(device) for name, tensor in batch.items()}
-        return training_step_peak(
-            model, shapes, make_optimizer=make_optimizer, bf16=bf16, max_grad_norm=max_grad_norm
-        )
+        return training_step_peak(model, shapes, make_optimizer=make_optimizer, bf16=bf16, max_grad_norm=max_grad_norm)
 
 
 def _place(model: nn.Module, device: str) -> None:

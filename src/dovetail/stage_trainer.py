@@ -55,9 +55,7 @@ class BatchOrder(Sampler[int]):
                  its state: what doesn't fit into memory fails at once, and the first steps show the peak
     """
 
-    def __init__(
-        self, lengths: Sequence[int], *, batch_size: int, step_rows: int, grouped: bool, seed: str
-    ) -> None:
+    def __init__(self, lengths: Sequence[int], *, batch_size: int, step_rows: int, grouped: bool, seed: str) -> None:
         self.lengths, self.batch_size, self.step_rows = lengths, batch_size, step_rows
         self.grouped, self.seed = grouped, seed
         self.epoch = 0
@@ -201,8 +199,10 @@ class Watch(TrainerCallback):
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise TrainError(
-                    f"{self.title}, step {state.global_step}", found=f"{name}={logs[name]}",
-                    rule="loss and gradient stay finite", fix="lower lr_scale, or add warmup",
+                    f"{self.title}, step {state.global_step}",
+                    found=f"{name}={logs[name]}",
+                    rule="loss and gradient stay finite",
+                    fix="lower lr_scale, or add warmup",
                 )
         if self._bar is not None:
             self._bar.advance(1, f"loss {logs['loss']:.3f}")

@@ -86,11 +86,27 @@ ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 # What transformers calls the parts after the last block, as direct children of a PreTrainedModel.
-HEADS = frozenset({
-    "lm_head", "embed_out", "cls", "generator_predictions", "score", "classifier", "pre_classifier",
-    "classification_head", "qa_outputs", "pooler", "sequence_summary", "logits_proj", "vocab_projector",
-    "vocab_transform", "predictions", "multiple_choice_head", "summary",
-})
+HEADS = frozenset(
+    {
+        "lm_head",
+        "embed_out",
+        "cls",
+        "generator_predictions",
+        "score",
+        "classifier",
+        "pre_classifier",
+        "classification_head",
+        "qa_outputs",
+        "pooler",
+        "sequence_summary",
+        "logits_proj",
+        "vocab_projector",
+        "vocab_transform",
+        "predictions",
+        "multiple_choice_head",
+        "summary",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +149,9 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
         raise TargetError(where, found="no target", rule="name at least one layer", fix=ALL_LINEAR)
     if not any(_is_linear(layer.module) for layer in layers) and (ALL_LINEAR in asked or not layers):
         raise TargetError(
-            where, found=_describe(model, layers), rule="a chain needs linear layers to stand on",
+            where,
+            found=_describe(model, layers),
+            rule="a chain needs linear layers to stand on",
             fix="name convolutions by a glob" if layers else "choose a model that has nn.Linear or Conv1D layers",
         )
     refusals = _refusals(model, layers)
@@ -179,7 +197,8 @@ def heads(model: nn.Module) -> list[str]:
 def fused_experts(model: nn.Module) -> list[str]:
     """Paths of modules that hold all experts in three-dimensional parameters: no layers, so never targets."""
     return [
-        name for name, module in model.named_modules()
+        name
+        for name, module in model.named_modules()
         if "experts" in name.rpartition(".")[2] and any(p.ndim == 3 for p in module.parameters(recurse=False))
     ]
 
@@ -231,7 +250,8 @@ def _all_linear(where: str, layers: list[Target], refusals: dict[str, str], head
     if free:
         return free
     raise TargetError(
-        where, found=f"{body[0]}: {refusals[body[0]]}" if body else f"linear layers only in {', '.join(head_paths)}",
+        where,
+        found=f"{body[0]}: {refusals[body[0]]}" if body else f"linear layers only in {', '.join(head_paths)}",
         rule=f"{ALL_LINEAR} is every linear layer outside the heads whose weight is its own floating-point parameter",
         fix="load the model unquantized and untied" if body else "name the layers by a glob, such as " + layers[0].name,
     )
@@ -247,8 +267,10 @@ def _refusals(model: nn.Module, layers: list[Target]) -> dict[str, str]:
     for layer in layers:
         parameters = dict(layer.module.named_parameters(recurse=False))
         shared = [
-            f"{name} shared with {path}" for name, parameter in parameters.items()
-            for path, owner in owners[id(parameter)] if owner is not layer.module
+            f"{name} shared with {path}"
+            for name, parameter in parameters.items()
+            for path, owner in owners[id(parameter)]
+            if owner is not layer.module
         ]
         if isinstance(layer.module, NonDynamicallyQuantizableLinear):
             # nn.MultiheadAttention reads this layer's weight and never calls it: a replacement would do nothing.
@@ -274,7 +296,8 @@ def _nothing_matches(model: nn.Module, target: str, layers: list[Target]) -> Tar
     else:
         fix = " or ".join(close) or f"{ALL_LINEAR}, or one of the names above"
     return TargetError(
-        f"target {target!r} in {type(model).__name__}", found=_describe(model, layers),
+        f"target {target!r} in {type(model).__name__}",
+        found=_describe(model, layers),
         rule=f"a target is a label ({', '.join(LABELS)}), {ALL_LINEAR}, or a glob that fits the path of a layer",
         fix=fix,
     )

@@ -157,12 +157,17 @@ def train(
     stages = 1 + stages_left(model) if chained else 1
     if stages == 1 and not trained_parts(model):
         raise TrainError(
-            "train", found="no parameter to be trained", rule="a chain trains an adapter, or the model isn't frozen",
+            "train",
+            found="no parameter to be trained",
+            rule="a chain trains an adapter, or the model isn't frozen",
             fix="add an adapter: ... >> lora(r=16)",
         )
     if calibration is None and stages > 1:
         calibration = calibration_batches(
-            data, tokenizer, seed=seed, max_length=max_length,
+            data,
+            tokenizer,
+            seed=seed,
+            max_length=max_length,
             decoder_start=config.decoder_start_token_id if config.is_encoder_decoder else None,
         )
     batches = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in calibration or ()]
@@ -191,11 +196,20 @@ def train(
             else:
                 arguments = trainer_arguments(model, settings, here, None if output_dir is None else checkpoint_every)
                 order = BatchOrder(
-                    [_tokens(row, config.is_encoder_decoder) for row in rows], batch_size=batch_size,
-                    step_rows=batch_size * gradient_accumulation, grouped=group_by_length, seed=f"{seed} stage {stage}",
+                    [_tokens(row, config.is_encoder_decoder) for row in rows],
+                    batch_size=batch_size,
+                    step_rows=batch_size * gradient_accumulation,
+                    grouped=group_by_length,
+                    seed=f"{seed} stage {stage}",
                 )
                 trainer = StageTrainer(
-                    model, arguments, rows, Collator(pad_id(tokenizer)), order=order, bf16=bf16, callback=watch,
+                    model,
+                    arguments,
+                    rows,
+                    Collator(pad_id(tokenizer)),
+                    order=order,
+                    bf16=bf16,
+                    callback=watch,
                     make_optimizer=lambda model: make_optimizer(model, settings),
                 )
                 report = _train_stage(model, trainer, settings, watch, last_checkpoint(here) if resume else None)

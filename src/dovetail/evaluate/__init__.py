@@ -68,8 +68,12 @@ def evaluate(
         for task in tasks:
             records = task.split(split)[:limit]
             runner = Runner(
-                model, tokenizer, name=task.name, batch_size=batch_size,
-                max_length=length_limit(model, tokenizer, max_length), progress=progress,
+                model,
+                tokenizer,
+                name=task.name,
+                batch_size=batch_size,
+                max_length=length_limit(model, tokenizer, max_length),
+                progress=progress,
             )
             scores[task.name] = {**METHODS[task.kind](runner, records), "n": len(records)}
     return scores

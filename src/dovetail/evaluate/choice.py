@@ -19,7 +19,11 @@ def score_choices(runner: Runner, records: Sequence[Record]) -> dict[str, float]
     prompts = [record["prompt"] for record in records for _ in record["choices"]]
     choices = [choice for record in records for choice in record["choices"]]
     rows = answer_rows(
-        prompts, choices, runner.tokenizer, encoder_decoder=runner.encoder_decoder, max_length=runner.max_length,
+        prompts,
+        choices,
+        runner.tokenizer,
+        encoder_decoder=runner.encoder_decoder,
+        max_length=runner.max_length,
         end=False,
     )
     sums = runner.log_likelihoods(rows)[0].tolist()

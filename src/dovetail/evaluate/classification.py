@@ -48,8 +48,10 @@ def outputs(runner: Runner, records: Sequence[Record]) -> Tensor:
         logits = runner.model(**batch).logits
         if logits.ndim != 2:
             raise DataError(
-                f"task {runner.name}", found=f"a {type(runner.model).__name__}",
-                rule="the task needs a head over texts", fix="load the model with a classification head",
+                f"task {runner.name}",
+                found=f"a {type(runner.model).__name__}",
+                rule="the task needs a head over texts",
+                fix="load the model with a classification head",
             )
         results[chosen] = logits.float().cpu()
     return results

@@ -31,7 +31,9 @@ def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
     model, tokenizer = runner.model, runner.tokenizer
     if not (isinstance(model, GenerationMixin) and isinstance(model, PreTrainedModel) and model.can_generate()):
         raise DataError(
-            f"task {runner.name}", found=f"a {type(model).__name__}", rule="the task needs a model that generates",
+            f"task {runner.name}",
+            found=f"a {type(model).__name__}",
+            rule="the task needs a model that generates",
             fix="load the model without a classification head",
         )
     answers = tokenizer([record["answer"] for record in records], add_special_tokens=False)["input_ids"]
@@ -39,7 +41,8 @@ def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
     room = runner.max_length if runner.encoder_decoder else runner.max_length - new_tokens
     if room < 1:
         raise DataError(
-            f"task {runner.name}", found=f"an answer of {new_tokens - MORE} tokens",
+            f"task {runner.name}",
+            found=f"an answer of {new_tokens - MORE} tokens",
             rule=f"prompt and answer fit in {runner.max_length} tokens",
         )
     rows = prompt_rows(
@@ -49,9 +52,14 @@ def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     # The model's own settings (sampling, penalties) are put aside: generate() would mix them into ours.
     model.generation_config = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=new_tokens, use_cache=True, pad_token_id=pad_id(tokenizer),
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=new_tokens,
+        use_cache=True,
+        pad_token_id=pad_id(tokenizer),
         eos_token_id=sorted({at for at in (end_id(tokenizer), *ends) if at is not None}) or None,
-        decoder_start_token_id=own.decoder_start_token_id, bos_token_id=own.bos_token_id,
+        decoder_start_token_id=own.decoder_start_token_id,
+        bos_token_id=own.bos_token_id,
     )
     said = [""] * len(rows)
     try:

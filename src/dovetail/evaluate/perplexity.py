@@ -17,8 +17,11 @@ from dovetail.tasks import Record
 def score_text(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
     """perplexity, and nats_per_token, its logarithm; inf where exp would overflow."""
     rows = text_rows(
-        [record["text"] for record in records], runner.tokenizer, encoder_decoder=runner.encoder_decoder,
-        max_length=runner.max_length, split=True,
+        [record["text"] for record in records],
+        runner.tokenizer,
+        encoder_decoder=runner.encoder_decoder,
+        max_length=runner.max_length,
+        split=True,
     )
     sums, counts = runner.log_likelihoods(rows)
     nats = -(sums.sum() / counts.sum()).item()

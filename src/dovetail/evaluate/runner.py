@@ -64,7 +64,9 @@ class Runner:
                 labels_bt = labels_bt[:, 1:]
             if logits_btv.ndim != 3:
                 raise DataError(
-                    f"task {self.name}", found=f"a {type(self.model).__name__}", rule="the task needs a language model",
+                    f"task {self.name}",
+                    found=f"a {type(self.model).__name__}",
+                    rule="the task needs a language model",
                     fix="load the model without a classification head",
                 )
             counted_bt = labels_bt != IGNORED
