@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-OUTPUT ?= runs/quickstart
+OUTPUT ?=
 
 .PHONY: demo test tiny check fix bench clean
 
@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)  ## prune, quantize, fine-tune, merge, evaluate and report on the playground, in minutes
-	$(BIN)/dovetail quickstart --output $(OUTPUT)
+	$(BIN)/dovetail quickstart $(if $(OUTPUT),--output $(OUTPUT))
 
 test: $(READY)  ## the whole suite
 	$(BIN)/python -m pytest -n 2

@@ -35,7 +35,8 @@ class MergeReport:
     max_abs_weight_diff   largest |merged - effective weight|, the effective weight in float32 (float64)
     max_abs_logit_diff    largest difference of the model's output before and after, on a probe batch; None where the
                           model takes no token ids and no probe was given
-    sparsity_before, sparsity_after   fraction of zeros in the base before, in the merged weights after
+    sparsity_before, sparsity_after   fraction of zeros in the weights that the chain used before (a lossy merge: in its
+                          base), in the merged weights after
     off_grid              merged weights that are not on the quantizer's grid (0 without a quantizer)
     relative_weight_error ‖merged - effective‖ / ‖effective‖ over all target layers
     footprint             before the layers became stock ones, adapters gone: what the merged weights take on their grid
@@ -135,9 +136,10 @@ def _absorb(layer: ChainLinear, restore: str, tally: _Tally) -> None:
     """Merges one layer into its base and counts what that did."""
     base = layer.base
     tally.weights += base.shape[0] * base.shape[1]
-    tally.zeros_before += _zeros(base.matrix())
     wide = torch.promote_types(base.dtype, torch.float32)
     used = layer.used_weight().to(wide)
+    # Of the weight that merging writes down; where the chain fills zeros, of the base whose zeros are to be restored.
+    tally.zeros_before += _zeros(base.matrix() if restore else used)
     if restore:
         weight = used.clone()
         for link in chain(restore):

@@ -67,8 +67,9 @@ def row_norm(form: Form, base: Base, from_codes: bool = True) -> Tensor:
     a_ri, b_or = factors[0].to(wide), factors[1].to(wide)
     weight = base.origin(from_codes)
     a_scaled = a_ri if scale_i is None else a_ri * scale_i
-    cross_o = 2 * scale_o * ((weight @ a_scaled.t().to(weight.dtype)).to(wide) * b_or).sum(1)
-    own_o = ((b_or @ (a_ri @ a_ri.t())) * b_or).sum(1)
+    b_ro = b_or.t().contiguous()
+    cross_o = 2 * scale_o * ((a_scaled.to(weight.dtype) @ weight.t()).to(wide) * b_ro).sum(0)
+    own_o = ((a_ri @ a_ri.t() @ b_ro) * b_ro).sum(0)
     total_o = square_o + cross_o + own_o
     if bool((total_o < NORM_FLOOR * (square_o + own_o)).any()):
         return _exact_norm(form, base, from_codes, wide)
