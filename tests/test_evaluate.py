@@ -17,7 +17,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dovetail.batches import IGNORED, Collator, calibration_batches, encode, prompt_rows
+from dovetail.batches import IGNORED, Collator, encode, prompt_rows
+from dovetail.calibrate import calibration_batches
 from dovetail.errors import DataError
 from dovetail.evaluate import evaluate
 from dovetail.tasks import Task

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dovetail.load import fingerprint
+from dovetail.fingerprint import fingerprint
 from families import make
 
 
@@ -66,7 +66,7 @@ def test_fingerprints_of_tied_models_and_large_tensors(monkeypatch: pytest.Monke
     untied = make("gemma")
     untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
     assert fingerprint(untied) == whole
-    monkeypatch.setattr(sys.modules["dovetail.load"], "_CHUNK", 7)
+    monkeypatch.setattr(sys.modules["dovetail.fingerprint"], "_CHUNK", 7)
     assert fingerprint(Small()) != whole
-    monkeypatch.setattr(sys.modules["dovetail.load"], "_CHUNK", 1000)
+    monkeypatch.setattr(sys.modules["dovetail.fingerprint"], "_CHUNK", 1000)
     assert fingerprint(make("gemma")) == whole

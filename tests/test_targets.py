@@ -9,7 +9,8 @@ from transformers import AlbertConfig, AutoModel, AutoModelForMaskedLM, BertConf
 from transformers.pytorch_utils import Conv1D
 
 from dovetail.errors import TargetError
-from dovetail.targets import LABELS, find_targets, fused_experts, heads, labels
+from dovetail.roles import LABELS
+from dovetail.targets import find_targets, fused_experts, heads, labels
 from families import FAMILIES, HIDDEN, LAYERS, batch, logits, make
 
 LLAMA = {

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from dovetail.apply import apply
-from dovetail.batches import Collator, calibration_batches, encode
+from dovetail.batches import Collator, encode
+from dovetail.calibrate import calibration_batches
 from dovetail.chain.linear import chain_layers
 from dovetail.errors import DataError, TrainError
 from dovetail.evaluate import evaluate

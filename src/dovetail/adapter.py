@@ -25,20 +25,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dovetail.apply import (
-    applied,
-    apply,
-    base_fingerprint,
-    chain_layers,
-    model_fingerprint,
-    restore,
-)
+from dovetail.apply import apply, restore
 from dovetail.chain.bits import pack_bits, unpack_bits
 from dovetail.chain.layout import layout_of
-from dovetail.chain.linear import ChainLinear
+from dovetail.chain.linear import ChainLinear, chain_layers
 from dovetail.chain.link import Pruner
 from dovetail.chain.stages import stages
 from dovetail.errors import LoadError
+from dovetail.fingerprint import base_fingerprint, model_fingerprint
+from dovetail.record import applied
 
 JSON_NBYTES = 1 << 20
 """The most that adapter.json may hold."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,30 +20,11 @@ from dovetail.chain.link import Adapter, Closer, Link, Pruner, Quantizer, Site, 
 from dovetail.chain.notation import Chain, chain
 from dovetail.chain.stages import Stage, stages
 from dovetail.errors import ChainError, DataError
-from dovetail.load import fingerprint
-from dovetail.targets import Target, find_targets, heads
+from dovetail.fingerprint import model_fingerprint
+from dovetail.record import Applied, applied, stages_left
+from dovetail.targets import Target, find_targets
 
 __all__ = ["Applied", "advance", "applied", "apply", "chain_layers", "stages_left"]
-
-
-@dataclass
-class Applied:
-    """What a model under a chain remembers of it; one object, held by every chain layer's `record`.
-
-    chain             the whole chain
-    targets           as they were asked for
-    seed              of initial values and shared projections
-    base_fingerprint  of the model before anything was done to it
-    stage             the stage in hand, from 0
-    on_link           see `apply`
-    """
-
-    chain: Chain
-    targets: str | tuple[str, ...]
-    seed: int
-    base_fingerprint: str
-    stage: int = 0
-    on_link: Callable[[Link], None] | None = field(default=None, repr=False, compare=False)
 
 
 def apply(
@@ -143,34 +123,6 @@ def advance(
     return model
 
 
-def applied(model: nn.Module) -> Applied:
-    """What the model remembers of its chain; ChainError when it carries none."""
-    for layer in chain_layers(model).values():
-        assert isinstance(layer.record, Applied)
-        return layer.record
-    raise ChainError(
-        "model",
-        found="no layer with a chain",
-        rule="this needs a model that a chain was applied to",
-        fix="dovetail.apply(model, chain)",
-    )
-
-
-def stages_left(model: nn.Module) -> int:
-    """Stages still to come after the one in hand."""
-    record = applied(model)
-    return len(stages(record.chain)) - record.stage - 1
-
-
-def base_fingerprint(layers: Mapping[str, ChainLinear]) -> str:
-    """SHA-256 of the bases in hand: dense weights, or codes and scales with the quantizer's identity."""
-    digest = hashlib.sha256()
-    for name in sorted(layers):
-        base = layers[name].base
-        digest.update(f"{name}:{base.identity}:{fingerprint(base)};".encode())
-    return "sha256:" + digest.hexdigest()
-
-
 def _calibration(stage: Stage, calibration: Iterable[Batch] | None) -> list[Batch] | None:
     needing = [link for link in stage.applied if link.calibrated]
     if needing and calibration is None:
@@ -189,11 +141,6 @@ def _calibration(stage: Stage, calibration: Iterable[Batch] | None) -> list[Batc
             fix="pass calibration=[{'input_ids': …}, …]",
         )
     return batches
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Of a model before its chain. A new head's values come from the run's seed: they are no part of it."""
-    return "unknown" if any(p.is_meta for p in model.parameters()) else fingerprint(model, leave_out=heads(model))
 
 
 def _cover(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from random import Random
 from typing import Any, Literal
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dovetail.errors import DataError
-from dovetail.tasks import Record, Task
+from dovetail.tasks import Record
 
 Example = dict[str, Any]
 """One row before padding: input_ids, and where there is a loss labels, lists of ints; or a label, int or float."""
@@ -241,44 +240,6 @@ def check_labels(name: str, kind: str, records: Sequence[Record], model: nn.Modu
             rule="a head over texts needs to know padding",
             fix="model.config.pad_token_id = tokenizer.pad_token_id",
         )
-
-
-def calibration_batches(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    samples: int = 128,
-    batch_size: int = 16,
-    seed: int = 0,
-    max_length: int = 512,
-    decoder_start: int | None = None,
-) -> list[dict[str, Tensor]]:
-    """Inputs to calibrate pruning and quantization on: `samples` rows of the train split, drawn by `seed`.
-
-    decoder_start   the token that an encoder-decoder's decoder begins with; None for other models
-    returns         batches of input_ids, attention_mask (rows, tokens), padded right, and for an encoder-decoder
-                    decoder_input_ids
-    """
-    records = task.split("train")
-    chosen = Random(seed).sample(range(len(records)), min(samples, len(records)))
-    rows = encode(
-        task.kind,
-        [records[i] for i in chosen],
-        tokenizer,
-        encoder_decoder=decoder_start is not None,
-        max_length=min(max_length, tokenizer.model_max_length),
-    )[:samples]
-    collate = Collator(pad_id(tokenizer))
-    batches = []
-    for at in range(0, len(rows), batch_size):
-        batch = collate(rows[at : at + batch_size])
-        labels = batch.pop("labels")
-        if decoder_start is not None and labels.ndim == 2:
-            start = torch.full_like(labels[:, :1], decoder_start)
-            shifted = torch.cat([start, labels[:, :-1]], 1)
-            batch["decoder_input_ids"] = shifted.masked_fill(shifted == IGNORED, collate.pad_id)
-        batches.append(batch)
-    return batches
 
 
 def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

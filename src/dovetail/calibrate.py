@@ -6,15 +6,19 @@ Today one statistic, the norm of each input feature, from one pass over the mode
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from dovetail.batches import IGNORED, Collator, encode, pad_id
 from dovetail.chain.layout import ConvLayout
 from dovetail.chain.linear import ChainLinear
 from dovetail.errors import DataError
 from dovetail.progress import Bar
+from dovetail.tasks import Task
 
 Batch = Mapping[str, Tensor]
 
@@ -92,3 +96,41 @@ def _conv_squares(x: Tensor, layout: ConvLayout) -> Tensor:
         square, kernel, stride, dilation = square[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
     columns = nn.functional.unfold(square, kernel, dilation=dilation, stride=stride)  # (b, c·k, positions)
     return columns.sum((0, 2), dtype=torch.float64).view(layout.groups, -1).sum(0)
+
+
+def calibration_batches(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = 128,
+    batch_size: int = 16,
+    seed: int = 0,
+    max_length: int = 512,
+    decoder_start: int | None = None,
+) -> list[dict[str, Tensor]]:
+    """Inputs to calibrate pruning and quantization on: `samples` rows of the train split, drawn by `seed`.
+
+    decoder_start   the token that an encoder-decoder's decoder begins with; None for other models
+    returns         batches of input_ids, attention_mask (rows, tokens), padded right, and for an encoder-decoder
+                    decoder_input_ids
+    """
+    records = task.split("train")
+    chosen = Random(seed).sample(range(len(records)), min(samples, len(records)))
+    rows = encode(
+        task.kind,
+        [records[i] for i in chosen],
+        tokenizer,
+        encoder_decoder=decoder_start is not None,
+        max_length=min(max_length, tokenizer.model_max_length),
+    )[:samples]
+    collate = Collator(pad_id(tokenizer))
+    batches = []
+    for at in range(0, len(rows), batch_size):
+        batch = collate(rows[at : at + batch_size])
+        labels = batch.pop("labels")
+        if decoder_start is not None and labels.ndim == 2:
+            start = torch.full_like(labels[:, :1], decoder_start)
+            shifted = torch.cat([start, labels[:, :-1]], 1)
+            batch["decoder_input_ids"] = shifted.masked_fill(shifted == IGNORED, collate.pad_id)
+        batches.append(batch)
+    return batches

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.adapter import save_adapter
 from dovetail.apply import apply, stages_left
-from dovetail.batches import calibration_batches, length_limit
+from dovetail.batches import length_limit
+from dovetail.calibrate import calibration_batches
 from dovetail.chain.check import check, check_merge
 from dovetail.chain.link import Adapter, Pruner, Quantizer
 from dovetail.chain.notation import Chain, chain

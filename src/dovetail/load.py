@@ -7,11 +7,10 @@ from the checkpoint: where transformers would warn and go on with random numbers
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,7 +31,8 @@ from transformers import (
 )
 
 from dovetail.errors import LoadError
-from dovetail.targets import HEADS, heads
+from dovetail.roles import HEADS
+from dovetail.targets import heads
 from dovetail.tasks import FIELDS
 
 PLAYGROUND = "playground"
@@ -41,7 +40,6 @@ HEAD_KINDS = ("classification", "regression")  # task kinds that put a head on t
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _LOCATIONS = "a model is a folder, a hub id, playground or package:NAME/FOLDER"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-_CHUNK = 1 << 24  # elements hashed at a time: what a fingerprint needs beside the model
 
 # What transformers raises on a checkpoint that it can't read: no such file, no JSON (OSError, ValueError), a wrong type
 # in config.json (StrictDataclassError), a quantizer that isn't installed (ImportError), tensors that can't be converted
@@ -115,28 +113,6 @@ def empty_model(
     config, auto = _for_task(config, task_kind, num_labels)
     with _unreadable(f"model of type {config.model_type}"), torch.device("meta"):
         return auto.from_config(config, dtype=_dtype(dtype) or config.dtype or torch.float32).eval()
-
-
-def fingerprint(model: nn.Module, *, leave_out: Collection[str] = ()) -> str:
-    """ "sha256:" and 64 hexadecimal digits that identify the model's tensors exactly.
-
-    The hash runs over parameters and persistent buffers in order of their names: name, dtype, shape, bytes. Equal
-    fingerprints mean equal tensors, bit for bit; a changed bit, dtype, shape or name changes it. The device, the
-    class of the model and whether tied weights are stored once don't. It needs memory for one chunk of a tensor (or,
-    where a tensor isn't contiguous, for one tensor).
-
-    leave_out  module paths whose tensors don't count, such as a new head, whose weights depend on the seed
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if not isinstance(tensor, torch.Tensor) or any(name.startswith(f"{path}.") for path in leave_out):
-            continue
-        if tensor.is_meta:
-            raise LoadError(f"fingerprint at {name}", found="device meta", rule="only stored tensors have one")
-        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
-        for chunk in tensor.detach().reshape(-1).split(_CHUNK):
-            digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
-    return f"sha256:{digest.hexdigest()}"
 
 
 def resolve(name_or_dir: str | Path) -> str | Path:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dovetail.apply import applied, base_fingerprint, replace_module, stages_left
+from dovetail.apply import replace_module
 from dovetail.calibrate import Batch
 from dovetail.chain.check import check_merge, closing, lost
 from dovetail.chain.linear import ChainLinear, chain_layers
@@ -22,7 +22,9 @@ from dovetail.chain.link import Closer
 from dovetail.chain.notation import chain
 from dovetail.chain.stages import stages
 from dovetail.errors import CannotMerge, ChainError
+from dovetail.fingerprint import base_fingerprint
 from dovetail.footprint import Footprint, footprint
+from dovetail.record import applied, stages_left
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.apply import advance, stages_left
-from dovetail.batches import Collator, Example, calibration_batches, check_labels, encode, length_limit, pad_id
+from dovetail.batches import Collator, Example, check_labels, encode, length_limit, pad_id
+from dovetail.calibrate import calibration_batches
 from dovetail.chain.linear import chain_layers
 from dovetail.checkpoints import TRAINED, last_checkpoint, load_trained, run_directory, save_trained, write_json
 from dovetail.errors import TrainError

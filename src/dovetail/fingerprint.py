@@ -1,0 +1,54 @@
+"""Fingerprints: which base a model, an adapter or a merged checkpoint belongs to, exactly.
+
+SHA-256 over names, dtypes, shapes and bytes, streamed tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import nn
+
+from dovetail.chain.linear import ChainLinear
+from dovetail.errors import LoadError
+from dovetail.targets import heads
+
+_CHUNK = 1 << 24  # elements hashed at a time: what a fingerprint needs beside the model
+
+
+def fingerprint(model: nn.Module, *, leave_out: Collection[str] = ()) -> str:
+    """ "sha256:" and 64 hexadecimal digits that identify the model's tensors exactly.
+
+    The hash runs over parameters and persistent buffers in order of their names: name, dtype, shape, bytes. Equal
+    fingerprints mean equal tensors, bit for bit; a changed bit, dtype, shape or name changes it. The device, the
+    class of the model and whether tied weights are stored once don't. It needs memory for one chunk of a tensor (or,
+    where a tensor isn't contiguous, for one tensor).
+
+    leave_out  module paths whose tensors don't count, such as a new head, whose weights depend on the seed
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if not isinstance(tensor, torch.Tensor) or any(name.startswith(f"{path}.") for path in leave_out):
+            continue
+        if tensor.is_meta:
+            raise LoadError(f"fingerprint at {name}", found="device meta", rule="only stored tensors have one")
+        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+        for chunk in tensor.detach().reshape(-1).split(_CHUNK):
+            digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Of a model before its chain. A new head's values come from the run's seed: they are no part of it."""
+    return "unknown" if any(p.is_meta for p in model.parameters()) else fingerprint(model, leave_out=heads(model))
+
+
+def base_fingerprint(layers: Mapping[str, ChainLinear]) -> str:
+    """SHA-256 of the bases in hand: dense weights, or codes and scales with the quantizer's identity."""
+    digest = hashlib.sha256()
+    for name in sorted(layers):
+        base = layers[name].base
+        digest.update(f"{name}:{base.identity}:{fingerprint(base)};".encode())
+    return "sha256:" + digest.hexdigest()

@@ -1,0 +1,53 @@
+"""What a model remembers of the chain that it carries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from dovetail.chain.linear import chain_layers
+from dovetail.chain.link import Link
+from dovetail.chain.notation import Chain
+from dovetail.chain.stages import stages
+from dovetail.errors import ChainError
+
+
+@dataclass
+class Applied:
+    """What a model under a chain remembers of it; one object, held by every chain layer's `record`.
+
+    chain             the whole chain
+    targets           as they were asked for
+    seed              of initial values and shared projections
+    base_fingerprint  of the model before anything was done to it
+    stage             the stage in hand, from 0
+    on_link           see `apply`
+    """
+
+    chain: Chain
+    targets: str | tuple[str, ...]
+    seed: int
+    base_fingerprint: str
+    stage: int = 0
+    on_link: Callable[[Link], None] | None = field(default=None, repr=False, compare=False)
+
+
+def applied(model: nn.Module) -> Applied:
+    """What the model remembers of its chain; ChainError when it carries none."""
+    for layer in chain_layers(model).values():
+        assert isinstance(layer.record, Applied)
+        return layer.record
+    raise ChainError(
+        "model",
+        found="no layer with a chain",
+        rule="this needs a model that a chain was applied to",
+        fix="dovetail.apply(model, chain)",
+    )
+
+
+def stages_left(model: nn.Module) -> int:
+    """Stages still to come after the one in hand."""
+    record = applied(model)
+    return len(stages(record.chain)) - record.stage - 1
