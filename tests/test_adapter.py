@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dovetail
 from dovetail.adapter import load_adapter, save_adapter
@@ -69,6 +70,43 @@ def test_a_trained_head_travels_along(tmp_path):
     save_adapter(model, tmp_path)
     again = load_adapter(make("bert").eval(), tmp_path)
     assert torch.equal(logits(model, inputs), logits(again, inputs))
+
+
+def test_a_frozen_pooler_travels_along_too(tmp_path):
+    model = make("bert").eval()  # a checkpoint without a pooler draws one from the seed of loading
+    inputs = batch(model)
+    dovetail.apply(model, "lora(r=4)")
+    save_adapter(model, tmp_path)
+    other = make("bert").eval()
+    with torch.no_grad():
+        other.get_submodule("bert.pooler.dense").weight.mul_(2)
+    assert torch.equal(logits(model, inputs), logits(load_adapter(other, tmp_path), inputs))
+
+
+def test_an_output_head_is_part_of_the_base(tmp_path):
+    model = make("llama")
+    dovetail.apply(model, "lora(r=4)")
+    save_adapter(model, tmp_path)
+    other = make("llama")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    with pytest.raises(LoadError, match="fingerprint"):
+        load_adapter(other, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_file_brings_the_head_of_its_model_and_nothing_else(family, tmp_path):
+    model = make(family)
+    dovetail.apply(model, "lora(r=4)")
+    save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter.safetensors")
+    if family == "bert":
+        del tensors["head/classifier.weight"]
+    else:
+        tensors["head/model.embed_tokens.weight"] = torch.zeros_like(model.get_input_embeddings().weight)
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    with pytest.raises(LoadError, match="head/"):
+        load_adapter(make(family), tmp_path)
 
 
 def test_another_base_is_refused_by_name(tmp_path):

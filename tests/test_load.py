@@ -105,7 +105,8 @@ def test_only_the_expected_part_of_the_loading_report_is_silenced(
         weights = load_file(llama / "model.safetensors")
         save_file({**weights, "stray.weight": torch.zeros(2)}, llama / "model.safetensors", {"format": "pt"})
         load(llama)
-        assert len(caplog.records) == 1
+        # Once: under CI, transformers hands its records to the root logger as well, which records them again.
+        assert len({record.getMessage() for record in caplog.records}) == 1
         assert "stray.weight" in caplog.text
     finally:
         root.removeHandler(caplog.handler)
