@@ -6,7 +6,7 @@ A directory with two files: `adapter.json` (chain, targets, seed, fingerprints, 
     link/LAYER/PLACE/NAME    parameters of the differentiable links
     mask/LAYER               one bit a weight, where a pruner chose; the quantizer is run again on load, and checked
     base/LAYER/NAME          the bases and biases themselves, only for chains whose earlier stages were merged into them
-    head/NAME                a task head trained along
+    head/NAME                a classifier's head and pooler, and whatever else is trained along
 
 Loading needs the base model that the chain was applied to. Another base, another quantizer, another chain: refused by
 name.
@@ -34,6 +34,7 @@ from dovetail.chain.stages import stages
 from dovetail.errors import LoadError
 from dovetail.fingerprint import base_fingerprint, model_fingerprint
 from dovetail.record import applied
+from dovetail.targets import new_heads
 
 JSON_NBYTES = 1 << 20
 """The most that adapter.json may hold."""
@@ -76,10 +77,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
             tensors |= {f"base/{name}/{key}": value for key, value in kept.items() if value is not None}
         elif any(isinstance(link, Pruner) for link in stages(record.chain)[0].applied):
             tensors[f"mask/{name}"] = _mask_bits(layer)
-    inside = {id(p) for layer in layers.values() for p in layer.parameters()}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in inside:
-            tensors[f"head/{name}"] = parameter.detach()
+    tensors |= {f"head/{name}": parameter.detach() for name, parameter in _beside(model).items()}
     file = AdapterFile(
         chain=str(record.chain),
         targets=record.targets if isinstance(record.targets, str) else list(record.targets),
@@ -168,11 +166,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     for name, layer in chain_layers(model).items():
         for place, state in enumerate(layer.states):
             wanted |= {f"link/{name}/{place}/{key}": p for key, p in state.named_parameters(recurse=False)}
-    parameters = dict(model.named_parameters())
-    for key in tensors:
-        kind, name, *_ = key.split("/")
-        if kind == "head" and name in parameters:
-            wanted[key] = parameters[name]
+    wanted |= {f"head/{name}": parameter for name, parameter in _beside(model).items()}
     given = {key for key in tensors if key.startswith(("link/", "head/"))}
     for key in sorted(given ^ set(wanted)):
         raise LoadError(
@@ -185,6 +179,18 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     with torch.no_grad():
         for key, parameter in wanted.items():
             parameter.copy_(tensors[key])
+
+
+def _beside(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters outside the chain that belong to its adapter: those that are trained, and a classifier's head
+    and pooler, which the base's fingerprint leaves out."""
+    inside = {id(p) for layer in chain_layers(model).values() for p in layer.parameters()}
+    paths = tuple(f"{path}." for path in new_heads(model))
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in inside and (parameter.requires_grad or name.startswith(paths))
+    }
 
 
 def _mask_bits(layer: ChainLinear) -> Tensor:

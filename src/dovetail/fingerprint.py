@@ -13,7 +13,7 @@ from torch import nn
 
 from dovetail.chain.linear import ChainLinear
 from dovetail.errors import LoadError
-from dovetail.targets import heads
+from dovetail.targets import new_heads
 
 _CHUNK = 1 << 24  # elements hashed at a time: what a fingerprint needs beside the model
 
@@ -41,8 +41,8 @@ def fingerprint(model: nn.Module, *, leave_out: Collection[str] = ()) -> str:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Of a model before its chain. A new head's values come from the run's seed: they are no part of it."""
-    return "unknown" if any(p.is_meta for p in model.parameters()) else fingerprint(model, leave_out=heads(model))
+    """Of a model before its chain. A classifier's head may come from the run's seed: it is no part of it."""
+    return "unknown" if any(p.is_meta for p in model.parameters()) else fingerprint(model, leave_out=new_heads(model))
 
 
 def base_fingerprint(layers: Mapping[str, ChainLinear]) -> str:

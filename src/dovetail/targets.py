@@ -112,6 +112,11 @@ def heads(model: nn.Module) -> list[str]:
     return [path for path, _ in model.named_modules() if path in paths]
 
 
+def new_heads(model: nn.Module) -> list[str]:
+    """Paths of the heads that a sequence classifier may bring untrained, the pooler too; [] for other models."""
+    return heads(model) if type(model).__name__.endswith("ForSequenceClassification") else []
+
+
 def fused_experts(model: nn.Module) -> list[str]:
     """Paths of modules that hold all experts in three-dimensional parameters: no layers, so never targets."""
     return [
