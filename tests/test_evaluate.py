@@ -230,6 +230,14 @@ def test_calibration_batches():
     assert t5()(**batches[0]).logits.shape[1] == batches[0]["decoder_input_ids"].shape[1]
 
 
+def test_records_are_scored_as_they_are_trained_on():
+    records = list(TEXTS.split("test"))
+    scores = evaluate(llama(), make_tokenizer(), records, progress=False)
+    assert scores["data"] == evaluate(llama(), make_tokenizer(), TEXTS, progress=False)[TEXTS.name]
+    with pytest.raises(DataError, match="all are records"):
+        evaluate(llama(), make_tokenizer(), [TEXTS, *records], progress=False)
+
+
 def test_what_cannot_be_scored_is_refused():
     tokenizer = make_tokenizer()
     labels = Task("labels", "classification", "accuracy", {"test": [{"text": "one", "label": 3}]})

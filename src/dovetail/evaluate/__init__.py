@@ -33,7 +33,7 @@ METHODS: Mapping[str, Callable[[Runner, Sequence[Record]], dict[str, float]]] = 
 def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Task | str | Sequence[Task | str],
+    tasks: Task | str | Sequence[Task | str] | Sequence[Record],
     *,
     split: str = "test",
     limit: int | None = None,
@@ -43,7 +43,7 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """The scores of a model on tasks: task name -> metric -> figure, and `n`, the number of records.
 
-    tasks        tasks, or playground tasks by their names
+    tasks        tasks, playground tasks by their names, or records as `dovetail.train` takes them
     split        the split to score
     limit        only the first `limit` records
     batch_size   rows at a time; records are sorted by length, so that little is spent on padding
@@ -57,7 +57,7 @@ def evaluate(
     device where they are. Nothing is drawn by chance, and the model is left in the mode it was in. Raises DataError
     for a missing split, a label without a place in the head, or a task that the model has no head for.
     """
-    tasks = [as_task(task) for task in ([tasks] if isinstance(tasks, Task | str) else tasks)]
+    tasks = _tasks(tasks, split)
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise DataError("evaluate", found="tasks " + ", ".join(names), rule="each task has its own name")
@@ -77,6 +77,17 @@ def evaluate(
             )
             scores[task.name] = {**METHODS[task.kind](runner, records), "n": len(records)}
     return scores
+
+
+def _tasks(tasks: Task | str | Sequence[Task | str] | Sequence[Record], split: str) -> list[Task]:
+    if isinstance(tasks, Task | str):
+        return [as_task(tasks)]
+    records = [record for record in tasks if isinstance(record, Mapping)]
+    if records and len(records) == len(tasks):
+        return [as_task(records, split)]
+    if records:
+        raise DataError("evaluate", found="tasks and records in one list", rule="all are tasks, or all are records")
+    return [as_task(task) for task in tasks if not isinstance(task, Mapping)]
 
 
 @contextmanager
