@@ -158,6 +158,12 @@ def test_bad_records(tmp_path, line, said):
         number_of_labels(load_task(data))
 
 
+def test_a_byte_order_mark_and_windows_lines_are_no_data(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}\r\n')
+    data = Recipe.parse(SHORT | {"data": {"train": str(tmp_path / "a.jsonl"), "kind": "text"}}).data
+    assert load_task(data).split("train") == [{"text": "one"}, {"text": "two"}]
+
+
 def test_missing_and_empty_files(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     for name, said in (("empty.jsonl", "no records"), ("none.jsonl", "No such file"), (".", "directory")):

@@ -41,6 +41,11 @@ def test_other_data_is_refused(data):
         ("choice", {"label": -1}),
         ("classification", {"label": True}),
         ("text", {"text": None}),
+        ("text", {"text": "a\ud83d"}),
+        ("choice", {"choices": [" blue", " \udc00"]}),
+        ("regression", {"label": 1e300}),
+        ("regression", {"label": 10**400}),
+        ("regression", {"label": float("nan")}),
     ],
 )
 def test_bad_records_are_named(kind, change):

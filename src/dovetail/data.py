@@ -47,7 +47,7 @@ def read_records(
     """
     records: list[Record] = []
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # Windows puts a byte-order mark first
             for number, line in enumerate(file, 1):
                 if line.strip():
                     records.append(_record(f"{path}, line {number}", line, kind, columns, pair))

@@ -41,6 +41,9 @@ METRICS: dict[str, tuple[str, ...]] = {
     "regression": ("pearson", "spearman"),
 }
 
+MAX_VALUE = 1e18
+"""The largest label in size: its square is a float32 still, and so is a squared error."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -120,13 +123,28 @@ def _check(where: str, kind: str, record: Record) -> None:
             )
         value = record[name]
         if not isinstance(value, kinds) or isinstance(value, bool):
-            raise DataError(where, found=f"{name}={value!r}", rule=f"{name} is of type {_type_name(kinds)}")
+            raise DataError(where, found=f"{name}={value!r}"[:200], rule=f"{name} is of type {_type_name(kinds)}")
+    for name, value in record.items():
+        _check_value(where, name, value)
     if kind == "choice" and not 0 <= record["label"] < len(record["choices"]):
         raise DataError(
             where,
             found=f"label={record['label']}, {len(record['choices'])} choices",
             rule="label is the index of the right choice",
         )
+
+
+def _check_value(where: str, name: str, value: Any) -> None:
+    """Numbers that a loss can be taken of, and text that a tokenizer takes."""
+    if name == "label" and not abs(value) <= MAX_VALUE:
+        raise DataError(where, found=f"label={value!r}"[:200], rule=f"label is finite, at most {MAX_VALUE:.0e} in size")
+    for text in value if isinstance(value, list) else [value]:
+        try:
+            if isinstance(text, str):
+                text.encode()
+        except UnicodeEncodeError as error:
+            found = f"{name} with half a surrogate pair, U+{ord(text[error.start]):04X}"
+            raise DataError(where, found=found, rule="texts are Unicode characters, whole ones") from None
 
 
 def _type_name(kinds: type | tuple[type, ...]) -> str:
