@@ -149,3 +149,45 @@ def test_damaged_files_are_refused(damage, tmp_path):
             text.write_text(json.dumps(json.loads(text.read_text()) | {"surprise": 1}))
     with pytest.raises(LoadError):
         load_adapter(make("llama"), tmp_path)
+
+
+TWO_STAGES = "lora(r=4) >> magnitude(0.5) >> nf4 >> lora(r=4) >> remask >> regrid"
+
+
+def first(tensors: dict[str, torch.Tensor], start: str, end: str = "") -> str:
+    return next(key for key in tensors if key.startswith(start) and key.endswith(end))
+
+
+@pytest.mark.parametrize(
+    ("text", "change", "header"),
+    [
+        ("lora(r=4)", lambda t: t.update(foo=torch.zeros(1)), {}),
+        ("nf4 >> lora(r=4)", lambda t: None, {"quantizer": "fp4"}),
+        ("magnitude(0.5) >> lora(r=4)", lambda t: t.pop(first(t, "mask/")), {}),
+        ("magnitude(0.5) >> lora(r=4)", lambda t: t.update({first(t, "mask/"): torch.full((1, 1), 1e9)}), {}),
+        ("lora(r=4)", lambda t: None, {"stage": -1}),
+        ("lora(r=4)", lambda t: None, {"stage": 5}),
+        ("vera(r=4)", lambda t: None, {"seed": 2**70}),
+        (TWO_STAGES, lambda t: t.pop(first(t, "base/")), {}),
+        (TWO_STAGES, lambda t: t.update({first(t, "base/", "codes"): torch.zeros(3)}), {}),
+        (TWO_STAGES, lambda t: t.update({first(t, "base/", "mask_bits"): torch.zeros(3)}), {}),
+    ],
+)
+def test_a_file_that_lies_is_refused_and_the_model_is_as_it_was(text, change, header, tmp_path):
+    model = make("llama")
+    dovetail.apply(model, text)
+    if text == TWO_STAGES:
+        advance(model)
+    save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    file = json.loads((tmp_path / "adapter.json").read_text()) | header
+    (tmp_path / "adapter.json").write_text(json.dumps(file))
+    fresh = make("llama").eval()
+    before = dict(fresh.named_parameters())
+    with pytest.raises(LoadError):
+        load_adapter(fresh, tmp_path)
+    assert not chain_layers(fresh)
+    after = dict(fresh.named_parameters())
+    assert all(after[name] is before[name] and after[name].requires_grad for name in before)

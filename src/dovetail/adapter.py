@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 import torch
@@ -30,6 +31,7 @@ from dovetail.chain.bits import pack_bits, unpack_bits
 from dovetail.chain.layout import layout_of
 from dovetail.chain.linear import ChainLinear, chain_layers
 from dovetail.chain.link import Pruner
+from dovetail.chain.notation import chain
 from dovetail.chain.stages import stages
 from dovetail.errors import LoadError
 from dovetail.fingerprint import base_fingerprint, model_fingerprint
@@ -38,6 +40,7 @@ from dovetail.targets import new_heads
 
 JSON_NBYTES = 1 << 20
 """The most that adapter.json may hold."""
+_KEY = re.compile(r"link/[^/]+/\d+/\w+|base/[^/]+/[\w.]+|(mask|head)/[^/]+")
 
 
 class AdapterFile(pydantic.BaseModel, extra="forbid"):
@@ -52,8 +55,8 @@ class AdapterFile(pydantic.BaseModel, extra="forbid"):
     version: Literal[1] = 1
     chain: str
     targets: str | list[str]
-    seed: int
-    stage: int
+    seed: Annotated[int, pydantic.Field(ge=-(2**63), lt=2**64)]
+    stage: Annotated[int, pydantic.Field(ge=0)]
     base_fingerprint: str
     chain_fingerprint: str
     quantizer: str
@@ -102,62 +105,89 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     model    the base as it was before the chain (it is pruned and quantized again, as it was), or a model that
              carries the same chain over the same base
     returns  the same model, bit-equal to the one that was saved
-    errors   LoadError, naming what doesn't match: base, quantizer, chain, a layer, a shape
+    errors   LoadError, naming what doesn't match: base, quantizer, chain, a layer, a shape; the model is left as it was
     """
     directory = Path(directory)
     file = _read_json(directory / "adapter.json")
     tensors = _read_tensors(directory / "adapter.safetensors")
+    modules = [(parent, dict(parent._modules)) for parent in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        _load(model, file, tensors, str(directory))
+    except BaseException:
+        for parent, children in modules:
+            parent._modules.update(children)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise
+    return model
+
+
+def _load(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
     layers = chain_layers(model)
     if not layers:
         found = model_fingerprint(model)
         if found != file.base_fingerprint:
             raise LoadError(
-                str(directory),
+                where,
                 found=f"a model with fingerprint {found}",
                 rule=f"this adapter was trained on the base {file.base_fingerprint}",
                 fix="load the very checkpoint and dtype that it was trained on",
             )
-        _apply_again(model, file, tensors)
+        _apply_again(model, file, tensors, where)
         layers = chain_layers(model)
     elif str(applied(model).chain) != file.chain or applied(model).stage != file.stage:
         raise LoadError(
-            str(directory),
+            where,
             found=f"a model that carries {applied(model).chain}, stage {applied(model).stage + 1}",
             rule=f"this adapter belongs to {file.chain}, stage {file.stage + 1}",
         )
     identity = next(iter(layers.values())).base.identity
     if identity != file.quantizer:
-        raise LoadError(
-            str(directory), found=f"a base on {identity}", rule=f"this adapter was trained over {file.quantizer}"
-        )
+        raise LoadError(where, found=f"a base on {identity}", rule=f"this adapter was trained over {file.quantizer}")
     if base_fingerprint(layers) != file.chain_fingerprint:
         raise LoadError(
-            str(directory),
+            where,
             found="bases that differ from those that it was trained on",
             rule="pruning and quantizing again gives the same bases, bit for bit",
             fix="load the adapter onto the untouched base model",
         )
-    _fill(model, tensors, str(directory))
-    return model
+    _fill(model, tensors, where)
 
 
-def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor]) -> None:
-    if file.stage > 0:
-        bases: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            kind, layer, *rest = key.split("/")
-            if kind == "base":
-                bases.setdefault(layer, {})[rest[0]] = value
-        restore(model, file.chain, targets=file.targets, seed=file.seed, stage=file.stage, bases=bases)
-        return
+def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
+    parts = stages(chain(file.chain))
+    if file.stage >= len(parts):
+        raise LoadError(where, found=f"stage={file.stage}", rule=f"{file.chain} has {len(parts)} stages, from 0")
+    bases: dict[str, dict[str, Tensor]] = {}
     masks = {}
-    for key, bits in tensors.items():
-        kind, layer, *_ = key.split("/")
-        if kind == "mask":
-            layout = layout_of(layer, _module(model, layer))
-            _expect(key, bits, (layout.out_features, -(-layout.in_features // 8)))
-            masks[layer] = unpack_bits(bits, layout.in_features, torch.int8).bool()
-    apply(model, file.chain, targets=file.targets, seed=file.seed, masks=masks or None)
+    for key, tensor in tensors.items():
+        kind, name, *rest = key.split("/")
+        if kind in ("base", "mask"):
+            module = _module(model, name)
+            layout = layout_of(name, module)
+            bits = (layout.out_features, -(-layout.in_features // 8))
+            if kind == "mask":
+                _expect(key, tensor, bits)
+                masks[name] = unpack_bits(tensor.to(torch.uint8), layout.in_features, torch.int8).bool()
+                continue
+            weight, what = module.get_parameter("weight"), rest[0]
+            shapes = {"mask_bits": bits, "bias": bits[:1], "start": tuple(weight.shape)}
+            if what in shapes:  # the rest is for load_state_dict to check
+                _expect(key, tensor, shapes[what])
+                tensor = tensor.to(torch.uint8 if what == "mask_bits" else weight.dtype)
+            bases.setdefault(name, {})[what] = tensor
+    try:
+        if file.stage > 0:
+            restore(model, file.chain, targets=file.targets, seed=file.seed, stage=file.stage, bases=bases)
+        else:
+            apply(model, file.chain, targets=file.targets, seed=file.seed, masks=masks or None)
+    except (KeyError, RuntimeError) as error:  # a layer that the file hasn't, or another name or shape in a base
+        raise LoadError(
+            where,
+            found=" ".join(str(error).split())[:300],
+            rule="the file holds the mask or base of each of the chain's layers, as the chain makes it",
+        ) from error
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
@@ -229,7 +259,7 @@ def _read_json(path: Path) -> AdapterFile:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise LoadError(
             str(path),
@@ -237,3 +267,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             rule="an adapter directory holds a whole adapter.safetensors",
             fix="copy the directory again",
         ) from None
+    for key in tensors:
+        if not _KEY.fullmatch(key):
+            raise LoadError(str(path), found=f"a tensor {key[:80]!r}", rule="link/…, mask/…, base/… and head/… tensors")
+    return tensors
