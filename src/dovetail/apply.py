@@ -98,7 +98,8 @@ def advance(
 ) -> nn.Module:
     """Merges the stage in hand into the base, exactly, and starts the next: its pruners and quantizers run.
 
-    A quantized base stays quantized. ChainError when no stage is left.
+    A quantized base stays quantized. ChainError when no stage is left. Where calibration fails, the stage in hand is
+    merged already, but the next one isn't begun: `advance` can be called again.
     """
     record = applied(model)
     parts = stages(record.chain)
@@ -119,7 +120,11 @@ def advance(
     record.stage += 1
     if seed is not None:
         record.seed = seed
-    _start(model, layers, following, record, batches, None, progress)
+    try:
+        _start(model, layers, following, record, batches, None, progress)
+    except BaseException:
+        record.stage -= 1  # or `merge` would take the stage for done
+        raise
     return model
 
 
@@ -258,10 +263,15 @@ def start_links(layers: Mapping[str, ChainLinear], stage: Stage, record: Applied
         )
         for link in stage.trained
     ]
-    from_codes = all(link.from_codes for link in stage.trained if isinstance(link, Closer))
+    on_codes = all(link.from_codes for link in stage.trained if isinstance(link, Closer))
+    from_codes = []  # of each link: whether the weight that it receives is the quantized one
+    for link in stage.trained:
+        from_codes.append(on_codes)
+        on_codes = on_codes or (isinstance(link, Closer) and link.restores == "grid")
     for layer in layers.values():
         layer.set_links(
-            _state(link, layer, shared[place], record, place, from_codes) for place, link in enumerate(stage.trained)
+            _state(link, layer, shared[place], record, place, from_codes[place])
+            for place, link in enumerate(stage.trained)
         )
 
 
