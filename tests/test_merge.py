@@ -245,3 +245,26 @@ def test_a_chain_without_adapters_merges_to_its_base() -> None:
             assert torch.equal(logits(model, batch(model)), before)
         assert report.exact
         assert all(torch.isfinite(w).all() for w in weights_of(model))
+
+
+def test_a_merged_model_is_known_again_and_another_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from dovetail.errors import LoadError
+    from dovetail.playground import MODEL_DIR
+
+    model, tokenizer = dovetail.load(MODEL_DIR)
+    dovetail.apply(model, "nf4 >> lora(r=4) >> regrid")
+    move(model)
+    dovetail.merge(model)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = dovetail.load(tmp_path)
+    assert again.config.dovetail["quantizer"] == "nf4(block=64, double=False)"
+    assert dovetail.load(tmp_path, dtype="bfloat16")[0].dtype == torch.bfloat16
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name][0, 0] += 0.5
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LoadError, match=r"nf4 >> lora\(r=4\) >> regrid over nf4"):
+        dovetail.load(tmp_path)

@@ -22,7 +22,7 @@ from dovetail.chain.link import Closer
 from dovetail.chain.notation import chain
 from dovetail.chain.stages import stages
 from dovetail.errors import CannotMerge, ChainError
-from dovetail.fingerprint import base_fingerprint
+from dovetail.fingerprint import fingerprint
 from dovetail.footprint import Footprint, footprint
 from dovetail.record import applied, stages_left
 
@@ -62,6 +62,9 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None) 
              measured
     probe    a batch of the model's keyword arguments to compare outputs on; made from a seed when not given
     errors   CannotMerge naming the links to add, before anything is changed; ChainError when stages are still to come
+
+    A Hugging Face model's config says what was merged, under "dovetail": the chain, the quantizer's identity, and the
+    fingerprints of the base and of the merged weights, which `dovetail.load` checks.
     """
     record = applied(model)
     if left := stages_left(model):
@@ -97,7 +100,6 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None) 
     for layer in layers.values():
         _absorb(layer, restore, tally)
     summary = footprint(model)
-    merged_fingerprint = base_fingerprint(layers)
     for layer in layers.values():
         replace_module(model, layer, _stock(layer))
     after = None if probe is None else _outputs(model, probe)
@@ -109,7 +111,7 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None) 
             "chain": str(record.chain),
             "quantizer": identity,
             "base_fingerprint": record.base_fingerprint,
-            "merged_fingerprint": merged_fingerprint,
+            "merged_fingerprint": fingerprint(model),
         }
     return MergeReport(
         exact=tally.max_abs == 0 and tally.off_grid == 0,

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.apply import advance, stages_left
-from dovetail.batches import Collator, Example, check_labels, encode, length_limit, pad_id
+from dovetail.batches import Collator, Example, check_head, check_labels, encode, length_limit, pad_id
 from dovetail.calibrate import calibration_batches
 from dovetail.chain.linear import chain_layers
 from dovetail.checkpoints import TRAINED, last_checkpoint, load_trained, run_directory, save_trained, write_json
@@ -148,8 +148,11 @@ def train(
     )  # fmt: skip
     started = time.perf_counter()
     config: Any = model.config
+    if not chain_layers(model):
+        vars(config).pop("dovetail", None)  # a merged model that is trained on is no longer what its config says
     data = as_task(data)
     records = data.split("train")
+    check_head(data.name, data.kind, model)
     if data.kind in ("classification", "regression"):
         check_labels(data.name, data.kind, records, model)
     max_length = length_limit(model, tokenizer, max_length)

@@ -50,7 +50,7 @@ class LinkState(nn.Module):
 
     def values(self) -> dict[str, Tensor]:
         """Name -> tensor: the trainable parameters and this layer's part of the shared constants."""
-        own: dict[str, Tensor] = dict(self.named_parameters(recurse=False))
+        own: dict[str, Tensor] = {name: p for name, p in self._parameters.items() if p is not None}
         if isinstance(self.link, Adapter) and own:
             some = next(iter(own.values()))
             own.update(self.link.local(self.shared.on(some.device, some.dtype), self.site))
