@@ -281,6 +281,14 @@ def test_refusals():
         quiet(bert(2), Task("labels", "classification", "accuracy", {"train": [{"text": "one", "label": 2}]}))
     with pytest.raises(DataError, match="split"):
         quiet(llama(), Task("sums", "generation", "exact_match", {"test": _records(2)}))
+    with pytest.raises(DataError, match="the task needs a language model"):
+        quiet(bert(2), SUMS)
+    for label in (1, 0.5):  # a causal model's config has num_labels too
+        with pytest.raises(DataError, match="the task needs a head over texts"):
+            quiet(llama(), [{"text": "one", "label": label}])
+    for data in ({"train": _records(2)}, (record for record in _records(2)), ["one two"]):
+        with pytest.raises(DataError, match="records"):
+            quiet(llama(), data)
     records = [{"prompt": "one", "answer": "two"}, {"prompt": "one", "answer": "two " * 80}]
     with pytest.raises(DataError, match="record 1"):
         quiet(llama(), Task("sums", "generation", "exact_match", {"train": records}))

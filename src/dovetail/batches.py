@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.errors import DataError
 from dovetail.tasks import Record
@@ -214,9 +214,22 @@ def length_limit(model: nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: i
     return min(wanted, tokenizer.model_max_length, positions or wanted)
 
 
+def check_head(name: str, kind: str, model: nn.Module) -> None:
+    """DataError for a task of labels on a language model, or one of language on a model with a head over texts."""
+    generates = isinstance(model, PreTrainedModel) and model.can_generate()
+    if kind in ("classification", "regression") and generates:
+        rule, fix = "the task needs a head over texts", f'load the model with a head: task_kind="{kind}"'
+    elif kind not in ("classification", "regression") and type(model).__name__.endswith("ForSequenceClassification"):
+        rule, fix = "the task needs a language model", "load the model without a classification head"
+    else:
+        return
+    raise DataError(f"task {name}", found=f"a {type(model).__name__}", rule=rule, fix=fix)
+
+
 def check_labels(name: str, kind: str, records: Sequence[Record], model: nn.Module) -> None:
-    """DataError unless the model's head has a place for every label, and knows padding."""
+    """DataError unless the model has a head over texts that has a place for every label, and knows padding."""
     config: Any = model.config
+    check_head(name, kind, model)
     if kind == "regression" and config.num_labels != 1:
         raise DataError(
             f"task {name}",

@@ -95,8 +95,15 @@ def as_task(data: Task | str | Sequence[Record], split: str = "train") -> Task:
         from dovetail import playground  # built on this module
 
         return playground.task(data)
+    fix = "a list of dictionaries, or a dovetail.Task that names its splits"
+    if isinstance(data, Mapping) or not hasattr(data, "__getitem__"):
+        raise DataError("data", found=f"a {type(data).__name__}", rule="data is a list of records", fix=fix)
     if not data:
         raise DataError("data", found="no records", rule="data holds at least one record")
+    for index, record in enumerate(data):
+        if not isinstance(record, Mapping):
+            found, rule = f"a {type(record).__name__}", "records are dictionaries"
+            raise DataError(f"data, record {index}", found=found, rule=rule, fix=fix)
     kinds = [kind for kind, fields in FIELDS.items() if set(fields) <= set(data[0])]
     # A labelled text is also a text; labels that aren't all integers are values.
     if "classification" in kinds:
