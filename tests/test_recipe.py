@@ -67,6 +67,10 @@ def test_paths_are_relative_to_the_recipe(tmp_path):
         ({"data": {"task": "word_problems", "kind": "text"}}, ["a playground task takes no kind"]),
         ({"model": ""}, ["model"]),
         ({"seed": -1}, ["seed"]),
+        ({"seed": True}, ["seed", "True", "no value of seed"]),
+        ({"train": {"epochs": True}}, ["train.epochs", "no value of epochs"]),
+        ({"data": 5}, ["data", "5", "keys and values belong here"]),
+        ({"evaluate": {"tasks": "perplexity"}}, ["evaluate.tasks", "'perplexity'", "a list belongs here"]),
     ],
 )  # fmt: skip
 def test_refusals(changes, said):

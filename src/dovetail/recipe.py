@@ -33,6 +33,14 @@ class _Part(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """YAML reads `yes` and `on` as true, which pydantic would take for the number 1."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError(f"true and false (yes, no, on, off) are no value of {info.field_name}")
+        return value
+
 
 class Limit(_Part):
     """Only the first so many records of a split."""
@@ -246,10 +254,18 @@ def _refusal(where: str, error: pydantic.ValidationError) -> RecipeError:
         return RecipeError(
             at, found=f"nothing{more}", rule=f"a recipe says its {place[-1]}", fix=_HINTS.get(place[-1], "")
         )
-    message = first["msg"].removeprefix("Value error, ")
+    message = _WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
     found = "" if isinstance(first["input"], Mapping) else f"{first['input']!r}{more}"
     return RecipeError(at, found=found[:300], rule=message[0].lower() + message[1:])
 
+
+_WORDS = {
+    "model_type": "keys and values belong here",
+    "dict_type": "keys and values belong here",
+    "tuple_type": "a list belongs here: [one, another]",
+    "string_type": "a text belongs here",
+}
+"""What pydantic would say in the words of Python's types."""
 
 _HINTS = {"model": "model: playground", "chain": "chain: lora(r=16)", "data": "data: {task: word_problems}"}
 
