@@ -32,7 +32,7 @@ def input_norms(
     layers   the layers to watch, all inside the model
     batches  keyword arguments of the model's forward; `attention_mask` (b, t), where there is one, tells padding apart
     returns  layer name -> (i,) float32 on the layer's device
-    errors   DataError for NaN activations (names the layer)
+    errors   DataError for NaN activations, and for a layer that no input reached (names the layer)
     """
     squares = {
         name: torch.zeros(layer.in_features, dtype=torch.float64, device=layer.base.device)
@@ -76,6 +76,13 @@ def input_norms(
                 found="NaN or infinite activations",
                 rule="activations are finite",
                 fix="look at the layers before it, or calibrate in float32",
+            )
+        if not bool(square.any()):  # an expert that no token was sent to: every weight would score the same
+            raise DataError(
+                f"calibration of {name}",
+                found="no input, or nothing but zeros",
+                rule="every layer to be pruned sees some of the calibration data",
+                fix="more calibration data, leave the layer out of the targets, or prune by magnitude",
             )
     return {name: square.sqrt().to(torch.float32) for name, square in squares.items()}
 

@@ -10,13 +10,16 @@ from torch import Tensor
 from dovetail.chain.link import Site
 from dovetail.errors import ChainError
 
+MOST = 1 << 16
+"""The largest rank: no layer is that wide, and a chain comes from outside."""
+
 
 def check_rank(method: str, r: int, alpha: float | None = None, dropout: float = 0.0) -> None:
-    """ChainError unless r >= 1, alpha is finite and 0 <= dropout < 1."""
+    """ChainError unless 1 <= r <= MOST, alpha is finite and 0 <= dropout < 1."""
     if alpha is not None and not math.isfinite(alpha):
         raise ChainError(method, found=f"alpha={alpha}", rule="alpha is a finite number", fix=f"alpha={r}")
-    if r < 1:
-        raise ChainError(method, found=f"r={r}", rule="the rank r is at least 1", fix="r=8")
+    if not 1 <= r <= MOST:
+        raise ChainError(method, found=f"r={r}", rule=f"the rank r is at least 1 and at most {MOST}", fix="r=8")
     if not 0 <= dropout < 1:
         raise ChainError(method, found=f"dropout={dropout}", rule="dropout lies in [0, 1)", fix="dropout=0.05")
 

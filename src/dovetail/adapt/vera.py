@@ -43,6 +43,8 @@ class VeRA(Adapter):
 
     def __post_init__(self) -> None:
         check_rank(self.name, self.r, dropout=self.dropout)
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise self._bad(f"seed={self.seed}", "seed is 0 or more and below 2^63", "seed=0")
 
     def parameter_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         return {"b": (site.out_features,), "d": (self.r,)}
