@@ -111,6 +111,14 @@ def test_a_merge_that_is_refused_changes_nothing() -> None:
         assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in before.items())
 
 
+def test_a_probe_of_another_model_leaves_everything_as_it_was() -> None:
+    model = chained("lora(r=4)").train()
+    with pytest.raises(ValueError, match="input_ids"):
+        dovetail.merge(model, probe={"nonsense": torch.zeros(1)})
+    assert chain_layers(model)
+    assert all(module.training for module in model.modules())
+
+
 def test_a_model_without_token_ids_has_no_logits_to_compare_unless_told() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 8)

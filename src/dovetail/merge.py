@@ -7,6 +7,7 @@ float32 and rounded once to the model's dtype; the report says how far that is f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +93,11 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None) 
     modes = {name: module.training for name, module in model.named_modules()}
     model.eval()
     probe = probe if probe is not None else _probe(model)
-    before = None if probe is None else _outputs(model, probe)
+    try:
+        before = None if probe is None else _outputs(model, probe)
+    except BaseException:  # a probe that isn't for this model: nothing is merged yet
+        _set_modes(model, modes)
+        raise
     identity = next(iter(layers.values())).base.identity
     tally = _Tally()
     parts = stages(record.chain)
@@ -103,8 +108,7 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None) 
     for layer in layers.values():
         replace_module(model, layer, _stock(layer))
     after = None if probe is None else _outputs(model, probe)
-    for name, module in model.named_modules():
-        module.training = modes[name]
+    _set_modes(model, modes)
     model.requires_grad_(True)  # a stock model again, as `from_pretrained` gives it
     if isinstance(model, PreTrainedModel):
         model.config.dovetail = {
@@ -165,6 +169,11 @@ def _absorb(layer: ChainLinear, restore: str, tally: _Tally) -> None:
     tally.max_abs = max(tally.max_abs, float(difference.abs().max()))
     tally.error_square += float(difference.square().sum(dtype=torch.float64))
     tally.square += float(used.square().sum(dtype=torch.float64))
+
+
+def _set_modes(model: nn.Module, modes: Mapping[str, bool]) -> None:
+    for name, module in model.named_modules():
+        module.training = modes[name]
 
 
 def _zeros(weight: Tensor) -> int:
