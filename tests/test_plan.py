@@ -10,6 +10,7 @@ from dovetail.footprint import footprint
 from dovetail.load import load
 from dovetail.plan import plan
 from dovetail.tasks import Task
+from families import CONFIGS
 from test_evaluate import bert, llama, make_tokenizer, t5
 
 CHAINS = [
@@ -100,3 +101,11 @@ def test_the_longest_record_sets_the_batch(tmp_path):
     assert (planned.batch_size, planned.length) == (2, 17)
     wider = plan("lora(r=2)", tmp_path, task=task, batch_size=2, bf16=True, gradient_checkpointing=True)
     assert (wider.predicted_peak_memory_nbytes or 0) < (planned.predicted_peak_memory_nbytes or 0)
+
+
+def test_memory_of_float32_experts_is_not_told():
+    """Torch runs no grouped product on fake tensors of float32: a plan without the memory, not a traceback."""
+    planned = plan("lora(r=4)", CONFIGS["mixtral"](), batch_size=2, length=8)
+    assert planned.legal
+    assert planned.predicted_peak_memory_nbytes is None
+    assert plan("lora(r=4)", CONFIGS["mixtral"](), batch_size=2, length=8, bf16=True).predicted_peak_memory_nbytes

@@ -31,7 +31,7 @@ from dovetail.load import HEAD_KINDS, empty_model, load_config, resolve
 from dovetail.optimizer import Settings, cast_frozen, make_optimizer, trained_parts
 from dovetail.peak_memory import training_step_peak
 from dovetail.quantize import nearest, packing
-from dovetail.targets import find_targets
+from dovetail.targets import find_targets, fused_experts
 from dovetail.tasks import Task
 
 
@@ -104,7 +104,8 @@ def plan(
     task_kind   where no task is given
     batch_size, length   rows and tokens of the widest batch; length is the longest record's with a task
     max_length, bf16, gradient_checkpointing   as in `dovetail.train`
-    memory      predict the peak, which takes seconds for small models and minutes for large ones; else it is None
+    memory      predict the peak, which takes seconds for small models and minutes for large ones; else it is None, as
+                it is for experts in three-dimensional parameters of float32, on which torch can't be asked
 
     An illegal chain gives a plan that isn't `legal`; other errors are raised: LoadError for the model, DataError for
     records that don't suit it.
@@ -148,6 +149,7 @@ def plan(
             )
         )
         nothing = replace(nothing, layers=len(layers), weights=weights)
+    peaks = [part.predicted_peak_memory_nbytes for part in parts]
     return replace(
         nothing,
         legal=True,
@@ -157,7 +159,7 @@ def plan(
         bits_per_weight=parts[-1].bits_per_weight,
         nbytes=parts[-1].nbytes,
         trainable_parameters=parts[-1].trainable_parameters,
-        predicted_peak_memory_nbytes=max(part.predicted_peak_memory_nbytes or 0 for part in parts) if memory else None,
+        predicted_peak_memory_nbytes=None if None in peaks else max(peak or 0 for peak in peaks),
     )
 
 
@@ -223,10 +225,12 @@ def _synthetic(model: PreTrainedModel, kind: str, batch_size: int, length: int) 
     return batch
 
 
-def _peak(model: PreTrainedModel, batch: Mapping[str, Tensor], settings: Settings) -> int:
-    """The peak of memory of training steps on this batch, 0 where nothing is trained."""
+def _peak(model: PreTrainedModel, batch: Mapping[str, Tensor], settings: Settings) -> int | None:
+    """The peak of memory of training steps on this batch: 0 where nothing is trained, None where it can't be told."""
     if not trained_parts(model):
         return 0
+    if fused_experts(model) and not settings.bf16 and model.dtype != torch.bfloat16:
+        return None  # torch's grouped product takes no fake tensors of another dtype
     if settings.bf16:
         cast_frozen(model)
     try:

@@ -100,7 +100,9 @@ def print_plan(console: Console, plan: Plan) -> None:
         )
     console.print(table)
     console.print(f"{plan.layers} layers, {plan.weights:,} weights under the chain")
-    console.print(f"memory for batches of {plan.batch_size} rows of {plan.length} tokens")
+    told = plan.predicted_peak_memory_nbytes is not None
+    batches = f"batches of {plan.batch_size} rows of {plan.length} tokens"
+    console.print(f"memory for {batches}" if told else "memory of training not predicted")
     if plan.mergeable:
         console.print("merges without loss")
     else:
