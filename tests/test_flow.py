@@ -95,6 +95,8 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     progress.write_text(progress.read_text() + '{"name": "tun')  # half a line
     with pytest.raises(RecipeError, match="another chain"):
         quiet(recipe | {"chain": "lora(r=2)"}, tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"another evaluate\.batch_size: 64"):
+        quiet(recipe | {"evaluate": {**recipe.get("evaluate", {}), "batch_size": 7}}, tmp_path / "run")
     assert left_in(tmp_path, "run") == ["run.partial"]
     evaluated, evaluate = [], flow.evaluate
 

@@ -134,7 +134,11 @@ def _check_same(partial: Path, recipe: Recipe, output: Path) -> None:
     if begun != recipe.model_copy(update={"output": None}):
         mine, theirs = recipe.model_dump(mode="json"), begun.model_dump(mode="json")
         key = next(key for key in mine if mine[key] != theirs[key] and key != "output")
-        found = f"{partial.name}, an unfinished run with another {key}: {theirs[key]}"
+        mine, theirs = mine[key], theirs[key]
+        while isinstance(mine, dict) and isinstance(theirs, dict):
+            inner = next(name for name in mine if mine[name] != theirs[name])
+            key, mine, theirs = f"{key}.{inner}", mine[inner], theirs[inner]
+        found = f"{partial.name}, an unfinished run with another {key}: {theirs}"
         raise RecipeError(where, found=found[:500], rule="a run goes on with the recipe that it began with", fix=fix)
 
 
