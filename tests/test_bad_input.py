@@ -44,6 +44,7 @@ def everything(folder: Path) -> dict[str, bytes | None]:
 
 CHAINS = [
     ("lorra(r=4)", ["ChainError", "^ column 1", "unknown link 'lorra'", "did you mean lora?"]),
+    ("LoRA(r=4)", ["unknown link 'LoRA'", "did you mean lora?"]),
     ("nf4 >> lora(rank=4)", ["^ column 13", "unknown argument 'rank'", "lora takes r"]),
     ("lora(r=many)", ["r=many", "r: "]),
     ("lora(r=0)", ["r=0"]),

@@ -234,5 +234,5 @@ class _Parser:
 
 
 def _closest(name: str, among: Any) -> str:
-    near = difflib.get_close_matches(name, list(among), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name.lower(), list(among), n=1, cutoff=0.4)
     return f"did you mean {near[0]}?" if near else ""
