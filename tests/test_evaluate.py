@@ -251,3 +251,5 @@ def test_what_cannot_be_scored_is_refused():
         evaluate(llama(), tokenizer, [TEXTS, TEXTS], progress=False)
     with pytest.raises(DataError, match="limit"):
         evaluate(llama(), tokenizer, TEXTS, limit=0, progress=False)
+    with pytest.raises(DataError, match="batch_size"):
+        evaluate(llama(), tokenizer, TEXTS, batch_size=0, progress=False)

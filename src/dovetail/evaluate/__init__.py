@@ -63,6 +63,8 @@ def evaluate(
         raise DataError("evaluate", found="tasks " + ", ".join(names), rule="each task has its own name")
     if limit is not None and limit < 1:
         raise DataError("evaluate", found=f"limit={limit}", rule="at least one record")
+    if batch_size < 1:
+        raise DataError("evaluate", found=f"batch_size={batch_size}", rule="at least one row")
     scores: dict[str, dict[str, float]] = {}
     with _evaluating(model):
         for task in tasks:
