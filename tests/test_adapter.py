@@ -191,3 +191,9 @@ def test_a_file_that_lies_is_refused_and_the_model_is_as_it_was(text, change, he
     assert not chain_layers(fresh)
     after = dict(fresh.named_parameters())
     assert all(after[name] is before[name] and after[name].requires_grad for name in before)
+
+
+def test_a_missing_adapter_is_told_without_the_errno(tmp_path):
+    with pytest.raises(LoadError) as caught:
+        load_adapter(torch.nn.Linear(2, 2), tmp_path / "none")
+    assert caught.value.found == "No such file or directory"
