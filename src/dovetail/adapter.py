@@ -249,7 +249,9 @@ def _read_json(path: Path) -> AdapterFile:
             raise LoadError(where, found=f"{path.stat().st_size} bytes", rule=f"at most {JSON_NBYTES}")
         return AdapterFile.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise LoadError(where, found=error.strerror or str(error), rule="an adapter directory holds adapter.json") from None
+        raise LoadError(
+            where, found=error.strerror or str(error), rule="an adapter directory holds adapter.json"
+        ) from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
