@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from dovetail.chain.linear import ChainLinear
 from dovetail.errors import LoadError
@@ -52,3 +53,19 @@ def base_fingerprint(layers: Mapping[str, ChainLinear]) -> str:
         base = layers[name].base
         digest.update(f"{name}:{base.identity}:{fingerprint(base)};".encode())
     return "sha256:" + digest.hexdigest()
+
+
+def check_merged(where: str, model: PreTrainedModel) -> None:
+    """A merged model's config says which weights it belongs to (`dovetail.merge`); LoadError for others."""
+    said = getattr(model.config, "dovetail", None)
+    if not isinstance(said, dict) or "merged_fingerprint" not in said:
+        return
+    found = fingerprint(model)
+    if found != said["merged_fingerprint"]:
+        raise LoadError(
+            where,
+            found=f"weights with fingerprint {found}",
+            rule=f"config.json says they are {said.get('chain')} over {said.get('quantizer')}, merged, "
+            f"with fingerprint {said['merged_fingerprint']}",
+            fix='copy the checkpoint again; if it was trained on or cast since, take "dovetail" out of its config.json',
+        )

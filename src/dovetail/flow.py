@@ -76,6 +76,7 @@ def run(
         recipe.model, task_kind=task.kind, num_labels=labels, dtype=recipe.dtype,
         trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
     )  # fmt: skip
+    torch.nn.Module.to(model, best_device())
     model.requires_grad_(False)  # nothing of the base is trained; a new head is, once the chain is on
     batches = _calibration(recipe, task, model, tokenizer)
     names = iter(row_names(links, head=task.kind in HEAD_KINDS))
@@ -231,6 +232,7 @@ def _save_model(
     tokenizer.save_pretrained(directory)
     stock: Any = type(model).from_pretrained(directory, dtype="auto")
     stock.eval().to(model.device)
+    probe = {name: tensor.to(model.device) for name, tensor in probe.items()}
     with torch.inference_mode():
         difference = (stock(**probe).logits - model(**probe).logits).abs().max()
     nbytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
@@ -253,6 +255,11 @@ def _log_losses(folder: RunFolder, trained: TrainReport) -> None:
     for number, stage in enumerate(trained.stages, 1):
         for step, loss in stage.losses:
             folder.log("loss", stage=number, step=step, loss=loss)
+
+
+def best_device() -> torch.device:
+    """The accelerator that this machine has, else the processor."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def environment(model: PreTrainedModel) -> dict[str, str]:

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from dovetail.errors import LoadError
-from dovetail.fingerprint import fingerprint
+from dovetail.fingerprint import check_merged
 from dovetail.roles import HEADS
 from dovetail.targets import heads
 from dovetail.tasks import FIELDS
@@ -92,7 +92,7 @@ def load(
         for record in reports:
             logging.getLogger(record.name).handle(record)
     if dtype is None and not info["missing_keys"]:
-        _check_merged(name_or_dir, model)
+        check_merged(f"model {name_or_dir}", model)
     _set_padding(name_or_dir, model, tokenizer)
     return model.eval(), tokenizer
 
@@ -238,22 +238,6 @@ def _check_complete(name: str | Path, model: PreTrainedModel, info: dict[str, An
         found = f"{len(missing)} weights of {type(model).__name__} not stored, first {missing[0]}"
         fix = "a complete checkpoint of this architecture, or a task kind that it was made for"
         raise LoadError(where, found=found, rule=rule, fix=fix)
-
-
-def _check_merged(name: str | Path, model: PreTrainedModel) -> None:
-    """A merged model's config says which weights it belongs to (`dovetail.merge`); others are refused."""
-    said = getattr(model.config, "dovetail", None)
-    if not isinstance(said, dict) or "merged_fingerprint" not in said:
-        return
-    found = fingerprint(model)
-    if found != said["merged_fingerprint"]:
-        raise LoadError(
-            f"model {name}",
-            found=f"weights with fingerprint {found}",
-            rule=f"config.json says they are {said.get('chain')} over {said.get('quantizer')}, merged, "
-            f"with fingerprint {said['merged_fingerprint']}",
-            fix='copy the checkpoint again; or take "dovetail" out of config.json if it was trained on since',
-        )
 
 
 def _set_padding(name: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -22,7 +22,7 @@ from dovetail.batches import Collator, encode, length_limit, pad_id
 from dovetail.chain import bits
 from dovetail.chain.check import check, check_merge
 from dovetail.chain.layout import layout_of
-from dovetail.chain.link import Closer, Link, Pruner, Quantizer, Site
+from dovetail.chain.link import Adapter, Closer, Link, Pruner, Quantizer, Site
 from dovetail.chain.notation import Chain, chain
 from dovetail.chain.stages import stages
 from dovetail.errors import CannotMerge, DovetailError
@@ -55,7 +55,7 @@ class Plan:
     legal                         whether it can run on this model
     problem                       why not, in full; "" for a legal chain
     mergeable                     whether it merges without loss
-    merge_advice                  what to add so that it does; "" where it does
+    merge_advice                  what to add so that it does; where it does, what is rounded, or ""
     layers, weights               target layers, and weights in them
     stages                        one after the other
     bits_per_weight, nbytes       of the model under its last stage, adapters included in nbytes: what
@@ -127,11 +127,11 @@ def plan(
     except DovetailError as error:
         text = chain_ if isinstance(chain_, str) else str(chain_)
         return replace(nothing, chain=nothing.chain or text, problem=f"{type(error).__name__}: {error}")
-    advice = ""
+    mergeable, advice = True, _rounding(the_chain, empty)
     try:
         check_merge(the_chain)
     except CannotMerge as error:
-        advice = error.fix
+        mergeable, advice = False, error.fix
     settings = Settings(batch_size=batch_size, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
     parts = []
     for number, stage in enumerate(stages(the_chain)):
@@ -153,7 +153,7 @@ def plan(
     return replace(
         nothing,
         legal=True,
-        mergeable=not advice,
+        mergeable=mergeable,
         merge_advice=advice,
         stages=parts,
         bits_per_weight=parts[-1].bits_per_weight,
@@ -161,6 +161,14 @@ def plan(
         trainable_parameters=parts[-1].trainable_parameters,
         predicted_peak_memory_nbytes=None if None in peaks else max(peak or 0 for peak in peaks),
     )
+
+
+def _rounding(the_chain: Chain, model: PreTrainedModel) -> str:
+    """What merging rounds: adapters behind which nothing closes, on a dense half-precision model."""
+    last = stages(the_chain)[-1].trained
+    open_ = any(isinstance(link, Adapter) for link in last) and not any(isinstance(link, Closer) for link in last)
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    return f"sums are rounded once to the model's {str(model.dtype).removeprefix('torch.')}" if open_ and half else ""
 
 
 def hollow(

@@ -104,7 +104,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     batches = f"batches of {plan.batch_size} rows of {plan.length} tokens"
     console.print(f"memory for {batches}" if told else "memory of training not predicted")
     if plan.mergeable:
-        console.print("merges without loss")
+        console.print(f"merges; {plan.merge_advice}" if plan.merge_advice else "merges without loss")
     else:
         console.print(f"doesn't merge without loss: {escape(plan.merge_advice)}")
 

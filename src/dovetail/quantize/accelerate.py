@@ -21,6 +21,10 @@ SMALLEST = 2**19
 """Weights from which the kernel is worth its import."""
 LARGEST_BLOCK = 1024
 
+# One complaint, about a kernel nobody here uses, would greet every user: transformers' Trainer imports peft, and that
+# bitsandbytes.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bit_forward" not in r.getMessage())
+
 Kernel = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
 """(packed codes, float32 scales, shape) -> values."""
 
@@ -40,17 +44,12 @@ def four_bit_kernel(
 def _available() -> bool:
     if importlib.util.find_spec("bitsandbytes") is None:
         return False
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module("bitsandbytes")
     except Exception:  # an optional accelerator that doesn't load on this machine is an absent one
         return False
-    finally:
-        logger.setLevel(level)
     return True
 
 
