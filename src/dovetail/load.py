@@ -102,6 +102,11 @@ def load_config(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> 
     return _config(name_or_dir, resolve(name_or_dir), trust_remote_code)
 
 
+def load_tokenizer(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer alone, as it is stored. Raises LoadError."""
+    return _tokenizer(name_or_dir, resolve(name_or_dir), trust_remote_code)
+
+
 def empty_model(
     config: PreTrainedConfig,
     *,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.apply import chain_layers, restore
 from dovetail.batches import Collator, encode, length_limit, pad_id
@@ -27,7 +27,7 @@ from dovetail.chain.notation import Chain, chain
 from dovetail.chain.stages import stages
 from dovetail.errors import CannotMerge, DovetailError
 from dovetail.footprint import stored_nbytes, weight_nbytes
-from dovetail.load import HEAD_KINDS, empty_model, load_config, resolve
+from dovetail.load import HEAD_KINDS, empty_model, load_config, load_tokenizer
 from dovetail.optimizer import Settings, cast_frozen, make_optimizer, trained_parts
 from dovetail.peak_memory import training_step_peak
 from dovetail.quantize import nearest, packing
@@ -116,7 +116,7 @@ def plan(
     batch = _synthetic(empty, kind, batch_size, length)
     if task is not None:
         assert not isinstance(model, PreTrainedConfig), "a task is tokenized: name the model"
-        tokenizer = AutoTokenizer.from_pretrained(resolve(model), trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         batch = widest_batch(empty, tokenizer, task, batch_size=batch_size, max_length=max_length)
     rows, tokens = batch["input_ids"].shape
     nothing = Plan("", False, "", False, "", 0, 0, [], 0.0, 0, 0, 0, rows, tokens)
