@@ -79,7 +79,8 @@ class ChainLinear(nn.Module):
         self.base = base
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.links = nn.ModuleList()
-        self.path: Path = self._choose_path()
+        self.path: Path = "open"
+        self.set_links([])
 
     # Some models look at `layer.weight.dtype` (T5). A quantized layer has no such tensor, and says so by its type.
     @property
@@ -90,31 +91,25 @@ class ChainLinear(nn.Module):
         assert self.base.quantized is not None
         return self.base.quantized
 
-    @property
-    def states(self) -> list[LinkState]:
-        """The links with their parameters, typed."""
-        return [state for state in self.links if isinstance(state, LinkState)]
+    def set_links(self, states: Iterable[LinkState]) -> None:
+        """Puts another stage's links on the layer and chooses how they run.
 
-    @property
-    def adapters(self) -> list[tuple[Adapter, LinkState]]:
-        """Links that change the weight."""
-        return [
+        Sorted by kind here, once, and not in every forward pass:
+        states    the links with their parameters
+        adapters  those that change the weight
+        closers   those that re-impose the base's zeros or grid
+        """
+        self.states = list(states)
+        self.links = nn.ModuleList(self.states)
+        self.adapters: list[tuple[Adapter, LinkState]] = [
             (s.link, s) for s in self.states if isinstance(s.link, Adapter) and not isinstance(s.link, OutputAdapter)
         ]
-
-    @property
-    def closers(self) -> list[Closer]:
-        """Links that re-impose the base's zeros or grid."""
-        return [s.link for s in self.states if isinstance(s.link, Closer)]
-
-    @property
-    def from_codes(self) -> bool:
-        """Whether the chain starts from the quantized weight rather than from the one before quantizing."""
-        return all(closer.from_codes for closer in self.closers)
-
-    def set_links(self, states: Iterable[LinkState]) -> None:
-        """Puts another stage's links on the layer and chooses how they run."""
-        self.links = nn.ModuleList(states)
+        self.closers = [s.link for s in self.states if isinstance(s.link, Closer)]
+        self._on_output: list[tuple[OutputAdapter, LinkState]] = [
+            (s.link, s) for s in self.states if isinstance(s.link, OutputAdapter)
+        ]
+        # Whether the chain starts from the quantized weight rather than from the one before quantizing.
+        self.from_codes = all(closer.from_codes for closer in self.closers)
         self.path = self._choose_path()
 
     def _choose_path(self) -> Path:
@@ -204,10 +199,9 @@ class ChainLinear(nn.Module):
             y = run_closed(x, self.form(), self.base, self.closers, self.from_codes)
         else:
             y = self._recomputed(x)
-        for state in self.states:
-            if isinstance(state.link, OutputAdapter):
-                axis = self.layout.out_axis
-                y = state.link.output(y.movedim(axis, -1), state.values()).movedim(-1, axis)
+        for link, state in self._on_output:
+            axis = self.layout.out_axis
+            y = link.output(y.movedim(axis, -1), state.values()).movedim(-1, axis)
         return y
 
     def _recomputed(self, x: Tensor) -> Tensor:
