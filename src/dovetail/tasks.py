@@ -15,7 +15,7 @@ how evaluation scores it:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,7 +83,7 @@ class Task:
         return self.splits[name]
 
 
-def as_task(data: Task | str | Sequence[Record], split: str = "train") -> Task:
+def as_task(data: Task | str | Iterable[Record], split: str = "train") -> Task:
     """A task as it is, one of the playground by its name, or plain records under the name "data".
 
     split   the split that plain records become; their kind is the one whose fields they have
@@ -96,8 +96,9 @@ def as_task(data: Task | str | Sequence[Record], split: str = "train") -> Task:
 
         return playground.task(data)
     fix = "a list of dictionaries, or a dovetail.Task that names its splits"
-    if isinstance(data, Mapping) or not hasattr(data, "__getitem__"):
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise DataError("data", found=f"a {type(data).__name__}", rule="data is a list of records", fix=fix)
+    data = list(data)
     if not data:
         raise DataError("data", found="no records", rule="data holds at least one record")
     for index, record in enumerate(data):
