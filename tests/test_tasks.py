@@ -21,10 +21,6 @@ def test_every_kind_is_told_by_its_fields():
         assert as_task([record]).kind == kind
 
 
-def test_records_may_come_one_by_one():
-    assert as_task(record for record in [RECORDS["text"]] * 2).splits["train"] == [RECORDS["text"]] * 2
-
-
 def test_a_name_is_a_playground_task():
     assert as_task("word_problems").kind == "generation"
     task = as_task([RECORDS["text"]])

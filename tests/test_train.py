@@ -286,7 +286,7 @@ def test_refusals():
     for label in (1, 0.5):  # a causal model's config has num_labels too
         with pytest.raises(DataError, match="the task needs a head over texts"):
             quiet(llama(), [{"text": "one", "label": label}])
-    for data in ({"train": _records(2)}, 5, ["one two"]):
+    for data in ({"train": _records(2)}, (record for record in _records(2)), 5, ["one two"]):
         with pytest.raises(DataError, match="records"):
             quiet(llama(), data)
     records = [{"prompt": "one", "answer": "two"}, {"prompt": "one", "answer": "two " * 80}]

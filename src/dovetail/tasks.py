@@ -15,7 +15,7 @@ how evaluation scores it:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +96,8 @@ def as_task(data: Task | str | Iterable[Record], split: str = "train") -> Task:
 
         return playground.task(data)
     fix = "a list of dictionaries, or a dovetail.Task that names its splits"
-    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+    # A generator could be read only once, and a Mapping is one record or several splits.
+    if isinstance(data, Mapping | Iterator) or not isinstance(data, Iterable):
         raise DataError("data", found=f"a {type(data).__name__}", rule="data is a list of records", fix=fix)
     data = list(data)
     if not data:
