@@ -133,14 +133,12 @@ class AffineWeight(QuantizedWeight):
         half_range = (2**self.bits - 1) / 2
         torch.le(rows.sub_(lowest + half_range).abs_(), half_range, out=inside)
 
-    def _zeroed(self, keep_oi: Tensor) -> Tensor:
-        o, i = self.shape
-        codes = unpack(self.codes, self.bits, 0, o * i).view(o, -1, self.block)
+    def _zero_codes(self, start: int, stop: int) -> Tensor:
         if self.zero_og is None:
-            zero = codes.new_full((1, 1, 1), 2 ** (self.bits - 1))
-        else:
-            zero = unpack(self.zero_og, self.bits, 0, self.scale_og.numel()).view(o, -1, 1)
-        return torch.where(keep_oi.view(codes.shape), codes, zero)
+            return self.codes.new_full((1, 1), 2 ** (self.bits - 1))
+        groups = self.scale_og.shape[1]
+        zero = unpack(self.zero_og, self.bits, start * groups, stop * groups)
+        return zero[:, None].expand(-1, self.block).reshape(stop - start, self.shape[1])
 
     def _with_codes(self, codes: Tensor) -> Self:
         packed = pack(codes, self.bits)

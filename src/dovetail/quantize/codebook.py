@@ -12,7 +12,7 @@ from torch import Tensor
 from dovetail.quantize import dynamic8
 from dovetail.quantize.accelerate import four_bit_kernel
 from dovetail.quantize.nearest import nearest
-from dovetail.quantize.packing import pack, packed_nbytes, read, unpack, value_table
+from dovetail.quantize.packing import pack, packed_nbytes, read, value_table
 from dovetail.quantize.storage import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class CodeBookWeight(QuantizedWeight):
     ) -> None:
         """Packed codes; scales: {"scale"} or {"scale_codes", "scale_absmax", "scale_offset"}."""
         super().__init__(shape, block, 2, identity)
+        self.bits = 4
         self.book = book
         self.register_buffer("codes", codes)
         self._scale_names = tuple(scales)
@@ -164,9 +165,8 @@ class CodeBookWeight(QuantizedWeight):
         self._to_levels(rows, self.block_scales(start, len(rows)))  # infinite or NaN where the scale is zero
         torch.le(rows.abs_(), self.book.reach, out=inside)
 
-    def _zeroed(self, keep_oi: Tensor) -> Tensor:
-        codes = unpack(self.codes, 4, 0, keep_oi.numel()).view(self.shape)
-        return codes.masked_fill(~keep_oi, self.book.zero_code)
+    def _zero_codes(self, start: int, stop: int) -> Tensor:
+        return self.codes.new_full((1, 1), self.book.zero_code)
 
     def _with_codes(self, codes: Tensor) -> Self:
         flat = codes.reshape(-1)

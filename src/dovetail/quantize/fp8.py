@@ -77,6 +77,7 @@ class Float8Weight(QuantizedWeight):
     def __init__(self, codes: Tensor, scale: Tensor, identity: str) -> None:
         # Any row may start a chunk, also where one scale serves all: a row is the block.
         super().__init__((codes.shape[0], codes.shape[1]), codes.shape[1], 1, identity)
+        self.bits = 8
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
 
@@ -108,11 +109,11 @@ class Float8Weight(QuantizedWeight):
         rows.div_(self._row_scale(start, len(rows)))  # infinite or NaN, so not inside, where the scale is zero
         torch.le(rows.abs_(), REACH, out=inside)
 
-    def _zeroed(self, keep_oi: Tensor) -> Tensor:
-        return self.codes.view(torch.uint8).masked_fill(~keep_oi, 0).view(torch.float8_e4m3fn)
+    def _zero_codes(self, start: int, stop: int) -> Tensor:
+        return torch.zeros(1, 1, dtype=torch.uint8, device=self.codes.device)
 
     def _with_codes(self, codes: Tensor) -> Self:
-        return type(self)(codes, self.scale, self.identity)
+        return type(self)(codes.view(torch.float8_e4m3fn), self.scale, self.identity)
 
 
 def _write_numbers(codes: Tensor, out: Tensor) -> None:

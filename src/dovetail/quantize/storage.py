@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dovetail.chain.link import Quantizer, arguments
 from dovetail.errors import DovetailError
+from dovetail.quantize.packing import unpack
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,6 +34,8 @@ class QuantizedWeight(nn.Module, ABC):
     """A weight (o, i) on its grid: packed codes plus scales as persistent buffers, which is exactly what is stored."""
 
     codes: Tensor
+    bits: int
+    """Of one code as it is packed (`packing.pack`)."""
 
     def __init__(self, shape: tuple[int, int], block: int, codes_per_unit: int, identity: str) -> None:
         """Shape (o, i); `block` weights share a scale; chunks must hold whole units of packed codes."""
@@ -63,8 +66,8 @@ class QuantizedWeight(nn.Module, ABC):
         """The same grid, tensors shared, with other codes (o, i), not packed."""
 
     @abstractmethod
-    def _zeroed(self, keep_oi: Tensor) -> Tensor:
-        """Codes (o, i), not packed, with the code of zero where `keep_oi` is False."""
+    def _zero_codes(self, start: int, stop: int) -> Tensor:
+        """The code of exact zero in weight rows [start, stop), uint8: (stop - start, i), or (1, 1) if it is but one."""
 
     # ---- public -----------------------------------------------------------------------------------------------
 
@@ -131,7 +134,19 @@ class QuantizedWeight(nn.Module, ABC):
     def with_zeros(self, keep_oi: Tensor) -> Self:
         """The same grid, with the code of exact zero where keep_oi (o, i) bool is False: prunes a quantized weight."""
         self._check_shape(keep_oi)
-        return self._with_codes(self._zeroed(keep_oi))
+        codes, zero = self.codes_of(0, self.shape[0])
+        return self._with_codes(torch.where(keep_oi, codes, zero))
+
+    def codes_of(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Codes of weight rows [start, stop), not packed, uint8 (n, i); and those of exact zero, (n, i) or (1, 1)."""
+        i = self.shape[1]
+        flat = self.codes.view(torch.uint8).view(-1)
+        return unpack(flat, self.bits, start * i, stop * i).view(-1, i), self._zero_codes(start, stop)
+
+    def with_codes(self, codes_oi: Tensor) -> Self:
+        """The same grid, its tensors shared, with these codes: uint8 (o, i), not packed."""
+        self._check_shape(codes_oi)
+        return self._with_codes(codes_oi)
 
     @torch.no_grad()
     def off_grid(self, weight_oi: Tensor) -> int:
