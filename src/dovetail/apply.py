@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dovetail.calibrate import Batch, input_norms
+from dovetail.calibrate import Batch
 from dovetail.chain.base import Base, Scratch
 from dovetail.chain.check import check
 from dovetail.chain.layout import layout_of
 from dovetail.chain.linear import ChainLinear, LinkState, Shared, adapter_dtype, chain_layers
-from dovetail.chain.link import Adapter, Closer, Link, Pruner, Quantizer, Site, arguments
+from dovetail.chain.link import Adapter, Closer, Link, Quantizer, Site, arguments
 from dovetail.chain.notation import Chain, chain
 from dovetail.chain.stages import Stage, stages
+from dovetail.compress import compress, refuse_bad_weights
 from dovetail.errors import ChainError, DataError
 from dovetail.fingerprint import model_fingerprint
 from dovetail.record import Applied, applied, stages_left
 from dovetail.targets import Target, find_targets
+from dovetail.walk import Inputs
 
 __all__ = ["Applied", "advance", "applied", "apply", "chain_layers", "stages_left"]
 
@@ -34,33 +37,45 @@ def apply(
     targets: str | Sequence[str] = "all-linear",
     calibration: Iterable[Batch] | None = None,
     seed: int = 0,
+    calibration_inputs: Inputs = "compressed",
     masks: Mapping[str, Tensor] | None = None,
     on_link: Callable[[Link], None] | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """Puts a chain on the model, in place, up to the end of its first stage's pruners and quantizers.
 
+    Layers are compressed one after the other, and what they were is let go: no second copy of the model is held.
+
     chain_       the notation, a Chain or a link
     targets      labels, globs or "all-linear" (`dovetail.targets`)
-    calibration  batches of the model's keyword arguments; needed by pruners that look at activations
+    calibration  batches of the model's keyword arguments; needed by links that look at activations
+    calibration_inputs  what a block is calibrated on: the outputs of the "compressed" blocks before it, as it will be
+                 fed, or of the "original" ones
     seed         of initial values
     masks        layer name -> (o, i) bool, chosen earlier: pruners of the first stage take these and look at no data
     on_link      called after each pruner and quantizer that was applied, in later stages too, and with the last of a
                  stage's trained links when `advance` has merged them; the model works as it stands then
     returns      the same model; everything frozen but the adapters and a newly made task head
-    errors       ChainError, TargetError, DataError: before anything is changed
+    errors       ChainError, TargetError, DataError: nearly always before anything is changed. What shows only when a
+                 layer is compressed already (calibration data of which a later batch is bad, a kill) leaves a model
+                 that every further use refuses: load it again
     """
     the_chain = chain(chain_)
     check(the_chain)
     first = stages(the_chain)[0]
     batches = _calibration(first, calibration) if masks is None else None
     record, layers, found = _cover(model, the_chain, targets, seed)
-    record.on_link = on_link
+    record.on_link, record.calibration_inputs = on_link, calibration_inputs
+    untouched = {target.name: target.module for target in found}
+    del found  # or the weights as they were would live until the end
     try:
-        _start(model, layers, first, record, batches, masks, progress)
+        _start(model, layers, first, record, batches, masks, progress, untouched)
     except BaseException:
-        for target in found:  # the layers as they were: a base never writes into the weight that it was given
-            replace_module(model, layers[target.name], target.module)
+        if len(untouched) == len(layers):
+            for name, module in untouched.items():
+                replace_module(model, layers[name], module)
+        else:
+            record.broken = True
         raise
     _freeze(model, layers)
     return model
@@ -99,7 +114,7 @@ def advance(
     """Merges the stage in hand into the base, exactly, and starts the next: its pruners and quantizers run.
 
     A quantized base stays quantized. ChainError when no stage is left. Where calibration fails, the stage in hand is
-    merged already, but the next one isn't begun: `advance` can be called again.
+    merged already, but the next one isn't begun: `advance` can be called again, unless a layer was compressed.
     """
     record = applied(model)
     parts = stages(record.chain)
@@ -120,10 +135,12 @@ def advance(
     record.stage += 1
     if seed is not None:
         record.seed = seed
+    untouched = dict.fromkeys(layers)
     try:
-        _start(model, layers, following, record, batches, None, progress)
+        _start(model, layers, following, record, batches, None, progress, untouched)
     except BaseException:
         record.stage -= 1  # or `merge` would take the stage for done
+        record.broken = len(untouched) < len(layers)
         raise
     return model
 
@@ -231,22 +248,22 @@ def _start(
     batches: list[Batch] | None,
     masks: Mapping[str, Tensor] | None,
     progress: bool,
+    untouched: dict[str, Any],
 ) -> None:
-    """Runs the stage's pruners and quantizers on the bases, then puts its differentiable links on the layers."""
+    """Runs the stage's pruners and quantizers on the bases, then puts its differentiable links on the layers.
+
+    untouched  layer name -> what holds its weight as it was; let go as layers are compressed
+    """
     later = [link for part in stages(record.chain)[record.stage :] for link in part.trained]
     keep_mask = any(isinstance(link, Closer) and link.restores == "zeros" for link in later)
     keep_start = any(isinstance(link, Closer) and not link.from_codes for link in stage.trained)
+    if stage.applied:
+        refuse_bad_weights(layers)
     for link in stage.applied:
-        if isinstance(link, Pruner):
-            norms: dict[str, Tensor] = {}
-            if link.calibrated and masks is None:
-                assert batches is not None
-                norms = input_norms(model, layers, batches, progress=progress)
-            for name, layer in layers.items():
-                layer.base.set_mask(link.keep(layer.base.matrix(), norms.get(name)) if masks is None else masks[name])
-        elif isinstance(link, Quantizer):
-            for layer in layers.values():
-                layer.base.quantize(link, keep_start)
+        compress(
+            model, layers, link, batches, inputs=record.calibration_inputs, keep_start=keep_start, masks=masks,
+            progress=progress, touch=lambda name: untouched.pop(name, None),
+        )  # fmt: skip
         if not keep_mask:
             for layer in layers.values():
                 layer.base.mask_bits = None

@@ -49,3 +49,7 @@ class RecipeError(DovetailError):
 
 class TrainError(DovetailError):
     """Training that can't start or that diverged."""
+
+
+class CalibrationWarning(UserWarning):
+    """Calibration fell back to something simpler on a layer; names the layer and the reason."""

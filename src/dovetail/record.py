@@ -12,6 +12,7 @@ from dovetail.chain.link import Link
 from dovetail.chain.notation import Chain
 from dovetail.chain.stages import stages
 from dovetail.errors import ChainError
+from dovetail.walk import Inputs
 
 
 @dataclass
@@ -24,6 +25,8 @@ class Applied:
     base_fingerprint  of the model before anything was done to it
     stage             the stage in hand, from 0
     on_link           see `apply`
+    calibration_inputs  see `apply`
+    broken            compressing was interrupted: some layers are compressed and others not
     """
 
     chain: Chain
@@ -32,12 +35,28 @@ class Applied:
     base_fingerprint: str
     stage: int = 0
     on_link: Callable[[Link], None] | None = field(default=None, repr=False, compare=False)
+    calibration_inputs: Inputs = "compressed"
+    broken: bool = False
 
 
 def applied(model: nn.Module) -> Applied:
     """What the model remembers of its chain; ChainError when it carries none."""
     for layer in chain_layers(model).values():
+        if layer.record is None:
+            raise ChainError(
+                "model",
+                found="a packed model, whose chain is merged",
+                rule="this needs a model that carries a chain",
+                fix="dovetail.to_stock(model), then apply another chain",
+            )
         assert isinstance(layer.record, Applied)
+        if layer.record.broken:
+            raise ChainError(
+                f"model under {layer.record.chain}",
+                found="a model that was compressed in part when something went wrong",
+                rule="all layers of a model are compressed, or none",
+                fix="load the model again",
+            )
         return layer.record
     raise ChainError(
         "model",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dovetail.chain.bits import INTEGERS, pack_bits, unpack_bits
 from dovetail.chain.layout import Layout
 from dovetail.chain.link import Quantizer
+from dovetail.input_statistics import InputStatistics
 from dovetail.quantize.storage import QuantizedWeight
 
 CHUNK_BYTES = 1 << 19
@@ -165,11 +166,11 @@ class Base(nn.Module):
         self.dense = None
         self._row_square = {}
 
-    def quantize(self, quantizer: Quantizer, keep_start: bool) -> None:
+    def quantize(self, quantizer: Quantizer, inputs: InputStatistics | None = None, keep_start: bool = False) -> None:
         """Puts a dense base on the quantizer's grid; `keep_start` keeps the dense weight beside the codes."""
         assert self.dense is not None
         dense = self.dense.detach()
-        self.set_quantized(quantizer.quantize(self.layout.matrix(dense)))
+        self.set_quantized(quantizer.quantize(self.layout.matrix(dense), inputs))
         self.start = dense if keep_start else None
 
     @property
@@ -188,22 +189,27 @@ class Base(nn.Module):
         self.start = None if start is None else start.to(self.device)
         self._row_square = {}
 
-    def set_mask(self, keep_oi: Tensor) -> None:
+    def set_mask(self, keep_oi: Tensor, weight_oi: Tensor | None = None) -> None:
         """Zeros the weights that don't stay, and keeps the mask, one bit a weight.
 
         What was zero before, pruned earlier in the chain or in the checkpoint, stays zero. A quantized weight's zeros
         may be rounded ones: there only an earlier mask counts.
+
+        weight_oi  what the weights that stay become (on a quantized base: the nearest on its grid); None leaves them
         """
         if self.dense is not None:
-            keep_oi = keep_oi & (self.matrix() != 0)
-            self.set_dense(torch.where(keep_oi, self.matrix(), 0))
+            before = self.matrix()
+            keep_oi = keep_oi & (before != 0)
+            self.set_dense(torch.where(keep_oi, before if weight_oi is None else weight_oi, 0))
         else:
             assert self.quantized is not None
             if self.mask_bits is not None:
                 keep_oi = keep_oi & self.mask_rows(slice(None))
-            self.set_quantized(self.quantized.with_zeros(keep_oi))
+            moved = self.quantized if weight_oi is None else self.quantized.encode(weight_oi)
+            self.set_quantized(moved.with_zeros(keep_oi))
         if self.start is not None:
-            self.start = self.layout.native(torch.where(keep_oi, self.layout.matrix(self.start), 0))
+            start = self.layout.matrix(self.start) if weight_oi is None else weight_oi.to(self.start.dtype)
+            self.start = self.layout.native(torch.where(keep_oi, start, 0))
         self.mask_bits = pack_bits(keep_oi)
 
     def mask_rows(self, rows: slice) -> Tensor:

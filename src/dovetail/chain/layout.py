@@ -46,6 +46,10 @@ class Layout(ABC):
     def build(self, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
         """A stock module that holds this weight (its own layout, not copied) and bias."""
 
+    @abstractmethod
+    def input_rows(self, x: Tensor) -> Tensor:
+        """What a row of the matrix is multiplied with when the layer is called with x, (n, i)."""
+
     linear: bool = True
     """y = x Wᵀ + b over the last axis; False for convolutions."""
 
@@ -73,6 +77,9 @@ class LinearLayout(Layout):
     def call(self, x: Tensor, weight: Tensor, bias_o: Tensor | None) -> Tensor:
         return functional.linear(x, weight, bias_o)
 
+    def input_rows(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.in_features)
+
     def build(self, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
         module = nn.Linear(self.in_features, self.out_features, bias=bias_o is not None, device="meta")
         module.__class__ = self.kind
@@ -96,6 +103,9 @@ class Conv1DLayout(Layout):
         flat = x.reshape(-1, self.in_features)
         y = flat @ weight if bias_o is None else torch.addmm(bias_o, flat, weight)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.in_features)
 
     def build(self, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
         with torch.device("meta"):
@@ -130,6 +140,25 @@ class ConvLayout(Layout):
     def call(self, x: Tensor, weight: Tensor, bias_o: Tensor | None) -> Tensor:
         conv = functional.conv1d if len(self.kernel) == 1 else functional.conv2d
         return conv(x, weight, bias_o, self.stride, self.padding, self.dilation, self.groups)
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """The windows that the kernel sees, (b · positions · groups, i).
+
+        An output channel belongs to one of the groups; the windows of all groups are given together.
+        """
+        if isinstance(self.padding, str):
+            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
+            sides = [(n // 2, n - n // 2) if self.padding == "same" else (0, 0) for n in total]
+        else:
+            sides = [(p, p) for p in self.padding]
+        if x.dim() == len(self.kernel) + 1:
+            x = x[None]
+        x = nn.functional.pad(x, [n for side in reversed(sides) for n in side])
+        kernel, stride, dilation = self.kernel, self.stride, self.dilation
+        if len(kernel) == 1:
+            x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
+        columns = nn.functional.unfold(x, kernel, dilation=dilation, stride=stride)  # (b, c·k, positions)
+        return columns.unflatten(1, (self.groups, -1)).movedim(2, 3).flatten(0, 2)
 
     def build(self, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
         conv: Any = nn.Conv1d if len(self.kernel) == 1 else nn.Conv2d

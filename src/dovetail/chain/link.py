@@ -3,7 +3,7 @@
 A link is a frozen dataclass whose fields are the arguments of its notation (`lora(r=16, alpha=32)`). It holds no
 tensors: one spec serves every layer. Four kinds, each a small abstract class:
 
-- `Pruner`     says which weights of a layer stay; applied once to the base;
+- `Pruner`     says which weights of a layer stay, and perhaps moves those; applied once to the base;
 - `Quantizer`  puts a layer's weight on a grid (`dovetail.quantize.storage`); applied once to the base;
 - `Adapter`    owns trainable parameters and says how they change `(W, b)`;
 - `Closer`     owns nothing: it re-imposes what the base has, its zeros (remask) or its grid (regrid).
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dovetail.chain.base import Base
     from dovetail.chain.notation import Chain
     from dovetail.chain.terms import Term
+    from dovetail.input_statistics import InputStatistics
     from dovetail.quantize.storage import QuantizedWeight
 
 
@@ -61,7 +62,9 @@ class Link(ABC):
     mergeable: ClassVar[bool] = True
     """There is a W' that does the same; a non-linear link has none."""
     calibrated: ClassVar[bool] = False
-    """Needs activations of the layer's input."""
+    """Needs statistics of the layer's input (`dovetail.input_statistics`)."""
+    needs_gram: ClassVar[bool] = False
+    """Needs the inputs' Gram matrix too, and what it makes of the weights can't be made again without it."""
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
 
@@ -84,18 +87,31 @@ class Link(ABC):
 
 @dataclass(frozen=True)
 class Pruner(Link):
-    """Chooses the weights that stay. `sparsity` is the fraction of zeros wanted."""
+    """Chooses the weights that stay.
+
+    sparsity    the fraction of zeros wanted, in [0, 1)
+    allocation  "uniform": every layer gets that fraction; "outlier": layers with more outlying scores get fewer zeros,
+                others more, the mean over all weights being kept (`sparsify/allocation.py`)
+    """
 
     keeps_zeros: ClassVar[bool] = True
     keeps_grid: ClassVar[bool] = True
 
-    @abstractmethod
-    def keep(self, weight_oi: Tensor, input_norm_i: Tensor | None) -> Tensor:
-        """Which weights stay.
+    sparsity: float
+    allocation: Literal["uniform", "outlier"]
 
-        weight_oi     (o, i) any float dtype
-        input_norm_i  (i,) float32 L2 norm of each input feature over the calibration tokens; None unless `calibrated`
-        returns       (o, i) bool, False where the weight becomes zero
+    @abstractmethod
+    def scores(self, weight_oi: Tensor, inputs: InputStatistics | None) -> Tensor:
+        """Importance of each weight, (o, i) float32, larger stays longer; what the allocation looks at."""
+
+    @abstractmethod
+    def prune(self, weight_oi: Tensor, inputs: InputStatistics | None) -> tuple[Tensor, Tensor]:
+        """Which weights stay, and what they become.
+
+        weight_oi  (o, i) any float dtype, not written to
+        inputs     statistics of the layer's input; None unless `calibrated`
+        returns    keep (o, i) bool, False where the weight becomes zero; and the weight (o, i), weight_oi itself where
+                   nothing is moved
         """
 
 
@@ -108,8 +124,12 @@ class Quantizer(Link):
     chain."""
 
     @abstractmethod
-    def quantize(self, weight_oi: Tensor) -> QuantizedWeight:
-        """The weight's grid and packed codes. weight_oi: (o, i), float32 or wider values are what is rounded."""
+    def quantize(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> QuantizedWeight:
+        """The weight's grid and packed codes.
+
+        weight_oi  (o, i), float32 or wider values are what is rounded
+        inputs     statistics of the layer's input; None unless `calibrated`
+        """
 
     @abstractmethod
     def empty(self, shape: tuple[int, int]) -> QuantizedWeight:
@@ -127,6 +147,8 @@ class Adapter(Link):
     differentiable: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 4e-4
     """Default learning rate (CLAM Table 4), scaled by the run's `lr_scale`."""
+    rank_axes: ClassVar[Mapping[str, int]] = {}
+    """Name of a parameter or constant -> its axis of ranks, of which a leading part is an adapter by itself."""
 
     @abstractmethod
     def parameter_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
@@ -152,6 +174,20 @@ class Adapter(Link):
     def local(self, shared: Mapping[str, Tensor], site: Site) -> dict[str, Tensor]:
         """This layer's part (views) of what `constants` gave."""
         return dict(shared)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that it can run at, the largest first; empty where it isn't elastic (`adapt/elastic.py`)."""
+        return ()
+
+    def plain(self, rank: int) -> Adapter:
+        """The link that isn't elastic and does, over the leading `rank` of the parameters, what this one does there."""
+        raise NotImplementedError(f"{self.name} isn't elastic")
+
+    def at_rank(self, p: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+        """The leading `rank` of each tensor (views), by `rank_axes`; what has no ranks stays whole."""
+        axes = self.rank_axes
+        return {name: t.narrow(axes[name], 0, rank) if name in axes else t for name, t in p.items()}
 
     @abstractmethod
     def fold(self, weight_oi: Tensor, bias_o: Tensor | None, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dovetail.chain.link import Quantizer, Site, register
+from dovetail.input_statistics import InputStatistics
 from dovetail.quantize.storage import QuantizedWeight, identity_of, refuse_bad_weight
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Float8(Quantizer):
         if self.scale not in ("row", "tensor"):
             raise self._bad(f'scale="{self.scale}"', 'scale is "row" or "tensor"', 'scale="row"')
 
-    def quantize(self, weight_oi: Tensor) -> Float8Weight:
+    def quantize(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> Float8Weight:
         """The scales and codes of weight_oi (o, i), any float dtype. Raises DovetailError on NaN or inf."""
         weight_32 = refuse_bad_weight(self.name, weight_oi)
         scale = weight_32.abs().amax(dim=1) / LARGEST

@@ -28,6 +28,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from dovetail.chain.link import Quantizer, Site, register
+from dovetail.input_statistics import InputStatistics
 from dovetail.quantize.codebook import Book, CodeBookWeight
 from dovetail.quantize.dynamic8 import BLOCK
 from dovetail.quantize.packing import packed_nbytes
@@ -76,7 +77,7 @@ class _CodeBookQuantizer(Quantizer):
             rule = "block is a power of two from 32 to 4096"
             raise self._bad(f"block={self.block}", rule, f"block={nearest}")
 
-    def quantize(self, weight_oi: Tensor) -> CodeBookWeight:
+    def quantize(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> CodeBookWeight:
         """The scales and packed codes of weight_oi (o, i), any float dtype. Raises DovetailError on NaN or inf."""
         weight_32 = refuse_bad_weight(self.name, weight_oi)
         return CodeBookWeight.from_weight(

@@ -8,34 +8,16 @@ baseline for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
-
 from torch import Tensor
 
-from dovetail.chain.link import Pruner, first, register
-from dovetail.sparsify.select import check_sparsity, keep_top
+from dovetail.sparsify.scored import scoring
 
 
-@register("magnitude")
-@dataclass(frozen=True)
-class Magnitude(Pruner):
-    """Prunes by |W|.
+def magnitude_scores(weight_oi: Tensor) -> Tensor:
+    """Importance of each weight: |W[o,i]|. (out, in), the weight's dtype."""
+    return weight_oi.abs()
 
-    sparsity  fraction of zeros
-    per       weights are compared within the "layer" or within each output "row"
-    """
 
-    sparsity: float = first(0.5)
-    per: Literal["layer", "row"] = "layer"
-
-    summary: ClassVar[str] = "zeroes the smallest weights"
-    source: ClassVar[str] = "Han et al. 2015"
-
-    def __post_init__(self) -> None:
-        check_sparsity(self.name, self.sparsity)
-
-    def keep(self, weight_oi: Tensor, input_norm_i: Tensor | None) -> Tensor:
-        scores = weight_oi.abs()
-        groups = scores if self.per == "row" else scores.reshape(1, -1)
-        return keep_top(groups, self.sparsity).view_as(weight_oi)
+Magnitude = scoring(
+    "magnitude", per="layer", calibrated=False, summary="zeroes the smallest weights", source="Han et al. 2015"
+)(magnitude_scores)

@@ -8,14 +8,10 @@ update; much better than magnitude on language models, whose activations have ou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from dovetail.chain.link import Pruner, first, register
-from dovetail.sparsify.select import check_sparsity, keep_top
+from dovetail.sparsify.scored import scoring
 
 
 def wanda_scores(weight_oi: Tensor, input_norm_i: Tensor) -> Tensor:
@@ -28,23 +24,10 @@ def wanda_scores(weight_oi: Tensor, input_norm_i: Tensor) -> Tensor:
     return weight_oi.abs().to(torch.float32) * input_norm_i.to(torch.float32)
 
 
-@register("wanda")
-@dataclass(frozen=True)
-class Wanda(Pruner):
-    """Prunes by |W|·‖x‖, per output row.
-
-    sparsity  fraction of zeros of each row
-    """
-
-    sparsity: float = first(0.5)
-
-    calibrated: ClassVar[bool] = True
-    summary: ClassVar[str] = "zeroes by weight times input norm, per output row; needs calibration data"
-    source: ClassVar[str] = "Sun et al. 2023"
-
-    def __post_init__(self) -> None:
-        check_sparsity(self.name, self.sparsity)
-
-    def keep(self, weight_oi: Tensor, input_norm_i: Tensor | None) -> Tensor:
-        assert input_norm_i is not None
-        return keep_top(wanda_scores(weight_oi, input_norm_i), self.sparsity)
+Wanda = scoring(
+    "wanda",
+    per="row",
+    calibrated=True,
+    summary="zeroes by weight times input norm, per output row; needs calibration data",
+    source="Sun et al. 2023",
+)(wanda_scores)

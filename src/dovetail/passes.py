@@ -1,0 +1,212 @@
+"""Forward passes of one model, one a batch, that go from block to block in step: what `dovetail.walk` walks on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dovetail.chain.layout import Layout
+from dovetail.chain.linear import ChainLinear
+from dovetail.input_statistics import padding_mask
+
+Batch = Mapping[str, Tensor]
+
+TOKENS = 2048
+"""Tokens of a piece of a batch: enough for matrix products, little memory for what a block makes of it."""
+_ROWS = {"input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask"}
+
+
+def split(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
+    """The batches, cut by rows to about `TOKENS` tokens where they are token ids; others as they are."""
+    pieces: list[Batch] = []
+    for batch in batches:
+        tokens = max((tensor.shape[1] for tensor in batch.values() if tensor.dim() == 2), default=0)
+        if not tokens or not isinstance(model, PreTrainedModel) or not _ROWS.issuperset(batch):
+            pieces.append(batch)
+            continue
+        rows, step = len(next(iter(batch.values()))), max(1, TOKENS // tokens)
+        pieces += [{k: v[at : at + step] for k, v in batch.items()} for at in range(0, rows, step)]
+    return pieces
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Decoders keep no keys and values: a block that is run twice would find its own. T5's parts have own configs."""
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    caching = [config for config in configs.values() if config.to_dict().get("use_cache")]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer is called with."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def input_rows(x: Tensor, layout: Layout, mask: Tensor | None) -> Tensor:
+    """A layer's input as rows of X, (n, i), without padding.
+
+    x     (..., i), or what a convolution takes
+    mask  (b, t) bool of the tokens that aren't padding; counts where x is (b, t, i)
+    """
+    if layout.linear and mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
+        x = x[mask]
+    return layout.input_rows(x)
+
+
+class Stop(BaseException):
+    """Ends a forward pass; no `except Exception` of a model catches it."""
+
+
+class Pass:
+    """One forward pass of the model, in a thread of its own, that stops at every block.
+
+    block, args, kwargs   where it stands and what it brings; block is None once it is through
+    mask                  (b, t) bool, False where its batch is padding
+    """
+
+    def __init__(self, model: nn.Module, piece: Batch) -> None:
+        self.mask = padding_mask(piece)
+        self.block: str | None = None
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self._told: SimpleQueue[Any] = SimpleQueue()
+        self._answer: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, args=(model, piece), daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        self._wait()
+
+    def go_on(self, output: Any) -> None:
+        """Gives the block's output to the pass and waits until it stands at the next one."""
+        self.block, self.args, self.kwargs = None, (), {}
+        self._told.put(output)
+        self._wait()
+
+    def stop(self) -> None:
+        """Ends the pass where it stands."""
+        if self._thread.is_alive():
+            self._told.put(Stop())
+            self._thread.join()
+
+    def arrive(self, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called in the pass's thread, in place of the block's forward."""
+        self.block, self.args, self.kwargs = block, args, kwargs
+        self._answer.put(None)
+        del args, kwargs  # or a block's input would live as long as its output
+        output = self._told.get()
+        if isinstance(output, Stop):
+            raise output
+        return output
+
+    def _wait(self) -> None:
+        if (error := self._answer.get()) is not None:
+            raise error
+
+    def _run(self, model: nn.Module, piece: Batch) -> None:
+        _here.now = self
+        try:
+            with torch.no_grad():  # a new thread knows nothing of the caller's
+                model(**piece)
+            self._answer.put(None)
+        except Stop:
+            pass
+        except BaseException as error:
+            self._answer.put(error)
+
+
+_here = threading.local()
+
+
+class Passes:
+    """The forward passes of all batches, in step; context manager."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str], pieces: Sequence[Batch]) -> None:
+        self._modules = {name: model.get_submodule(name) for name in blocks}
+        self._passes = [Pass(model, piece) for piece in pieces]
+
+    def __enter__(self) -> Passes:
+        self._own = {name: module.__dict__.get("forward") for name, module in self._modules.items()}
+        self._forward = {name: module.forward for name, module in self._modules.items()}
+        for name, module in self._modules.items():
+            module.forward = self._gate(name)
+        try:
+            for one in self._passes:
+                one.start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for one in self._passes:
+            one.stop()
+        for name, module in self._modules.items():
+            del module.forward
+            if (own := self._own[name]) is not None:
+                module.forward = own
+
+    def _gate(self, name: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return _here.now.arrive(name, args, kwargs)
+
+        return forward
+
+    def waiting(self) -> list[Pass]:
+        """Those that stand where the first of them stands; empty when all are through."""
+        first = next((one.block for one in self._passes if one.block is not None), None)
+        return [one for one in self._passes if first is not None and one.block == first]
+
+    def go_on(self, here: Sequence[Pass]) -> None:
+        """Runs the block for each, and lets it come to the next."""
+        for one in here:
+            assert one.block is not None
+            one.go_on(self._forward[one.block](*one.args, **one.kwargs))
+
+    def feed(
+        self,
+        one: Pass,
+        layers: Mapping[str, ChainLinear],
+        see: Callable[[str, Tensor], None],
+        left: set[str] | None,
+    ) -> None:
+        """Runs the block for the sake of what its layers are fed: `see(layer, x)`.
+
+        left  the layers still to be seen, where each is called once: the block's run ends with the last of them
+        """
+        assert one.block is not None
+        if one.block in layers:  # a layer that is its own block
+            see(one.block, first_input(one.args, one.kwargs))
+            return
+
+        def watch(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                see(name, first_input(args, kwargs).detach())
+                if left is not None:
+                    left.discard(name)
+                    if not left:
+                        raise Stop
+
+            return hook
+
+        handles = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
+        try:
+            self._forward[one.block](*one.args, **one.kwargs)
+        except Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
