@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from dovetail.merge import MergeReport, merge
     from dovetail.plan import plan
     from dovetail.recipe import Recipe
+    from dovetail.sparsify.scored import scoring
+    from dovetail.study.runner import study
     from dovetail.tasks import Task
     from dovetail.train import TrainReport, train
 
@@ -39,6 +41,8 @@ _HOME = {
     "plan": "plan",
     "run": "flow",
     "save_adapter": "adapter",
+    "scoring": "sparsify.scored",
+    "study": "study.runner",
     "train": "train",
 }
 """Public name -> the module that holds it, imported on first use: `dovetail --help` must not wait for torch."""
@@ -62,6 +66,8 @@ __all__ = [
     "plan",
     "run",
     "save_adapter",
+    "scoring",
+    "study",
     "train",
 ]
 

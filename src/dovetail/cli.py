@@ -52,6 +52,33 @@ def run(
     _run(recipe, recipe.stem, output, resume, as_json)
 
 
+@app.command(epilog="Example: dovetail study examples/sqft/table.yaml --output runs/sqft")
+def study(
+    recipe: Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file; docs/study.md lists its keys.")],
+    output: Annotated[Path, typer.Option(help="Folder for everything: new, empty, or an earlier start's.")],
+    resume: Annotated[bool, typer.Option(help="Keep finished runs and go on; else throw away what is there.")] = True,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, a process and a thread each.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Run many recipes with several seeds, beside each other: tables of quality and of measured cost, and curves."""
+    _quiet()
+    from time import perf_counter
+
+    from dovetail.study import study as run_study
+    from dovetail.study.tables import event_line, print_study
+
+    started = perf_counter()
+    found = run_study(
+        recipe, output=output, resume=resume, jobs=jobs,
+        on_run=lambda event: print(event_line(event, perf_counter() - started), file=sys.stderr, flush=True),
+    )  # fmt: skip
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        print_study(_console(), found)
+        print(f"\n{output / 'study.html'} is the page of this study")
+
+
 @app.command(epilog='Example: dovetail plan "wanda(0.5) >> nf4 >> lora(r=16) >> remask >> regrid" --task word_problems')
 def plan(
     chain: Annotated[str, typer.Argument(help='The chain, in quotes: "nf4 >> lora(r=16) >> regrid".')],
