@@ -28,6 +28,11 @@ CHAINS = [
     "wanda(0.5) >> nf4 >> lora(r=4) >> ia3",
     "magnitude(0.3) >> nf4(double=true) >> loha(r=2) >> regrid",
     "bottleneck(r=4)",
+    "gptq(bits=4, group=32) >> lora(r=4)",
+    "wanda(0.5) >> gptq(bits=3, group=0) >> lora(r=4) >> remask >> regrid",
+    "wanda(0.5) >> gptq(group=32) >> lora(r=4) >> remask >> regrid(start=codes)",
+    "sparsegpt(0.5) >> lora(r=4) >> remask",
+    "sparsegpt(0.5) >> gptq(group=32) >> lora(r=4) >> remask >> regrid",
 ]
 
 
