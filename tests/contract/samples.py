@@ -19,8 +19,11 @@ from dovetail.chain.link import REGISTRY, Adapter, Closer, Link, OutputAdapter, 
 IN, OUT = 32, 24
 
 SAMPLES: dict[str, tuple[str, ...]] = {
-    "magnitude": ("magnitude(0.5)", "magnitude(0.3, per=row)"),
-    "wanda": ("wanda(0.5)",),
+    "magnitude": ("magnitude(0.5)", "magnitude(0.3, per=row)", 'magnitude(0.75, pattern="1:4")'),
+    "wanda": ("wanda(0.5)", 'wanda(0.5, pattern="2:4")'),
+    "ria": ("ria(0.5)",),
+    "sparsegpt": ("sparsegpt(0.5)", 'sparsegpt(pattern="2:4")'),
+    "gptq": ("gptq(bits=4, group=8)", "gptq(bits=3, group=0, symmetric=true, act_order=false)"),
     "int": (
         "int(bits=4, group=8)",
         "int(bits=2, group=16, symmetric=true)",
@@ -116,7 +119,8 @@ def joined(*parts: str) -> str:
 def chained(text: str, layer: str = "linear", dtype: torch.dtype = torch.float32, *, moved: bool = True) -> One:
     """The model of one layer under a chain; `moved`: its parameters away from where they start."""
     model = model_of(layer, dtype)
-    dovetail.apply(model, text, targets="layer", calibration=[{"x": input_of(layer, dtype, seed=5)}])
+    calibration = [{"x": input_of(layer, dtype, seed=5 + batch)} for batch in range(8)]
+    dovetail.apply(model, text, targets="layer", calibration=calibration)
     if moved:
         move(model)
     return model
