@@ -3,7 +3,7 @@
     score = (|W[o, i]| / Σ_o |W[o, i]| + |W[o, i]| / Σ_i |W[o, i]|) · √‖x_i‖₂, compared within the layer
 
 Source: Zhang et al. 2024 (Plug-and-Play: RIA and channel permutation), §3; the exponent 1/2 is theirs. Against Wanda:
-the shares are to keep every input and output channel alive where Wanda, at high sparsity, drops inputs of small norm.
+by the shares, rows and columns of small weights, and by the root, inputs of small norm are spared some of the zeros.
 Differs from the authors' code in one place: a row or column of zeros scores 0 (there 0/0).
 """
 
