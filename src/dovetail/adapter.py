@@ -30,7 +30,7 @@ from dovetail.apply import apply, restore
 from dovetail.chain.bits import pack_bits, unpack_bits
 from dovetail.chain.layout import layout_of
 from dovetail.chain.linear import ChainLinear, chain_layers
-from dovetail.chain.link import Closer, Pruner
+from dovetail.chain.link import Pruner
 from dovetail.chain.notation import Chain, chain
 from dovetail.chain.stages import stages
 from dovetail.errors import LoadError
@@ -76,11 +76,9 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
             for key, parameter in state.named_parameters(recurse=False):
                 tensors[f"link/{name}/{place}/{key}"] = parameter.detach()
         if _keeps_bases(record.chain, record.stage):
-            kept = {**layer.base.state_dict(), "bias": layer.bias}
-            if not _can_prune_again(record.chain, record.stage):
-                kept["start"] = layer.base.start
+            kept = {**layer.base.state_dict(), "start": layer.base.start, "bias": layer.bias}
             tensors |= {f"base/{name}/{key}": value for key, value in kept.items() if value is not None}
-        if record.stage == 0 and _pruners(record.chain):
+        elif any(isinstance(link, Pruner) for link in stages(record.chain)[0].applied):
             tensors[f"mask/{name}"] = _mask_bits(layer)
     tensors |= {f"head/{name}": parameter.detach() for name, parameter in _beside(model).items()}
     file = AdapterFile(
@@ -101,18 +99,9 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
     return directory
 
 
-def _pruners(chain_: Chain) -> list[Pruner]:
-    return [link for link in stages(chain_)[0].applied if isinstance(link, Pruner)]
-
-
 def _keeps_bases(chain_: Chain, stage: int) -> bool:
     """Whether the bases can't be made again from the model and its masks: trained ones, and those fitted to data."""
     return stage > 0 or any(link.needs_gram for link in stages(chain_)[0].applied)
-
-
-def _can_prune_again(chain_: Chain, stage: int) -> bool:
-    """Whether the weights before quantizing are the model's own under the masks."""
-    return stage == 0 and not any(link.needs_gram for link in _pruners(chain_))
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
@@ -194,14 +183,6 @@ def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor]
                 _expect(key, tensor, shapes[what])
                 tensor = tensor.to(torch.uint8 if what == "mask_bits" else weight.dtype)
             bases.setdefault(name, {})[what] = tensor
-    from_weights = any(isinstance(link, Closer) and not link.from_codes for link in parts[file.stage].trained)
-    if from_weights and _can_prune_again(links, file.stage):
-        for name, base in bases.items():
-            module = _module(model, name)
-            layout, weight = layout_of(name, module), module.get_parameter("weight").detach()
-            if name in masks:
-                weight = layout.native(torch.where(masks[name], layout.matrix(weight), 0))
-            base["start"] = weight
     try:
         if _keeps_bases(links, file.stage):
             restore(model, file.chain, targets=file.targets, seed=file.seed, stage=file.stage, bases=bases)

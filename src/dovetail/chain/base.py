@@ -167,11 +167,14 @@ class Base(nn.Module):
         self._row_square = {}
 
     def quantize(self, quantizer: Quantizer, inputs: InputStatistics | None = None, keep_start: bool = False) -> None:
-        """Puts a dense base on the quantizer's grid; `keep_start` keeps the dense weight beside the codes."""
-        assert self.dense is not None
-        dense = self.dense.detach()
-        self.set_quantized(quantizer.quantize(self.layout.matrix(dense), inputs))
-        self.start = dense if keep_start else None
+        """Puts a dense base on the quantizer's grid; `keep_start` keeps beside the codes what was rounded to them."""
+        weight = self.matrix()
+        if keep_start:
+            quantized, rounded = quantizer.quantize_from(weight, inputs)
+            self.start = self.layout.native(rounded)
+        else:
+            quantized, self.start = quantizer.quantize(weight, inputs), None
+        self.set_quantized(quantized)
 
     @property
     def identity(self) -> str:

@@ -102,7 +102,7 @@ class Pruner(Link):
 
     @abstractmethod
     def scores(self, weight_oi: Tensor, inputs: InputStatistics | None) -> Tensor:
-        """Importance of each weight, (o, i) float32, larger stays longer; what the allocation looks at."""
+        """Importance of each weight, (o, i) float32 or wider, larger stays longer; what the allocation looks at."""
 
     @abstractmethod
     def prune(self, weight_oi: Tensor, inputs: InputStatistics | None) -> tuple[Tensor, Tensor]:
@@ -130,6 +130,11 @@ class Quantizer(Link):
         weight_oi  (o, i), float32 or wider values are what is rounded
         inputs     statistics of the layer's input; None unless `calibrated`
         """
+
+    def quantize_from(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> tuple[QuantizedWeight, Tensor]:
+        """`quantize`, and the weights (o, i) that were rounded to the nearest codes: weight_oi, unless rounding one
+        column moves the next. In weight_oi's dtype; their nearest grid values are the codes' values."""
+        return self.quantize(weight_oi, inputs), weight_oi
 
     @abstractmethod
     def empty(self, shape: tuple[int, int]) -> QuantizedWeight:

@@ -139,7 +139,7 @@ class AffineWeight(QuantizedWeight):
         half_range = (2**self.bits - 1) / 2
         torch.le(rows.sub_(lowest + half_range).abs_(), half_range, out=inside)
 
-    def _zero_codes(self, start: int, stop: int) -> Tensor:
+    def zero_codes(self, start: int, stop: int) -> Tensor:
         if self.zero_og is None:
             return self.codes.new_full((1, 1), 2 ** (self.bits - 1))
         groups = self.scale_og.shape[1]

@@ -165,7 +165,7 @@ class CodeBookWeight(QuantizedWeight):
         self._to_levels(rows, self.block_scales(start, len(rows)))  # infinite or NaN where the scale is zero
         torch.le(rows.abs_(), self.book.reach, out=inside)
 
-    def _zero_codes(self, start: int, stop: int) -> Tensor:
+    def zero_codes(self, start: int, stop: int) -> Tensor:
         return self.codes.new_full((1, 1), self.book.zero_code)
 
     def _with_codes(self, codes: Tensor) -> Self:

@@ -110,7 +110,7 @@ class Float8Weight(QuantizedWeight):
         rows.div_(self._row_scale(start, len(rows)))  # infinite or NaN, so not inside, where the scale is zero
         torch.le(rows.abs_(), REACH, out=inside)
 
-    def _zero_codes(self, start: int, stop: int) -> Tensor:
+    def zero_codes(self, start: int, stop: int) -> Tensor:
         return torch.zeros(1, 1, dtype=torch.uint8, device=self.codes.device)
 
     def _with_codes(self, codes: Tensor) -> Self:

@@ -55,8 +55,25 @@ class GPTQ(AffineQuantizer):
 
     def quantize(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> AffineWeight:
         """The grid and packed codes of weight_oi (o, i), any float. Raises DovetailError on NaN, inf, overflow."""
+        return self._round(weight_oi, inputs, None)
+
+    def quantize_from(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> tuple[AffineWeight, Tensor]:
+        """The same, and the weights as they were when their column was reached, the errors before it made up for."""
+        rounded = weight_oi.to(torch.float32, copy=True)
+        quantized = self._round(weight_oi, inputs, rounded)
+        start = rounded.to(weight_oi.dtype)
+        values = quantized.dequantize(torch.empty_like(rounded))
+        # What a narrow dtype rounds over a boundary starts from the code's own value.
+        moved = quantized.snap_(start.to(torch.float32, copy=True).contiguous(), 0) != values
+        return quantized, torch.where(moved, values.to(weight_oi.dtype), start)
+
+    def _round(self, weight_oi: Tensor, inputs: InputStatistics | None, rounded_oi: Tensor | None) -> AffineWeight:
+        """Codes and scales; `rounded_oi`, where given, is filled with what was rounded."""
         assert inputs is not None
         weight_32 = refuse_bad_weight(self.name, weight_oi)
+        i = weight_32.shape[1]
+        groups = self._groups(i, self.name)
+        scale_og, zero_og = affine_range(weight_32, groups, bits=self.bits, symmetric=self.symmetric, where=self.name)
         found = factor(inputs, self.damping, by_size=self.act_order)
         if found is None:
             warnings.warn(
@@ -65,10 +82,7 @@ class GPTQ(AffineQuantizer):
                 CalibrationWarning,
                 stacklevel=2,
             )
-        i = weight_32.shape[1]
-        groups = self._groups(i, self.name)
-        scale_og, zero_og = affine_range(weight_32, groups, bits=self.bits, symmetric=self.symmetric, where=self.name)
-        if found is not None:
+        else:
             grid = _Grid(scale_og, zero_og, i // groups, self.bits, fixed=self.act_order or groups == 1)
             order = found.order_i
             stays_io = (weight_32 != 0)[:, order].t() if bool((weight_32 == 0).any()) else None
@@ -79,8 +93,10 @@ class GPTQ(AffineQuantizer):
 
                 def column(j: int, weight_o: Tensor) -> Tensor:
                     grid.begin(columns[j], weight_bo, j)
-                    new = grid.nearest(columns[j], weight_o)
-                    return new if stays_bo is None else new.mul_(stays_bo[j])
+                    wanted = weight_o if stays_bo is None else weight_o * stays_bo[j]
+                    if rounded_oi is not None:
+                        rounded_oi[:, columns[j]] = wanted
+                    return grid.nearest(columns[j], wanted)
 
                 return column
 

@@ -66,7 +66,7 @@ class QuantizedWeight(nn.Module, ABC):
         """The same grid, tensors shared, with other codes (o, i), not packed."""
 
     @abstractmethod
-    def _zero_codes(self, start: int, stop: int) -> Tensor:
+    def zero_codes(self, start: int, stop: int) -> Tensor:
         """The code of exact zero in weight rows [start, stop), uint8: (stop - start, i), or (1, 1) if it is but one."""
 
     # ---- public -----------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class QuantizedWeight(nn.Module, ABC):
         """Codes of weight rows [start, stop), not packed, uint8 (n, i); and those of exact zero, (n, i) or (1, 1)."""
         i = self.shape[1]
         flat = self.codes.view(torch.uint8).view(-1)
-        return unpack(flat, self.bits, start * i, stop * i).view(-1, i), self._zero_codes(start, stop)
+        return unpack(flat, self.bits, start * i, stop * i).view(-1, i), self.zero_codes(start, stop)
 
     def with_codes(self, codes_oi: Tensor) -> Self:
         """The same grid, its tensors shared, with these codes: uint8 (o, i), not packed."""
