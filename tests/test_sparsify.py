@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import dovetail
+from dovetail.apply import chain_layers
 from dovetail.chain.link import REGISTRY, Link, Site
 from dovetail.errors import ChainError, DovetailError
 from dovetail.input_statistics import InputStatistics
@@ -27,6 +28,7 @@ from dovetail.sparsify.allocation import allocate, outlier_ratio
 from dovetail.sparsify.ria import ria_scores
 from dovetail.sparsify.select import keep_pattern, keep_top
 from dovetail.sparsify.wanda import wanda_scores
+from families import batch, make
 
 SPARSITIES = [0.0, 0.3, 0.5, 0.55, 0.999]
 ROOT = Path(__file__).parents[1]
@@ -365,6 +367,22 @@ def test_allocation_reaches_the_spread_where_it_can() -> None:
     assert max(near_one.values()) == pytest.approx(0.999)
     near_zero = allocate({"a": 0.0, "b": 0.01, "c": 0.02}, equal, {}, 0.02)
     assert min(near_zero.values()) == 0.0
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_a_chain_allocates_by_block_and_keeps_the_mean(method: str) -> None:
+    model = make("llama").eval()
+    dovetail.apply(model, f"{method}(0.5, allocation=outlier)", calibration=[batch(model)])
+    zeros, sizes = {}, {}
+    for name, layer in chain_layers(model).items():
+        block = name.split(".")[2]
+        zeros.setdefault(block, []).append(int((layer.base.matrix() == 0).sum()))
+        sizes.setdefault(block, []).append(layer.base.matrix().numel())
+    total = sum(map(sum, sizes.values()))
+    assert sum(map(sum, zeros.values())) == pytest.approx(0.5 * total, abs=0.002 * total)
+    found = [sum(zeros[block]) / sum(sizes[block]) for block in zeros]
+    assert min(found) == pytest.approx(0.42, abs=0.005)
+    assert max(found) == pytest.approx(0.58, abs=0.005)
 
 
 @pytest.mark.parametrize("module", ["select", "pattern", "allocation"])
