@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
 
 import torch
@@ -9,10 +10,34 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dovetail.batches import IGNORED, Collator, encode, pad_id
+from dovetail.errors import DataError
 from dovetail.passes import Batch
-from dovetail.tasks import Task
+from dovetail.tasks import METRICS, Task
 
-__all__ = ["Batch", "calibration_batches"]
+__all__ = ["Batch", "calibration_batches", "text_task"]
+
+MAX_TEXT_NBYTES = 1 << 28
+"""The most that a file of calibration text may hold."""
+
+
+def text_task(path: Path, *, encoder_decoder: bool) -> Task:
+    """The passages of a text file, one a line, as a task to calibrate on; an encoder-decoder reads and says them."""
+    try:
+        if path.stat().st_size > MAX_TEXT_NBYTES:
+            raise DataError(str(path), found=f"{path.stat().st_size} bytes", rule=f"at most {MAX_TEXT_NBYTES}")
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except OSError as error:
+        raise DataError(
+            str(path), found=error.strerror or str(error), rule="calibration.text is a UTF-8 file, one passage a line"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise DataError(str(path), found=f"byte {error.start} is no UTF-8", rule="data files are UTF-8 text") from None
+    passages = [line for line in lines if line]
+    if not passages:
+        raise DataError(str(path), found="no passage", rule="calibration.text has a passage on at least one line")
+    if encoder_decoder:
+        return Task(path.name, "generation", "exact_match", {"train": [{"prompt": p, "answer": p} for p in passages]})
+    return Task(path.name, "text", METRICS["text"][0], {"train": [{"text": p} for p in passages]})
 
 
 def calibration_batches(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dovetail.adapter import save_adapter
 from dovetail.apply import apply, stages_left
 from dovetail.batches import length_limit
-from dovetail.calibrate import calibration_batches
+from dovetail.calibrate import calibration_batches, text_task
 from dovetail.chain.check import check, check_merge
 from dovetail.chain.link import Adapter, Pruner, Quantizer
 from dovetail.chain.notation import Chain, chain
@@ -85,7 +85,8 @@ def run(
         rows = _Rows(folder, model, tokenizer, tasks, recipe, progress, on_row)
         rows.add("base")
         apply(
-            model, links, targets=recipe.targets, calibration=batches, seed=recipe.seed, progress=progress,
+            model, links, targets=recipe.targets, calibration=batches,
+            calibration_inputs=recipe.calibration.inputs, seed=recipe.seed, progress=progress,
             on_link=lambda link: rows.add(next(names)),
         )  # fmt: skip
         trained: TrainReport | None = None
@@ -210,10 +211,13 @@ def _check_tasks(tasks: list[Task], recipe: Recipe) -> None:
 def _calibration(
     recipe: Recipe, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Tensor]]:
-    records = {"train": task.split(recipe.calibration.split)}
     config: Any = model.config
+    if recipe.calibration.text is not None:
+        source = text_task(recipe.calibration.text, encoder_decoder=config.is_encoder_decoder)
+    else:
+        source = Task(task.name, task.kind, task.metric, {"train": task.split(recipe.calibration.split)})
     return calibration_batches(
-        Task(task.name, task.kind, task.metric, records), tokenizer, samples=recipe.calibration.samples,
+        source, tokenizer, samples=recipe.calibration.samples,
         seed=recipe.seed, max_length=length_limit(model, tokenizer, recipe.train.max_length),
         decoder_start=config.decoder_start_token_id if config.is_encoder_decoder else None,
     )  # fmt: skip

@@ -131,10 +131,16 @@ class Training(_Part):
 
 
 class Calibration(_Part):
-    """What pruners that look at activations look at: so many records of a split."""
+    """What links that look at activations look at: so many records of a split, or passages of a text file.
+
+    text    a UTF-8 file, one passage a line, relative to the recipe; then `split` doesn't count
+    inputs  what a block is calibrated on: the outputs of the "compressed" blocks before it, or of the "original" ones
+    """
 
     samples: Positive = 128
     split: Literal["train", "validation", "test"] = "train"
+    text: Path | None = None
+    inputs: Literal["compressed", "original"] = "compressed"
 
 
 class Evaluation(_Part):
@@ -218,7 +224,11 @@ class Recipe(_Part):
         split = self.evaluate.split or ("validation" if data.task is None and data.test is None else "test")
         tasks = tuple(_at(task, folder) for task in self.evaluate.tasks)
         evaluate = self.evaluate.model_copy(update={"split": split, "tasks": tasks})
-        return self.model_copy(update={"model": model, "data": data, "evaluate": evaluate})
+        text = self.calibration.text
+        text = None if text is None else (folder / text.expanduser()).resolve()
+        calibration = self.calibration.model_copy(update={"text": text})
+        changed = {"model": model, "data": data, "evaluate": evaluate, "calibration": calibration}
+        return self.model_copy(update=changed)
 
 
 def _at(data: Data, folder: Path) -> Data:
