@@ -32,6 +32,8 @@ def random_value(kind: Any, pick: random.Random) -> Any:
         return pick.choice(INTEGERS)
     if kind is float:
         return pick.choice(FLOATS)
+    if get_origin(kind) is tuple:
+        return tuple(random_value(get_args(kind)[0], pick) for _ in range(pick.randint(0, 2)))
     assert kind is str, f"teach this test to draw a {kind}"
     return pick.choice(["row", "tensor", "two words", "none", "x_1"])
 
@@ -67,6 +69,8 @@ def test_a_link_reads_back_as_it_prints(name: str) -> None:
 def _literal(value: Any) -> str:
     if isinstance(value, str):
         return f'"{value}"'
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_literal, value))}]"
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 

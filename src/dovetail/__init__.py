@@ -6,6 +6,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dovetail.adapt.elastic import extract
     from dovetail.adapter import load_adapter, save_adapter
     from dovetail.apply import advance, apply
     from dovetail.chain.notation import Chain, chain
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from dovetail.merge import MergeReport, merge
     from dovetail.plan import plan
     from dovetail.recipe import Recipe
+    from dovetail.search import search_ranks
     from dovetail.sparsify.scored import scoring
     from dovetail.study.runner import study
     from dovetail.tasks import Task
@@ -34,6 +36,7 @@ _HOME = {
     "apply": "apply",
     "chain": "chain.notation",
     "evaluate": "evaluate",
+    "extract": "adapt.elastic",
     "footprint": "footprint",
     "load": "load",
     "load_adapter": "adapter",
@@ -42,6 +45,7 @@ _HOME = {
     "run": "flow",
     "save_adapter": "adapter",
     "scoring": "sparsify.scored",
+    "search_ranks": "search",
     "study": "study.runner",
     "train": "train",
 }
@@ -59,6 +63,7 @@ __all__ = [
     "apply",
     "chain",
     "evaluate",
+    "extract",
     "footprint",
     "load",
     "load_adapter",
@@ -67,6 +72,7 @@ __all__ = [
     "run",
     "save_adapter",
     "scoring",
+    "search_ranks",
     "study",
     "train",
 ]

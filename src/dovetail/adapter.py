@@ -1,7 +1,7 @@
 """Saving and loading what a chain learned, beside the base that it belongs to.
 
-A directory with two files: `adapter.json` (chain, targets, seed, fingerprints, the quantizer's identity) and
-`adapter.safetensors`:
+A directory with two files: `adapter.json` (chain, targets, seed, fingerprints, the quantizer's identity, the ranks of
+elastic adapters) and `adapter.safetensors`:
 
     link/LAYER/PLACE/NAME    parameters of the differentiable links
     mask/LAYER               one bit a weight, where a pruner chose; the quantizer is run again on load, and checked
@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dovetail.adapt.elastic import check_saved, saved_ranks, shapes_at, take_over
 from dovetail.apply import apply, restore
 from dovetail.chain.bits import pack_bits, unpack_bits
 from dovetail.chain.layout import layout_of
@@ -49,6 +50,8 @@ class AdapterFile(pydantic.BaseModel, extra="forbid"):
     base_fingerprint   of the whole model before the chain
     chain_fingerprint  of the bases that the links sit on: after pruning, quantizing and merging earlier stages
     quantizer          identity of the base's grid, or its dtype
+    ranks              LAYER/PLACE -> the rank that an elastic adapter runs at
+    extracted          whether elastic adapters were made plain ones of those ranks
     """
 
     format: Literal["dovetail-adapter"] = "dovetail-adapter"
@@ -60,6 +63,8 @@ class AdapterFile(pydantic.BaseModel, extra="forbid"):
     base_fingerprint: str
     chain_fingerprint: str
     quantizer: str
+    ranks: dict[str, int] = {}
+    extracted: bool = False
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> Path:
@@ -70,17 +75,14 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
     """
     record, layers, directory = applied(model), chain_layers(model), Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
+    tensors = {key: parameter.detach() for key, parameter in _parameters(model).items()}
     for name, layer in layers.items():
-        for place, state in enumerate(layer.states):
-            for key, parameter in state.named_parameters(recurse=False):
-                tensors[f"link/{name}/{place}/{key}"] = parameter.detach()
         if _keeps_bases(record.chain, record.stage):
             kept = {**layer.base.state_dict(), "start": layer.base.start, "bias": layer.bias}
             tensors |= {f"base/{name}/{key}": value for key, value in kept.items() if value is not None}
         elif any(isinstance(link, Pruner) for link in stages(record.chain)[0].applied):
             tensors[f"mask/{name}"] = _mask_bits(layer)
-    tensors |= {f"head/{name}": parameter.detach() for name, parameter in _beside(model).items()}
+    ranks, extracted = saved_ranks(model)
     file = AdapterFile(
         chain=str(record.chain),
         targets=record.targets if isinstance(record.targets, str) else list(record.targets),
@@ -89,6 +91,8 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
         base_fingerprint=record.base_fingerprint,
         chain_fingerprint=base_fingerprint(layers),
         quantizer=next(iter(layers.values())).base.identity,
+        ranks=ranks,
+        extracted=extracted,
     )
     staged = directory / ".adapter.safetensors.part"
     save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, staged, metadata={"format": "pt"})
@@ -157,7 +161,8 @@ def _load(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where
             rule="pruning and quantizing again gives the same bases, bit for bit",
             fix="load the adapter onto the untouched base model",
         )
-    _fill(model, tensors, where)
+    check_saved(model, file.ranks, file.extracted, where)
+    _fill(model, file, tensors, where)
 
 
 def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
@@ -196,13 +201,21 @@ def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor]
         ) from error
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Copies parameters into the model; every one that the model has must be there, in its shape."""
-    wanted: dict[str, Tensor] = {}
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    """What a file holds under link/ and head/."""
+    found: dict[str, Tensor] = {}
     for name, layer in chain_layers(model).items():
         for place, state in enumerate(layer.states):
-            wanted |= {f"link/{name}/{place}/{key}": p for key, p in state.named_parameters(recurse=False)}
-    wanted |= {f"head/{name}": parameter for name, parameter in _beside(model).items()}
+            found |= {f"link/{name}/{place}/{key}": p for key, p in state.named_parameters(recurse=False)}
+    return found | {f"head/{name}": parameter for name, parameter in _beside(model).items()}
+
+
+def _fill(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
+    """Copies parameters into the model; every one that the model has must be there, in its shape."""
+    wanted = {key: tuple(p.shape) for key, p in _parameters(model).items()}
+    if file.extracted:
+        for place, shapes in shapes_at(model, file.ranks).items():
+            wanted |= {f"link/{place}/{key}": shape for key, shape in shapes.items()}
     given = {key for key in tensors if key.startswith(("link/", "head/"))}
     for key in sorted(given ^ set(wanted)):
         raise LoadError(
@@ -210,10 +223,11 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
             found=f"{key} " + ("in the file alone" if key in given else "missing from the file"),
             rule="the file holds the parameters of this chain on this model, no more and no less",
         )
-    for key, parameter in wanted.items():
-        _expect(key, tensors[key], tuple(parameter.shape))
+    for key, shape in wanted.items():
+        _expect(key, tensors[key], shape)
+    take_over(model, file.ranks, file.extracted)
     with torch.no_grad():
-        for key, parameter in wanted.items():
+        for key, parameter in _parameters(model).items():
             parameter.copy_(tensors[key])
 
 

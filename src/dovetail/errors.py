@@ -47,6 +47,10 @@ class RecipeError(DovetailError):
     """A recipe with an unknown key or a value out of its range."""
 
 
+class SearchError(DovetailError):
+    """A search that can't start: nothing to search, or a setting out of its range."""
+
+
 class TrainError(DovetailError):
     """Training that can't start or that diverged."""
 

@@ -35,6 +35,7 @@ from dovetail.recipe import Recipe
 from dovetail.report import Checkpoint, Losses, Merge, Report, Row, TaskInfo, page
 from dovetail.report.verdict import verdict
 from dovetail.run_folder import ADAPTER, MODEL, PAGE, RunFolder, check_free, choose_output, run_folder, write_whole
+from dovetail.search.in_run import search_in_run
 from dovetail.tasks import Task
 from dovetail.train import TrainReport, train
 
@@ -69,6 +70,8 @@ def run(
     task = load_task(recipe.data)
     tasks = [task, *map(load_task, recipe.evaluate.tasks)]
     _check_tasks(tasks, recipe)
+    if recipe.search is not None:
+        task.split(recipe.search.split)  # a search without records is refused before anything is loaded
     labels = number_of_labels(task, recipe.data.num_labels)
     config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     hollow(empty_model(config, task_kind=task.kind, num_labels=labels), links, recipe.targets)
@@ -99,6 +102,10 @@ def run(
             _log_losses(folder, trained)
         if (last := next(names, None)) is not None:
             rows.add(last)
+        searched = None
+        if recipe.search is not None:
+            searched = search_in_run(folder, model, tokenizer, task, recipe, progress=progress)
+            rows.add("searched")
         trainable = footprint(model).trainable_parameters
         save_adapter(model, folder.path / ADAPTER)
         merged, checkpoint = None, None
@@ -120,6 +127,7 @@ def run(
             training=_losses(trained),
             checkpoint=checkpoint,
             environment=environment(model),
+            search=searched,
         )
         report.save(folder.path)
         write_whole(folder.path / PAGE, page(report, recipe))

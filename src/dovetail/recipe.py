@@ -20,6 +20,7 @@ import yaml
 from pydantic import Field
 
 from dovetail.chain.notation import chain
+from dovetail.chain.stages import stages
 from dovetail.errors import RecipeError
 from dovetail.read_yaml import read_yaml
 from dovetail.tasks import FIELDS, METRICS
@@ -143,6 +144,16 @@ class Calibration(_Part):
     inputs: Literal["compressed", "original"] = "compressed"
 
 
+class Search(_Part):
+    """How to search ranks after training: the arguments of `dovetail.search_ranks` with the same names."""
+
+    turns: Positive = 10
+    neighbours: Positive = 8
+    step: Positive = 2
+    samples: Positive = 100
+    split: Literal["train", "validation"] = "validation"
+
+
 class Evaluation(_Part):
     """What is scored after each stage.
 
@@ -162,6 +173,7 @@ class Recipe(_Part):
 
     model   playground, a folder (relative to the recipe), a hub id, or package:NAME/FOLDER
     chain   the notation; kept in its canonical form
+    search  ranks of the elastic adapters, after training; not at all when not given
     merge   exact: CannotMerge before training starts if the chain can't be merged without loss; lossy: merge anyway
             and measure the loss; none: keep the adapter apart
     output  folder of the run, relative to where the command is given
@@ -177,6 +189,7 @@ class Recipe(_Part):
     train: Training = Training()
     calibration: Calibration = Calibration()
     evaluate: Evaluation = Evaluation()
+    search: Search | None = None
     merge: Literal["exact", "lossy", "none"] = "exact"
     output: Path | None = None
 
@@ -203,9 +216,14 @@ class Recipe(_Part):
                 where, found=f"a {type(value).__name__}", rule="a recipe is a mapping: model, chain, data"
             )
         try:
-            return cls.model_validate(dict(value))._resolved(Path(folder))
+            recipe = cls.model_validate(dict(value))._resolved(Path(folder))
         except pydantic.ValidationError as error:
             raise _refusal(where, error) from None
+        if recipe.search is not None and not any(link.ranks for link in stages(chain(recipe.chain))[-1].adapters):
+            rule = "a search needs an adapter with elastic ranks in the chain's last stage"
+            fix = "lora(r=16, elastic=[16, 12, 8]), or no search"
+            raise RecipeError(f"{where}, search", found=f"chain {recipe.chain}", rule=rule, fix=fix)
+        return recipe
 
     def dump(self, path: str | Path) -> None:
         """Writes the recipe with every default, atomically; the file alone repeats the run from anywhere."""
@@ -284,7 +302,7 @@ def _keys(place: Sequence[int | str]) -> list[str]:
     """The keys that the part of a recipe at this place knows."""
     parts: dict[str, type[pydantic.BaseModel]] = {
         "data": Data, "tasks": Data, "limit": Limit, "train": Training, "calibration": Calibration,
-        "evaluate": Evaluation,
+        "evaluate": Evaluation, "search": Search,
     }  # fmt: skip
     names = [part for part in place if isinstance(part, str) and part in parts]
     return list((parts[names[-1]] if names else Recipe).model_fields)

@@ -62,6 +62,9 @@ ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ffn.lin2", ("down",)),
 )
 
+CROSS_ATTENTION = frozenset({"EncDecAttention", "encoder_attn", "crossattention", "cross_attn"})
+"""What transformers calls an attention whose keys and values read another input than its queries."""
+
 # What transformers calls the parts after the last block, as direct children of a PreTrainedModel.
 HEADS = frozenset(
     {

@@ -2,8 +2,9 @@
 
 Different from the Trainer as it comes: one learning rate per link; the loss is the mean over the counted tokens of
 the whole step, however many batches are accumulated, for every model; batches of like length come in random order,
-the longest row early; a checkpoint holds the trained parameters only, as safetensors, and counts once it is
-whole; a loss that isn't finite ends the run; the peak of memory is measured over the first steps.
+the longest row early; elastic adapters run at ranks drawn for each step; a checkpoint holds the trained parameters
+only, as safetensors, and counts once it is whole; a loss that isn't finite ends the run; the peak of memory is
+measured over the first steps.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from dovetail.adapt.elastic import Group, draw_ranks, groups, use_reference
 from dovetail.batches import IGNORED, Collator, Example
 from dovetail.checkpoints import TRAINED, load_trained, mark_complete, save_trained
 from dovetail.errors import TrainError
@@ -105,10 +107,20 @@ class StageTrainer(Trainer):
         bf16: bool,
         callback: TrainerCallback,
     ) -> None:
-        super().__init__(model, arguments, collator, Rows(rows), callbacks=[callback])
+        self.elastic = groups(model)
+        draws = [RankDraws(self.elastic, order.seed)] if self.elastic else []
+        # Draws first: at the end of a step the reference ranks are back before the watch evaluates.
+        super().__init__(model, arguments, collator, Rows(rows), callbacks=[*draws, callback])
         self.remove_callback(PrinterCallback)
         self.make_optimizer, self.order, self.bf16 = make_optimizer, order, bf16
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the labels; `compute_loss` scales by them
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Leaves elastic adapters at their reference ranks, however it ends."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            use_reference(self.elastic)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -154,6 +166,23 @@ class StageTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         assert isinstance(self.model, nn.Module)
         load_trained(self.model, Path(resume_from_checkpoint) / TRAINED)
+
+
+class RankDraws(TrainerCallback):
+    """At each optimizer step draws a rank for every group of elastic adapters, for all of the step's batches and for
+    what gradient checkpointing computes again. It depends on seed and step alone, so that a resumed run repeats it.
+    """
+
+    def __init__(self, elastic: Sequence[Group], seed: str) -> None:
+        self.elastic, self.seed = elastic, seed
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        draw_ranks(self.elastic, f"{self.seed} step {state.global_step} ranks")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        use_reference(self.elastic)
 
 
 class Watch(TrainerCallback):

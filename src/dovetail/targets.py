@@ -90,6 +90,15 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
     return [layer for layer in layers if layer.name in chosen]
 
 
+def roles_of(path: str) -> tuple[str, ...]:
+    """The labels that a layer of this path answers to, by ROLES; none for a path that isn't in the table.
+
+    >>> roles_of("model.layers.0.self_attn.qkv_proj")
+    ('query', 'key', 'value')
+    """
+    return next((roles for pattern, roles in ROLES if _path_matches(path, pattern)), ())
+
+
 def labels(model: nn.Module) -> dict[str, list[str]]:
     """Label -> paths of the layers that answer to it, in module order; labels without a layer are left out."""
     layers = _layers(model)
@@ -144,13 +153,9 @@ def _layers(model: nn.Module) -> list[Target]:
     head_paths = heads(model)
     layers = []
     for module, (name, *aliases) in paths.items():
-        roles = () if not _is_linear(module) or _inside(name, head_paths) else _roles(name)
+        roles = () if not _is_linear(module) or _inside(name, head_paths) else roles_of(name)
         layers.append(Target(name, module, roles, "down" in roles, tuple(aliases)))
     return layers
-
-
-def _roles(name: str) -> tuple[str, ...]:
-    return next((roles for pattern, roles in ROLES if _path_matches(name, pattern)), ())
 
 
 def _path_matches(name: str, pattern: str) -> bool:

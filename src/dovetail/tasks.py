@@ -41,6 +41,9 @@ METRICS: dict[str, tuple[str, ...]] = {
     "regression": ("pearson", "spearman"),
 }
 
+LOWER_IS_BETTER = ("perplexity",)
+"""Metrics of which the smaller figure is the better one."""
+
 MAX_VALUE = 1e18
 """The largest label in size: its square is a float32 still, and so is a squared error."""
 

@@ -33,11 +33,11 @@ SAMPLES: dict[str, tuple[str, ...]] = {
     "nf4": ("nf4(block=32)", "nf4(block=64, double=true)"),
     "fp4": ("fp4(block=32)", "fp4(block=64, double=true)"),
     "fp8": ("fp8", "fp8(scale=tensor)"),
-    "lora": ("lora(r=3)", "lora(r=4, alpha=6, scaling=rs)"),
-    "dora": ("dora(r=3, alpha=6)",),
+    "lora": ("lora(r=3)", "lora(r=4, alpha=6, scaling=rs)", "lora(r=5, alpha=2, elastic=[5, 3, 2])"),
+    "dora": ("dora(r=3, alpha=6)", "dora(r=4, elastic=[4, 2, 1])"),
     "ia3": ("ia3", "ia3(side=in)"),
-    "loha": ("loha(r=2, alpha=3)", "loha(r=5)"),  # as a low rank, and recomputed
-    "vera": ("vera(r=16)",),
+    "loha": ("loha(r=2, alpha=3)", "loha(r=5)", "loha(r=5, elastic=[5, 2])"),  # as a low rank, and recomputed
+    "vera": ("vera(r=16)", "vera(r=16, elastic=[16, 12, 8])"),
     "bottleneck": ("bottleneck(r=5)",),
     "remask": ("remask",),
     "regrid": ("regrid", "regrid(start=codes)"),

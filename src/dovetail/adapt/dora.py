@@ -9,13 +9,13 @@ had in closed form from the factors (DESIGN.md §3), so a step costs little more
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dovetail.adapt.rank import check_rank, check_width, kaiming_uniform
+from dovetail.adapt.rank import check_rank, check_width, elastic_ranks, kaiming_uniform
 from dovetail.chain.link import Adapter, Site, register, shown
 from dovetail.chain.terms import LowRank, RowNorm, Term, nonzero
 
@@ -27,22 +27,34 @@ class DoRA(Adapter):
 
     r        rank
     alpha    numerator of the scale alpha / r; r when not given
+    elastic  ranks to train for, the largest r (`adapt/elastic.py`)
     """
 
     r: int = shown(8)
     alpha: float | None = None
+    elastic: tuple[int, ...] = ()
 
     learning_rate: ClassVar[float] = 4e-4
+    rank_axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
     summary: ClassVar[str] = "LoRA on the direction, a trained magnitude per row"
     source: ClassVar[str] = "Liu et al. 2024"
 
     def __post_init__(self) -> None:
         check_rank(self.name, self.r, self.alpha)
+        object.__setattr__(self, "elastic", elastic_ranks(self.name, self.r, self.elastic))
 
     @property
     def scale(self) -> float:
         """c in the formula."""
         return (self.r if self.alpha is None else self.alpha) / self.r
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self.elastic
+
+    def plain(self, rank: int) -> DoRA:
+        alpha = self.alpha if rank == self.r else self.scale * rank
+        return replace(self, r=rank, alpha=alpha, elastic=())
 
     def check(self, site: Site) -> None:
         check_width(self.name, self.r, site)

@@ -9,13 +9,13 @@ is small it runs as a Khatri-Rao low rank at about LoRA's price; otherwise the p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dovetail.adapt.rank import check_rank, check_width
+from dovetail.adapt.rank import check_rank, check_width, elastic_ranks
 from dovetail.chain.link import Adapter, Site, register, shown
 from dovetail.chain.terms import Hadamard, Term
 
@@ -25,24 +25,36 @@ from dovetail.chain.terms import Hadamard, Term
 class LoHa(Adapter):
     """Low-rank Hadamard product.
 
-    r      rank of each factor
-    alpha  numerator of the scale alpha / r; r when not given
+    r        rank of each factor
+    alpha    numerator of the scale alpha / r; r when not given
+    elastic  ranks to train for, the largest r (`adapt/elastic.py`)
     """
 
     r: int = shown(8)
     alpha: float | None = None
+    elastic: tuple[int, ...] = ()
 
     learning_rate: ClassVar[float] = 4e-3
+    rank_axes: ClassVar[Mapping[str, int]] = {"A1": 0, "B1": 1, "A2": 0, "B2": 1}
     summary: ClassVar[str] = "Hadamard product of two low ranks: rank r² for 2r(o+i) parameters"
     source: ClassVar[str] = "Hyeon-Woo et al. 2021"
 
     def __post_init__(self) -> None:
         check_rank(self.name, self.r, self.alpha)
+        object.__setattr__(self, "elastic", elastic_ranks(self.name, self.r, self.elastic))
 
     @property
     def scale(self) -> float:
         """c in the formula."""
         return (self.r if self.alpha is None else self.alpha) / self.r
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self.elastic
+
+    def plain(self, rank: int) -> LoHa:
+        alpha = self.alpha if rank == self.r else self.scale * rank
+        return replace(self, r=rank, alpha=alpha, elastic=())
 
     def check(self, site: Site) -> None:
         check_width(self.name, self.r, site)

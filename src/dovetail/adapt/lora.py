@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from dovetail.adapt.rank import check_rank, check_width, kaiming_uniform
+from dovetail.adapt.rank import check_rank, check_width, elastic_ranks, kaiming_uniform
 from dovetail.chain.link import Adapter, Site, register, shown
 from dovetail.chain.terms import LowRank, Term
 
@@ -30,25 +30,37 @@ class LoRA(Adapter):
     alpha    numerator of the scale; r when not given
     dropout  probability with which an input of A is dropped while training
     scaling  "linear": alpha / r; "rs": alpha / sqrt(r)
+    elastic  ranks to train for, the largest r (`adapt/elastic.py`)
     """
 
     r: int = shown(8)
     alpha: float | None = None
     dropout: float = 0.0
     scaling: Literal["linear", "rs"] = "linear"
+    elastic: tuple[int, ...] = ()
 
     learning_rate: ClassVar[float] = 4e-4
+    rank_axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
     summary: ClassVar[str] = "low-rank update W + c·BA"
     source: ClassVar[str] = "Hu et al. 2021"
 
     def __post_init__(self) -> None:
         check_rank(self.name, self.r, self.alpha, self.dropout)
+        object.__setattr__(self, "elastic", elastic_ranks(self.name, self.r, self.elastic))
 
     @property
     def scale(self) -> float:
         """c in the formula."""
         alpha = self.r if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.r) if self.scaling == "rs" else self.r)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self.elastic
+
+    def plain(self, rank: int) -> LoRA:
+        alpha = self.scale * (math.sqrt(rank) if self.scaling == "rs" else rank)
+        return replace(self, r=rank, alpha=self.alpha if rank == self.r else alpha, elastic=())
 
     def check(self, site: Site) -> None:
         check_width(self.name, self.r, site)

@@ -1,8 +1,9 @@
-"""What the low-rank methods have in common: the checks of rank, alpha and dropout, and their initial values."""
+"""What the low-rank methods have in common: checks of rank, alpha, dropout and elastic ranks, and initial values."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,30 @@ def check_rank(method: str, r: int, alpha: float | None = None, dropout: float =
         raise ChainError(method, found=f"r={r}", rule=f"the rank r is at least 1 and at most {MOST}", fix="r=8")
     if not 0 <= dropout < 1:
         raise ChainError(method, found=f"dropout={dropout}", rule="dropout lies in [0, 1)", fix="dropout=0.05")
+
+
+def elastic_ranks(method: str, r: int, elastic: Sequence[int]) -> tuple[int, ...]:
+    """The list of elastic ranks, the largest first; ChainError unless each is an integer from 1 to r, and one is r.
+
+    >>> elastic_ranks("lora", 32, [16, 32, 24])
+    (32, 24, 16)
+    """
+    if not isinstance(elastic, list | tuple):
+        raise ChainError(method, found=f"elastic={elastic!r}", rule="elastic is a list of ranks", fix=f"elastic=[{r}]")
+    wrong = [k for k in elastic if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= r]
+    right = sorted({k for k in elastic if k not in wrong} | {r}, reverse=True)
+    fix = f"elastic={right}"
+    if wrong:
+        rule = f"each elastic rank is an integer from 1 to r={r}"
+        if isinstance(wrong[0], int) and wrong[0] > r:
+            fix = f"r={wrong[0]}, or {fix}"
+        raise ChainError(method, found=f"{wrong[0]!r} in elastic={list(elastic)}"[:300], rule=rule, fix=fix)
+    if len(set(elastic)) < len(elastic):
+        raise ChainError(method, found=f"elastic={list(elastic)}", rule="each elastic rank is named once", fix=fix)
+    if elastic and max(elastic) != r:
+        found, rule = f"r={r}, elastic={list(elastic)}", "the largest elastic rank is r, which is what is trained"
+        raise ChainError(method, found=found, rule=rule, fix=f"r={max(elastic)}, or {fix}")
+    return tuple(sorted(elastic, reverse=True))
 
 
 def check_width(method: str, r: int, site: Site) -> None:

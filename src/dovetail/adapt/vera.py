@@ -10,13 +10,13 @@ learning rate.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dovetail.adapt.rank import check_rank, kaiming_uniform
+from dovetail.adapt.rank import check_rank, elastic_ranks, kaiming_uniform
 from dovetail.chain.link import Adapter, Site, register, shown
 from dovetail.chain.terms import LowRank, Term
 
@@ -30,21 +30,33 @@ class VeRA(Adapter):
     d_initial  initial value of d; b starts at zero
     seed       of the projections; the run's seed when not given
     dropout    probability with which an input of A is dropped while training
+    elastic    ranks to train for, the largest r (`adapt/elastic.py`)
     """
 
     r: int = shown(256)
     d_initial: float = 0.1
     seed: int | None = None
     dropout: float = 0.0
+    elastic: tuple[int, ...] = ()
 
     learning_rate: ClassVar[float] = 1e-1
+    rank_axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1, "d": 0}
     summary: ClassVar[str] = "shared frozen random projections, two trained vectors a layer"
     source: ClassVar[str] = "Kopiczko et al. 2024"
 
     def __post_init__(self) -> None:
         check_rank(self.name, self.r, dropout=self.dropout)
+        object.__setattr__(self, "elastic", elastic_ranks(self.name, self.r, self.elastic))
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise self._bad(f"seed={self.seed}", "seed is 0 or more and below 2^63", "seed=0")
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self.elastic
+
+    def plain(self, rank: int) -> VeRA:
+        # Over leading parts of the same projections: those drawn for the smaller rank would be others.
+        return replace(self, r=rank, elastic=())
 
     def parameter_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         return {"b": (site.out_features,), "d": (self.r,)}

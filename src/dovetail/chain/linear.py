@@ -9,6 +9,7 @@ Whatever layer it stands for (`chain/layout.py`), the chain sees a matrix (out, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median_low
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class Shared:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
         self._placed: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+        self._leading: dict[int, Shared] = {}
 
     def on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors on that device, in that dtype."""
@@ -36,9 +38,22 @@ class Shared:
                 self._placed[device, dtype] = {k: t.to(device, dtype) for k, t in self._tensors.items()}
         return self._placed[device, dtype]
 
+    def leading(self, link: Adapter, rank: int) -> Shared:
+        """The part that an elastic link uses at this rank; the same object each time, which all its layers share."""
+        if not self._tensors:
+            return self
+        if rank not in self._leading:
+            self._leading[rank] = Shared(link.at_rank(self._tensors, rank))
+        return self._leading[rank]
+
 
 class LinkState(nn.Module):
-    """One link on one layer: its spec and its parameters."""
+    """One link on one layer: its spec and its parameters.
+
+    rank       of an elastic adapter, the rank that it runs at; None for every other link
+    reference  the rank that it runs at unless told: the median of its ranks (SQFT §3.1), of two in the middle the lower
+    running    the link that runs: the plain one of that rank, or the spec itself
+    """
 
     def __init__(self, link: Link, site: Site, parameters: Mapping[str, Tensor], shared: Shared) -> None:
         super().__init__()
@@ -47,14 +62,44 @@ class LinkState(nn.Module):
         self.shared = shared
         for name, value in parameters.items():
             self.register_parameter(name, nn.Parameter(value))
+        self.reference = median_low(link.ranks) if isinstance(link, Adapter) and link.ranks else None
+        self.use_rank(self.reference)
+
+    def use_rank(self, rank: int | None) -> None:
+        """Runs an elastic adapter at this rank from now on."""
+        self.rank = rank
+        self.running = self.link if rank is None or not isinstance(self.link, Adapter) else self.link.plain(rank)
 
     def values(self) -> dict[str, Tensor]:
-        """Name -> tensor: the trainable parameters and this layer's part of the shared constants."""
+        """Name -> tensor: the trainable parameters and this layer's part of the shared constants, at its rank."""
+        return self._at(self.rank)
+
+    def terms(self, *, whole: bool = False) -> list[Term]:
+        """What it does to the weight, in terms of the planner's algebra; `whole`: at its full rank."""
+        link, rank = (self.link, None) if whole else (self.running, self.rank)
+        return link.lower(self._at(rank)) if isinstance(link, Adapter) else []
+
+    def _at(self, rank: int | None) -> dict[str, Tensor]:
         own: dict[str, Tensor] = {name: p for name, p in self._parameters.items() if p is not None}
-        if isinstance(self.link, Adapter) and own:
-            some = next(iter(own.values()))
-            own.update(self.link.local(self.shared.on(some.device, some.dtype), self.site))
-        return own
+        if not isinstance(self.link, Adapter) or not own:
+            return own
+        some = next(iter(own.values()))
+        shared = self.shared.on(some.device, some.dtype)
+        if rank is not None:
+            # Contiguous as the parameters of a plain adapter are: what is extracted then gives the same bits.
+            own = {name: t.contiguous() for name, t in self.link.at_rank(own, rank).items()}
+            shared = self.link.at_rank(shared, rank)
+        return {**own, **self.link.local(shared, self.site)}
+
+    def extracted(self) -> LinkState:
+        """The running sub-adapter as a plain link with parameters of its own; itself where it isn't elastic."""
+        if self.rank is None:
+            return self
+        assert isinstance(self.link, Adapter)
+        mine = {name: value.detach().clone() for name, value in self.values().items() if name in self._parameters}
+        plain = LinkState(self.running, self.site, mine, self.shared.leading(self.link, self.rank))
+        trained = all(p.requires_grad for p in self.parameters())
+        return plain.requires_grad_(trained).train(self.training)
 
     def extra_repr(self) -> str:
         return str(self.link)
@@ -91,18 +136,20 @@ class ChainLinear(nn.Module):
         assert self.base.quantized is not None
         return self.base.quantized
 
-    def set_links(self, states: Iterable[LinkState]) -> None:
-        """Puts another stage's links on the layer and chooses how they run.
+    def set_links(self, states: Iterable[LinkState], path: Path | None = None) -> None:
+        """Puts another stage's links on the layer and chooses how they run, elastic ones at their full rank.
 
         Sorted by kind here, once, and not in every forward pass:
         states    the links with their parameters
         adapters  those that change the weight
         closers   those that re-impose the base's zeros or grid
+
+        path      how they run, where that is chosen already
         """
         self.states = list(states)
         self.links = nn.ModuleList(self.states)
-        self.adapters: list[tuple[Adapter, LinkState]] = [
-            (s.link, s) for s in self.states if isinstance(s.link, Adapter) and not isinstance(s.link, OutputAdapter)
+        self.adapters = [
+            s for s in self.states if isinstance(s.link, Adapter) and not isinstance(s.link, OutputAdapter)
         ]
         self.closers = [s.link for s in self.states if isinstance(s.link, Closer)]
         self._on_output: list[tuple[OutputAdapter, LinkState]] = [
@@ -110,11 +157,15 @@ class ChainLinear(nn.Module):
         ]
         # Whether the chain starts from the quantized weight rather than from the one before quantizing.
         self.from_codes = all(closer.from_codes for closer in self.closers)
-        self.path = self._choose_path()
+        self.path = path or self._choose_path()
 
     def _choose_path(self) -> Path:
         closes = [isinstance(s.link, Closer) for s in self.states if not isinstance(s.link, OutputAdapter)]
-        return choose_path(closes, self._terms(), self.layout)
+        return choose_path(closes, self._terms(whole=True), self.layout)
+
+    def extract(self) -> None:
+        """Makes elastic adapters plain ones of the ranks that they run at, in place; W' keeps its bits."""
+        self.set_links([state.extracted() for state in self.states], self.path)
 
     def effective_weight(self) -> tuple[Tensor, Tensor | None]:
         """The definition: (W', b') of the whole chain, with ordinary autograd. (o, i) and (o,), in the base's dtype.
@@ -130,7 +181,7 @@ class ChainLinear(nn.Module):
             weight = weight.clone()  # out of the shared buffer
         bias: Tensor | None = self.bias
         for state in self.states:
-            link = state.link
+            link = state.running
             if isinstance(link, Closer):
                 weight = link.close(weight, self.base)
             elif isinstance(link, Adapter) and not isinstance(link, OutputAdapter):
@@ -145,8 +196,8 @@ class ChainLinear(nn.Module):
         """The chain's adapters as one form of the planner's algebra."""
         return compose(self._terms(), self.base, self.bias, self.training, self.from_codes)
 
-    def _terms(self) -> list[Term]:
-        return [term for link, state in self.adapters for term in link.lower(state.values())]
+    def _terms(self, *, whole: bool = False) -> list[Term]:
+        return [term for state in self.adapters for term in state.terms(whole=whole)]
 
     @torch.no_grad()
     def frozen_weight(self) -> tuple[Tensor, Tensor | None]:
@@ -205,7 +256,7 @@ class ChainLinear(nn.Module):
         return y
 
     def _recomputed(self, x: Tensor) -> Tensor:
-        parameters = [parameter for _, state in self.adapters for parameter in state.parameters()]
+        parameters = [parameter for state in self.adapters for parameter in state.parameters()]
         return run_recomputed(x, self._native_fold, self.base, parameters)
 
     def extra_repr(self) -> str:

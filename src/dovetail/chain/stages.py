@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dovetail.chain.link import Link
+from dovetail.chain.link import Adapter, Link
 from dovetail.chain.notation import Chain
 
 
@@ -19,6 +19,11 @@ class Stage:
 
     applied: tuple[Link, ...]
     trained: tuple[Link, ...]
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The links that own trainable parameters."""
+        return tuple(link for link in self.trained if isinstance(link, Adapter))
 
     def __str__(self) -> str:
         return " >> ".join(map(str, self.applied + self.trained))

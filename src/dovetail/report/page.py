@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from html import escape
 
 import yaml
@@ -11,7 +12,7 @@ from dovetail.chain.notation import chain
 from dovetail.chain.stages import stages
 from dovetail.recipe import Recipe
 from dovetail.report.charts import bar, loss_curve
-from dovetail.report.record import Merge, Report, Row
+from dovetail.report.record import Merge, Report, Row, Searched
 from dovetail.report.style import STYLE
 from dovetail.report.words import duration, figure, metric_name, size
 
@@ -196,9 +197,19 @@ def _facts(report: Report) -> str:
             size(report.peak_memory_nbytes) if report.peak_memory_nbytes else "nothing trained",
         ),
         ("time", duration(report.seconds)),
+        *_searched(report.search),
         *report.environment.items(),
     ]
     return _definitions(facts)
+
+
+def _searched(search: Searched | None) -> list[tuple[str, str]]:
+    if search is None:
+        return []
+    before, after = figure(search.metric, search.start), figure(search.metric, search.best)
+    on = f"{search.samples} records of {search.split}, {search.evaluations} sub-adapters"
+    ranks = ", ".join(f"{rank} x{count}" for rank, count in sorted(Counter(search.ranks.values()).items()))
+    return [("search over ranks", f"{before} to {after} on {on}"), ("ranks found", ranks)]
 
 
 def _definitions(facts: list[tuple[str, str]]) -> str:

@@ -11,6 +11,7 @@ import pydantic
 from dovetail.errors import LoadError
 from dovetail.footprint import Footprint
 from dovetail.merge import MergeReport
+from dovetail.search import RankSearch
 
 REPORT = "report.json"
 MAX_NBYTES = 1 << 28
@@ -38,7 +39,7 @@ class TaskInfo(_Record):
 class Row(_Record):
     """The model after one stage.
 
-    name       base; pruned, quantized, tuned, merged where the chain has them
+    name       base; pruned, quantized, tuned, searched, merged where the chain has them
     metrics    task -> metric -> figure, and `n`, the number of records; None where a figure is infinite
     footprint  what the model took then
     seconds    of the stage, its evaluation included
@@ -87,6 +88,34 @@ class Losses(_Record):
     seconds: float
 
 
+class Searched(_Record):
+    """What a search over elastic ranks found (`dovetail.search_ranks`): figures of `metric` on a sample of `split`.
+
+    start, best  of the reference ranks, and of those found; None where infinite
+    ranks        group of layers -> rank found
+    """
+
+    metric: str
+    split: str
+    samples: int
+    start: float | None
+    best: float | None
+    evaluations: int
+    ranks: dict[str, int]
+
+    @classmethod
+    def of(cls, found: RankSearch) -> Searched:
+        """The part of a RankSearch that a report holds."""
+        return cls(
+            metric=found.metric,
+            split=found.split,
+            samples=found.samples,
+            evaluations=found.evaluations,
+            ranks=found.ranks,
+            **finite({"start": found.start, "best": found.best}),
+        )
+
+
 class Checkpoint(_Record):
     """The checkpoint in model/: its bytes, and how far stock transformers' logits are from the merged model's."""
 
@@ -103,6 +132,7 @@ class Report(_Record):
     peak_memory_nbytes  while training; 0 where nothing was trained
     seconds             of the whole run
     verdict             of merging, in words
+    search              where the recipe asks for one
     """
 
     task: TaskInfo
@@ -118,6 +148,7 @@ class Report(_Record):
     training: list[Losses]
     checkpoint: Checkpoint | None
     environment: dict[str, str]
+    search: Searched | None = None
 
     def row(self, name: str) -> Row:
         """The row of that name; KeyError where the run has none."""
