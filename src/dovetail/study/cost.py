@@ -71,7 +71,7 @@ def measure(chosen: list[tuple[Line, bool]], folder: Path, *, progress: bool = T
             prefill = _medians([each.prefill for each in pipelines], ROUNDS, bar)
             decode = _medians([each.decode for each in pipelines], ROUNDS, bar)
             inference = [each.inference_nbytes() for each in pipelines]
-            steps = _medians([each.step_seconds for each in pipelines], TRAINING_ROUNDS, bar)
+            steps = _medians([each.step_seconds for each in pipelines], TRAINING_ROUNDS, bar, warm=0)
     found = [
         Cost(
             row=line.row,
@@ -186,16 +186,16 @@ def _with_adapter(folder: Path, recipe: Recipe, task: Task) -> tuple[PreTrainedM
     return model, tokenizer
 
 
-def _medians(functions: list[Callable[[], float]], rounds: int, bar: Bar) -> list[float]:
-    """The median of what each function measures, in interleaved rounds, the order alternating; one round to warm up."""
+def _medians(functions: list[Callable[[], float]], rounds: int, bar: Bar, warm: int = 1) -> list[float]:
+    """The median of what each function measures, in interleaved rounds, the order alternating, after `warm` others."""
     seconds: list[list[float]] = [[] for _ in functions]
-    for number in range(rounds + 1):
+    for number in range(-warm, rounds):
         order = range(len(functions))
-        for at in order if number % 2 else reversed(order):
+        for at in order if number % 2 == 0 else reversed(order):
             found = functions[at]()
-            if number:
+            if number >= 0:
                 seconds[at].append(found)
-        if number:
+        if number >= 0:
             bar.advance()
     return [statistics.median(values) for values in seconds]
 

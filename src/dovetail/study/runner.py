@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from dovetail.chain.check import check, check_merge
 from dovetail.chain.notation import chain
@@ -167,7 +169,7 @@ def _events(runs: list[Run], todo: list[Run], folder: Path, jobs: int, progress:
         return
     # Fresh processes: a forked one would share the state of torch's threads.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(min(jobs, len(todo)) or 1, mp_context=context, initializer=_begin_process) as pool:
         futures = {pool.submit(_run, one, folder, False): one.slug for one in todo}
         try:
             for future in as_completed(futures):
@@ -175,6 +177,14 @@ def _events(runs: list[Run], todo: list[Run], folder: Path, jobs: int, progress:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _begin_process() -> None:
+    """One thread, and nothing of other libraries on the terminal, where several processes would write at a time."""
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
 
 
 def _run(one: Run, folder: Path, progress: bool) -> str:
