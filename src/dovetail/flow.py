@@ -200,6 +200,11 @@ def _legal(recipe: Recipe) -> Chain:
     check(links)
     if recipe.merge == "exact" or (recipe.merge == "lossy" and any(not link.mergeable for link in links)):
         check_merge(links)
+    if recipe.search is not None and not any(link.ranks for link in stages(links)[-1].adapters):
+        raise RecipeError(
+            "search", found=f"chain {links}", rule="a search needs elastic ranks in the chain's last stage",
+            fix="lora(r=16, elastic=[16, 12, 8]), or no search",
+        )  # fmt: skip
     return links
 
 

@@ -1,10 +1,16 @@
-"""Reading YAML that comes from outside: bounded in size and depth, no anchors, no tags of Python, no key twice."""
+"""Reading YAML that comes from outside: bounded in size and depth, no anchors, no tags of Python, no key twice.
+
+And saying in the project's words what `pydantic` objects to in it.
+"""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import yaml
 
 from dovetail.errors import RecipeError
@@ -76,3 +82,48 @@ def _refuse_tricks(where: str, text: str) -> None:
             raise RecipeError(line, found=f"{event.anchor!r}", rule=rule, fix="write it out, or quote it")
         if depth > MAX_DEPTH:
             raise RecipeError(line, found=f"{depth} levels of nesting", rule=f"at most {MAX_DEPTH}")
+
+
+def refusal(
+    where: str,
+    error: pydantic.ValidationError,
+    keys: Callable[[Sequence[int | str]], list[str]],
+    hints: Mapping[str, str],
+) -> RecipeError:
+    """The first thing that pydantic objects to, in the project's form.
+
+    keys   place of a part -> the keys that it knows
+    hints  a key that is needed -> how it may look
+    """
+    errors = error.errors(include_url=False)
+    # An unknown key is often the reason why another is missing.
+    first = min(errors, key=lambda e: e["type"] != "extra_forbidden")
+    place = [str(part) for part in first["loc"]]
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = keys(first["loc"][:-1])
+        near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
+        inside = " of " + ".".join(place[:-1]) if place[:-1] else ""
+        return RecipeError(
+            where,
+            found=f"key {'.'.join(place)!r}{more}",
+            rule=f"keys{inside}: " + ", ".join(known),
+            fix=f"did you mean {near[0]}?" if near else "",
+        )
+    at = f"{where}, {'.'.join(place)}" if place else where
+    if first["type"] == "missing":
+        return RecipeError(
+            at, found=f"nothing{more}", rule=f"a recipe says its {place[-1]}", fix=hints.get(place[-1], "")
+        )
+    message = _WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
+    found = "" if isinstance(first["input"], Mapping) else f"{first['input']!r}{more}"
+    return RecipeError(at, found=found[:300], rule=message[0].lower() + message[1:])
+
+
+_WORDS = {
+    "model_type": "keys and values belong here",
+    "dict_type": "keys and values belong here",
+    "tuple_type": "a list belongs here: [one, another]",
+    "string_type": "a text belongs here",
+}
+"""What pydantic would say in the words of Python's types."""

@@ -10,7 +10,6 @@ A recipe comes from outside: it is read with a size limit, without YAML's anchor
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,9 +19,8 @@ import yaml
 from pydantic import Field
 
 from dovetail.chain.notation import chain
-from dovetail.chain.stages import stages
 from dovetail.errors import RecipeError
-from dovetail.read_yaml import read_yaml
+from dovetail.read_yaml import read_yaml, refusal
 from dovetail.tasks import FIELDS, METRICS
 
 Positive = Annotated[int, Field(ge=1)]
@@ -216,14 +214,9 @@ class Recipe(_Part):
                 where, found=f"a {type(value).__name__}", rule="a recipe is a mapping: model, chain, data"
             )
         try:
-            recipe = cls.model_validate(dict(value))._resolved(Path(folder))
+            return cls.model_validate(dict(value))._resolved(Path(folder))
         except pydantic.ValidationError as error:
-            raise _refusal(where, error) from None
-        if recipe.search is not None and not any(link.ranks for link in stages(chain(recipe.chain))[-1].adapters):
-            rule = "a search needs an adapter with elastic ranks in the chain's last stage"
-            fix = "lora(r=16, elastic=[16, 12, 8]), or no search"
-            raise RecipeError(f"{where}, search", found=f"chain {recipe.chain}", rule=rule, fix=fix)
-        return recipe
+            raise refusal(where, error, _keys, _HINTS) from None
 
     def dump(self, path: str | Path) -> None:
         """Writes the recipe with every default, atomically; the file alone repeats the run from anywhere."""
@@ -259,41 +252,6 @@ def _at(data: Data, folder: Path) -> Data:
     }
     return data.model_copy(update={**paths, **update})
 
-
-def _refusal(where: str, error: pydantic.ValidationError) -> RecipeError:
-    """The first thing that pydantic objects to, in the project's form."""
-    errors = error.errors(include_url=False)
-    # An unknown key is often the reason why another is missing.
-    first = min(errors, key=lambda e: e["type"] != "extra_forbidden")
-    place = [str(part) for part in first["loc"]]
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = _keys(first["loc"][:-1])
-        near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
-        inside = " of " + ".".join(place[:-1]) if place[:-1] else ""
-        return RecipeError(
-            where,
-            found=f"key {'.'.join(place)!r}{more}",
-            rule=f"keys{inside}: " + ", ".join(known),
-            fix=f"did you mean {near[0]}?" if near else "",
-        )
-    at = f"{where}, {'.'.join(place)}" if place else where
-    if first["type"] == "missing":
-        return RecipeError(
-            at, found=f"nothing{more}", rule=f"a recipe says its {place[-1]}", fix=_HINTS.get(place[-1], "")
-        )
-    message = _WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
-    found = "" if isinstance(first["input"], Mapping) else f"{first['input']!r}{more}"
-    return RecipeError(at, found=found[:300], rule=message[0].lower() + message[1:])
-
-
-_WORDS = {
-    "model_type": "keys and values belong here",
-    "dict_type": "keys and values belong here",
-    "tuple_type": "a list belongs here: [one, another]",
-    "string_type": "a text belongs here",
-}
-"""What pydantic would say in the words of Python's types."""
 
 _HINTS = {"model": "model: playground", "chain": "chain: lora(r=16)", "data": "data: {task: word_problems}"}
 
