@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from dovetail.flow import run
     from dovetail.footprint import Footprint, footprint
     from dovetail.load import load
-    from dovetail.merge import MergeReport, merge
+    from dovetail.merge import MergeReport, merge, to_stock
+    from dovetail.packed import save_packed
+    from dovetail.packed_file import PackedSize, packed_size
     from dovetail.plan import plan
     from dovetail.recipe import Recipe
     from dovetail.search import search_ranks
@@ -29,6 +31,7 @@ _HOME = {
     "DovetailError": "errors",
     "Footprint": "footprint",
     "MergeReport": "merge",
+    "PackedSize": "packed_file",
     "Recipe": "recipe",
     "Task": "tasks",
     "TrainReport": "train",
@@ -41,12 +44,15 @@ _HOME = {
     "load": "load",
     "load_adapter": "adapter",
     "merge": "merge",
+    "packed_size": "packed_file",
     "plan": "plan",
     "run": "flow",
     "save_adapter": "adapter",
+    "save_packed": "packed",
     "scoring": "sparsify.scored",
     "search_ranks": "search",
     "study": "study.runner",
+    "to_stock": "merge",
     "train": "train",
 }
 """Public name -> the module that holds it, imported on first use: `dovetail --help` must not wait for torch."""
@@ -56,6 +62,7 @@ __all__ = [
     "DovetailError",
     "Footprint",
     "MergeReport",
+    "PackedSize",
     "Recipe",
     "Task",
     "TrainReport",
@@ -68,12 +75,15 @@ __all__ = [
     "load",
     "load_adapter",
     "merge",
+    "packed_size",
     "plan",
     "run",
     "save_adapter",
+    "save_packed",
     "scoring",
     "search_ranks",
     "study",
+    "to_stock",
     "train",
 ]
 

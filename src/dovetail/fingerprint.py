@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dovetail.chain.linear import ChainLinear
+from dovetail.chain.linear import ChainLinear, chain_layers
 from dovetail.errors import LoadError
 from dovetail.targets import new_heads
 
@@ -53,6 +53,14 @@ def base_fingerprint(layers: Mapping[str, ChainLinear]) -> str:
         base = layers[name].base
         digest.update(f"{name}:{base.identity}:{fingerprint(base)};".encode())
     return "sha256:" + digest.hexdigest()
+
+
+def packed_fingerprint(model: nn.Module) -> str:
+    """Of a packed model (`dovetail.merge`): its tensors, and of each layer the grid and dtype that give them values."""
+    digest = hashlib.sha256(fingerprint(model).encode())
+    for name, layer in sorted(chain_layers(model).items()):
+        digest.update(f";{name}:{layer.base.identity}:{layer.base.dtype}".encode())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def check_merged(where: str, model: PreTrainedModel) -> None:

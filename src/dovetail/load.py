@@ -1,4 +1,4 @@
-"""Models and tokenizers: a hub id, a folder, "playground", or a folder inside an installed package.
+"""Models and tokenizers: a hub id, a folder, "playground", or a folder inside an installed package; packed or stock.
 
 Only safetensors are read and no code of a checkpoint is run unless asked. Every weight but a new head's must come
 from the checkpoint: where transformers would warn and go on with random numbers, this refuses.
@@ -7,7 +7,6 @@ from the checkpoint: where transformers would warn and go on with random numbers
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import logging
 from collections.abc import Iterator
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -32,14 +30,15 @@ from transformers import (
 
 from dovetail.errors import LoadError
 from dovetail.fingerprint import check_merged
+from dovetail.locate import ask_hub, resolve
+from dovetail.packed import load_packed
+from dovetail.packed_file import PACKED
 from dovetail.roles import HEADS
 from dovetail.targets import heads
 from dovetail.tasks import FIELDS
 
-PLAYGROUND = "playground"
 HEAD_KINDS = ("classification", "regression")  # task kinds that put a head on the model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_LOCATIONS = "a model is a folder, a hub id, playground or package:NAME/FOLDER"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 # What transformers raises on a checkpoint that it can't read: no such file, no JSON (OSError, ValueError), a wrong type
@@ -68,14 +67,21 @@ def load(
     trust_remote_code  run the checkpoint's own Python code
     seed               draws the weights of a new head, the only ones that may be missing from the checkpoint
 
-    The global random state stays as it was. The tokenizer's padding token is its end token where it has none that
-    the model has an embedding for; embeddings are never resized. Raises LoadError.
+    A folder that `save_packed` wrote gives the packed model, which runs from its codes; `to_stock` makes stock modules
+    of it. The global random state stays as it was. The tokenizer's padding token is its end token where it has none
+    that the model has an embedding for; embeddings are never resized. Raises LoadError.
     """
     source, weights_dtype = resolve(name_or_dir), _dtype(dtype) or "auto"
     config, auto = _for_task(_config(name_or_dir, source, trust_remote_code), task_kind, num_labels)
-    if isinstance(source, Path):
+    packed = source if isinstance(source, Path) and (source / PACKED).is_file() else None
+    if isinstance(source, Path) and packed is None:
         _check_weights(source)
     tokenizer = _tokenizer(name_or_dir, source, trust_remote_code)
+    if packed is not None:
+        with _unreadable(f"model {name_or_dir}"), torch.random.fork_rng(devices=[]):
+            model = load_packed(packed, config, auto, _dtype(dtype))
+        _set_padding(name_or_dir, model, tokenizer)
+        return model, tokenizer
     with _unreadable(f"model {name_or_dir}"), torch.random.fork_rng(devices=[]), _held_report() as reports:
         torch.default_generator.manual_seed(seed)  # heads are drawn on the CPU; other devices' generators stay
         model, info = auto.from_pretrained(
@@ -123,44 +129,9 @@ def empty_model(
         return auto.from_config(config, dtype=_dtype(dtype) or config.dtype or torch.float32).eval()
 
 
-def resolve(name_or_dir: str | Path) -> str | Path:
-    """The folder that a name stands for, or the hub id itself (str). Raises LoadError for a folder that isn't there."""
-    text = str(name_or_dir)
-    if name_or_dir == PLAYGROUND:
-        from dovetail.playground import MODEL_DIR  # here, so that loading other models doesn't need it
-
-        return Path(MODEL_DIR)
-    if text.startswith("package:"):
-        return _package_folder(text)
-    if (folder := Path(text).expanduser()).is_dir():
-        return folder
-    if folder.exists():
-        raise LoadError(f"model {text}", found="a file", rule="a model is a folder", fix=str(folder.parent))
-    if isinstance(name_or_dir, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
-        raise LoadError(f"model {text}", found="no such folder", rule=_LOCATIONS, fix="check the path")
-    return text
-
-
-def _package_folder(text: str) -> Path:
-    name, _, inside = text.removeprefix("package:").partition("/")
-    rule = "package:NAME/FOLDER names a folder inside an installed top-level Python package"
-    # Only top-level names: looking for a dotted one would import its parents.
-    spec = importlib.util.find_spec(name) if name.isidentifier() and name != "__main__" else None
-    if spec is None or not spec.submodule_search_locations:
-        raise LoadError(f"model {text}", found=f"no package {name!r} installed", rule=rule, fix="install the package")
-    for location in spec.submodule_search_locations:
-        root = Path(location).resolve()
-        folder = (root / inside).resolve()
-        if not folder.is_relative_to(root):
-            raise LoadError(f"model {text}", found="a path out of the package", rule=rule, fix="drop '..'")
-        if folder.is_dir():
-            return folder
-    raise LoadError(f"model {text}", found=f"no folder {inside!r} in the package", rule=rule, fix="check the folder")
-
-
 def _config(name: str | Path, source: str | Path, trust_remote_code: bool) -> PreTrainedConfig:
     if isinstance(source, str):
-        _ask_hub(source)
+        ask_hub(source)
     elif not (source / "config.json").is_file():
         found, fix = "no config.json in the folder", "name the folder that save_pretrained wrote"
         if (source / "adapter_config.json").is_file():
@@ -169,22 +140,6 @@ def _config(name: str | Path, source: str | Path, trust_remote_code: bool) -> Pr
         raise LoadError(f"model {name}", found=found, rule=rule, fix=fix)
     with _unreadable(f"model {name}, config.json"):
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-
-
-def _ask_hub(name: str) -> None:
-    """Ask once and say so at once: transformers alone retries an unreachable hub for half a minute."""
-    where = f"model {name}"
-    try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return
-        HfApi().model_info(name, timeout=10)
-    except (RepositoryNotFoundError, HFValidationError):
-        raise LoadError(where, found="no folder or hub model", rule=_LOCATIONS, fix="check the name") from None
-    except HfHubHTTPError:
-        return  # the hub is there; transformers says best what it answers
-    except Exception as error:  # whichever class the hub's HTTP client of the day has for "unreachable"
-        found = f"no folder of that name, not in the cache, hub not reachable ({error})"
-        raise LoadError(where, found=found, rule=_LOCATIONS, fix=f"a folder, or {PLAYGROUND}: no network") from None
 
 
 def _check_weights(folder: Path) -> None:

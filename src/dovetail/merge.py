@@ -3,6 +3,9 @@
 What is stored is what the forward pass used (`ChainLinear.frozen_weight`): a closed chain (remask, regrid) trains on
 the very tensor that merging writes, so nothing is lost. An open chain (plain LoRA on a dense model) is folded in
 float32 and rounded once to the model's dtype; the report says how far that is from what trained.
+
+A merged model is packed or stock. Packed: its layers stay `ChainLinear` with an empty chain, and run from the codes, at
+the size that the footprint counts. Stock: transformers' own modules, the values written out. Both give the same bits.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from dovetail.chain.link import Closer
 from dovetail.chain.notation import chain
 from dovetail.chain.stages import stages
 from dovetail.errors import CannotMerge, ChainError
-from dovetail.fingerprint import fingerprint
+from dovetail.fingerprint import fingerprint, packed_fingerprint
 from dovetail.footprint import Footprint, footprint
 from dovetail.record import applied, stages_left
 
@@ -42,7 +45,7 @@ class MergeReport:
                           base), in the merged weights after
     off_grid              merged weights that are not on the quantizer's grid (0 without a quantizer)
     relative_weight_error ‖merged - effective‖ / ‖effective‖ over all target layers
-    footprint             before the layers became stock ones, adapters gone: what the merged weights take on their grid
+    footprint             of the packed model, adapters gone: what the merged weights take on their grid
     """
 
     exact: bool
@@ -56,16 +59,17 @@ class MergeReport:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None) -> MergeReport:
+def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, packed: bool = False) -> MergeReport:
     """Merges the chain into the weights, in place, back to stock modules.
 
     lossy    merge also where zeros or grid would be lost: the base's zeros and grid are re-imposed, and the error
              measured
     probe    a batch of the model's keyword arguments to compare outputs on; made from a seed when not given
+    packed   stop before the stock modules: an inference model at its packed size, for `save_packed`; `to_stock` goes on
     errors   CannotMerge naming the links to add, before anything is changed; ChainError when stages are still to come
 
     A Hugging Face model's config says what was merged, under "dovetail": the chain, the quantizer's identity, and the
-    fingerprints of the base and of the merged weights, which `dovetail.load` checks.
+    fingerprints of the base and of the merged (or packed) weights, which `dovetail.load` checks.
     """
     record = applied(model)
     if left := stages_left(model):
@@ -104,19 +108,17 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None) 
     restore = closing(lost([link for part in parts for link in part.applied], parts[-1].trained))
     for layer in layers.values():
         _absorb(layer, restore, tally)
+        layer.record = None  # merged: no chain to train, save or merge any more
+    del layers
     summary = footprint(model)
-    for layer in layers.values():
-        replace_module(model, layer, _stock(layer))
+    model.requires_grad_(False)
+    if isinstance(model, PreTrainedModel):
+        note = {"chain": str(record.chain), "quantizer": identity, "base_fingerprint": record.base_fingerprint}
+        model.config.dovetail = note | ({"packed_fingerprint": packed_fingerprint(model)} if packed else {})
+    if not packed:
+        to_stock(model)
     after = None if probe is None else _outputs(model, probe)
     _set_modes(model, modes)
-    model.requires_grad_(True)  # a stock model again, as `from_pretrained` gives it
-    if isinstance(model, PreTrainedModel):
-        model.config.dovetail = {
-            "chain": str(record.chain),
-            "quantizer": identity,
-            "base_fingerprint": record.base_fingerprint,
-            "merged_fingerprint": fingerprint(model),
-        }
     return MergeReport(
         exact=tally.max_abs == 0 and tally.off_grid == 0,
         max_abs_weight_diff=tally.max_abs,
@@ -127,6 +129,34 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None) 
         relative_weight_error=(tally.error_square / max(tally.square, 1e-300)) ** 0.5,
         footprint=summary,
     )
+
+
+@torch.no_grad()
+def to_stock(model: nn.Module) -> nn.Module:
+    """Turns a packed model into stock modules, in place: the same outputs, to the bit, the values written out.
+
+    model    merged with packed=True, or loaded from a folder that `save_packed` wrote; a stock model stays as it is
+    returns  the same model, nothing frozen, as `from_pretrained` gives it
+    errors   ChainError where the chain isn't merged yet
+    """
+    layers = chain_layers(model)
+    if layers and all(layer.record is not None for layer in layers.values()):
+        raise ChainError(
+            f"to_stock of a model under {applied(model).chain}",
+            found="a chain that isn't merged",
+            rule="only merged layers have stock ones that do the same",
+            fix="dovetail.merge(model)",
+        )
+    if not layers:
+        return model
+    while layers:  # one at a time, so that codes and values of all layers are never held together
+        _, layer = layers.popitem()
+        replace_module(model, layer, _stock(layer))
+    model.requires_grad_(True)
+    if isinstance(model, PreTrainedModel):
+        note = {key: value for key, value in model.config.dovetail.items() if key != "packed_fingerprint"}
+        model.config.dovetail = note | {"merged_fingerprint": fingerprint(model)}
+    return model
 
 
 @dataclass
@@ -214,4 +244,4 @@ def _outputs(model: nn.Module, probe: Batch) -> Tensor:
     return logits.detach().clone()
 
 
-__all__ = ["MergeReport", "merge"]
+__all__ = ["MergeReport", "merge", "to_stock"]

@@ -1,7 +1,8 @@
-"""Masks as bits: packed to one bit a weight, unpacked to integers wide enough for a bitwise AND with a weight."""
+"""Masks as bits: one bit a weight, unpacked to integers wide enough for a bitwise AND with a weight; zeros as bits."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -33,3 +34,40 @@ def _table(device: torch.device) -> Tensor:
         byte = torch.arange(256, dtype=torch.int64)[:, None]
         bit = (byte >> torch.arange(8)) & 1
         return (-bit).to(torch.int8).contiguous().view(torch.int64).flatten().to(device)
+
+
+def split_zeros(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Separates numbers into where they aren't zero and what they are there.
+
+    parts    chunks of the numbers, in order: (n,) integers, and what stands for zero, (n,) or (1,); all chunks but the
+             last of a multiple of 8 numbers
+    returns  mask, uint8 (ceil(numbers / 8),), the first number's bit lowest; and the numbers that aren't zero, in order
+    """
+    masks, values = [], []
+    for numbers, zero in parts:
+        keep = numbers != zero
+        masks.append(pack_bits(keep[None])[0])
+        values.append(numbers[keep])
+    return torch.cat(masks), torch.cat(values)
+
+
+def join_zeros(mask: Tensor, values: Tensor, zeros: Iterable[Tensor]) -> Tensor:
+    """What `split_zeros` separated.
+
+    zeros   what stands for zero, (n,), in the chunks that were split
+    errors  ValueError where the mask hasn't as many bits set as there are values
+    """
+    parts, at, first = [], 0, 0
+    for zero in zeros:
+        last = first + zero.numel()
+        # All bits of the last byte: a bit behind the last number counts, and so is found.
+        bits = unpack_bits(mask[None, first // 8 : -(-last // 8)], -(-zero.numel() // 8) * 8, torch.int8)[0].bool()
+        count = int(bits.count_nonzero())
+        if at + count > values.numel() or bool(bits[zero.numel() :].any()):
+            break
+        parts.append(zero.masked_scatter(bits[: zero.numel()], values[at : at + count]))
+        first, at = last, at + count
+    else:
+        if at == values.numel():
+            return torch.cat(parts)
+    raise ValueError(f"a mask with other than {values.numel()} bits set for {values.numel()} values")

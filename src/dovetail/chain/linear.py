@@ -214,7 +214,8 @@ class ChainLinear(nn.Module):
         """W' (o, i) as the forward pass uses it, unrounded where it never makes it: float32 on the open path."""
         if self.path == "closed":
             return self.layout.matrix(self.frozen_weight()[0])
-        return self._fold()[0] if self.path == "open" else self._fold()[0].to(self.base.dtype)
+        made = self.path != "open" or not self.adapters  # without an adapter the base itself runs, in its own dtype
+        return self._fold()[0].to(self.base.dtype) if made else self._fold()[0]
 
     @torch.no_grad()
     def absorb(self, weight: Tensor | None = None) -> None:

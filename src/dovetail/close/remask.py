@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from dovetail.chain.link import Closer, register
@@ -30,7 +31,8 @@ class Remask(Closer):
     source: ClassVar[str] = "SQFT §2.3"
 
     def close(self, weight_oi: Tensor, base: Base) -> Tensor:
-        return weight_oi * base.mask_rows(slice(None))
+        # Not a product: a negative weight times zero is -0.0, whose bits aren't those of zero.
+        return torch.where(base.mask_rows(slice(None)), weight_oi, 0)
 
     def close_rows_(self, rows_ni: Tensor, start: int, base: Base, grad_ni: Tensor | None = None) -> None:
         # A bitwise AND with all ones or zeros: several times faster than `where`, and NaN can't survive it.
