@@ -221,6 +221,30 @@ def test_closed_chains_merge_bit_for_bit_at_every_rank(text):
         assert report.sparsity_after == pytest.approx(sparsity)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt2", "t5", "bert"])
+def test_every_family_merges_bit_for_bit_at_drawn_ranks_extracted_or_not(family):
+    for text in ("lora(r=6, elastic=[6, 4, 2])", "vera(r=8, elastic=[8, 4]) >> lora(r=4, elastic=[4, 2])"):
+        found = []
+        for extracted in (False, True):
+            model = make(family).eval()
+            inputs = batch(model)
+            dovetail.apply(model, f"magnitude(0.5) >> int(bits=4, group=32) >> {text} >> remask >> regrid")
+            move(model, 0.02)
+            draw_ranks(groups(model), f"some for {family}")
+            assert len(set(ranks(model).values())) > 1
+            before = logits(model, inputs)
+            if extracted:
+                extract(model)
+                assert torch.equal(logits(model, inputs), before)
+            report = dovetail.merge(model)
+            assert report.exact
+            assert report.off_grid == 0
+            assert report.sparsity_after == report.sparsity_before >= 0.5
+            assert torch.equal(logits(model, inputs), before)
+            found.append(before)
+        assert torch.equal(*found)
+
+
 # ---- extracting
 
 

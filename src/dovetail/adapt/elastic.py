@@ -41,7 +41,7 @@ class Group:
 
     @property
     def rank(self) -> int:
-        """The rank that it runs at."""
+        """The rank that it runs at; of its first layer, should a file have said otherwise of the others."""
         return self.states[0].rank or self.ranks[0]
 
     @property
