@@ -221,12 +221,13 @@ def test_closed_chains_merge_bit_for_bit_at_every_rank(text):
         assert report.sparsity_after == pytest.approx(sparsity)
 
 
+@torch.no_grad()  # torch multiplies batches another way where something takes a gradient, and merging changes what does
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt2", "t5", "bert"])
 def test_every_family_merges_bit_for_bit_at_drawn_ranks_extracted_or_not(family):
     for text in ("lora(r=6, elastic=[6, 4, 2])", "vera(r=8, elastic=[8, 4]) >> lora(r=4, elastic=[4, 2])"):
         found = []
         for extracted in (False, True):
-            model = make(family).eval()
+            model = make(family)
             inputs = batch(model)
             dovetail.apply(model, f"magnitude(0.5) >> int(bits=4, group=32) >> {text} >> remask >> regrid")
             move(model, 0.02)
