@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import dovetail.flow as flow
 from dovetail.adapter import load_adapter
+from dovetail.chain.linear import chain_layers
 from dovetail.chain.notation import chain
 from dovetail.errors import CannotMerge, RecipeError, TrainError
 from dovetail.flow import row_names, run
@@ -25,7 +26,7 @@ from small_runs import MAIN, save_labels, save_model, small_recipe
 
 FIELDS = {
     "chain", "model", "seed", "stages", "merge", "footprint", "peak_memory_nbytes", "seconds", "environment", "task",
-    "verdict", "training", "checkpoint",
+    "verdict", "training", "checkpoint", "packed", "search",
 }  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def test_a_run_directory(tmp_path):
     folder = tmp_path / "new" / "run"
     assert seen == ["base", "pruned", "quantized", "tuned", "merged"]
     assert sorted(path.name for path in folder.iterdir()) == [
-        "adapter", "log.jsonl", "model", "recipe.yaml", "report.html", "report.json"
+        "adapter", "log.jsonl", "model", "packed", "recipe.yaml", "report.html", "report.json"
     ]  # fmt: skip
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["run"]
     written = json.loads((folder / "report.json").read_text())
@@ -63,6 +64,9 @@ def test_a_run_directory(tmp_path):
     assert merge["max_abs_logit_diff"] == merge["max_abs_weight_diff"] == merge["off_grid"] == 0
     assert merge["sparsity_after"] >= 0.5
     assert written["checkpoint"]["max_abs_logit_diff"] == 0
+    assert written["packed"]["max_abs_logit_diff"] == 0
+    assert written["packed"]["nbytes"] == (folder / "packed" / "packed.safetensors").stat().st_size
+    assert written["packed"]["bits_per_weight"] < written["footprint"]["bits_per_weight"]
     assert [step for step, _ in written["training"][0]["losses"]] == [1, 2, 3, 4]
     assert report.row("tuned").metrics == report.row("merged").metrics
     assert Report.load(folder) == report
@@ -210,3 +214,21 @@ def test_memory_is_predicted(tmp_path):
     assert planned.nbytes == tuned.nbytes
     assert planned.bits_per_weight == tuned.bits_per_weight
     assert planned.trainable_parameters == tuned.trainable_parameters == report.footprint.trainable_parameters
+
+
+def test_a_packed_model_is_loaded_scored_and_adapted_like_any_other(tmp_path):
+    report = quiet(small_recipe(tmp_path), tmp_path / "run")
+    model, _ = load(tmp_path / "run" / "packed")
+    assert chain_layers(model)
+    again = quiet(small_recipe(tmp_path, model=str(tmp_path / "run" / "packed"), chain="lora(r=2)"), tmp_path / "more")
+    assert again.row("base").metrics == report.row("merged").metrics
+    assert again.packed is None
+    assert not (tmp_path / "more" / "packed").exists()
+
+
+def test_a_packed_classifier_keeps_its_head(tmp_path):
+    recipe = small_recipe(tmp_path, chain=MAIN, data=save_labels(tmp_path), evaluate={"split": "validation"})
+    recipe["model"] = str(save_model(tmp_path / "bert", labels=2))
+    report = quiet(recipe, tmp_path / "run")
+    assert report.packed is not None
+    assert report.packed.max_abs_logit_diff == 0

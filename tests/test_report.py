@@ -16,7 +16,7 @@ from dovetail.errors import LoadError
 from dovetail.footprint import Footprint
 from dovetail.merge import MergeReport
 from dovetail.recipe import Recipe
-from dovetail.report import Checkpoint, Losses, Merge, Report, Row, TaskInfo, page, print_summary
+from dovetail.report import Checkpoint, Losses, Merge, Packed, Report, Row, TaskInfo, page, print_summary
 from dovetail.report.charts import loss_curve
 from dovetail.report.verdict import verdict
 from dovetail.report.words import duration, figure, size
@@ -40,7 +40,8 @@ def make_report(**changes) -> Report:
         footprint=FOOTPRINT, peak_memory_nbytes=10**9, seconds=4000,
         training=[Losses(links=["ia3"], losses=[(1, 2.0), (2, 1.0)], learning_rates={HOSTILE: 1e-2}, seconds=1.5),
                   Losses(links=["lora"], losses=[(1, float("nan")), (2, 1.0)], learning_rates={}, seconds=1.5)],
-        checkpoint=Checkpoint(nbytes=2_000_000, max_abs_logit_diff=0.0), environment={HOSTILE: HOSTILE},
+        checkpoint=Checkpoint(nbytes=2_000_000, max_abs_logit_diff=0.0),
+        packed=Packed(nbytes=900_000, bits_per_weight=3.31, max_abs_logit_diff=0.0), environment={HOSTILE: HOSTILE},
     )  # fmt: skip
     return report.model_copy(update=changes)
 
@@ -70,7 +71,7 @@ class Strict(HTMLParser):
         assert self.open.pop() == tag
 
 
-@pytest.mark.parametrize("changes", [{}, {"merge": None, "checkpoint": None, "training": []}])
+@pytest.mark.parametrize("changes", [{}, {"merge": None, "checkpoint": None, "packed": None, "training": []}])
 def test_the_page(changes):
     text = page(make_report(**changes), RECIPE)
     parsed = Strict()
@@ -94,6 +95,7 @@ def test_the_summary_prints_hostile_text_as_it_is(tmp_path):
     text = console.export_text()
     assert HOSTILE in text
     assert "25.0 %" in text
+    assert "900 kB, 3.31 bits a weight on disk" in text
 
 
 def test_the_loss_curve():

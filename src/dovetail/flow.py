@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,17 +23,28 @@ from dovetail.chain.link import Adapter, Pruner, Quantizer
 from dovetail.chain.notation import Chain, chain
 from dovetail.chain.stages import stages
 from dovetail.data import load_task, number_of_labels
+from dovetail.deliver import deliver_packed, deliver_stock
 from dovetail.errors import RecipeError
 from dovetail.evaluate import evaluate
 from dovetail.footprint import Footprint, footprint
 from dovetail.load import HEAD_KINDS, empty_model, load, load_config
-from dovetail.merge import MergeReport, merge
+from dovetail.merge import MergeReport, merge, to_stock
 from dovetail.optimizer import trained_parts
 from dovetail.plan import hollow
 from dovetail.recipe import Recipe
-from dovetail.report import Checkpoint, Losses, Merge, Report, Row, TaskInfo, page
+from dovetail.report import Losses, Merge, Report, Row, TaskInfo, page
 from dovetail.report.verdict import verdict
-from dovetail.run_folder import ADAPTER, MODEL, PAGE, RunFolder, check_free, choose_output, run_folder, write_whole
+from dovetail.run_folder import (
+    ADAPTER,
+    MODEL,
+    PACKED,
+    PAGE,
+    RunFolder,
+    check_free,
+    choose_output,
+    run_folder,
+    write_whole,
+)
 from dovetail.search.in_run import search_in_run
 from dovetail.tasks import Task
 from dovetail.train import TrainReport, train
@@ -79,7 +89,7 @@ def run(
         recipe.model, task_kind=task.kind, num_labels=labels, dtype=recipe.dtype,
         trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
     )  # fmt: skip
-    torch.nn.Module.to(model, best_device())
+    torch.nn.Module.to(to_stock(model), best_device())
     model.requires_grad_(False)  # nothing of the base is trained; a new head is, once the chain is on
     batches = _calibration(recipe, task, model, tokenizer)
     names = iter(row_names(links, head=task.kind in HEAD_KINDS))
@@ -108,11 +118,14 @@ def run(
             rows.add("searched")
         trainable = footprint(model).trainable_parameters
         save_adapter(model, folder.path / ADAPTER)
-        merged, checkpoint = None, None
+        merged, checkpoint, packed = None, None, None
         if recipe.merge != "none":
-            merged = merge(model, lossy=recipe.merge == "lossy", probe=_probe(batches))
+            merged = merge(model, lossy=recipe.merge == "lossy", probe=_probe(batches), packed=True)
+            if any(not link.differentiable for link in links):
+                packed = deliver_packed(folder.path / PACKED, model, tokenizer, _probe(batches), task.kind)
+            to_stock(model)
             rows.add("merged", merged.footprint)
-            checkpoint = _save_model(folder.path / MODEL, model, tokenizer, _probe(batches), task.kind)
+            checkpoint = deliver_stock(folder.path / MODEL, model, tokenizer, _probe(batches))
         report = Report(
             task=TaskInfo(name=task.name, kind=task.kind, metric=task.metric, split=rows.split),
             chain=recipe.chain,
@@ -126,6 +139,7 @@ def run(
             seconds=time.perf_counter() - started + rows.seconds_before,
             training=_losses(trained),
             checkpoint=checkpoint,
+            packed=packed,
             environment=environment(model),
             search=searched,
         )
@@ -238,22 +252,6 @@ def _calibration(
 
 def _probe(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: tensor[:PROBE_ROWS] for name, tensor in batches[0].items()}
-
-
-def _save_model(
-    directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: dict[str, Tensor], kind: str
-) -> Checkpoint:
-    """Writes the standard checkpoint, and loads it with stock transformers to compare the logits."""
-    shutil.rmtree(directory, ignore_errors=True)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    stock: Any = type(model).from_pretrained(directory, dtype="auto")
-    stock.eval().to(model.device)
-    probe = {name: tensor.to(model.device) for name, tensor in probe.items()}
-    with torch.inference_mode():
-        difference = (stock(**probe).logits - model(**probe).logits).abs().max()
-    nbytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    return Checkpoint(nbytes=nbytes, max_abs_logit_diff=float(difference))
 
 
 def _verdict(merged: MergeReport | None, recipe: Recipe, links: Chain) -> str:

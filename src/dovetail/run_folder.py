@@ -23,7 +23,8 @@ from dovetail.errors import DovetailError, RecipeError
 from dovetail.recipe import Recipe
 from dovetail.report.record import REPORT, Row
 
-RECIPE, LOG, MODEL, ADAPTER, PAGE = "recipe.yaml", "log.jsonl", "model", "adapter", "report.html"
+RECIPE, LOG, PAGE = "recipe.yaml", "log.jsonl", "report.html"
+MODEL, PACKED, ADAPTER = "model", "packed", "adapter"
 _PROGRESS, _TRAINING = "progress.jsonl", "training"
 
 

@@ -1,7 +1,7 @@
 """What a run found: `report.json` as a checked record, and its pages for people."""
 
 from dovetail.report.page import page
-from dovetail.report.record import Checkpoint, Losses, Merge, Report, Row, Searched, TaskInfo
+from dovetail.report.record import Checkpoint, Losses, Merge, Packed, Report, Row, Searched, TaskInfo
 from dovetail.report.summary import print_summary
 
-__all__ = ["Checkpoint", "Losses", "Merge", "Report", "Row", "Searched", "TaskInfo", "page", "print_summary"]
+__all__ = ["Checkpoint", "Losses", "Merge", "Packed", "Report", "Row", "Searched", "TaskInfo", "page", "print_summary"]

@@ -12,7 +12,7 @@ from dovetail.chain.notation import chain
 from dovetail.chain.stages import stages
 from dovetail.recipe import Recipe
 from dovetail.report.charts import bar, loss_curve
-from dovetail.report.record import Merge, Report, Row, Searched
+from dovetail.report.record import Merge, Packed, Report, Row, Searched
 from dovetail.report.style import STYLE
 from dovetail.report.words import duration, figure, metric_name, size
 
@@ -149,20 +149,30 @@ def _verdict(report: Report) -> str:
     if merge is not None:
         inside += _definitions(_merge_facts(merge))
     if checkpoint is not None:
-        difference = checkpoint.max_abs_logit_diff
-        same = (
-            "gives the same outputs to the bit"
-            if difference == 0
-            else f"gives outputs that differ by at most {difference:.2g}"
-        )
         text = (
             f"model/ is a standard Hugging Face checkpoint of {size(checkpoint.nbytes)}: the merged values written out "
-            f"in full, so that stock transformers loads them. Loaded again, it {same}."
+            f"in full, so that stock transformers loads them. Loaded again, it {_same(checkpoint.max_abs_logit_diff)}."
         )
         if report.footprint.nbytes < checkpoint.nbytes // 2:
             text += f" On their grid the same values take {size(report.footprint.nbytes)}, which the table counts."
         inside += f'<p class="note">{text}</p>'
+    if report.packed is not None:
+        inside += f'<p class="note">{_packed(report.packed)}</p>'
     return inside
+
+
+def _packed(packed: Packed) -> str:
+    return (
+        f"packed/ is the same model for Dovetail, in {size(packed.nbytes)}: {packed.bits_per_weight:.2f} bits a weight "
+        "on disk, where a pruned layer keeps one bit a weight and only what isn't zero. "
+        f"Loaded again, it {_same(packed.max_abs_logit_diff)}."
+    )
+
+
+def _same(difference: float | None) -> str:
+    if difference == 0:
+        return "gives the same outputs to the bit"
+    return "was not compared" if difference is None else f"gives outputs that differ by at most {difference:.2g}"
 
 
 def _merge_facts(merge: Merge) -> list[tuple[str, str]]:

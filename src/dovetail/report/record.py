@@ -123,6 +123,18 @@ class Checkpoint(_Record):
     max_abs_logit_diff: float | None
 
 
+class Packed(_Record):
+    """The packed model in packed/: what it takes on disk, and how far its logits are from the merged model's.
+
+    nbytes           of its one file of tensors
+    bits_per_weight  on disk, of the weights under the chain (`dovetail.PackedSize`)
+    """
+
+    nbytes: int
+    bits_per_weight: float
+    max_abs_logit_diff: float
+
+
 class Report(_Record):
     """A whole run.
 
@@ -132,6 +144,7 @@ class Report(_Record):
     peak_memory_nbytes  while training; 0 where nothing was trained
     seconds             of the whole run
     verdict             of merging, in words
+    packed              None where nothing was pruned or quantized, or the chain was kept apart
     search              where the recipe asks for one
     """
 
@@ -147,6 +160,7 @@ class Report(_Record):
     seconds: float
     training: list[Losses]
     checkpoint: Checkpoint | None
+    packed: Packed | None = None
     environment: dict[str, str]
     search: Searched | None = None
 

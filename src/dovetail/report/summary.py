@@ -52,3 +52,7 @@ def print_summary(console: Console, report: Report, directory: Path) -> None:
     if report.checkpoint is not None:
         console.print(f"{escape(str(directory / 'model'))} is the model, for any program that reads", end=" ")
         console.print("Hugging Face checkpoints", soft_wrap=True)
+    if report.packed is not None:
+        console.print(f"{escape(str(directory / 'packed'))} is the same model for Dovetail, in", end=" ")
+        taken, bits = size(report.packed.nbytes), report.packed.bits_per_weight
+        console.print(f"{taken}, {bits:.2f} bits a weight on disk", soft_wrap=True)
