@@ -3,6 +3,8 @@
 Counted: dense weights, packed codes, scales, zero points, nested constants, mask bits, adapters, and every other
 parameter and persistent buffer, shared ones once. Not counted: what is remade from a seed (VeRA's projections) and
 what only training needs (`regrid(start=weights)`'s full-precision weights).
+
+These are bytes in memory. On disk a pruned model may take less: `dovetail.packed_size`.
 """
 
 from __future__ import annotations
