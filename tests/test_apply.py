@@ -59,3 +59,35 @@ def test_a_layer_that_calibration_does_not_reach_is_named() -> None:
 def test_sizes_that_no_layer_has_are_refused_before_they_are_made(text: str) -> None:
     with pytest.raises(ChainError):
         dovetail.chain(text)
+
+
+def test_a_merged_quantized_model_is_not_quantized_again() -> None:
+    model = make("llama")
+    dovetail.merge(dovetail.apply(model, "nf4 >> lora(r=4) >> regrid"))
+    with pytest.raises(ChainError, match="at most once"):
+        dovetail.apply(model, "int(bits=4, group=32) >> lora(r=4)")
+    dovetail.apply(model, "lora(r=4)")  # adapters it takes
+
+
+def test_what_fails_half_way_leaves_a_model_that_says_so() -> None:
+    model = make("llama").eval()
+    good, bad = batch(model), batch(model, seed=1)
+
+    def poison(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output * float("nan") if torch.equal(args[0], bad["input_ids"]) else output
+
+    handle = model.get_input_embeddings().register_forward_hook(poison)
+    with pytest.raises(DataError, match=r"layers\.0\.self_attn\.q_proj"):
+        dovetail.apply(model, "wanda(0.5)", calibration=[bad])
+    assert not chain_layers(model)  # the first batch is looked at before anything is changed
+    handle.remove()
+
+    def late(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output * float("nan") if len(seen) > 2 else seen.append(1) or output
+
+    seen: list[int] = []
+    model.get_submodule("model.layers.0").register_forward_hook(late)
+    with pytest.raises(DataError, match=r"layers\.1"):
+        dovetail.apply(model, "wanda(0.5)", calibration=[good, good, good])
+    with pytest.raises(ChainError, match="load the model again"):
+        dovetail.merge(model)

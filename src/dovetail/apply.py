@@ -13,18 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.calibrate import Batch
-from dovetail.chain.base import Base, Scratch
 from dovetail.chain.check import check
-from dovetail.chain.layout import layout_of
 from dovetail.chain.linear import ChainLinear, LinkState, Shared, adapter_dtype, chain_layers
-from dovetail.chain.link import Adapter, Closer, Link, Quantizer, Site, arguments
+from dovetail.chain.link import Adapter, Closer, Link, Quantizer
 from dovetail.chain.notation import Chain, chain
 from dovetail.chain.stages import Stage, stages
 from dovetail.compress import compress, refuse_bad_weights
+from dovetail.cover import cover, replace_module
 from dovetail.errors import ChainError, DataError
-from dovetail.fingerprint import model_fingerprint
 from dovetail.record import Applied, applied, stages_left
-from dovetail.targets import Target, find_targets
 from dovetail.walk import Inputs
 
 __all__ = ["Applied", "advance", "applied", "apply", "chain_layers", "stages_left"]
@@ -64,7 +61,7 @@ def apply(
     check(the_chain)
     first = stages(the_chain)[0]
     batches = _calibration(first, calibration) if masks is None else None
-    record, layers, found = _cover(model, the_chain, targets, seed)
+    record, layers, found = cover(model, the_chain, targets, seed)
     record.on_link, record.calibration_inputs = on_link, calibration_inputs
     untouched = {target.name: target.module for target in found}
     del found  # or the weights as they were would live until the end
@@ -94,7 +91,7 @@ def restore(
     the_chain = chain(chain_)
     check(the_chain)
     parts = stages(the_chain)[: stage + 1]
-    record, layers, _ = _cover(model, the_chain, targets, seed)
+    record, layers, _ = cover(model, the_chain, targets, seed)
     record.stage = stage
     quantizers = [link for part in parts for link in part.applied if isinstance(link, Quantizer)]
     for name, layer in layers.items():
@@ -163,68 +160,6 @@ def _calibration(stage: Stage, calibration: Iterable[Batch] | None) -> list[Batc
             fix="pass calibration=[{'input_ids': …}, …]",
         )
     return batches
-
-
-def _cover(
-    model: nn.Module, the_chain: Chain, targets: str | Sequence[str], seed: int
-) -> tuple[Applied, dict[str, ChainLinear], list[Target]]:
-    """Replaces the target layers, after every check that needs no run, by layers that carry an empty chain."""
-    if chain_layers(model):
-        raise ChainError(
-            "apply",
-            found=f"the model already carries {applied(model).chain}",
-            rule="a model carries one chain",
-            fix="write both as one chain, or merge the first",
-        )
-    found = find_targets(model, targets)
-    sites = {target.name: _site(target) for target in found}
-    for site in sites.values():
-        for link in the_chain:
-            link.check(site)
-    for target in found:
-        _refuse_dropout(target, the_chain)
-    record = Applied(the_chain, targets if isinstance(targets, str) else tuple(targets), seed, model_fingerprint(model))
-    scratch, layers = Scratch(), {}
-    for target in found:
-        module = target.module
-        weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
-        base = Base(layout_of(target.name, module), weight.detach(), scratch)
-        layer = ChainLinear(sites[target.name], base, None if bias is None else bias.detach(), record)
-        layer.train(module.training)
-        replace_module(model, module, layer)
-        layers[target.name] = layer
-    return record, layers, found
-
-
-def _site(target: Target) -> Site:
-    layout = layout_of(target.name, target.module)
-    return Site(
-        target.name,
-        layout.out_features,
-        layout.in_features,
-        getattr(target.module, "bias", None) is not None,
-        target.feedforward,
-    )
-
-
-def _refuse_dropout(target: Target, the_chain: Chain) -> None:
-    """A convolution's W' is made by its definition, which doesn't know the input that dropout would act on."""
-    for link in the_chain:
-        if arguments(link).get("dropout") and not layout_of(target.name, target.module).linear:
-            raise ChainError(
-                f"{link.name} at {target.name}",
-                found=f"dropout={arguments(link)['dropout']} on a {type(target.module).__name__}",
-                rule="dropout of a low rank's input is for linear layers only",
-                fix=f"dropout=0 in {link.name}, or leave this layer out of the targets",
-            )
-
-
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts `new` wherever `old` is registered, under every name that it has."""
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
 
 
 def _freeze(model: nn.Module, layers: Mapping[str, ChainLinear]) -> None:
