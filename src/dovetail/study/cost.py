@@ -19,23 +19,21 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
-from dovetail.adapter import load_adapter
 from dovetail.batches import length_limit, pad_id
 from dovetail.calibrate import calibration_batches
-from dovetail.data import load_task, number_of_labels
-from dovetail.load import load
+from dovetail.data import load_task
 from dovetail.peak_memory import PeakMemory
 from dovetail.progress import Bar
 from dovetail.recipe import Recipe
 from dovetail.report import Report
-from dovetail.run_folder import ADAPTER, MODEL, RECIPE, write_whole
+from dovetail.run_folder import RECIPE, write_whole
 from dovetail.study.matrix import Line
 from dovetail.study.record import Cost
-from dovetail.study.verify import MERGED, last_stage
+from dovetail.study.shipped import APART, PACKED, STOCK, shipped, tuned
 from dovetail.tasks import Task
 from dovetail.train import train
 
-ROUNDS, TRAINING_ROUNDS = 7, 3
+ROUNDS, TRAINING_ROUNDS = 7, 5
 ROWS, NEW_TOKENS = 16, 32
 """Of the batch that inference is timed on: rows, and tokens that each is continued by."""
 FEW_STEPS, MORE_STEPS = 3, 13
@@ -50,12 +48,13 @@ class _Kept(pydantic.BaseModel, extra="forbid"):
     cost: list[Cost]
 
 
-def measure(chosen: list[tuple[Line, bool]], folder: Path, *, progress: bool = True) -> list[Cost]:
+def measure(lines: list[tuple[Line, bool]], folder: Path, *, progress: bool = True) -> list[Cost]:
     """The cost table; what an earlier start measured of the same runs is kept.
 
-    chosen    lines, each with whether its merged model is what is shipped (else base and adapter are)
+    lines     of the table, each with whether it is shipped merged
     folder    of the study; measured is each line's first run
     """
+    chosen = [(line, form) for line, merged in lines for form in ((PACKED, STOCK) if merged else (APART,))]
     places = [folder / "runs" / line.runs[0].slug for line, _ in chosen]
     reports = [Report.load(place) for place in places]
     runs = [(place.name, report.seconds) for place, report in zip(places, reports, strict=True)]
@@ -66,25 +65,28 @@ def measure(chosen: list[tuple[Line, bool]], folder: Path, *, progress: bool = T
     if not chosen:
         return []
     with _one_thread():
-        pipelines = [_Pipeline.of(place, merged) for place, (_, merged) in zip(places, chosen, strict=True)]
+        pipelines = [_Pipeline.of(place, form) for place, (_, form) in zip(places, chosen, strict=True)]
         with Bar("measure", 2 * ROUNDS + TRAINING_ROUNDS, shown=progress) as bar:
             prefill = _medians([each.prefill for each in pipelines], ROUNDS, bar)
             decode = _medians([each.decode for each in pipelines], ROUNDS, bar)
             inference = [each.inference_nbytes() for each in pipelines]
-            steps = _medians([each.step_seconds for each in pipelines], TRAINING_ROUNDS, bar, warm=0)
+            # A run that is shipped in two forms is tuned in one way.
+            tunings = {each.folder: each.step_seconds for each in pipelines}
+            steps = _medians(list(tunings.values()), TRAINING_ROUNDS, bar, warm=0)
+    step = dict(zip(tunings, steps, strict=True))
     found = [
         Cost(
             row=line.row,
             point=line.point,
-            shipped="merged model" if merged else "base and adapter",
-            storage_nbytes=report.row(MERGED if merged else last_stage(report)).footprint.nbytes,
-            step_seconds=steps[at],
+            shipped=form,
+            storage_nbytes=pipelines[at].storage_nbytes,
+            step_seconds=step[places[at]],
             tuning_nbytes=report.peak_memory_nbytes,
             prefill_tokens_a_second=pipelines[at].ids.numel() / prefill[at],
             decode_tokens_a_second=pipelines[at].new_tokens / decode[at] if pipelines[at].new_tokens else None,
             inference_nbytes=inference[at],
         )
-        for at, ((line, merged), report) in enumerate(zip(chosen, reports, strict=True))
+        for at, ((line, form), report) in enumerate(zip(chosen, reports, strict=True))
     ]
     write_whole(folder / KEPT, _Kept(runs=runs, cost=found).model_dump_json(indent=2) + "\n")
     return found
@@ -94,9 +96,10 @@ def measure(chosen: list[tuple[Line, bool]], folder: Path, *, progress: bool = T
 class _Pipeline:
     """A tuned pipeline, as it is shipped and as it is trained.
 
-    model       what is shipped: merged, or the base with its adapter
+    model       what is shipped
     ids         (row, token) of the train split's texts, cut to one length: no padding
     new_tokens  that decoding adds over all rows; 0 where the model doesn't generate
+    storage_nbytes  of what is shipped
     """
 
     folder: Path
@@ -107,12 +110,13 @@ class _Pipeline:
     ids: Tensor
     decoder_ids: Tensor | None
     new_tokens: int
+    storage_nbytes: int
 
     @classmethod
-    def of(cls, folder: Path, merged: bool) -> _Pipeline:
+    def of(cls, folder: Path, form: str) -> _Pipeline:
         recipe = Recipe.load(folder / RECIPE)
         task = load_task(recipe.data)
-        model, tokenizer = load(folder / MODEL, task_kind=task.kind) if merged else _with_adapter(folder, recipe, task)
+        model, tokenizer, storage = shipped(folder, form, task.kind)
         model.eval()
         limit = length_limit(model, tokenizer, recipe.train.max_length)
         config = model.config.to_dict()
@@ -126,7 +130,7 @@ class _Pipeline:
         generates = isinstance(model, GenerationMixin) and model.can_generate()
         return cls(
             folder, recipe, task, model, tokenizer, ids, batch.get("decoder_input_ids"),
-            ids.shape[0] * NEW_TOKENS if generates else 0,
+            ids.shape[0] * NEW_TOKENS if generates else 0, storage,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -169,21 +173,12 @@ class _Pipeline:
         task = Task(self.task.name, self.task.kind, self.task.metric, records)
         seconds = []
         for steps in (FEW_STEPS, MORE_STEPS):
-            model, tokenizer = _with_adapter(self.folder, self.recipe, self.task)
+            model, tokenizer = tuned(self.folder)
             changed = settings | {"max_steps": steps, "evaluate_every": None}
             started = time.process_time()
             train(model, tokenizer, task, seed=self.recipe.seed, progress=False, **changed)
             seconds.append(time.process_time() - started)
         return (seconds[1] - seconds[0]) / (MORE_STEPS - FEW_STEPS)
-
-
-def _with_adapter(folder: Path, recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model, tokenizer = load(
-        recipe.model, task_kind=task.kind, num_labels=number_of_labels(task, recipe.data.num_labels),
-        dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
-    )  # fmt: skip
-    load_adapter(model, folder / ADAPTER)
-    return model, tokenizer
 
 
 def _medians(functions: list[Callable[[], float]], rounds: int, bar: Bar, warm: int = 1) -> list[float]:

@@ -163,7 +163,8 @@ def expand(study: Study) -> list[Line]:
         source = found[row.of]
         for line in source:
             recipe = line.runs[0].recipe
-            stages = ["base", *row_names(chain(recipe.chain)), *(["merged"] if recipe.merge != "none" else [])]
+            stages = ["base", *row_names(chain(recipe.chain)), *(["searched"] if recipe.search else []),
+                      *(["merged"] if recipe.merge != "none" else [])]  # fmt: skip
             if row.stage not in stages:
                 rule = f"stages of {row.of}: " + ", ".join(stages)
                 raise RecipeError(f"row {row.name}", found=f"stage: {row.stage}", rule=rule)
@@ -188,12 +189,8 @@ def _lines(study: Study, row: Row, known: dict[str, Run]) -> list[Line]:
         filled = _AXIS.sub(lambda match, point=point: str(point[match[1]]), text)
         runs = []
         for seed in study.seeds:
-            where = f"row {label(row.name, point)}"
-            try:
-                recipe = Recipe.parse(row.changes | {"chain": filled, "seed": seed, "output": None}, where=where)
-            except ChainError as error:
-                said = {"found": error.found, "rule": error.rule, "fix": error.fix}
-                raise ChainError(f"{where}, {error.where}", **said) from None
+            keys = row.changes | {"chain": filled, "seed": seed, "output": None}
+            recipe = _parse(keys, f"row {label(row.name, point)}", Path())
             slug = "-".join([row.name, *(f"{axis}-{value}" for axis, value in point.items()), f"s{seed}"])
             run = Run(re.sub(r"[^a-z0-9.]+", "-", slug.lower()).strip("-."), recipe)
             runs.append(known.setdefault(recipe.model_dump_json(), run))
@@ -243,18 +240,24 @@ def _resolved(row: Row, study: Study, where: str, folder: Path) -> Row:
             if key in _HELD:
                 rule = "seeds and chains are said by the study itself, and outputs follow from names"
                 raise RecipeError(f"{where}, {place}", found=f"key {key!r}", rule=rule)
-    recipe = {} if row.recipe is None else _of_file(folder / row.recipe)
+    recipe = {} if row.recipe is None else Recipe.load(folder / row.recipe).model_dump(mode="json", exclude_unset=True)
     text = row.chain if row.chain is not None else recipe["chain"]
-    # Read once with a chain that every model can carry, for the other keys and for absolute paths.
-    merged = _over(_over(recipe, study.common), row.changes)
-    whole = Recipe.parse(merged | {"chain": "lora"}, where=f"{where}, row {row.name}", folder=folder)
+    # Read once, at the first point of the axes, for absolute paths.
+    filled = _AXIS.sub(lambda match: str(study.vary[match[1]][0]), text)
+    merged = _over(_over(recipe, study.common), row.changes) | {"chain": filled}
+    whole = _parse(merged, f"{where}, row {row.name}", folder)
     values = whole.model_dump(mode="json", exclude_unset=True)
     changes = {key: value for key, value in values.items() if key not in _HELD}
     return Row.model_validate({"name": row.name, "chain": text, "with": changes})
 
 
-def _of_file(path: Path) -> dict[str, Any]:
-    return Recipe.load(path).model_dump(mode="json", exclude_unset=True)
+def _parse(keys: Mapping[str, Any], where: str, folder: Path) -> Recipe:
+    """The recipe, or what is wrong with it and in which row."""
+    try:
+        return Recipe.parse(keys, where=where, folder=folder)
+    except ChainError as error:
+        said = {"found": error.found, "rule": error.rule, "fix": error.fix}
+        raise ChainError(f"{where}, {error.where}", **said) from None
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

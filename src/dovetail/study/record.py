@@ -105,8 +105,8 @@ class Result(_Record):
 class Cost(_Record):
     """A line of the cost table; every figure is measured (`dovetail.study.cost`).
 
-    shipped                   what is used for inference: packed model, or base and adapter
-    storage_nbytes            of its files
+    shipped                   what is used for inference (`dovetail.study.shipped`)
+    storage_nbytes            of its weights on disk
     step_seconds              processor seconds of one training step
     tuning_nbytes             peak memory of training, as the run's report says
     prefill_tokens_a_second   of a forward pass over a batch; per second of processor time, one thread

@@ -72,6 +72,8 @@ def study(
     _claim(folder, resume)
     runs = list(unique_runs(lines))
     todo = [run for run in runs if not _finished(run, folder)]
+    for one in todo:  # what was found out of an earlier run of that name
+        (folder / "merging" / f"{one.slug}.json").unlink(missing_ok=True)
     asked.dump(folder / STUDY)
     failed: dict[str, str] = {}
     for event in _events(runs, todo, folder, jobs, progress):

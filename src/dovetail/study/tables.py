@@ -17,7 +17,7 @@ NOTES = {
     "quality": "Mean ± standard deviation of the sample over n seeds. Zeros: sparsity of the target layers' weights, "
     "counted. Mergeable: merging was done and changed no weight, no logit, no zero and no figure. Merged anyway: the "
     "figure after a lossy merge, which re-imposes zeros and grid.",
-    "cost": "First seed. Storage: what is shipped. Step: processor seconds of a training step. Speeds: "
+    "cost": "First seed. Storage: weights on disk, as shipped. Step: processor seconds of a training step. Speeds: "
     "tokens a second of processor time, one thread, medians of interleaved rounds. Memory: live tensors, the model "
     "included.",
     "compare": "Seeds paired: mean ± standard deviation of the differences.",

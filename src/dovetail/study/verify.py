@@ -7,16 +7,14 @@ from pathlib import Path
 import pydantic
 from safetensors import safe_open
 
-from dovetail.adapter import load_adapter
 from dovetail.chain.link import Adapter, Quantizer, arguments
 from dovetail.chain.notation import chain
-from dovetail.data import load_task, number_of_labels
 from dovetail.errors import CannotMerge
-from dovetail.load import load
 from dovetail.merge import MergeReport, merge
 from dovetail.recipe import Recipe
 from dovetail.report import Merge, Report
 from dovetail.run_folder import ADAPTER, RECIPE, write_whole
+from dovetail.study.shipped import tuned
 
 MERGED = "merged"
 _PRECISION = {"float64": "FP64", "float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
@@ -53,12 +51,7 @@ def _judge(folder: Path) -> Judgement:
         if before != after:
             return Judgement(mergeable=False, why=f"the figure changed from {before} to {after}")
         return _lossless(report.merge)
-    task = load_task(recipe.data)
-    model, _ = load(
-        recipe.model, task_kind=task.kind, num_labels=number_of_labels(task, recipe.data.num_labels),
-        dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
-    )  # fmt: skip
-    load_adapter(model, folder / ADAPTER)
+    model, _ = tuned(folder)
     try:
         return _lossless(merge(model))
     except CannotMerge as error:

@@ -1,0 +1,91 @@
+"""The model of a finished run in each form in which it can be shipped, with its bytes on disk.
+
+base and adapter   the base packed (codes, masks), and the adapter's parameters at the ranks in use
+merged, packed     what `save_packed` writes: runs from its codes
+merged, stock      the standard checkpoint: values written out, for any program that reads it
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dovetail.adapt.elastic import extract, groups
+from dovetail.adapter import load_adapter
+from dovetail.chain.linear import chain_layers
+from dovetail.chain.notation import Chain
+from dovetail.chain.stages import stages
+from dovetail.data import load_task, number_of_labels
+from dovetail.load import load
+from dovetail.merge import merge
+from dovetail.packed import save_packed
+from dovetail.recipe import Recipe
+from dovetail.record import applied
+from dovetail.run_folder import ADAPTER, MODEL, RECIPE
+
+APART, PACKED, STOCK = "base and adapter", "merged, packed", "merged, stock"
+
+
+def tuned(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The run's model before merging: its base with its adapter on it."""
+    recipe = Recipe.load(folder / RECIPE)
+    task = load_task(recipe.data)
+    model, tokenizer = load(
+        recipe.model, task_kind=task.kind, num_labels=number_of_labels(task, recipe.data.num_labels),
+        dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
+    )  # fmt: skip
+    load_adapter(model, folder / ADAPTER)
+    return model, tokenizer
+
+
+def shipped(folder: Path, form: str, kind: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
+    """The model as it is used for inference, its tokenizer, and the bytes of weights that are shipped for it.
+
+    folder  a run directory
+    form    APART, PACKED or STOCK
+    kind    of its task
+    """
+    if form == STOCK:
+        model, tokenizer = load(folder / MODEL, task_kind=kind)
+        return model, tokenizer, _nbytes(folder / MODEL)
+    model, tokenizer = tuned(folder)
+    if groups(model):
+        extract(model)
+    with tempfile.TemporaryDirectory() as place:
+        if form == PACKED:
+            merge(model, packed=True)
+            save_packed(model, Path(place) / "packed", tokenizer=tokenizer)
+            model, tokenizer = load(Path(place) / "packed", task_kind=kind)
+            return model, tokenizer, _nbytes(Path(place) / "packed")
+        save_file(_parameters(model), Path(place) / "adapter.safetensors")
+        base, _ = tuned(folder)
+        _save_base(base, Path(place) / "base")
+        return model, tokenizer, _nbytes(Path(place)) + _nbytes(Path(place) / "base")
+
+
+def _nbytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What was trained, and must be there beside the base: links, and a head."""
+    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _save_base(model: PreTrainedModel, place: Path) -> None:
+    """Writes what the adapter sits on, packed; a base that no link has changed as it is."""
+    record = applied(model)
+    last = stages(record.chain)[-1].trained
+    links = record.chain.links[: len(record.chain) - len(last)]
+    for layer in chain_layers(model).values():
+        layer.set_links([])
+    record.chain = Chain(links) if links else record.chain
+    merge(model, lossy=not links, packed=bool(links))
+    if links:
+        save_packed(model, place)
+    else:
+        model.save_pretrained(place)
