@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
 import torch
@@ -25,10 +26,12 @@ from dovetail.chain.terms import InScale, OutScale, Term
 class IA3(Adapter):
     """Trained scales.
 
-    side  "auto": inputs on the feed-forward output layer, outputs elsewhere; or "out" or "in" everywhere
+    side    "auto": inputs on the feed-forward output layer, outputs elsewhere; or "out" or "in" everywhere
+    inputs  globs over layers' whole paths: inputs on these, whatever `side` says
     """
 
     side: Literal["auto", "out", "in"] = "auto"
+    inputs: tuple[str, ...] = ()
 
     keeps_zeros: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 1e-2
@@ -36,6 +39,8 @@ class IA3(Adapter):
     source: ClassVar[str] = "Liu et al. 2022"
 
     def _name(self, site: Site) -> str:
+        if any(fnmatchcase(site.name, path) for path in self.inputs):
+            return "in_scale"
         side = self.side if self.side != "auto" else ("in" if site.feedforward else "out")
         return f"{side}_scale"
 
