@@ -202,3 +202,13 @@ def test_a_missing_adapter_is_told_without_the_errno(tmp_path):
     with pytest.raises(LoadError) as caught:
         load_adapter(torch.nn.Linear(2, 2), tmp_path / "none")
     assert caught.value.found == "No such file or directory"
+
+
+def test_a_mask_is_stored_as_one_bit_a_weight(tmp_path):
+    model = make("llama")
+    dovetail.apply(model, "magnitude(0.5) >> lora(r=4) >> remask")
+    save_adapter(model, tmp_path)
+    masks = {key: tensor for key, tensor in load_file(tmp_path / "adapter.safetensors").items() if "mask" in key}
+    assert len(masks) == len(chain_layers(model))
+    weights = sum(layer.base.shape[0] * layer.base.shape[1] for layer in chain_layers(model).values())
+    assert 8 * sum(mask.nbytes for mask in masks.values()) == weights
