@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -242,12 +244,17 @@ def test_costs_are_there_and_kept(finished, monkeypatch):
     folder, report, asked = finished
     assert [(line.row, line.point.get("sparsity"), line.shipped) for line in report.cost] == [
         ("open", 0.25, "base and adapter"), ("open", 0.5, "base and adapter"),
-        ("closed", None, "merged model"),
+        ("closed", None, "merged, packed"), ("closed", None, "merged, stock"),
     ]  # fmt: skip
     for line in report.cost:
         assert min(line.storage_nbytes, line.prefill_tokens_a_second, line.decode_tokens_a_second) > 0
         assert line.tuning_nbytes > line.inference_nbytes > 0
-    assert report.cost[2].storage_nbytes < report.cost[0].storage_nbytes
+    packed, stock = report.cost[2:]
+    assert packed.storage_nbytes < report.cost[1].storage_nbytes < report.cost[0].storage_nbytes
+    checkpoint = folder / "runs" / "closed-s0" / "model" / "model.safetensors"
+    assert packed.storage_nbytes < stock.storage_nbytes == checkpoint.stat().st_size
+    assert packed.inference_nbytes < stock.inference_nbytes
+    assert packed.step_seconds == stock.step_seconds
     monkeypatch.setattr(runner, "run", lambda *args, **kwargs: pytest.fail("it ran again"))
     monkeypatch.setattr(cost, "_medians", lambda *args: pytest.fail("it measured again"))
     monkeypatch.setattr(verify, "_judge", lambda *args: pytest.fail("it merged again"))
@@ -320,10 +327,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 def test_a_failed_run_is_told_and_tried_again(tmp_path, monkeypatch):
     asked = small_study(tmp_path, vary={}, rows=[{"name": "weak", "chain": "ia3"}, ROW], cost=["weak", "a"])
-    real = runner.run
-    for name in ("ROUNDS", "TRAINING_ROUNDS", "FEW_STEPS"):
-        monkeypatch.setattr(cost, name, 1)
-    monkeypatch.setattr(cost, "MORE_STEPS", 2)
+    real, measured = runner.run, []
+
+    def measures(lines, folder, **arguments):
+        measured.append([line.row for line, _ in lines])
+        return []
+
+    monkeypatch.setattr(runner, "measure", measures)
 
     def diverges(recipe, **arguments):
         if recipe.chain == "ia3" and recipe.seed == 1:
@@ -338,19 +348,35 @@ def test_a_failed_run_is_told_and_tried_again(tmp_path, monkeypatch):
     assert [event.state for event in events if event.name == "weak-s1"] == ["begins", "failed"]
     assert (weak.figure.n, weak.figure.sd, fine.figure.n) == (1, None, 2)
     assert weak.failed[0].seed == 1
-    assert [line.row for line in report.cost] == ["a"]
     for name in ("table.md", "study.html"):
         assert "weak, seed 1 failed: TrainError: train found: loss nan" in (tmp_path / "out" / name).read_text()
     again = done(asked, tmp_path / "out")
     assert again.results[0].figure.n == 2
     assert not again.results[0].failed
-    assert [line.row for line in again.cost] == ["weak", "a"]
+    assert measured == [["a"], ["weak", "a"]]
 
 
-def test_runs_at_a_time_give_the_same(tmp_path):
-    asked = plain(tmp_path, {"name": "one", "chain": MAIN})
-    here, there = done(asked, tmp_path / "1"), done(asked, tmp_path / "2", jobs=2)
+def test_runs_at_a_time_give_the_same(tmp_path, monkeypatch):
+    """In threads here: starting processes takes longer than all other tests together."""
+    asked = plain(tmp_path, {"name": "one", "chain": MAIN}, {"name": "two", "chain": "ia3"})
+    made = {}
+
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, workers, *, mp_context, initializer):
+            made.update(workers=workers, start=mp_context.get_start_method())
+            pickle.dumps(initializer)
+            super().__init__(1)
+
+        def submit(self, function, *arguments):
+            return super().submit(*pickle.loads(pickle.dumps((function, *arguments))))
+
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Threads)
+    here, events = done(asked, tmp_path / "1"), []
+    there = done(asked, tmp_path / "2", jobs=4, on_run=events.append)
     assert here.results == there.results
+    assert made == {"workers": 2, "start": "spawn"}
+    assert sorted((event.state, event.name) for event in events) == [("done", "one-s0"), ("done", "two-s0")]
+    assert done(asked, tmp_path / "2", jobs=4) == there
 
 
 def test_spread():
@@ -380,7 +406,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "Example: dovetail study" in out
     code, out, err = call(tmp_path / "bad.yaml", "--output", tmp_path / "out")
     assert (code, out) == (2, "")
-    assert err.startswith("ChainError: row one")
+    assert err.startswith(f"ChainError: {tmp_path / 'bad.yaml'}, row one")
     code, out, err = call(tmp_path / "study.yaml", "--output", tmp_path / "out")
     assert code == 0
     assert "[1 of 1]" in err

@@ -74,7 +74,7 @@ def run(
     """
     started = time.perf_counter()
     recipe, name = _recipe(recipe)
-    links = _legal(recipe)
+    links = legal_chain(recipe)
     output = choose_output(output or recipe.output, name)
     check_free(output)
     task = load_task(recipe.data)
@@ -208,7 +208,7 @@ def _recipe(recipe: Recipe | str | Path | Mapping[str, Any]) -> tuple[Recipe, st
     return (recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)), "run"
 
 
-def _legal(recipe: Recipe) -> Chain:
+def legal_chain(recipe: Recipe) -> Chain:
     """The chain, once it is known that it can run and be merged as asked."""
     links = chain(recipe.chain)
     check(links)

@@ -27,9 +27,9 @@ from dovetail.progress import Bar
 from dovetail.recipe import Recipe
 from dovetail.report import Report
 from dovetail.run_folder import RECIPE, write_whole
-from dovetail.study.matrix import Line
+from dovetail.study.matrix import Line, label
 from dovetail.study.record import Cost
-from dovetail.study.shipped import APART, PACKED, STOCK, shipped, tuned
+from dovetail.study.shipped import forms, shipped, tuned
 from dovetail.tasks import Task
 from dovetail.train import train
 
@@ -42,9 +42,9 @@ KEPT = "cost.json"
 
 
 class _Kept(pydantic.BaseModel, extra="forbid"):
-    """cost.json: which runs were measured, (folder, seconds that the run took), and what came out."""
+    """cost.json: what was measured, (line, form, seconds that its run took), and what came out."""
 
-    runs: list[tuple[str, float]]
+    runs: list[tuple[str, str, float]]
     cost: list[Cost]
 
 
@@ -54,10 +54,14 @@ def measure(lines: list[tuple[Line, bool]], folder: Path, *, progress: bool = Tr
     lines     of the table, each with whether it is shipped merged
     folder    of the study; measured is each line's first run
     """
-    chosen = [(line, form) for line, merged in lines for form in ((PACKED, STOCK) if merged else (APART,))]
-    places = [folder / "runs" / line.runs[0].slug for line, _ in chosen]
+    named = [(line, folder / "runs" / line.runs[0].slug, merged) for line, merged in lines]
+    chosen = [(line, place, form) for line, place, merged in named for form in forms(place, merged)]
+    places = [place for _, place, _ in chosen]
     reports = [Report.load(place) for place in places]
-    runs = [(place.name, report.seconds) for place, report in zip(places, reports, strict=True)]
+    runs = [
+        (label(line.row, line.point), form, report.seconds)
+        for (line, _, form), report in zip(chosen, reports, strict=True)
+    ]
     if (folder / KEPT).exists():
         kept = _Kept.model_validate_json((folder / KEPT).read_bytes())
         if kept.runs == runs:
@@ -65,7 +69,7 @@ def measure(lines: list[tuple[Line, bool]], folder: Path, *, progress: bool = Tr
     if not chosen:
         return []
     with _one_thread():
-        pipelines = [_Pipeline.of(place, form) for place, (_, form) in zip(places, chosen, strict=True)]
+        pipelines = [_Pipeline.of(place, form) for _, place, form in chosen]
         with Bar("measure", 2 * ROUNDS + TRAINING_ROUNDS, shown=progress) as bar:
             prefill = _medians([each.prefill for each in pipelines], ROUNDS, bar)
             decode = _medians([each.decode for each in pipelines], ROUNDS, bar)
@@ -80,13 +84,13 @@ def measure(lines: list[tuple[Line, bool]], folder: Path, *, progress: bool = Tr
             point=line.point,
             shipped=form,
             storage_nbytes=pipelines[at].storage_nbytes,
-            step_seconds=step[places[at]],
+            step_seconds=step[place],
             tuning_nbytes=report.peak_memory_nbytes,
             prefill_tokens_a_second=pipelines[at].ids.numel() / prefill[at],
             decode_tokens_a_second=pipelines[at].new_tokens / decode[at] if pipelines[at].new_tokens else None,
             inference_nbytes=inference[at],
         )
-        for at, ((line, form), report) in enumerate(zip(chosen, reports, strict=True))
+        for at, ((line, place, form), report) in enumerate(zip(chosen, reports, strict=True))
     ]
     write_whole(folder / KEPT, _Kept(runs=runs, cost=found).model_dump_json(indent=2) + "\n")
     return found

@@ -21,11 +21,9 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from dovetail.chain.check import check, check_merge
-from dovetail.chain.notation import chain
 from dovetail.data import load_task, number_of_labels
 from dovetail.errors import DovetailError, RecipeError
-from dovetail.flow import run
+from dovetail.flow import legal_chain, run
 from dovetail.load import empty_model, load_config
 from dovetail.plan import hollow
 from dovetail.recipe import Recipe
@@ -108,10 +106,7 @@ def _check(lines: list[Line]) -> None:
         if len(tasks) > 1:
             found = " and ".join(sorted(f"{name} ({metric})" for name, metric in tasks))
             raise RecipeError(f"row {line.row}", found=found, rule="all rows are scored on one task")
-        links = chain(recipe.chain)
-        check(links)
-        if recipe.merge == "exact" or (recipe.merge == "lossy" and any(not link.mergeable for link in links)):
-            check_merge(links)
+        links = legal_chain(recipe)
         config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
         labels = number_of_labels(task, recipe.data.num_labels)
         hollow(empty_model(config, task_kind=task.kind, num_labels=labels), links, recipe.targets)

@@ -1,8 +1,8 @@
 """The model of a finished run in each form in which it can be shipped, with its bytes on disk.
 
 base and adapter   the base packed (codes, masks), and the adapter's parameters at the ranks in use
-merged, packed     what `save_packed` writes: runs from its codes
-merged, stock      the standard checkpoint: values written out, for any program that reads it
+merged, packed     packed/: runs from its codes
+merged, stock      model/: values written out, for any program that reads Hugging Face checkpoints
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dovetail import run_folder
 from dovetail.adapt.elastic import extract, groups
 from dovetail.adapter import load_adapter
 from dovetail.chain.linear import chain_layers
@@ -21,7 +22,7 @@ from dovetail.chain.notation import Chain
 from dovetail.chain.stages import stages
 from dovetail.data import load_task, number_of_labels
 from dovetail.load import load
-from dovetail.merge import merge
+from dovetail.merge import merge, to_stock
 from dovetail.packed import save_packed
 from dovetail.recipe import Recipe
 from dovetail.record import applied
@@ -38,8 +39,15 @@ def tuned(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         recipe.model, task_kind=task.kind, num_labels=number_of_labels(task, recipe.data.num_labels),
         dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
     )  # fmt: skip
-    load_adapter(model, folder / ADAPTER)
+    load_adapter(to_stock(model), folder / ADAPTER)
     return model, tokenizer
+
+
+def forms(folder: Path, mergeable: bool) -> list[str]:
+    """In which a run's model can be shipped; nothing is packed where nothing was pruned or quantized."""
+    if not mergeable:
+        return [APART]
+    return [PACKED, STOCK] if (folder / run_folder.PACKED).is_dir() else [STOCK]
 
 
 def shipped(folder: Path, form: str, kind: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
@@ -49,18 +57,14 @@ def shipped(folder: Path, form: str, kind: str) -> tuple[PreTrainedModel, PreTra
     form    APART, PACKED or STOCK
     kind    of its task
     """
-    if form == STOCK:
-        model, tokenizer = load(folder / MODEL, task_kind=kind)
-        return model, tokenizer, _nbytes(folder / MODEL)
+    if form != APART:
+        place = folder / (MODEL if form == STOCK else run_folder.PACKED)
+        model, tokenizer = load(place, task_kind=kind)
+        return model, tokenizer, _nbytes(place)
     model, tokenizer = tuned(folder)
     if groups(model):
         extract(model)
     with tempfile.TemporaryDirectory() as place:
-        if form == PACKED:
-            merge(model, packed=True)
-            save_packed(model, Path(place) / "packed", tokenizer=tokenizer)
-            model, tokenizer = load(Path(place) / "packed", task_kind=kind)
-            return model, tokenizer, _nbytes(Path(place) / "packed")
         save_file(_parameters(model), Path(place) / "adapter.safetensors")
         base, _ = tuned(folder)
         _save_base(base, Path(place) / "base")

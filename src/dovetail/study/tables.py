@@ -148,7 +148,8 @@ def print_study(console: Console, report: StudyReport) -> None:
         console.print(f"\n[bold]{escape(table.title)}[/bold]")
         shown = RichTable(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0))
         for at, head in enumerate(table.heads):
-            shown.add_column(escape(head), justify="left" if at < table.words else "right", no_wrap=at >= table.words)
+            words = at < table.words
+            shown.add_column(escape(head), justify="left" if words else "right", no_wrap=not words, overflow="fold")
         for row in table.rows:
             shown.add_row(*map(escape, row))
         console.print(shown)
