@@ -97,7 +97,7 @@ def refuse_bad_weights(layers: Mapping[str, ChainLinear]) -> None:
     """DovetailError for a layer with weights that aren't finite: before any layer is changed."""
     for name, layer in layers.items():
         weight = layer.base.dense
-        if weight is not None and not bool(torch.isfinite(weight).all()):
+        if weight is not None and not weight.is_meta and not bool(torch.isfinite(weight).all()):
             raise DovetailError(
                 name,
                 found=f"{int((~torch.isfinite(weight)).sum())} weights that are NaN or infinite",
