@@ -42,3 +42,28 @@ def test_examples_run_on_real_input(example: str, metric: str, tmp_path: Path) -
         assert names == ["base", "tuned", "merged"]
         assert report.merge is not None
         assert report.merge.exact
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        "wanda(0.5) >> lora(r=8) >> ia3 >> remask",
+        "wanda(0.5) >> gptq(bits=4, group=128) >> lora(r=12, elastic=[12, 8, 4]) >> remask >> regrid",
+        "sparsegpt(0.5) >> gptq(bits=4, group=0, act_order=false) >> loha(r=2) >> remask >> regrid",
+    ],
+)
+def test_a_real_encoder_merges_bit_for_bit(chain: str, tmp_path: Path) -> None:
+    path = ROOT / "examples" / "minilm_stsb.yaml"
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) | {"chain": chain}
+    for split in ("train", "validation"):
+        recipe["data"][split] = str((path.parent / recipe["data"][split]).resolve())
+    recipe["data"]["limit"] = {"train": 64, "validation": 16}
+    recipe["train"] |= {"max_steps": 2, "batch_size": 8}
+    recipe["calibration"] = {"samples": 16}
+    report = run(recipe, output=tmp_path / "run", progress=False)
+    assert report.merge is not None
+    assert report.merge.exact
+    assert (report.merge.max_abs_logit_diff, report.merge.max_abs_weight_diff, report.merge.off_grid) == (0, 0, 0)
+    assert report.merge.sparsity_before == report.merge.sparsity_after >= 0.5
+    assert report.checkpoint is not None
+    assert report.checkpoint.max_abs_logit_diff == 0
