@@ -64,6 +64,8 @@ def import_peft(
     errors       LoadError naming the field, tensor or layer that Dovetail can't follow, and what `apply` refuses; the
                  model is as it was
     """
+    if chain_layers(model):
+        raise ChainError("import_peft", found="a model that carries a chain already", rule="a model carries one chain")
     directory = Path(directory)
     before = () if base is None else tuple(chain(base))
     for link in before:
@@ -139,6 +141,9 @@ def _placed(
             rule = f"a file of {_kind(config).name} holds {', '.join(parameters)} of linear layers"
             rule += f", and the modules {', '.join(config.modules_to_save)}" if config.modules_to_save else ""
             raise LoadError(where, found=f"a tensor {key[:200]!r}", rule=rule, fix="load it with peft")
+    if isinstance(config, VeraFile) and config.save_projection:
+        for key in set(PROJECTIONS.values()) - shapes.keys():
+            raise LoadError(where, found=f"{key} missing from the file", rule="save_projection says that it's there")
     for key in heads.keys() - shapes.keys():
         raise LoadError(where, found=f"{key} missing from the file", rule="modules_to_save are saved whole")
     if not keys:
