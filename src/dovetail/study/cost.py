@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from dovetail.train import train
 ROUNDS, TRAINING_ROUNDS = 7, 5
 ROWS, NEW_TOKENS = 16, 32
 """Of the batch that inference is timed on: rows, and tokens that each is continued by."""
-FEW_STEPS, MORE_STEPS = 3, 13
+FEW_STEPS, MORE_STEPS = 3, 23
 """Two trainings, whose difference is the time of the steps alone: starting is left out."""
 KEPT = "cost.json"
 
@@ -62,7 +62,7 @@ def measure(lines: list[tuple[Line, bool]], folder: Path, *, progress: bool = Tr
         (label(line.row, line.point), form, report.seconds)
         for (line, _, form), report in zip(chosen, reports, strict=True)
     ]
-    if (folder / KEPT).exists():
+    with suppress(OSError, pydantic.ValidationError):  # not measured yet, or with another version
         kept = _Kept.model_validate_json((folder / KEPT).read_bytes())
         if kept.runs == runs:
             return kept.cost
