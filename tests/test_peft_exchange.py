@@ -291,8 +291,9 @@ def test_a_classifier_and_its_pooler_are_saved_whole(tmp_path: Path) -> None:
     export_peft(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["bert.pooler", "classifier"])
-    other = make("bert", seed=1)  # its own head, unlike the body's
-    other.bert.encoder, other.bert.embeddings = make("bert").bert.encoder, make("bert").bert.embeddings
+    body: Any = make("bert").base_model
+    other: Any = make("bert", seed=1)  # its own head, unlike the body's
+    other.bert.encoder, other.bert.embeddings = body.encoder, body.embeddings
     loaded = copy.deepcopy(other)
     same(answer(peft.PeftModel.from_pretrained(other, str(tmp_path))), answer(model), answer(make("bert")))
     same(answer(import_peft(loaded, tmp_path)), answer(model), answer(make("bert")))
@@ -300,7 +301,7 @@ def test_a_classifier_and_its_pooler_are_saved_whole(tmp_path: Path) -> None:
 
 
 def test_what_was_trained_beside_is_saved_too(tmp_path: Path) -> None:
-    model = dovetail.apply(make("llama"), "lora(r=2)")
+    model: Any = dovetail.apply(make("llama"), "lora(r=2)")
     model.model.norm.weight.requires_grad_(True)
     perturb(model)
     export_peft(model, tmp_path)
@@ -350,7 +351,7 @@ def test_more_that_peft_cannot_express(tmp_path: Path) -> None:
     twice = dovetail.apply(nn.Sequential(shared, nn.Tanh(), shared), "lora(r=2)")
     with pytest.raises(ChainError, match="0, which has 2 paths"):
         export_peft(twice, tmp_path)
-    tied = dovetail.apply(make("gpt2"), "lora(r=2)")
+    tied: Any = dovetail.apply(make("gpt2"), "lora(r=2)")
     tied.transformer.wte.weight.requires_grad_(True)
     with pytest.raises(ChainError, match="shared with another module"):
         export_peft(tied, tmp_path)
