@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dovetail.products import times_transposed
+
 _PANEL = 256
 """Columns of the Gram matrix that are computed at once: it is symmetric, so each panel starts at its diagonal."""
 
@@ -37,10 +39,10 @@ class InputStatistics:
             wide_ni = rows_ni.to(torch.promote_types(rows_ni.dtype, torch.float32))
             self.square_i += torch.linalg.vector_norm(wide_ni, dim=0).square()
         else:
-            rows_ni = rows_ni.to(self.gram_ii.dtype)
+            columns_in = rows_ni.to(self.gram_ii.dtype).t().contiguous()
             for start in range(0, len(self.square_i), _PANEL):
                 panel = slice(start, start + _PANEL)
-                self.gram_ii[start:, panel].addmm_(rows_ni[:, start:].t(), rows_ni[:, panel])
+                self.gram_ii[start:, panel] += times_transposed(columns_in[start:], columns_in[panel])
         self.tokens += len(rows_ni)
 
     def finish(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
@@ -15,23 +15,26 @@ from transformers import PreTrainedModel
 from dovetail.chain.layout import Layout
 from dovetail.chain.linear import ChainLinear
 from dovetail.input_statistics import padding_mask
+from dovetail.products import times_transposed
 
 Batch = Mapping[str, Tensor]
 
-TOKENS = 2048
+TOKENS = 1024
 """Tokens of a piece of a batch: enough for matrix products, little memory for what a block makes of it."""
+LOOK = 256
+"""Tokens of a piece that is only looked at."""
 _ROWS = {"input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask"}
 
 
-def split(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
-    """The batches, cut by rows to about `TOKENS` tokens where they are token ids; others as they are."""
+def split(model: nn.Module, batches: Sequence[Batch], most: int = TOKENS) -> list[Batch]:
+    """The batches, cut by rows to about `most` tokens where they are token ids; others as they are."""
     pieces: list[Batch] = []
     for batch in batches:
         tokens = max((tensor.shape[1] for tensor in batch.values() if tensor.dim() == 2), default=0)
         if not tokens or not isinstance(model, PreTrainedModel) or not _ROWS.issuperset(batch):
             pieces.append(batch)
             continue
-        rows, step = len(next(iter(batch.values()))), max(1, TOKENS // tokens)
+        rows, step = len(next(iter(batch.values()))), max(1, most // tokens)
         pieces += [{k: v[at : at + step] for k, v in batch.items()} for at in range(0, rows, step)]
     return pieces
 
@@ -48,6 +51,28 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config in caching:
             config.use_cache = True
+
+
+@contextmanager
+def quick(layers: Iterable[ChainLinear]) -> Iterator[None]:
+    """While entered, linear layers in float32 that carry no link compute by `times_transposed`."""
+    changed = [one for one in layers if one.layout.linear and not one.states and one.base.dtype == torch.float32]
+    for layer in changed:
+        layer.forward = _forward(layer)
+    try:
+        yield
+    finally:
+        for layer in changed:
+            del layer.forward
+
+
+def _forward(layer: ChainLinear) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        weight_oi = layer.layout.matrix(layer.base.native(x.dtype))
+        y = times_transposed(x.reshape(-1, x.shape[-1]), weight_oi).view(*x.shape[:-1], len(weight_oi))
+        return y if layer.bias is None else y.add_(layer.bias)
+
+    return forward
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -194,7 +219,7 @@ class Passes:
 
         def watch(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                see(name, first_input(args, kwargs).detach())
+                see(name, first_input(args, kwargs))
                 if left is not None:
                     left.discard(name)
                     if not left:

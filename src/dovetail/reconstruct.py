@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dovetail.input_statistics import InputStatistics
+from dovetail.products import times_transposed
 
 BLOCK = 128
 _LEAF = 16
@@ -45,7 +46,7 @@ class Factor:
 
 
 def factor(inputs: InputStatistics, damping: float, *, by_size: bool = False) -> Factor | None:
-    """The factor of the inputs' Gram matrix, kept with them for other layers that read the same inputs.
+    """The factor of the inputs' Gram matrix, which is let go for it: kept for other layers that read the same inputs.
 
     damping  share of the mean diagonal to add; ten times more is tried where G is singular even so
     by_size  visit the inputs of largest norm first (GPTQ's act-order), else from left to right
@@ -54,6 +55,7 @@ def factor(inputs: InputStatistics, damping: float, *, by_size: bool = False) ->
     key = (damping, by_size)
     if key not in inputs.factors:
         inputs.factors[key] = _factor(inputs, damping, by_size)
+        inputs.gram_ii = None
     found = inputs.factors[key]
     assert found is None or isinstance(found, Factor)
     return found
@@ -61,7 +63,7 @@ def factor(inputs: InputStatistics, damping: float, *, by_size: bool = False) ->
 
 def _factor(inputs: InputStatistics, damping: float, by_size: bool) -> Factor | None:
     gram_ii = inputs.gram_ii
-    assert gram_ii is not None
+    assert gram_ii is not None, "one factor of a Gram matrix"
     diagonal = gram_ii.diagonal()
     if by_size:
         order = torch.argsort(diagonal, descending=True, stable=True)
@@ -69,10 +71,12 @@ def _factor(inputs: InputStatistics, damping: float, by_size: bool) -> Factor | 
         order = torch.arange(len(diagonal), device=gram_ii.device)
     last_first = order.flip(0)
     mean = float(diagonal.mean())
+    info = torch.empty((), dtype=torch.int32, device=gram_ii.device)
     while True:
-        damped = gram_ii[last_first[:, None], last_first] if by_size else gram_ii.flip(0, 1)
-        damped.diagonal().add_(damping * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        # Transposed, which changes nothing of a symmetric matrix: LAPACK works in place on columns.
+        lower = gram_ii[last_first[:, None], last_first].mT if by_size else gram_ii.flip(0, 1).mT
+        lower.diagonal().add_(damping * mean)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
             return Factor(order, lower, damping)
         damping = max(10 * damping, 1e-3)
@@ -80,7 +84,7 @@ def _factor(inputs: InputStatistics, damping: float, by_size: bool) -> Factor | 
             return None
 
 
-def reconstruct(weight_oi: Tensor, factor: Factor, visit: Visit, group: int) -> Tensor:
+def reconstruct(weight_oi: Tensor, factor: Factor, visit: Visit, window: int = 1) -> Tensor:
     """The weight, changed column by column.
 
     weight_oi  (o, i) in the factor's dtype; not written to
@@ -88,12 +92,12 @@ def reconstruct(weight_oi: Tensor, factor: Factor, visit: Visit, group: int) -> 
                diagonal (b,) of U, and its columns' places in the order; gives a function that is called for each column
                j of the block in turn with its updated weights (o,), and returns what becomes of them. It may look at
                the block's weights, which are updated in place as columns are visited
-    group      when the first of `group` columns is visited, all of them lie in the block and are up to date
+    window     when the first of `window` columns is visited, all of them lie in the block and are up to date
     returns    (o, i)
     """
     i = weight_oi.shape[1]
-    block = group if group > BLOCK else BLOCK // group * group
-    leaf = group * (_LEAF // group) if group <= _LEAF else max(n for n in range(1, _LEAF + 1) if group % n == 0)
+    block = BLOCK // window * window
+    leaf = window * max(1, _LEAF // window)
     lower = factor.lower_ii
     # Everything lies in reversed order, as the factor does: the columns to come have the lower indices.
     last_first = factor.order_i.flip(0)
@@ -106,7 +110,7 @@ def reconstruct(weight_oi: Tensor, factor: Factor, visit: Visit, group: int) -> 
         now = part.clone()
         own = lower[here, here]
         if start:
-            carried = error[:, high:] @ lower[high:, here]
+            carried = times_transposed(error[:, high:], lower[high:, here].t())
             now += torch.linalg.solve_triangular(own, carried, upper=False, left=False)
         eye = torch.eye(high - low, dtype=own.dtype, device=own.device)
         inverse = torch.linalg.solve_triangular(own, eye, upper=False).flip(0, 1)

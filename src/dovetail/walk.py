@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dovetail.chain.linear import ChainLinear
 from dovetail.errors import DataError
 from dovetail.input_statistics import InputStatistics, padding_mask
-from dovetail.passes import Batch, Pass, Passes, first_input, input_rows, split, without_cache
+from dovetail.passes import LOOK, Batch, Pass, Passes, first_input, input_rows, quick, split, without_cache
 from dovetail.progress import Bar
 
 Inputs = Literal["compressed", "original"]
@@ -65,15 +65,16 @@ def walk(
     gram      whether Gram matrices are wanted
     inputs    what a block is fed: the outputs of the "compressed" blocks before it, or of the "original" ones
     errors    DataError for NaN activations, for a layer that no input reaches, for too few tokens: names the layer.
-              What the first batch shows, it shows before `compress` is called
+              What the first rows show, they show before `compress` is called
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     device = next(model.parameters()).device
     try:
-        with without_cache(model):
-            pieces = [{k: v.to(device) for k, v in piece.items()} for piece in split(model, batches)]
-            once = _look_ahead(model, layers, pieces)
+        with without_cache(model), quick(layers.values()):
+            batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
+            once = _look_ahead(model, layers, split(model, batches, LOOK))
+            pieces = split(model, batches)
             left = blocks_of(model, list(layers))
             with Bar(title, len(left), shown=progress) as bar, Passes(model, list(left), pieces) as passes:
                 while left and (here := passes.waiting()):
@@ -164,7 +165,7 @@ def _watch(
 
 
 def _look_ahead(model: nn.Module, layers: Mapping[str, ChainLinear], pieces: Sequence[Batch]) -> set[str]:
-    """Runs the model on the first batch, on more only to find a layer that this one doesn't reach.
+    """Runs the model on the first piece, on more only to find a layer that this one doesn't reach.
 
     returns  the layers that a forward pass calls just once
     errors   DataError for NaN activations and for layers that nothing reaches, while the model is still untouched
