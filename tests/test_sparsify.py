@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -292,7 +293,11 @@ def test_a_score_of_the_wrong_form_is_refused_by_name() -> None:
     def divided(weight_oi: Tensor) -> Tensor:
         return 1 / (weight_oi * 0)
 
+    def nothing(weight_oi: Tensor) -> Any:
+        weight_oi.abs()
+
     for score, words in (
+        (nothing, "None"),
         (flat, r"scores of shape \(32,\) and type torch.float32(.|\n)*\(4, 8\)"),
         (counted, r"scores of shape \(4, 8\) and type torch.int64"),
         (divided, r"32 of 32 scores are NaN or infinite\n(.|\n)*check the function that scores divided"),
@@ -300,6 +305,9 @@ def test_a_score_of_the_wrong_form_is_refused_by_name() -> None:
         cls = dovetail.scoring(score.__name__, per="row", calibrated=False, summary="-", source="-")(score)
         with pytest.raises(DovetailError, match=rf"{score.__name__}\n  found: {words}"):
             cls(0.5).prune(randn(4, 8), None)
+    column: Any = "column"
+    with pytest.raises(ChainError, match="per is layer or row"):
+        dovetail.scoring("of_columns", per=column, calibrated=False, summary="-", source="-")
 
 
 @pytest.mark.usefixtures("unregistered")

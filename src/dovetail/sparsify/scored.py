@@ -74,10 +74,12 @@ class ScoredPruner(Pruner):
         return keep, weight_oi
 
     def _refuse_bad(self, scores: Tensor, weight_oi: Tensor, input_norm_i: Tensor | None) -> Tensor:
-        if scores.shape != weight_oi.shape or not scores.is_floating_point():
+        told: object = scores  # by a function of anyone's
+        if not isinstance(told, Tensor) or told.shape != weight_oi.shape or not told.is_floating_point():
+            shape = f"scores of shape {tuple(scores.shape)} and type {scores.dtype}" if isinstance(told, Tensor) else ""
             raise DovetailError(
                 self.name,
-                found=f"scores of shape {tuple(scores.shape)} and type {scores.dtype}",
+                found=shape or repr(told)[:200],
                 rule=f"a score is a floating-point number for each weight, here of shape {tuple(weight_oi.shape)}",
                 fix=f"check the function that scores {self.name}",
             )
@@ -115,6 +117,7 @@ def scoring(
 
     The function returns (o, i), any float dtype, finite, larger is more important. `Class.score` is the function.
     """
+    _one_of(name, "per", per, ("layer", "row"))  # now, not when the first chain names it
 
     def add(score: Score) -> type[ScoredPruner]:
         cls = cast(
