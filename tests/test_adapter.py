@@ -10,6 +10,7 @@ import dovetail
 from dovetail.adapter import load_adapter, save_adapter
 from dovetail.apply import advance, chain_layers
 from dovetail.errors import LoadError
+from dovetail.optimizer import cast_frozen, cast_heads
 from families import batch, logits, make
 
 
@@ -114,6 +115,29 @@ def test_a_file_brings_the_head_of_its_model_and_nothing_else(family, tmp_path):
         load_adapter(make(family), tmp_path)
 
 
+@pytest.mark.parametrize("text", ["magnitude(0.5) >> lora(r=4)", "nf4 >> lora(r=4) >> regrid"])
+def test_what_was_trained_in_bf16_is_loaded_onto_the_base_that_it_began_with(text, tmp_path):
+    model = make("bert")
+    dovetail.apply(model, text)
+    cast_frozen(model)  # as `train(bf16=True)` does before it, and the heads behind it
+    for layer in chain_layers(model).values():
+        layer.states[0]._parameters["B"].data += 0.1
+    cast_heads(model)
+    model.eval()
+    save_adapter(model, tmp_path)
+    again = load_adapter(make("bert"), tmp_path).eval()
+    inputs = batch(model)
+    assert torch.equal(logits(model, inputs), logits(again, inputs))
+    refused = make("bert")
+    before = {name: p.dtype for name, p in refused.named_parameters()}
+    tensors = load_file(tmp_path / "adapter.safetensors")
+    tensors.pop(next(key for key in tensors if key.startswith("link/")))
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    with pytest.raises(LoadError, match="missing from the file"):
+        load_adapter(refused, tmp_path)
+    assert {name: p.dtype for name, p in refused.named_parameters()} == before
+
+
 def test_another_base_is_refused_by_name(tmp_path):
     model = make("llama")
     dovetail.apply(model, "lora(r=4)")
@@ -196,6 +220,18 @@ def test_a_file_that_lies_is_refused_and_the_model_is_as_it_was(text, change, he
     assert not chain_layers(fresh)
     after = dict(fresh.named_parameters())
     assert all(after[name] is before[name] and after[name].requires_grad for name in before)
+
+
+@pytest.mark.parametrize("bad", [torch.full((4, 64), torch.nan), torch.full((4, 64), 3)])
+def test_parameters_that_are_no_finite_floats_are_refused(bad, tmp_path):
+    save_adapter(dovetail.apply(make("llama"), "lora(r=4)", targets="model.layers.0.self_attn.q_proj"), tmp_path)
+    tensors = load_file(tmp_path / "adapter.safetensors")
+    tensors["link/model.layers.0.self_attn.q_proj/0/A"] = bad
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    model = make("llama")
+    with pytest.raises(LoadError, match="finite floats"):
+        load_adapter(model, tmp_path)
+    assert not chain_layers(model)
 
 
 def test_a_missing_adapter_is_told_without_the_errno(tmp_path):

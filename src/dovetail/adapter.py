@@ -5,7 +5,8 @@ elastic adapters) and `adapter.safetensors`:
 
     link/LAYER/PLACE/NAME    parameters of the differentiable links
     mask/LAYER               one bit a weight, where a pruner chose; the quantizer is run again on load, and checked
-    base/LAYER/NAME          the bases and biases themselves, only for chains whose earlier stages were merged into them
+    base/LAYER/NAME          the bases and biases themselves, where they can't be made again: earlier stages were merged
+                             into them, or gptq or sparsegpt fitted them to data (such a file is as large as the base)
     head/NAME                a classifier's head and pooler, and whatever else is trained along
 
 Loading needs the base model that the chain was applied to. Another base, another quantizer, another chain: refused by
@@ -16,17 +17,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
 
-import pydantic
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dovetail.adapt.elastic import check_saved, saved_ranks, shapes_at, take_over
+from dovetail.adapter_file import AdapterFile, read_json, read_tensors
 from dovetail.apply import apply, restore
 from dovetail.chain.bits import pack_bits, unpack_bits
 from dovetail.chain.layout import layout_of
@@ -34,46 +33,28 @@ from dovetail.chain.linear import ChainLinear, chain_layers
 from dovetail.chain.link import Pruner
 from dovetail.chain.notation import Chain, chain
 from dovetail.chain.stages import stages
-from dovetail.errors import LoadError
+from dovetail.errors import ChainError, LoadError
 from dovetail.fingerprint import base_fingerprint, model_fingerprint
+from dovetail.optimizer import cast_frozen
 from dovetail.record import applied
 from dovetail.targets import new_heads
-
-JSON_NBYTES = 1 << 20
-"""The most that adapter.json may hold."""
-_KEY = re.compile(r"link/[^/]+/\d+/\w+|base/[^/]+/[\w.]+|(mask|head)/[^/]+")
-
-
-class AdapterFile(pydantic.BaseModel, extra="forbid"):
-    """What adapter.json holds.
-
-    base_fingerprint   of the whole model before the chain
-    chain_fingerprint  of the bases that the links sit on: after pruning, quantizing and merging earlier stages
-    quantizer          identity of the base's grid, or its dtype
-    ranks              LAYER/PLACE -> the rank that an elastic adapter runs at
-    extracted          whether elastic adapters were made plain ones of those ranks
-    """
-
-    format: Literal["dovetail-adapter"] = "dovetail-adapter"
-    version: Literal[1] = 1
-    chain: str
-    targets: str | list[str]
-    seed: Annotated[int, pydantic.Field(ge=-(2**63), lt=2**64)]
-    stage: Annotated[int, pydantic.Field(ge=0)]
-    base_fingerprint: str
-    chain_fingerprint: str
-    quantizer: str
-    ranks: dict[str, int] = {}
-    extracted: bool = False
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> Path:
     """Writes the chain's parameters (not the base) into a directory, made if need be; each file atomically.
 
     returns  the directory
-    errors   ChainError when the model carries no chain
+    errors   ChainError when the model carries no chain, or stands between two stages
     """
     record, layers, directory = applied(model), chain_layers(model), Path(directory)
+    links = stages(record.chain)[record.stage].trained
+    if any(len(layer.states) != len(links) for layer in layers.values()):
+        raise ChainError(
+            f"save_adapter of {record.chain}",
+            found=f"stage {record.stage + 1}, merged, and the next one not begun",
+            rule="an adapter is that of a stage in hand",
+            fix="dovetail.advance, which failed, once more",
+        )
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: parameter.detach() for key, parameter in _parameters(model).items()}
     for name, layer in layers.items():
@@ -83,6 +64,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
         elif any(isinstance(link, Pruner) for link in stages(record.chain)[0].applied):
             tensors[f"mask/{name}"] = _mask_bits(layer)
     ranks, extracted = saved_ranks(model)
+    base = next(iter(layers.values())).base
     file = AdapterFile(
         chain=str(record.chain),
         targets=record.targets if isinstance(record.targets, str) else list(record.targets),
@@ -90,7 +72,8 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
         stage=record.stage,
         base_fingerprint=record.base_fingerprint,
         chain_fingerprint=base_fingerprint(layers),
-        quantizer=next(iter(layers.values())).base.identity,
+        quantizer=base.identity,
+        dtype=str(base.dtype).removeprefix("torch."),  # type: ignore[arg-type]
         ranks=ranks,
         extracted=extracted,
     )
@@ -117,16 +100,17 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     errors   LoadError, naming what doesn't match: base, quantizer, chain, a layer, a shape; the model is left as it was
     """
     directory = Path(directory)
-    file = _read_json(directory / "adapter.json")
-    tensors = _read_tensors(directory / "adapter.safetensors")
+    file = read_json(directory / "adapter.json")
+    tensors = read_tensors(directory / "adapter.safetensors")
     modules = [(parent, dict(parent._modules)) for parent in model.modules()]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    trained = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
     try:
         _load(model, file, tensors, str(directory))
     except BaseException:
         for parent, children in modules:
             parent._modules.update(children)
-        for parameter, requires_grad in trained:
+        for parameter, data, requires_grad in trained:
+            parameter.data = data
             parameter.requires_grad_(requires_grad)
         raise
     return model
@@ -145,6 +129,7 @@ def _load(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where
             )
         _apply_again(model, file, tensors, where)
         layers = chain_layers(model)
+        _round_again(model, file, tensors)
     elif str(applied(model).chain) != file.chain or applied(model).stage != file.stage:
         raise LoadError(
             where,
@@ -201,6 +186,17 @@ def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor]
         ) from error
 
 
+def _round_again(model: nn.Module, file: AdapterFile, tensors: Mapping[str, Tensor]) -> None:
+    """Training in bf16 rounds the frozen base, and its heads at the end: the same is done to the base loaded now."""
+    dtype = None if file.dtype is None else getattr(torch, file.dtype)
+    if dtype is None or next(iter(chain_layers(model).values())).base.dtype == dtype:
+        return
+    cast_frozen(model, dtype)
+    for name, parameter in _beside(model).items():
+        if (stored := tensors.get(f"head/{name}")) is not None and stored.dtype == dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
     """What a file holds under link/ and head/."""
     found: dict[str, Tensor] = {}
@@ -225,6 +221,8 @@ def _fill(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where
         )
     for key, shape in wanted.items():
         _expect(key, tensors[key], shape)
+        if not tensors[key].is_floating_point() or not bool(torch.isfinite(tensors[key]).all()):
+            raise LoadError(key, found=f"{tensors[key].dtype}, or NaN or infinity", rule="parameters are finite floats")
     take_over(model, file.ranks, file.extracted)
     with torch.no_grad():
         for key, parameter in _parameters(model).items():
@@ -260,36 +258,3 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 def _expect(key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise LoadError(key, found=f"shape {tuple(tensor.shape)}", rule=f"the model needs {shape}")
-
-
-def _read_json(path: Path) -> AdapterFile:
-    where = str(path)
-    try:
-        if path.stat().st_size > JSON_NBYTES:
-            raise LoadError(where, found=f"{path.stat().st_size} bytes", rule=f"at most {JSON_NBYTES}")
-        return AdapterFile.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise LoadError(
-            where, found=error.strerror or str(error), rule="an adapter directory holds adapter.json"
-        ) from None
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise LoadError(where, found=f"{place}: {first['msg']}", rule="adapter.json as Dovetail writes it") from None
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise LoadError(
-            str(path),
-            found=str(error),
-            rule="an adapter directory holds a whole adapter.safetensors",
-            fix="copy the directory again",
-        ) from None
-    for key in tensors:
-        if not _KEY.fullmatch(key):
-            raise LoadError(str(path), found=f"a tensor {key[:80]!r}", rule="link/…, mask/…, base/… and head/… tensors")
-    return tensors

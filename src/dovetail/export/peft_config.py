@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeVar
 import pydantic
 
 from dovetail.adapt import IA3, DoRA, LoHa, LoRA, VeRA
-from dovetail.adapter import JSON_NBYTES
+from dovetail.adapter_file import JSON_NBYTES
 from dovetail.chain.link import Adapter, Site
 from dovetail.errors import LoadError
 
