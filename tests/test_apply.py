@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,7 +14,7 @@ from dovetail.errors import ChainError, DataError
 from families import batch, logits, make
 
 
-def test_a_stage_whose_calibration_fails_is_not_begun_and_can_be_begun_again() -> None:
+def test_a_stage_whose_calibration_fails_is_not_begun_and_can_be_begun_again(tmp_path: Path) -> None:
     text = "lora(r=4) >> wanda(0.5) >> nf4 >> lora(r=4) >> remask >> regrid"
     model, other = make("llama").eval(), make("llama").eval()
     inputs = batch(model)
@@ -22,6 +25,8 @@ def test_a_stage_whose_calibration_fails_is_not_begun_and_can_be_begun_again() -
     assert stages_left(model) == 1
     with pytest.raises(ChainError, match="not yet run"):
         dovetail.merge(model, lossy=True)
+    with pytest.raises(ChainError, match="merged, and the next one not begun"):
+        dovetail.save_adapter(model, tmp_path)
     dovetail.advance(model, calibration=[inputs])
     dovetail.advance(other, calibration=[inputs])
     assert torch.equal(logits(model, inputs), logits(other, inputs))
@@ -69,6 +74,13 @@ def test_a_merged_quantized_model_is_not_quantized_again() -> None:
     dovetail.apply(model, "lora(r=4)")  # adapters it takes
 
 
+@pytest.mark.parametrize("said", ["nf4", ["nf4"], {"chain": 4}, {"quantizer": "nf4"}])
+def test_a_config_whose_dovetail_is_someone_elses_says_nothing(said: Any) -> None:
+    model: Any = make("llama")
+    model.config.dovetail = said
+    dovetail.apply(model, "nf4")
+
+
 def test_what_fails_half_way_leaves_a_model_that_says_so() -> None:
     model = make("llama").eval()
     good, bad = batch(model), batch(model, seed=1)
@@ -91,3 +103,31 @@ def test_what_fails_half_way_leaves_a_model_that_says_so() -> None:
         dovetail.apply(model, "wanda(0.5)", calibration=[good, good, good])
     with pytest.raises(ChainError, match="load the model again"):
         dovetail.merge(model)
+
+
+IDS = torch.arange(3, 19).view(2, 8)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "found"),
+    [
+        ({"input_ids": IDS}, "a dict"),
+        (IDS, "a Tensor"),
+        ([IDS], "a Tensor"),
+        ("some text", "a str"),
+        (["some text"], "a str"),
+        ([{"input_ids": [[3, 4, 5]]}], "a list"),
+        ([{"input_ids": IDS, "attention_mask": torch.ones(1, 8)}], r"\[1, 8\] beside input_ids of \[2, 8\]"),
+    ],
+)
+def test_what_is_no_calibration_data_is_refused_before_anything_is_changed(calibration: Any, found: str) -> None:
+    model = make("llama")
+    with pytest.raises(DataError, match=found):
+        dovetail.apply(model, "wanda(0.5)", calibration=calibration)
+    assert not chain_layers(model)
+
+
+def test_calibration_inputs_are_one_of_two() -> None:
+    wrong: Any = "orginal"
+    with pytest.raises(ChainError, match="compressed or original"):
+        dovetail.apply(make("llama"), "magnitude(0.5)", calibration_inputs=wrong)

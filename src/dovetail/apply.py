@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dovetail.calibrate import Batch
+from dovetail.calibrate import Batch, checked
 from dovetail.chain.check import check
 from dovetail.chain.linear import ChainLinear, LinkState, Shared, adapter_dtype, chain_layers
 from dovetail.chain.link import Adapter, Closer, Link, Quantizer
@@ -59,6 +59,9 @@ def apply(
     """
     the_chain = chain(chain_)
     check(the_chain)
+    if calibration_inputs not in get_args(Inputs):
+        known = " or ".join(get_args(Inputs))
+        raise ChainError("apply", found=f"calibration_inputs={calibration_inputs!r}", rule=f"it is {known}")
     first = stages(the_chain)[0]
     batches = _calibration(first, calibration) if masks is None else None
     record, layers, found = cover(model, the_chain, targets, seed)
@@ -151,7 +154,7 @@ def _calibration(stage: Stage, calibration: Iterable[Batch] | None) -> list[Batc
             rule=f"{needing[0].name} looks at the activations of some text",
             fix="apply(…, calibration=[{'input_ids': …}, …]); magnitude needs none",
         )
-    batches = None if calibration is None else list(calibration)
+    batches = None if calibration is None else checked(calibration)
     if needing and not batches:
         raise DataError(
             f"calibration of {needing[0].name}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from random import Random
 
@@ -14,10 +15,36 @@ from dovetail.errors import DataError
 from dovetail.passes import Batch
 from dovetail.tasks import METRICS, Task
 
-__all__ = ["Batch", "calibration_batches", "text_task"]
+__all__ = ["Batch", "calibration_batches", "checked", "text_task"]
 
 MAX_TEXT_NBYTES = 1 << 28
 """The most that a file of calibration text may hold."""
+
+
+def checked(calibration: Iterable[Batch]) -> list[Batch]:
+    """The batches as a list; DataError for what is none: one batch alone, texts, lists of numbers, another mask."""
+    rule = "calibration is a list of batches, each the model's arguments by name, as tensors"
+    found: object = calibration
+    if isinstance(calibration, Iterable) and not isinstance(calibration, str | bytes | Mapping | Tensor):
+        batches = list(calibration)
+        wrong: list[object] = [batch for batch in batches if not isinstance(batch, Mapping)]
+        if not wrong:
+            wrong = [value for batch in batches for value in batch.values() if not isinstance(value, Tensor)]
+        if not wrong:
+            for batch in batches:
+                _check_mask(batch)
+            return batches
+        found = wrong[0]
+    fix = "calibration=[tokenizer(texts, return_tensors='pt', padding=True)]"
+    raise DataError("calibration", found=f"a {type(found).__name__}", rule=rule, fix=fix)
+
+
+def _check_mask(batch: Batch) -> None:
+    """A mask of another shape would be spread over the rows, and padding counted in silence."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is not None and mask is not None and mask.dim() == 2 and mask.shape != ids.shape:
+        found = f"attention_mask of {list(mask.shape)} beside input_ids of {list(ids.shape)}"
+        raise DataError("calibration", found=found, rule="the mask says of each token whether it is padding")
 
 
 def text_task(path: Path, *, encoder_decoder: bool) -> Task:

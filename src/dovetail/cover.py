@@ -51,10 +51,13 @@ def cover(
 
 def _refuse_second_quantizer(model: nn.Module, the_chain: Chain) -> None:
     """A merged model's config says on which grid its weights are (`dovetail.merge`)."""
-    said = getattr(getattr(model, "config", None), "dovetail", None)
-    before = next((link for link in chain(said["chain"]) if isinstance(link, Quantizer)), None) if said else None
     again = next((link for link in the_chain if isinstance(link, Quantizer)), None)
-    if before is not None and again is not None:
+    said = getattr(getattr(model, "config", None), "dovetail", None)
+    text = said.get("chain") if isinstance(said, dict) else None
+    if again is None or not isinstance(text, str):  # a config comes from outside
+        return
+    before = next((link for link in chain(text) if isinstance(link, Quantizer)), None)
+    if before is not None:
         raise ChainError(
             f"{again.name} in {the_chain}",
             found=f"a model that was merged on the grid of {before}",

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.apply import advance, stages_left
 from dovetail.batches import Collator, Example, check_head, check_labels, encode, length_limit, pad_id
-from dovetail.calibrate import calibration_batches
+from dovetail.calibrate import calibration_batches, checked
 from dovetail.chain.linear import chain_layers
 from dovetail.checkpoints import TRAINED, last_checkpoint, load_trained, run_directory, save_trained, write_json
 from dovetail.errors import TrainError
@@ -174,7 +174,8 @@ def train(
             max_length=max_length,
             decoder_start=config.decoder_start_token_id if config.is_encoder_decoder else None,
         )
-    batches = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in calibration or ()]
+    given = checked(() if calibration is None else calibration)
+    batches = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in given]
 
     def validate() -> dict[str, float]:
         with _autocast(model, bf16):
