@@ -180,6 +180,11 @@ def test_no_row_runs_when_one_is_bad(tmp_path, monkeypatch, row, error, told):
     assert not (tmp_path / "out").exists()
 
 
+def test_no_job_at_all_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="jobs=0"):
+        done(plain(tmp_path, {"name": "one", "chain": "lora"}), tmp_path / "out", jobs=0)
+
+
 def test_the_files(finished):
     folder, report, _ = finished
     assert sorted(path.name for path in folder.iterdir()) == [

@@ -65,6 +65,8 @@ def study(
         asked = recipe
     else:
         asked = Study.load(recipe) if isinstance(recipe, str | Path) else Study.parse(recipe)
+    if jobs < 1:
+        raise RecipeError("study", found=f"jobs={jobs}", rule="jobs, the runs at a time, is at least 1")
     lines, folder = expand(asked), Path(output)
     _check(lines)
     _claim(folder, resume)
