@@ -95,12 +95,12 @@ def test_what_fails_half_way_leaves_a_model_that_says_so() -> None:
     handle.remove()
 
     def late(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output * float("nan") if len(seen) > 2 else seen.append(1) or output
+        return output * float("nan") if len(seen) > 0 else seen.append(1) or output
 
     seen: list[int] = []
     model.get_submodule("model.layers.0").register_forward_hook(late)
     with pytest.raises(DataError, match=r"layers\.1"):
-        dovetail.apply(model, "wanda(0.5)", calibration=[good, good, good])
+        dovetail.apply(model, "wanda(0.5)", calibration=[good])
     with pytest.raises(ChainError, match="load the model again"):
         dovetail.merge(model)
 

@@ -15,8 +15,9 @@ import dovetail
 from dovetail.chain.linear import ChainLinear, chain_layers
 from dovetail.errors import ChainError, DataError
 from dovetail.input_statistics import InputStatistics
+from dovetail.passes import split
 from dovetail.walk import Inputs, blocks_of, walk
-from families import FAMILIES, batch
+from families import FAMILIES, batch, make
 
 Batches = Sequence[dict[str, Tensor]]
 
@@ -42,6 +43,8 @@ def seen_by(model: nn.Module, names: Sequence[str], batches: Batches) -> dict[st
             x = args[0] if args else next(iter(kwargs.values()))
             if mask is not None and x.shape[:2] == mask.shape and x.dim() == 3:
                 x = x[mask.bool()]
+            elif mask is not None and x.dim() == 2 and len(x) == mask.numel():  # OPT's feed-forward
+                x = x[mask.flatten().bool()]
             rows[name].append(x.reshape(-1, x.shape[-1]).double())
 
         return hook
@@ -288,3 +291,73 @@ def test_too_few_tokens_for_a_gram_matrix() -> None:
         dovetail.apply(
             model, "gptq(bits=4, group=8)", calibration=[{"x": torch.randn(1, 3, 8), "hurt": torch.tensor(0)}]
         )
+
+
+def test_the_decoders_padding_is_left_out_too() -> None:
+    model = make("t5").eval()
+    ids = torch.arange(12).view(2, 6) + 3
+    some = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    fewer = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0]])  # the same shape: only the key tells them apart
+    inputs = {
+        "input_ids": ids, "attention_mask": some, "decoder_input_ids": ids, "decoder_attention_mask": fewer,
+    }  # fmt: skip
+    tokens = {name: found.tokens for name, found in walked(model, [inputs], "compressed", gram=False).items()}
+    assert tokens["encoder.block.0.layer.0.SelfAttention.q"] == 9
+    assert tokens["decoder.block.0.layer.0.SelfAttention.q"] == 5
+    assert tokens["decoder.block.0.layer.1.EncDecAttention.q"] == 5
+    assert tokens["decoder.block.0.layer.1.EncDecAttention.k"] == 9
+    assert tokens["decoder.block.1.layer.2.DenseReluDense.wo"] == 5
+
+
+class Borrows(nn.Module):
+    """Its blocks call a layer that lies beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.wrapped = nn.ModuleList([Calls(self.blocks[0], [self.shared]), Calls(self.blocks[1], [])])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.wrapped:
+            x = block(x)
+        return x
+
+
+class Calls(nn.Module):
+    def __init__(self, own: nn.Module, others: list[nn.Module]) -> None:
+        super().__init__()
+        self.own = own
+        self.others = others  # a list: not its children
+
+    def forward(self, x: Tensor) -> Tensor:
+        for other in self.others:
+            x = other(x)
+        return self.own(x)
+
+
+def test_a_layer_that_a_block_borrows_is_calibrated_there() -> None:
+    model = Borrows()
+    x = torch.randn(20, 8)
+    layers = covered(model)
+    for calls in model.wrapped:
+        assert isinstance(calls, Calls)
+        calls.others = [layers["shared"]] if calls.others else []
+    found: dict[str, InputStatistics] = {}
+    walk(model, layers, [{"x": x}], found.update, gram=True)
+    assert {name: one.tokens for name, one in found.items()} == dict.fromkeys(layers, 20)
+
+
+def test_small_batches_go_together() -> None:
+    model = make("llama")
+    pieces = split(model, [batch(model, rows=1, tokens=100, seed=s) for s in range(25)])
+    assert [len(piece["input_ids"]) for piece in pieces] == [10, 10, 5]
+
+
+def test_works_under_a_callers_inference_mode() -> None:
+    model = make("llama").eval()
+    with torch.inference_mode():
+        inputs = batch(model)
+        dovetail.apply(model, "wanda(0.5) >> gptq(bits=4, group=32) >> lora(r=4)", calibration=[inputs])
+    with torch.enable_grad():
+        model(**batch(model)).logits.sum().backward()

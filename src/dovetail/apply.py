@@ -27,6 +27,7 @@ from dovetail.walk import Inputs
 __all__ = ["Applied", "advance", "applied", "apply", "chain_layers", "stages_left"]
 
 
+@torch.inference_mode(mode=False)  # or training could not use what was made under a caller's inference mode
 def apply(
     model: nn.Module,
     chain_: str | Chain | Link,
@@ -108,6 +109,7 @@ def restore(
     return model
 
 
+@torch.inference_mode(mode=False)
 def advance(
     model: nn.Module, *, calibration: Iterable[Batch] | None = None, seed: int | None = None, progress: bool = False
 ) -> nn.Module:

@@ -101,5 +101,6 @@ def calibration_batches(
             start = torch.full_like(labels[:, :1], decoder_start)
             shifted = torch.cat([start, labels[:, :-1]], 1)
             batch["decoder_input_ids"] = shifted.masked_fill(shifted == IGNORED, collate.pad_id)
+            batch["decoder_attention_mask"] = (shifted != IGNORED).long()
         batches.append(batch)
     return batches

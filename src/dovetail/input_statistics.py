@@ -59,7 +59,7 @@ class InputStatistics:
         return self.square_i.sqrt().to(torch.float32)
 
 
-def padding_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
+def padding_mask(batch: Mapping[str, Tensor], key: str = "attention_mask") -> Tensor | None:
     """(b, t) bool, False where the batch is padding; None where nothing is, or where it doesn't say."""
-    mask = batch.get("attention_mask")
+    mask = batch.get(key)
     return None if mask is None or mask.dim() != 2 or bool(mask.all()) else mask.bool()

@@ -16,6 +16,8 @@ from dovetail.chain.layout import Layout
 from dovetail.chain.linear import ChainLinear
 from dovetail.input_statistics import padding_mask
 from dovetail.products import times_transposed
+from dovetail.roles import CROSS_ATTENTION
+from dovetail.targets import roles_of
 
 Batch = Mapping[str, Tensor]
 
@@ -27,9 +29,9 @@ _ROWS = {"input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "
 
 
 def split(model: nn.Module, batches: Sequence[Batch], most: int = TOKENS) -> list[Batch]:
-    """The batches, cut by rows to about `most` tokens where they are token ids; others as they are."""
+    """The batches, joined and cut by rows to about `most` tokens where they are token ids; others as they are."""
     pieces: list[Batch] = []
-    for batch in batches:
+    for batch in _joined(batches, most) if isinstance(model, PreTrainedModel) else batches:
         tokens = max((tensor.shape[1] for tensor in batch.values() if tensor.dim() == 2), default=0)
         if not tokens or not isinstance(model, PreTrainedModel) or not _ROWS.issuperset(batch):
             pieces.append(batch)
@@ -37,6 +39,22 @@ def split(model: nn.Module, batches: Sequence[Batch], most: int = TOKENS) -> lis
         rows, step = len(next(iter(batch.values()))), max(1, most // tokens)
         pieces += [{k: v[at : at + step] for k, v in batch.items()} for at in range(0, rows, step)]
     return pieces
+
+
+def _joined(batches: Sequence[Batch], most: int) -> Iterator[Batch]:
+    """Small batches of one width together: each piece costs a thread."""
+    waiting: list[Batch] = []
+    for batch in batches:
+        shapes = {name: tensor.shape[1:] for name, tensor in batch.items()}
+        rows = sum(len(next(iter(one.values()))) for one in [*waiting, batch])
+        widest = max((shape[0] for shape in shapes.values() if shape), default=most)
+        alike = waiting and shapes == {name: tensor.shape[1:] for name, tensor in waiting[0].items()}
+        if waiting and (not alike or not _ROWS.issuperset(batch) or rows * widest > most):
+            yield {name: torch.cat([one[name] for one in waiting]) for name in waiting[0]}
+            waiting = []
+        waiting.append(batch)
+    if waiting:
+        yield {name: torch.cat([one[name] for one in waiting]) for name in waiting[0]}
 
 
 @contextmanager
@@ -84,11 +102,24 @@ def input_rows(x: Tensor, layout: Layout, mask: Tensor | None) -> Tensor:
     """A layer's input as rows of X, (n, i), without padding.
 
     x     (..., i), or what a convolution takes
-    mask  (b, t) bool of the tokens that aren't padding; counts where x is (b, t, i)
+    mask  (b, t) bool of the tokens that aren't padding; counts where x is (b, t, i) or (b · t, i)
     """
-    if layout.linear and mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
-        x = x[mask]
+    if layout.linear and mask is not None:
+        if x.dim() == 3 and x.shape[:2] == mask.shape:
+            x = x[mask]
+        elif x.dim() == 2 and len(x) == mask.numel():  # OPT's feed-forward
+            x = x[mask.flatten()]
     return layout.input_rows(x)
+
+
+def read_by_decoder(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those of the layers that an encoder-decoder feeds with its decoder's tokens."""
+    if not isinstance(model, PreTrainedModel) or not model.config.is_encoder_decoder:
+        return set()
+    inside = {id(module) for module in model.get_decoder().modules()}
+    found = {name for name in names if id(model.get_submodule(name)) in inside}
+    crossed = {name for name in found if not CROSS_ATTENTION.isdisjoint(name.split("."))}
+    return found - {name for name in crossed if not {"key", "value"}.isdisjoint(roles_of(name))}
 
 
 class Stop(BaseException):
@@ -99,11 +130,11 @@ class Pass:
     """One forward pass of the model, in a thread of its own, that stops at every block.
 
     block, args, kwargs   where it stands and what it brings; block is None once it is through
-    mask                  (b, t) bool, False where its batch is padding
+    mask, decoder_mask    (b, t) bool, False where its batch is padding
     """
 
     def __init__(self, model: nn.Module, piece: Batch) -> None:
-        self.mask = padding_mask(piece)
+        self.mask, self.decoder_mask = padding_mask(piece), padding_mask(piece, "decoder_attention_mask")
         self.block: str | None = None
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
@@ -153,7 +184,13 @@ class Pass:
             self._answer.put(error)
 
 
-_here = threading.local()
+class _Here(threading.local):
+    """The pass whose thread this is; none in the thread that walks."""
+
+    now: Pass | None = None
+
+
+_here = _Here()
 
 
 class Passes:
@@ -186,6 +223,8 @@ class Passes:
 
     def _gate(self, name: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if _here.now is None:
+                return self._forward[name](*args, **kwargs)
             return _here.now.arrive(name, args, kwargs)
 
         return forward

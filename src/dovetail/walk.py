@@ -19,7 +19,18 @@ from torch import Tensor, nn
 from dovetail.chain.linear import ChainLinear
 from dovetail.errors import DataError
 from dovetail.input_statistics import InputStatistics, padding_mask
-from dovetail.passes import LOOK, Batch, Pass, Passes, first_input, input_rows, quick, split, without_cache
+from dovetail.passes import (
+    LOOK,
+    Batch,
+    Pass,
+    Passes,
+    first_input,
+    input_rows,
+    quick,
+    read_by_decoder,
+    split,
+    without_cache,
+)
 from dovetail.progress import Bar
 
 Inputs = Literal["compressed", "original"]
@@ -73,9 +84,9 @@ def walk(
     try:
         with without_cache(model), quick(layers.values()):
             batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
-            once = _look_ahead(model, layers, split(model, batches, LOOK))
+            left, once = _look_ahead(model, layers, split(model, batches, LOOK))
             pieces = split(model, batches)
-            left = blocks_of(model, list(layers))
+            decoded = read_by_decoder(model, layers)
             with Bar(title, len(left), shown=progress) as bar, Passes(model, list(left), pieces) as passes:
                 while left and (here := passes.waiting()):
                     block = str(here[0].block)
@@ -83,7 +94,7 @@ def walk(
                     if not names:  # a block that is used again
                         passes.go_on(here)
                         continue
-                    statistics = _statistics(passes, here, {name: layers[name] for name in names}, gram, once)
+                    statistics = _statistics(passes, here, {name: layers[name] for name in names}, gram, once, decoded)
                     if inputs == "original":
                         if left:
                             passes.go_on(here)
@@ -101,12 +112,12 @@ def walk(
 
 
 def _statistics(
-    passes: Passes, here: list[Pass], layers: Mapping[str, ChainLinear], gram: bool, once: set[str]
+    passes: Passes, here: list[Pass], layers: Mapping[str, ChainLinear], gram: bool, once: set[str], decoded: set[str]
 ) -> dict[str, InputStatistics]:
     """Runs the block on what every pass brings it, and adds up what its layers are fed."""
-    found = _watch(passes, here, layers, gram, once, share=True) or _watch(
-        passes, here, layers, gram, once, share=False
-    )
+    found = _watch(passes, here, layers, gram, once, decoded, share=True)
+    if found is None:
+        found = _watch(passes, here, layers, gram, once, decoded, share=False)
     assert found is not None
     for name, statistics in found.items():
         if not statistics.tokens:
@@ -128,11 +139,20 @@ def _statistics(
 
 
 def _watch(
-    passes: Passes, here: list[Pass], layers: Mapping[str, ChainLinear], gram: bool, once: set[str], *, share: bool
+    passes: Passes,
+    here: list[Pass],
+    layers: Mapping[str, ChainLinear],
+    gram: bool,
+    once: set[str],
+    decoded: set[str],
+    *,
+    share: bool,
 ) -> dict[str, InputStatistics] | None:
     """Statistics of each layer; None where two layers turned out to share their input in some batches only.
 
-    share  layers that are fed the very same tensor (query, key and value) share one object
+    once     the layers that a forward pass calls just once
+    decoded  the layers that read the decoder's tokens
+    share    layers that are fed the very same tensor (query, key and value) share one object
     """
     found: dict[str, InputStatistics] = {}
     leader: dict[str, str] = {}
@@ -151,7 +171,7 @@ def _watch(
                 if name not in found:
                     found[name] = InputStatistics(layer.in_features, gram=gram, dtype=x.dtype, device=x.device)
                 seen[name] = (x, x._version)
-                found[name].add(input_rows(x, layer.layout, one.mask))
+                found[name].add(input_rows(x, layer.layout, one.decoder_mask if name in decoded else one.mask))
 
         passes.feed(one, layers, see, left)
         if not consistent:
@@ -164,36 +184,61 @@ def _watch(
     return {name: found[leader.get(name, name)] for name in layers}
 
 
-def _look_ahead(model: nn.Module, layers: Mapping[str, ChainLinear], pieces: Sequence[Batch]) -> set[str]:
+def _look_ahead(
+    model: nn.Module, layers: Mapping[str, ChainLinear], pieces: Sequence[Batch]
+) -> tuple[dict[str, list[str]], set[str]]:
     """Runs the model on the first piece, on more only to find a layer that this one doesn't reach.
 
-    returns  the layers that a forward pass calls just once
+    returns  the blocks with the layers that are called in each (`blocks_of`, unless a block calls a layer from
+             elsewhere, or a layer is called outside of its own), and the layers that a forward pass calls just once
     errors   DataError for NaN activations and for layers that nothing reaches, while the model is still untouched
     """
     calls = dict.fromkeys(layers, 0)
-    mask: Tensor | None = None
+    blocks = blocks_of(model, list(layers))
+    inside: list[str] = []
+    called_in: dict[str, str] = {}
+    decoded = read_by_decoder(model, layers)
+    masks: dict[bool, Tensor | None] = {}
 
     def watch(name: str, layer: ChainLinear) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls[name] += 1
-            if not bool(torch.isfinite(input_rows(first_input(args, kwargs), layer.layout, mask)).all()):
+            called_in.setdefault(name, inside[0] if inside else name)
+            x = input_rows(first_input(args, kwargs), layer.layout, masks[name in decoded])
+            if not bool(torch.isfinite(x).all()):
                 raise _not_finite(name)
 
         return hook
 
     handles = [layer.register_forward_pre_hook(watch(name, layer), with_kwargs=True) for name, layer in layers.items()]
+
+    def enter(block: str) -> Any:
+        return lambda module, args: inside.append(block)
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        inside.pop()
+
+    for block in blocks.keys() - layers.keys():
+        module = model.get_submodule(block)
+        handles += [module.register_forward_pre_hook(enter(block)), module.register_forward_hook(leave)]
     once: set[str] | None = None
     try:
         for piece in pieces:
-            mask = padding_mask(piece)
+            masks = {False: padding_mask(piece), True: padding_mask(piece, "decoder_attention_mask")}
             model(**piece)
             once = {name for name, count in calls.items() if count == 1} if once is None else once
             if all(calls.values()):
-                return once
+                break
+        else:
+            raise _unreached(next(name for name, count in calls.items() if not count))
     finally:
         for handle in handles:
             handle.remove()
-    raise _unreached(next(name for name, count in calls.items() if not count))
+    found: dict[str, list[str]] = {}
+    for names in blocks.values():
+        for name in names:
+            found.setdefault(called_in[name], []).append(name)
+    return found, once
 
 
 def _not_finite(name: str) -> DataError:
