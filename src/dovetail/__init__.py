@@ -6,6 +6,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dovetail import experts
     from dovetail.adapt.elastic import extract
     from dovetail.adapter import load_adapter, save_adapter
     from dovetail.apply import advance, apply
@@ -70,6 +71,7 @@ __all__ = [
     "apply",
     "chain",
     "evaluate",
+    "experts",
     "extract",
     "footprint",
     "load",
@@ -92,6 +94,8 @@ class _Package(types.ModuleType):
     """`dovetail.merge` is the function, also after the module of that name has been imported."""
 
     def __getattr__(self, name: str) -> Any:
+        if name == "experts":
+            return importlib.import_module("dovetail.experts")
         if name not in _HOME:
             raise AttributeError(f"module 'dovetail' has no attribute {name!r}")
         value = getattr(importlib.import_module(f"dovetail.{_HOME[name]}"), name)
@@ -104,7 +108,7 @@ class _Package(types.ModuleType):
         super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *_HOME]
+        return [*super().__dir__(), *_HOME, "experts"]
 
 
 sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,276 @@
+"""Experts: task vectors of adapters, compressed to signs of their largest values and one scale (ComPEFT).
+
+`compress` makes one, `load` reads one, `Expert.dense` gives its numbers back. In memory an expert is what it is in its
+file: a fiftieth of a bf16 task vector at density 0.05.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from dovetail.errors import DataError, LoadError
+from dovetail.experts import file, ternary
+from dovetail.experts.codec import Coded, code, decode_dense, decode_indices, decode_masks, word_count
+from dovetail.experts.masks import Masks, compare
+from dovetail.fingerprint import model_fingerprint
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A compressed task vector.
+
+    header  what its file says about it (`file.Header`)
+    coded   its tensors by name, still compressed
+    """
+
+    header: file.Header
+    coded: dict[str, Coded]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: coded.shape for name, coded in self.coded.items()}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """What the tensors were before they were compressed."""
+        return {entry.name: getattr(torch, entry.dtype) for entry in self.header.tensors}
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """What a one of each tensor is worth: alpha times the standard deviation."""
+        scales = self.header.scales
+        return {name: scales[0 if self.header.scale == "vector" else at] for at, name in enumerate(self.coded)}
+
+    @property
+    def alpha(self) -> float:
+        return self.header.alpha
+
+    @property
+    def density(self) -> float:
+        """The share of values that was to be kept. `kept` over `numel` is less where values were zero."""
+        return self.header.density
+
+    @property
+    def numel(self) -> int:
+        return sum(coded.numel for coded in self.coded.values())
+
+    @property
+    def kept(self) -> int:
+        """How many values aren't zero."""
+        return sum(coded.kept for coded in self.coded.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its file."""
+        directory = b"".join(coded.directory.tobytes() for coded in self.coded.values())
+        blocks = sum(len(coded.blocks) for coded in self.coded.values())
+        return len(file.header_bytes(self.header, directory, blocks)) + len(directory) + blocks
+
+    def save(self, path: str | Path) -> Path:
+        """Writes it, atomically; any safetensors reader opens the file (`docs/format.md`)."""
+        path = Path(path).absolute()
+        file.write(path, self.header, list(self.coded.values()))
+        return path
+
+    def dense(
+        self,
+        dtype: torch.dtype | None = None,
+        *,
+        into: Mapping[str, Tensor] | None = None,
+        threads: int | None = None,
+    ) -> dict[str, Tensor]:
+        """The task vector: scale times sign where a value was kept, 0 elsewhere.
+
+        dtype    of all tensors; None: what each was
+        into     tensors to write to, by name, of the same shapes; their dtypes and devices count. What isn't
+                 contiguous or isn't on the CPU is decoded beside and copied
+        threads  None: torch's number of threads
+        returns  tensors by name, those of `into` where given
+        errors   LoadError for changed bytes, and for a tensor that `into` lacks or has in another shape
+        """
+        result = {}
+        for name, coded in self.coded.items():
+            if into is None:
+                out = held = torch.empty(coded.shape, dtype=dtype or self.dtypes[name])
+            else:
+                out = _given(into, name, coded.shape)
+                direct = out.is_contiguous() and out.device.type == "cpu"
+                held = out.detach() if direct else torch.empty(coded.shape, dtype=out.dtype)
+            decode_dense(coded, held, self.scales[name], name, threads or torch.get_num_threads())
+            if held.data_ptr() != out.data_ptr() or held.device != out.device:
+                with torch.no_grad():
+                    out.copy_(held)
+            result[name] = out
+        return result
+
+    def indices(self, name: str) -> tuple[Tensor, Tensor]:
+        """Row-major positions (int64, rising) of a tensor's values that aren't zero, and their signs (int8)."""
+        if name not in self.coded:
+            raise LoadError(f"expert at {name}", found="no such tensor", rule=f"it holds {', '.join(self.coded)[:300]}")
+        at, signs = decode_indices(self.coded[name], name)
+        return torch.from_numpy(at), torch.from_numpy(signs)
+
+    def masks(self, *, threads: int | None = None) -> Masks:
+        """Two bits a value, for arithmetic without decoding (`dovetail.experts.masks`)."""
+        words = sum(word_count(coded.numel) for coded in self.coded.values())
+        masks = Masks(np.empty((2, words), np.uint64), self.shapes, self.scales)
+        for name, first, _ in masks.spans():
+            decode_masks(self.coded[name], masks.words, first, name, threads or torch.get_num_threads())
+        return masks
+
+    def with_alpha(self, alpha: float) -> Expert:
+        """The same signs with scales of another alpha; shares the compressed bytes."""
+        _check_alpha(alpha)
+        scales = tuple(scale / self.alpha * alpha for scale in self.header.scales)
+        return replace(self, header=self.header.model_copy(update={"alpha": float(alpha), "scales": scales}))
+
+    def check_base(self, base: nn.Module | str) -> None:
+        """LoadError unless it was made for this model, or for the model of this fingerprint."""
+        found = base if isinstance(base, str) else model_fingerprint(base)
+        if self.header.base is None:
+            rule = "an expert says which base it is for"
+            raise LoadError("expert", found="one that doesn't", rule=rule, fix="compress(…, base=model)")
+        if found != self.header.base:
+            raise LoadError(
+                "expert",
+                found=f"a base with fingerprint {found}",
+                rule=f"this expert is for the base {self.header.base}",
+                fix="load the very checkpoint and dtype that it was trained on",
+            )
+
+
+def compress(
+    task_vector: Mapping[str, Tensor],
+    density: float,
+    alpha: float = 1.0,
+    scale: Literal["vector", "tensor"] = "vector",
+    *,
+    base: nn.Module | str | None = None,
+    chain: str | None = None,
+    peft: dict[str, pydantic.JsonValue] | None = None,
+    provenance: dict[str, pydantic.JsonValue] | None = None,
+) -> Expert:
+    """A task vector's signs where it is largest, and a scale (`ternary`; ComPEFT, Algorithm 1).
+
+    task_vector  fine-tuned less initial parameters, by name; float64, float32, float16 or bfloat16, any shapes
+    density      the share of all values to keep, 0..1: round(density · n), counted over all tensors together
+    alpha        scale = alpha · standard deviation. 1 does for bases of 13B and more at densities up to 0.2; for
+                 smaller ones choose it on a validation set, over 0.5 to 10 (§4.2): `Expert.with_alpha` is free
+    scale        "vector": one standard deviation, of all values; "tensor": each tensor's own
+    base         the model that it adapts, or its fingerprint
+    chain, peft  what the task vector is of: a chain's text, or a peft adapter's config
+    errors       DataError for NaN, infinity, another dtype, density or alpha out of range
+    """
+    if not (isinstance(density, (int, float)) and 0 <= density <= 1):
+        raise DataError("compress", found=f"density={density}", rule="the share of values to keep, from 0 to 1")
+    if scale not in ("vector", "tensor"):
+        raise DataError("compress", found=f"scale={scale!r}", rule='"vector" or "tensor"')
+    _check_alpha(alpha)
+    selection = ternary.top_k(task_vector, density, per_tensor=scale == "tensor")
+    names = sorted(task_vector)
+    spreads = selection.spreads if scale == "tensor" else dict.fromkeys(names, selection.spread)
+    coded = {name: code(selection.masks[name], tuple(task_vector[name].shape)) for name in names}
+    scales = [alpha * spreads[name] for name in names] if scale == "tensor" else [alpha * selection.spread]
+    dtypes = {name: task_vector[name].dtype for name in names}
+    fingerprint = model_fingerprint(base) if isinstance(base, nn.Module) else base
+    return _expert(coded, dtypes, scale, scales, density, alpha, fingerprint, chain, peft, provenance or {})
+
+
+def from_masks(masks: Masks, like: Expert, *, provenance: dict[str, pydantic.JsonValue] | None = None) -> Expert:
+    """An expert of ternary values made on masks: a merged one, say. Base, chain and dtypes are those of `like`."""
+    coded = {}
+    for name, first, last in masks.spans():
+        coded[name] = code(np.ascontiguousarray(masks.words[:, first:last]), masks.shapes[name])
+    said, dtypes = like.header, {name: like.dtypes[name] for name in coded}
+    density = masks.kept / masks.numel if masks.numel else 0.0
+    scales = [masks.scales[name] for name in coded]
+    return _expert(
+        coded, dtypes, "tensor", scales, density, 1.0, said.base, said.chain, said.peft, provenance or {}
+    )  # fmt: skip
+
+
+def load(path: str | Path, *, base: nn.Module | str | None = None, tensors: Sequence[str] | None = None) -> Expert:
+    """Reads an expert, which stays compressed until it is asked for numbers.
+
+    base     the model that it is for, or its fingerprint: another is refused
+    tensors  names to read, without the blocks of the others; None: all
+    errors   LoadError for a file that isn't whole or isn't an expert, and for another base
+    """
+    header, coded = file.read(Path(path), tensors)
+    expert = Expert(header, coded)
+    if base is not None:
+        expert.check_base(base)
+    return expert
+
+
+def similarity(a: Expert | Masks, b: Expert | Masks) -> dict[str, float]:
+    """How alike two experts of the same tensors are, counted on masks.
+
+    returns  dot, cosine: of the decoded vectors, scales included (cosine 0 where one is zero)
+             hamming: number of values that aren't the same of -1, 0, 1
+             sign_agreement: of the values that both keep, the share with the same sign (0 where there are none)
+             kept_a, kept_b, kept_both, numel: how many
+    errors   DataError for experts of different tensors
+    """
+    return compare(a.masks() if isinstance(a, Expert) else a, b.masks() if isinstance(b, Expert) else b)
+
+
+def _expert(
+    coded: dict[str, Coded],
+    dtypes: Mapping[str, torch.dtype],
+    scale: Literal["vector", "tensor"],
+    scales: Sequence[float],
+    density: float,
+    alpha: float,
+    base: str | None,
+    chain: str | None,
+    peft: dict[str, pydantic.JsonValue] | None,
+    provenance: dict[str, pydantic.JsonValue],
+) -> Expert:
+    entries = [
+        {
+            "name": name,
+            "shape": each.shape,
+            "dtype": str(dtypes[name]).removeprefix("torch."),
+            "order": "columns" if each.columns else "rows",
+        }
+        for name, each in coded.items()
+    ]
+    said = {
+        "tensors": entries,
+        "scale": scale,
+        "scales": list(scales),
+        "density": float(density),
+        "alpha": float(alpha),
+    }
+    said |= {"base": base, "chain": chain, "peft": peft, "provenance": provenance}
+    try:
+        header = file.Header.model_validate_json(json.dumps(said, allow_nan=False))
+    except (pydantic.ValidationError, ValueError, TypeError) as error:
+        found = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else str(error)
+        rule = "an expert's header holds finite numbers, JSON and names of at most 500 characters"
+        raise DataError("compress", found=found[:300], rule=rule) from None
+    return Expert(header, coded)
+
+
+def _given(into: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    out = into.get(name)
+    if out is None or tuple(out.shape) != shape or not out.dtype.is_floating_point or out.dtype.itemsize < 2:
+        found = "nothing" if out is None else f"{list(out.shape)}, {out.dtype}"
+        raise LoadError(f"buffer for {name}", found=found, rule=f"a float tensor of shape {list(shape)}")
+    return out
+
+
+def _check_alpha(alpha: float) -> None:
+    if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
+        raise DataError("alpha", found=str(alpha), rule="a finite number above 0")

@@ -1,0 +1,215 @@
+"""An expert's file: a safetensors container of two byte tensors, directory and blocks, and a header as JSON.
+
+docs/format.md is the format. Everything that the header declares is checked against the file's size before a tensor is
+allocated; the header and the directory are under one CRC-32C, and each block under the one that the directory says, so
+that a changed bit is found in whatever is read. A tensor is found without reading the others' blocks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import pydantic
+
+from dovetail.errors import LoadError
+from dovetail.experts.codec import ENTRY, Coded, block_count
+from dovetail.experts.native import crc32c
+
+HEADER_NBYTES = 1 << 24
+"""The most that the container's header may take."""
+MAX_NUMEL = 1 << 48
+
+_Size = Annotated[int, pydantic.Field(ge=0, le=MAX_NUMEL, strict=True)]
+_Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
+_Text = Annotated[str, pydantic.Field(max_length=500)]
+
+
+class _Part(pydantic.BaseModel, extra="forbid", frozen=True, strict=True):
+    """A byte tensor of the container."""
+
+    dtype: Literal["U8"]
+    shape: tuple[_Size]
+    data_offsets: tuple[_Size, _Size]
+
+
+class _Metadata(pydantic.BaseModel, extra="forbid", frozen=True, strict=True):
+    dovetail: str
+    crc32c: Annotated[str, pydantic.Field(pattern="^[0-9a-f]{8}$")]
+
+
+class _Container(pydantic.BaseModel, extra="forbid", frozen=True, strict=True):
+    metadata: Annotated[_Metadata, pydantic.Field(alias="__metadata__")]
+    directory: _Part
+    blocks: _Part
+
+
+class TensorEntry(pydantic.BaseModel, extra="forbid", frozen=True, strict=True):
+    """A tensor: its name, shape, the dtype that it had, and whether a matrix is stored row after row or by columns."""
+
+    name: _Text
+    shape: Annotated[tuple[_Size, ...], pydantic.Field(max_length=64)]
+    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    order: Literal["rows", "columns"]
+
+    @pydantic.model_validator(mode="after")
+    def _small_enough(self) -> TensorEntry:
+        if math.prod(max(size, 1) for size in self.shape) > MAX_NUMEL:
+            raise ValueError(f"at most 2^48 values in {self.name[:80]}")
+        if self.order == "columns" and len(self.shape) != 2:
+            raise ValueError(f"columns are a matrix's, and {self.name[:80]} is none")
+        return self
+
+
+class Header(pydantic.BaseModel, extra="forbid", frozen=True, strict=True):
+    """What the file says about its expert.
+
+    tensors     in the sorted order of their names
+    scale       "vector": `scales` has one, for all; "tensor": one for each
+    density     that was asked for; alpha: that the scales were made with
+    base        fingerprint of the model that it adapts (`dovetail.fingerprint`)
+    chain       of the adapter that the task vector is of; peft: its adapter_config.json
+    provenance  whatever else is to be known
+    """
+
+    format: Literal["dovetail-expert"] = "dovetail-expert"
+    version: Literal[1] = 1
+    tensors: tuple[TensorEntry, ...]
+    scale: Literal["vector", "tensor"]
+    scales: tuple[_Finite, ...]
+    density: Annotated[float, pydantic.Field(ge=0, le=1)]
+    alpha: Annotated[_Finite, pydantic.Field(gt=0)]
+    base: _Text | None = None
+    chain: str | None = None
+    peft: dict[str, pydantic.JsonValue] | None = None
+    provenance: dict[str, pydantic.JsonValue] = {}
+
+    @pydantic.model_validator(mode="after")
+    def _goes_together(self) -> Header:
+        names = [entry.name for entry in self.tensors]
+        if any(first >= second for first, second in pairwise(names)):
+            raise ValueError("names of tensors rise, and none is there twice")
+        if len(self.scales) != (1 if self.scale == "vector" else len(names)):
+            raise ValueError(f"{len(self.scales)} scales for {len(names)} tensors, one {self.scale} each")
+        return self
+
+
+def header_bytes(header: Header, directory: bytes, blocks_nbytes: int) -> bytes:
+    """What stands before the directory and the blocks."""
+    text = header.model_dump_json()
+    container = _Container(
+        __metadata__=_Metadata(dovetail=text, crc32c=f"{crc32c(text.encode() + directory):08x}"),
+        directory=_Part(dtype="U8", shape=(len(directory),), data_offsets=(0, len(directory))),
+        blocks=_Part(dtype="U8", shape=(blocks_nbytes,), data_offsets=(len(directory), len(directory) + blocks_nbytes)),
+    )
+    data = container.model_dump_json(by_alias=True).encode()
+    data += b" " * (-len(data) % 8)
+    return len(data).to_bytes(8, "little") + data
+
+
+def write(path: Path, header: Header, coded: Sequence[Coded]) -> None:
+    """Writes beside the file, to the disk, and renames: it is whole, or what was there before."""
+    directory = b"".join(each.directory.tobytes() for each in coded)
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(header_bytes(header, directory, sum(len(each.blocks) for each in coded)))
+            file.write(directory)
+            for each in coded:
+                file.write(each.blocks.data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, 0o666 & ~_umask())
+        os.replace(part, path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read(path: Path, names: Sequence[str] | None = None) -> tuple[Header, dict[str, Coded]]:
+    """Header and coded tensors of a file; of `names` alone where they are given, without reading the others' blocks.
+
+    errors  LoadError for a file that isn't whole, isn't an expert, or lacks a name
+    """
+    where = str(path)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, HEADER_NBYTES):
+                rule = f"a safetensors header within the file, of at most {HEADER_NBYTES} bytes"
+                raise LoadError(where, found=f"{size} bytes, {length} of them header", rule=rule)
+            container = _Container.model_validate_json(file.read(length))
+            _check_parts(where, container, size - 8 - length)
+            start = container.directory.data_offsets[0]
+            file.seek(8 + length + start)
+            directory = file.read(container.directory.shape[0])
+            text = container.metadata.dovetail
+            if f"{crc32c(text.encode() + directory):08x}" != container.metadata.crc32c:
+                rule = "header and directory have the CRC-32C that the metadata says"
+                raise LoadError(where, found="another", rule=rule, fix="copy the file again")
+            header = Header.model_validate_json(text)
+            entries = np.frombuffer(directory, dtype=ENTRY)
+            wanted = None if names is None else set(names)
+            if wanted is not None and (missing := wanted - {entry.name for entry in header.tensors}):
+                raise LoadError(where, found=f"no tensor {min(missing)}", rule="the file holds what is asked for")
+            starts = _blocks_of(where, header, entries, container.blocks.shape[0])
+            first = 8 + length + container.blocks.data_offsets[0]
+            coded, kept = {}, []
+            for place, entry in enumerate(header.tensors):
+                if wanted is not None and entry.name not in wanted:
+                    continue
+                (block, offset), (block_end, offset_end) = starts[place], starts[place + 1]
+                blocks = np.empty(offset_end - offset, np.uint8)
+                file.seek(first + offset)
+                if file.readinto(blocks.data) != len(blocks):
+                    raise LoadError(where, found="a file that became shorter", rule="it is there whole")
+                columns = entry.order == "columns"
+                coded[entry.name] = Coded(entry.shape, columns, entries[block:block_end], blocks)
+                kept.append(place)
+    except OSError as error:
+        raise LoadError(where, found=error.strerror or str(error), rule="an expert is a file") from None
+    except pydantic.ValidationError as error:
+        first_error = error.errors(include_input=False)[0]
+        place = ".".join(map(str, first_error["loc"]))[:200] or "header"
+        raise LoadError(where, found=f"{place}: {first_error['msg'][:200]}", rule="docs/format.md") from None
+    if wanted is not None:
+        scales = header.scales if header.scale == "vector" else tuple(header.scales[place] for place in kept)
+        header = header.model_copy(
+            update={"tensors": tuple(header.tensors[place] for place in kept), "scales": scales}
+        )  # fmt: skip
+    return header, coded
+
+
+def _check_parts(where: str, container: _Container, size: int) -> None:
+    """The two tensors are as long as they say, and take the rest of the file, one behind the other."""
+    ends = sorted((part.data_offsets for part in (container.directory, container.blocks)), key=lambda ends: ends)
+    right = all(p.data_offsets[1] - p.data_offsets[0] == p.shape[0] for p in (container.directory, container.blocks))
+    if not right or ends[0][0] != 0 or ends[0][1] != ends[1][0] or ends[1][1] != size:
+        found = f"parts at {list(ends[0])} and {list(ends[1])} of {size} bytes"
+        raise LoadError(where, found=found, rule="the parts fill the file", fix="copy the file again")
+
+
+def _blocks_of(where: str, header: Header, entries: np.ndarray, nbytes: int) -> list[tuple[int, int]]:
+    """Of each tensor, and behind the last, the first block's number and offset; LoadError where they don't add up."""
+    ends = np.concatenate([[0], np.cumsum(entries["length"].astype(np.int64))])
+    block, starts = 0, [(0, 0)]
+    for entry in header.tensors:
+        block += block_count(math.prod(entry.shape))
+        starts.append((block, int(ends[block]) if block < len(ends) else -1))
+    if block != len(entries) or ends[-1] != nbytes:
+        found = f"{len(entries)} blocks of {int(ends[-1])} bytes; shapes ask for {block}, and there are {nbytes} bytes"
+        raise LoadError(where, found=found, rule="an entry for each 65,536 values, lengths that add up")
+    return starts

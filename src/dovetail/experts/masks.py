@@ -1,0 +1,260 @@
+"""Arithmetic on experts as bit masks, 64 values at a time, without decoding (ComPEFT §2.2).
+
+A value is in the mask of plus, in that of minus, or in neither. With p, m and q, n the masks of two experts:
+
+  agree = |p q ∪ m n|,  disagree = |p n ∪ m q|,  dot of signs = agree - disagree,
+  Hamming distance (values that aren't the same) = kept_a + kept_b - 2 agree - disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dovetail.errors import DataError
+from dovetail.experts.codec import word_count
+from dovetail.experts.native import compiled, get, popcount, put, trailing_zeros
+
+_FEW = 4  # experts that an election takes bit-parallel
+_CHUNK = 1 << 14  # words whose sums are held at a time
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Ternary values of many tensors.
+
+    words   uint64, (2, words): row 0 is plus, row 1 minus; each tensor starts at a word of its own
+    shapes  of the tensors, in the order in which they lie; value v, row-major, is bit v mod 64 of word v div 64
+    scales  what one of a tensor is worth
+    """
+
+    words: np.ndarray
+    shapes: dict[str, tuple[int, ...]]
+    scales: dict[str, float]
+
+    def spans(self) -> Iterator[tuple[str, int, int]]:
+        """Each tensor's name, first word and the one behind its last."""
+        first = 0
+        for name, shape in self.shapes.items():
+            last = first + word_count(math.prod(shape))
+            yield name, first, last
+            first = last
+
+    @property
+    def numel(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def kept(self) -> int:
+        return int(_kept(self.words[0], self.words[1]))
+
+
+def compare(a: Masks, b: Masks) -> dict[str, float]:
+    """How alike two experts are (`dovetail.experts.similarity`).
+
+    returns  dot, cosine: of the decoded vectors, scales included (cosine 0 where one is zero)
+             hamming: number of values that aren't the same of -1, 0, 1
+             sign_agreement: of the values that both keep, the share with the same sign (0 where there are none)
+             kept_a, kept_b, kept_both, numel: how many
+    errors   DataError for experts of different tensors
+    """
+    agree = disagree = 0
+    dot = squares_a = squares_b = 0.0
+    for first, last, (scale_a, scale_b) in _stretches(a, b):
+        parts = [words[first:last] for words in (*a.words, *b.words)]
+        same, opposite = _agreement(*parts)
+        agree, disagree = agree + same, disagree + opposite
+        dot += scale_a * scale_b * (same - opposite)
+        squares_a += scale_a**2 * _kept(parts[0], parts[1])
+        squares_b += scale_b**2 * _kept(parts[2], parts[3])
+    kept_a, kept_b, both = a.kept, b.kept, agree + disagree
+    return {
+        "dot": dot,
+        "cosine": dot / math.sqrt(squares_a) / math.sqrt(squares_b) if squares_a and squares_b else 0.0,
+        "hamming": kept_a + kept_b - 2 * agree - disagree,
+        "sign_agreement": agree / both if both else 0.0,
+        "kept_a": kept_a,
+        "kept_b": kept_b,
+        "kept_both": both,
+        "numel": a.numel,
+    }
+
+
+def dot(a: Masks, b: Masks) -> float:
+    """Dot product of the decoded vectors."""
+    total = 0.0
+    for first, last, (scale_a, scale_b) in _stretches(a, b):
+        agree, disagree = _agreement(*(words[first:last] for words in (*a.words, *b.words)))
+        total += scale_a * scale_b * (agree - disagree)
+    return total
+
+
+def scaled_sum(experts: Sequence[Masks], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
+    """Sum of weight times decoded vector, float32; added in float32 in the order of the experts.
+
+    weights  one each; None: all 1
+    """
+    _check(experts)
+    factors = [1.0] * len(experts) if weights is None else list(weights)
+    sums = {name: torch.zeros(shape) for name, shape in experts[0].shapes.items()}
+    for masks, factor in zip(experts, factors, strict=True):
+        for name, first, last in masks.spans():
+            out = sums[name].view(-1).numpy()
+            _add(masks.words[0, first:last], masks.words[1, first:last], np.float32(factor * masks.scales[name]), out)
+    return sums
+
+
+def sign_sum(experts: Sequence[Masks]) -> dict[str, Tensor]:
+    """Sum of the signs alone, int16: how many experts raise a value, less how many lower it."""
+    _check(experts)
+    sums = {name: torch.zeros(shape, dtype=torch.int16) for name, shape in experts[0].shapes.items()}
+    for masks in experts:
+        for name, first, last in masks.spans():
+            _add(masks.words[0, first:last], masks.words[1, first:last], np.int16(1), sums[name].view(-1).numpy())
+    return sums
+
+
+def elect(
+    experts: Sequence[Masks], weights: Sequence[float] | None = None, by: Literal["value", "count"] = "value"
+) -> Masks:
+    """TIES' elected signs (Yadav et al. 2023, §3): of each value, the sign of the sum over the experts; scales are 1.
+
+    weights  one for each expert; None: all 1
+    by       "value" sums weight · scale · sign in float64, in the order of the experts; "count" weight · sign
+    """
+    _check(experts)
+    factors = [1.0] * len(experts) if weights is None else list(weights)
+    out = np.zeros_like(experts[0].words)
+    known: dict[tuple[float, ...], np.ndarray] = {}
+    for first, last, scales in _stretches(*experts):
+        units = [f * (s if by == "value" else 1.0) for f, s in zip(factors, scales, strict=True)]
+        if len(experts) > _FEW:
+            for start in range(first, last, _CHUNK):
+                stop = min(start + _CHUNK, last)
+                sums = np.zeros((stop - start) * 64)
+                for masks, unit in zip(experts, units, strict=True):
+                    _add(masks.words[0, start:stop], masks.words[1, start:stop], np.float64(unit), sums)
+                _signs(sums, out[0, start:stop], out[1, start:stop])
+            continue
+        votes = known.setdefault(tuple(units), _votes(units))
+        padded = [*experts, *experts[:1] * (_FEW - len(experts))]  # whose votes count nothing
+        parts = [words[first:last] for masks in padded for words in masks.words]
+        _elect_few(*parts, votes, out[0, first:last], out[1, first:last])
+    return Masks(out, experts[0].shapes, dict.fromkeys(experts[0].shapes, 1.0))
+
+
+def _votes(units: Sequence[float]) -> np.ndarray:
+    """(2, 81) words of ones where plus wins, or minus, for each way that four experts can vote; 0, 1, 2 is 0, +, -."""
+    padded = [*units, *[0.0] * (_FEW - len(units))]
+    table = np.zeros((2, 3**_FEW), np.uint64)
+    for place, signs in enumerate(product((0.0, 1.0, -1.0), repeat=_FEW)):
+        total = 0.0
+        for sign, unit in zip(signs, padded, strict=True):
+            total += sign * unit
+        if total != 0:
+            table[int(total < 0), place] = np.uint64(2**64 - 1)
+    return table
+
+
+def _check(experts: Sequence[Masks]) -> None:
+    if not experts:
+        raise DataError("masks", found="no expert", rule="there is at least one")
+    for masks in experts[1:]:
+        if masks.shapes == experts[0].shapes and list(masks.shapes) == list(experts[0].shapes):
+            continue
+        both = masks.shapes.keys() | experts[0].shapes.keys()
+        odd = sorted(name for name in both if masks.shapes.get(name) != experts[0].shapes.get(name))
+        found = f"{odd[0]}: {_shape(experts[0].shapes, odd[0])} and {_shape(masks.shapes, odd[0])}" if odd else "orders"
+        raise DataError("experts that don't go together", found=found, rule="they hold the same tensors, in one order")
+
+
+def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
+    return str(list(shapes[name])) if name in shapes else "none"
+
+
+def _stretches(*experts: Masks) -> Iterator[tuple[int, int, tuple[float, ...]]]:
+    """First and last word of stretches over which no expert's scale changes, and the scales."""
+    _check(experts)
+    start, end, held = 0, 0, None
+    for name, first, last in experts[0].spans():
+        scales = tuple(masks.scales[name] for masks in experts)
+        if held is not None and scales != held:
+            yield start, end, held
+            start = first
+        end, held = last, scales
+    if held is not None:
+        yield start, end, held
+
+
+@compiled
+def _kept(plus, minus):
+    count = 0
+    for i in range(len(plus)):
+        count += popcount(get(plus, i) | get(minus, i))
+    return count
+
+
+@compiled
+def _agreement(p, m, q, n):
+    agree = disagree = 0
+    for i in range(len(p)):
+        agree += popcount((get(p, i) & get(q, i)) | (get(m, i) & get(n, i)))
+        disagree += popcount((get(p, i) & get(n, i)) | (get(m, i) & get(q, i)))
+    return agree, disagree
+
+
+@compiled
+def _add(plus, minus, unit, out):
+    for w in range(len(plus)):
+        both = plus[w] | minus[w]
+        while both != np.uint64(0):
+            bit = trailing_zeros(both)
+            both &= both - np.uint64(1)
+            out[w * 64 + bit] += -unit if minus[w] >> np.uint64(bit) & np.uint64(1) else unit
+
+
+@compiled
+def _signs(sums, plus, minus):
+    for w in range(len(plus)):
+        up, down = np.uint64(0), np.uint64(0)
+        for j in range(64):
+            value = get(sums, w * 64 + j)
+            up |= np.uint64(value > 0) << np.uint64(j)
+            down |= np.uint64(value < 0) << np.uint64(j)
+        put(plus, w, up)
+        put(minus, w, down)
+
+
+@compiled
+def _elect_few(p0, m0, p1, m1, p2, m2, p3, m3, votes, plus, minus):
+    """Every way that the first three can vote is a mask; the fourth decides. In chunks that stay in the cache."""
+    size = 64
+    firsts, seconds = np.empty((3, size), np.uint64), np.empty((3, size), np.uint64)
+    thirds, last = np.empty((3, size), np.uint64), np.empty((3, size), np.uint64)
+    for start in range(0, len(plus), size):
+        n = min(size, len(plus) - start)
+        for states, p, m in ((firsts, p0, m0), (seconds, p1, m1), (thirds, p2, m2), (last, p3, m3)):
+            for i in range(n):
+                up, down = get(p, start + i), get(m, start + i)
+                states[0, i], states[1, i], states[2, i] = ~(up | down), up, down
+        for i in range(n):
+            put(plus, start + i, np.uint64(0))
+            put(minus, start + i, np.uint64(0))
+        for way in range(27):
+            a, b, c = firsts[way // 9], seconds[way // 3 % 3], thirds[way % 3]
+            up0, up1, up2 = votes[0, way * 3], votes[0, way * 3 + 1], votes[0, way * 3 + 2]
+            down0, down1, down2 = votes[1, way * 3], votes[1, way * 3 + 1], votes[1, way * 3 + 2]
+            none, positive, negative = last[0], last[1], last[2]
+            for i in range(n):
+                here = get(a, i) & get(b, i) & get(c, i)
+                up = (get(none, i) & up0) | (get(positive, i) & up1) | (get(negative, i) & up2)
+                down = (get(none, i) & down0) | (get(positive, i) & down1) | (get(negative, i) & down2)
+                put(plus, start + i, get(plus, start + i) | (here & up))
+                put(minus, start + i, get(minus, start + i) | (here & down))

@@ -1,0 +1,307 @@
+"""Experts: what is kept is what the paper keeps, comes back bit for bit, near the entropy, or is refused."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import expert_reader
+from dovetail import experts
+from dovetail.errors import DataError, DovetailError, LoadError
+from dovetail.experts import native
+from dovetail.fingerprint import model_fingerprint
+
+FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+DENSITIES = [0.0, 0.001, 0.01, 0.05, 0.2, 0.5, 0.8, 1.0]
+
+
+def vector(shapes: dict[str, tuple[int, ...]], seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def expected(task_vector: dict[str, Tensor], density: float) -> dict[str, Tensor]:
+    """Signs of the k largest, by sorting: equal ones in order of name and index, zeros not at all."""
+    flat = torch.cat([task_vector[name].double().reshape(-1) for name in sorted(task_vector)])
+    chosen = flat.abs().sort(descending=True, stable=True).indices[: round(density * flat.numel())]
+    signs, at, out = torch.zeros_like(flat), 0, {}
+    signs[chosen] = flat[chosen].sign()
+    for name in sorted(task_vector):
+        out[name] = signs[at : at + task_vector[name].numel()].reshape(task_vector[name].shape)
+        at += task_vector[name].numel()
+    return out
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].double().reshape(-1) for name in sorted(tensors)])
+
+
+def check(task_vector: dict[str, Tensor], density: float, path: Path, scale: str = "vector") -> experts.Expert:
+    """Compresses, saves, loads and decodes in every way, and compares with sorting."""
+    made = experts.compress(task_vector, density, 1.5, scale)  # type: ignore[arg-type]
+    signs = expected(task_vector, density)
+    saved = experts.load(made.save(path))
+    assert path.stat().st_size == made.nbytes == saved.nbytes
+    assert saved.header == made.header
+    whole = flat(task_vector)
+    for name, tensor in task_vector.items():
+        own = whole if scale == "vector" else tensor.double().reshape(-1)
+        spread = own.std().item() if own.numel() > 1 else 0.0
+        assert saved.scales[name] == pytest.approx(1.5 * spread, rel=1e-9, abs=1e-15)
+        unit = torch.tensor(saved.scales[name], dtype=torch.float64).to(tensor.dtype)
+        decoded = saved.dense()[name]
+        assert decoded.dtype == tensor.dtype
+        assert torch.equal(decoded, signs[name].to(tensor.dtype) * unit)
+        at, sign = saved.indices(name)
+        assert torch.equal(at, signs[name].reshape(-1).nonzero().reshape(-1))
+        assert torch.equal(sign, signs[name].reshape(-1)[at].to(torch.int8))
+    masks = saved.masks()
+    assert masks.kept == saved.kept == int(flat(signs).abs().sum())
+    again = experts.from_masks(masks, saved)
+    assert all(torch.equal(a, b) for a, b in zip(saved.dense().values(), again.dense().values(), strict=True))
+    return saved
+
+
+def test_round_trip_of_every_size(tmp_path):
+    random = np.random.default_rng(0)
+    edges = [0, 1, 2, 7, 8, 9, 63, 64, 65, 4095, 4096, 4097, 65535, 65536, 65537, 131072, 1 << 20]
+    sizes = edges + [int(2 ** random.uniform(0, 18)) for _ in range(30)]
+    for number, size in enumerate(sizes):
+        density, dtype = DENSITIES[number % len(DENSITIES)], FLOATS[number % len(FLOATS)]
+        check(vector({"w": (size,)}, number, dtype), density, tmp_path / "x.dvt")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_round_trip_of_every_shape_and_density(tmp_path, dtype):
+    shapes = {"b.empty": (0, 5), "a.scalar": (), "c.row": (1, 300), "d.deep": (3, 1, 5, 7), "tall": (900, 6)}
+    for density in DENSITIES:
+        task_vector = vector(shapes, dtype=dtype)
+        task_vector["tall"] *= torch.tensor([8, 0.1, 3, 0.01, 1, 0]).to(dtype)
+        for scale in ("vector", "tensor"):
+            check(task_vector, density, tmp_path / "x.dvt", scale)
+
+
+def test_ties_go_to_the_lowest_index(tmp_path):
+    for dtype in FLOATS:
+        check({"b": torch.ones(1000, dtype=dtype), "a": -torch.ones(70, dtype=dtype)}, 0.3, tmp_path / "x.dvt")
+        values = torch.randint(-3, 4, (5000,), generator=torch.Generator().manual_seed(1)).to(dtype)
+        for density in DENSITIES:  # seven values, of which zero is never kept
+            check({"w": values[:4000].reshape(1000, 4), "v": values[4000:]}, density, tmp_path / "x.dvt")
+    tall = torch.ones(4096, 8)
+    tall[:, 1:] *= 1e-3
+    made = check({"tall": tall}, 0.12, tmp_path / "x.dvt")
+    assert made.header.tensors[0].order == "columns"
+    tiny = torch.tensor([1.0, 1.0 + 2**-23, 1.0 + 2**-22, 2.0**-140, 0.0, -0.0])
+    check({"w": tiny}, 0.5, tmp_path / "x.dvt")
+    check({"w": tiny.double() + torch.arange(6) * 2.0**-52}, 0.4, tmp_path / "x.dvt")
+
+
+def test_tensors_of_several_dtypes_are_one_vector(tmp_path):
+    task_vector = {f"w{i}": vector({"w": (500,)}, i, dtype)["w"] for i, dtype in enumerate(FLOATS)}
+    check(task_vector, 0.1, tmp_path / "x.dvt")
+    strided = {"w": torch.randn(40, 30).t(), "v": torch.randn(100)[::2]}
+    check(strided, 0.2, tmp_path / "x.dvt")
+
+
+def test_what_is_no_number_is_refused_by_name():
+    for dtype in FLOATS:
+        for value, word in ((math.nan, "1 NaN"), (math.inf, "1 infinite"), (-math.inf, "1 infinite")):
+            bad = torch.zeros(70, dtype=dtype)
+            bad[69] = value
+            with pytest.raises(DataError, match=rf"layer\.3(.|\n)*{word}"):
+                experts.compress({"layer.2": torch.ones(3), "layer.3": bad}, 0.5)
+    with pytest.raises(DataError, match=r"layer\.4(.|\n)*int64"):
+        experts.compress({"layer.4": torch.arange(3)}, 0.5)
+    for arguments in ((-0.1,), (1.1,), (math.nan,), (0.5, 0.0), (0.5, math.inf), (0.5, 1.0, "row")):
+        with pytest.raises(DataError):
+            experts.compress({"w": torch.ones(3)}, *arguments)
+    with pytest.raises(DataError, match="500"):
+        experts.compress({"w" * 501: torch.ones(3)}, 0.5)
+    large = experts.compress({"w": torch.tensor([1e6, -1e6])}, 1.0)
+    with pytest.raises(LoadError, match="float16"):
+        large.dense(torch.float16)
+
+
+def test_a_reader_written_from_the_document_reads_it(tmp_path):
+    shapes = {"a": (70000,), "b.lora_B": (2100, 8), "c": (0,), "d": ()}
+    for density in (0.0, 0.03, 0.4, 1.0):
+        task_vector = vector(shapes, int(density * 100))
+        task_vector["b.lora_B"] *= torch.exp(1.5 * torch.randn(8, generator=torch.Generator().manual_seed(2)))
+        task_vector["a"][:40000] *= 0.2
+        saved = check(task_vector, density, tmp_path / "x.dvt")
+        header, tensors = expert_reader.read(tmp_path / "x.dvt")
+        signs = expected(task_vector, density)
+        assert {name: signs[name].reshape(-1).int().tolist() for name in signs} == tensors
+        assert header["scales"] == list(saved.header.scales)
+        if density == 0.03:
+            modes = {int(mode) & 15 for coded in saved.coded.values() for mode in coded.directory["mode"]}
+            assert 2 in modes
+            assert saved.header.tensors[1].order == "columns"
+    with safe_open(tmp_path / "x.dvt", framework="np") as file:
+        assert sorted(file.keys()) == ["blocks", "directory"]
+        assert sorted(file.metadata()) == ["crc32c", "dovetail"]
+
+
+@pytest.mark.parametrize("density", [0.01, 0.05, 0.1, 0.2, 0.5])
+def test_sizes_are_near_the_entropy(density):
+    made = experts.compress(vector({"w": (1 << 21,)}), density)
+    entropy = -(1 - density) * math.log2(1 - density) - density * math.log2(density / 2)
+    nbytes = made.coded["w"].nbytes  # beside a header of half a KiB
+    assert 8 * nbytes / made.numel / entropy <= (1.03 if density == 0.01 else 1.02)
+
+
+def test_rows_of_unlike_scales_take_less_than_their_number_says():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(512, 4096, generator=generator) * torch.exp(torch.randn(512, 1, generator=generator))
+    by_rows, by_columns = experts.compress({"a": rows}, 0.05), experts.compress({"b": rows.t()}, 0.05)
+    entropy = -0.95 * math.log2(0.95) - 0.05 * math.log2(0.025)
+    for made in (by_rows, by_columns):
+        assert 8 * made.nbytes / made.numel / entropy <= 0.70
+    assert by_columns.header.tensors[0].order == "columns"
+
+
+def test_decoding_into_given_buffers_and_in_threads():
+    made = experts.compress(vector({"w": (1000, 5000), "tall": (30000, 12)}), 0.1)
+    whole = made.dense(torch.float16, threads=1)
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.values(), made.dense(torch.float16, threads=2).values(), strict=True)
+    )
+    assert np.array_equal(made.masks(threads=1).words, made.masks(threads=2).words)
+    with ThreadPoolExecutor(2) as pool:  # two callers at once
+        for result in pool.map(lambda _: made.dense(torch.float16, threads=2), range(4)):
+            assert torch.equal(result["w"], whole["w"])
+    buffers = {"w": torch.full((1000, 5000), math.nan, dtype=torch.float16), "tall": torch.ones(12, 30000).half().t()}
+    places = {name: tensor.data_ptr() for name, tensor in buffers.items()}
+    result = made.dense(into=buffers)
+    for name, tensor in result.items():
+        assert tensor is buffers[name]
+        assert tensor.data_ptr() == places[name]
+        assert torch.equal(tensor, whole[name])
+    with pytest.raises(LoadError, match="tall"):
+        made.dense(into={"w": buffers["w"]})
+    with pytest.raises(LoadError, match="buffer for w"):
+        made.dense(into=buffers | {"w": torch.zeros(5000, 1000)})
+
+
+def test_one_tensor_is_read_without_the_others(tmp_path):
+    made = experts.compress(vector({"a": (70000,), "b": (100, 100), "c": (5,)}), 0.1, scale="tensor")
+    path = made.save(tmp_path / "x.dvt")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # in c
+    path.write_bytes(data)
+    part = experts.load(path, tensors=["b"])
+    assert list(part.coded) == ["b"]
+    assert torch.equal(part.dense()["b"], made.dense()["b"])
+    assert experts.load(part.save(tmp_path / "b.dvt")).scales == {"b": made.scales["b"]}
+    with pytest.raises(LoadError, match="c, block 0"):
+        experts.load(path).dense()
+    with pytest.raises(LoadError, match="no tensor nothing"):
+        experts.load(path, tensors=["nothing"])
+
+
+def test_another_base_is_refused_by_name(tmp_path):
+    base, other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    path = experts.compress({"w": torch.randn(9)}, 0.5, base=base, chain="lora(r=2)").save(tmp_path / "x.dvt")
+    assert experts.load(path, base=base).header.chain == "lora(r=2)"
+    with pytest.raises(LoadError, match=model_fingerprint(other)):
+        experts.load(path, base=other)
+    path = experts.compress({"w": torch.randn(9)}, 0.5, peft={"r": 8}, provenance={"by": "test"}).save(path)
+    assert experts.load(path).header.peft == {"r": 8}
+    with pytest.raises(LoadError, match="which base"):
+        experts.load(path, base=base)
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    made = experts.compress(vector({"w": (1000,)}), 0.1)
+    path = made.save(tmp_path / "x.dvt")
+    before = path.read_bytes()
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        made.with_alpha(2.0).save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x.dvt"]
+
+
+def test_alpha_costs_nothing_to_change():
+    task_vector = vector({"a": (100,), "b": (50,)})
+    for scale in ("vector", "tensor"):
+        made = experts.compress(task_vector, 0.2, 1.0, scale)  # type: ignore[arg-type]
+        other = experts.compress(task_vector, 0.2, 3.0, scale)  # type: ignore[arg-type]
+        assert made.with_alpha(3.0).scales == pytest.approx(other.scales)
+        assert made.with_alpha(3.0).coded is made.coded
+
+
+def five() -> list[experts.Expert]:
+    shapes = {"a": (3000, 7), "b": (200,), "c": (5,)}
+    return [experts.compress(vector(shapes, i), 0.3, 1 + i / 7, "tensor") for i in range(5)]
+
+
+def test_similarity_is_that_of_the_decoded_vectors():
+    a, b = five()[:2]
+    x, y = (flat(e.dense(torch.float64)) for e in (a, b))
+    found, both = experts.similarity(a, b), (x != 0) & (y != 0)
+    assert found["dot"] == pytest.approx(float(x @ y), rel=1e-12)
+    assert found["cosine"] == pytest.approx(float(torch.nn.functional.cosine_similarity(x, y, dim=0)), rel=1e-12)
+    assert found["hamming"] == int((x.sign() != y.sign()).sum())
+    assert found["sign_agreement"] == pytest.approx(float((x.sign() == y.sign())[both].double().mean()))
+    assert (found["kept_a"], found["kept_both"]) == (int((x != 0).sum()), int(both.sum()))
+    assert experts.similarity(a, a)["cosine"] == pytest.approx(1.0)
+    nothing = experts.compress(vector(a.shapes), 0.0)
+    assert experts.similarity(nothing, a)["cosine"] == 0
+    with pytest.raises(DataError, match="b: "):
+        experts.similarity(a, experts.compress(vector({"a": (3000, 7), "b": (201,), "c": (5,)}), 0.1))
+
+
+def test_sums_and_elections_are_those_of_the_decoded_vectors():
+    all_five = five()
+    masks = [e.masks() for e in all_five]
+    dense = [flat(e.dense(torch.float64)) for e in all_five]
+    weights = [0.5, -1.0, 2.0, 0.25, 1.0]
+    total = sum(w * d for w, d in zip(weights, dense, strict=True))
+    assert torch.allclose(flat(experts.scaled_sum(masks, weights)), torch.as_tensor(total), atol=1e-5)
+    assert torch.equal(flat(experts.sign_sum(masks)), sum(d.sign() for d in dense))
+    for count in range(1, 6):
+        total, signs = torch.zeros_like(dense[0]), torch.zeros_like(dense[0])
+        for d in dense[:count]:
+            total, signs = total + d, signs + d.sign()
+        elected = experts.from_masks(experts.elect(masks[:count]), all_five[0]).dense(torch.float64)
+        assert torch.equal(flat(elected), total.sign())
+        elected = experts.from_masks(experts.elect(masks[:count], by="count"), all_five[0]).dense(torch.float64)
+        assert torch.equal(flat(elected), signs.sign())
+    with pytest.raises(DataError, match="no expert"):
+        experts.elect([])
+
+
+def test_the_checksum_is_castagnolis_with_and_without_the_instruction():
+    assert native.crc32c(b"123456789") == expert_reader.crc32c(b"123456789") == 0xE3069283
+    data = bytes(range(200))
+    assert native.crc32c(data) == expert_reader.crc32c(data)
+    value, word = np.uint64(0x12345678), np.uint64(0xFEDCBA9876543210)
+    register = int(value)
+    for byte in int(word).to_bytes(8, "little"):
+        register ^= byte
+        for _ in range(8):
+            register = register >> 1 ^ (0x82F63B78 if register & 1 else 0)
+    assert int(native.crc_tables_step(value, word)) == register
+
+
+def test_the_attacks_find_nothing():
+    from attacks.run import attack
+
+    attack(seconds=15, seed=1)
+
+
+def test_files_that_arent_experts_are_refused(tmp_path):
+    with pytest.raises(DovetailError, match="an expert is a file"):
+        experts.load(tmp_path / "none.dvt")
+    for data in (b"", b"1234567", b"\xff" * 40, (8).to_bytes(8, "little") + b"{}      ", b"[" * 100000):
+        (tmp_path / "x.dvt").write_bytes(data)
+        with pytest.raises(DovetailError):
+            experts.load(tmp_path / "x.dvt")
