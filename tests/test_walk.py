@@ -325,10 +325,10 @@ class Borrows(nn.Module):
 
 
 class Calls(nn.Module):
-    def __init__(self, own: nn.Module, others: list[nn.Module]) -> None:
+    def __init__(self, own: nn.Module, others: Sequence[nn.Module]) -> None:
         super().__init__()
         self.own = own
-        self.others = others  # a list: not its children
+        self.others: Sequence[nn.Module] = others  # not its children
 
     def forward(self, x: Tensor) -> Tensor:
         for other in self.others:

@@ -13,7 +13,8 @@ import multiprocessing
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -172,10 +173,17 @@ def _events(runs: list[Run], todo: list[Run], folder: Path, jobs: int, progress:
         futures = {pool.submit(_run, one, folder, False): one.slug for one in todo}
         try:
             for future in as_completed(futures):
-                yield ended(futures[future], future.result())
+                yield ended(futures[future], _problem(future))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _problem(future: Future[str]) -> str:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return "its process, or one beside it, was ended: perhaps for memory; a later start goes on with it"
 
 
 def _begin_process() -> None:
@@ -192,7 +200,7 @@ def _run(one: Run, folder: Path, progress: bool) -> str:
         run(one.recipe, output=folder / "runs" / one.slug, progress=progress)
     except RecipeError:  # what lies in the folder isn't this study's
         raise
-    except DovetailError as error:
+    except (DovetailError, RuntimeError, MemoryError) as error:  # torch tells a full memory by a RuntimeError
         return f"{type(error).__name__}: {error}"
     return ""
 
