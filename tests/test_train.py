@@ -309,3 +309,21 @@ def test_rows_of_a_batch_agree_with_the_tokenizer():
     assert ((batch["input_ids"] == END).sum(1) == 1).all()
     rows = encode("pairs", [{"good": "one"}], make_tokenizer(), encoder_decoder=False, max_length=9)
     assert Collator(0)(rows)["labels"].tolist() == [[-100, rows[0]["input_ids"][1]]]
+
+
+def test_a_run_is_not_resumed_on_another_base(tmp_path, monkeypatch):
+    settings = {"max_steps": 6, "checkpoint_every": 2}
+    step, count = StageTrainer.training_step, itertools.count(1)
+
+    def killed(*args, **kwargs):
+        if next(count) == 4:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quiet(apply(llama(), "magnitude(0.3) >> lora(r=4)"), SUMS, output_dir=tmp_path / "run", **settings)
+    with pytest.raises(TrainError, match="base other than"):
+        other = apply(llama(), "magnitude(0.4) >> lora(r=4)")
+        quiet(other, SUMS, output_dir=tmp_path / "run", resume=True, **settings)

@@ -1,6 +1,7 @@
 """What a run leaves on disk so that a killed one goes on: trained parameters as safetensors, the rest by the Trainer.
 
     output_dir/settings.json                     what the run was begun with
+    output_dir/stage-1/base                      fingerprint of what the stage's links sit on
     output_dir/stage-1/checkpoint-200/           the newest two while the stage runs
     output_dir/stage-1/trained.safetensors       once the stage is done, with report.json
 
@@ -21,12 +22,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dovetail.chain.linear import chain_layers
 from dovetail.errors import TrainError
+from dovetail.fingerprint import base_fingerprint
 
 TRAINED = "trained.safetensors"
 """Name of the file of trained parameters, in a checkpoint and after a stage."""
 
-_COMPLETE, _SETTINGS = "complete", "settings.json"
+_COMPLETE, _SETTINGS, _BASE = "complete", "settings.json", "base"
 
 
 @contextmanager
@@ -105,3 +108,27 @@ def last_checkpoint(directory: Path) -> Path | None:
     """The newest whole checkpoint under a stage's directory, if any."""
     whole = [path.parent for path in directory.glob(f"checkpoint-*/{_COMPLETE}")]
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def check_base(model: nn.Module, stage: Path) -> None:
+    """TrainError where a stage that was begun in this folder sat on other bases; else remembers which these are.
+
+    A resumed run prunes and quantizes again. On another machine GPTQ may choose other codes, and what was trained over
+    the first ones doesn't belong to them.
+    """
+    layers, path = chain_layers(model), stage / _BASE
+    if not layers:
+        return
+    found = base_fingerprint(layers)
+    if not path.exists():
+        stage.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(found, encoding="utf-8")
+        part.replace(path)
+    elif path.read_text(encoding="utf-8") != found:
+        raise TrainError(
+            str(stage),
+            found="a base other than the one that this run was begun on",
+            rule="a run is resumed on the same model, pruned and quantized to the same bits",
+            fix="go on where it was begun, with as many threads, or start anew",
+        )

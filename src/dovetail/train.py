@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dovetail import checkpoints
 from dovetail.apply import advance, stages_left
 from dovetail.batches import Collator, Example, check_head, check_labels, encode, length_limit, pad_id
 from dovetail.calibrate import calibration_batches, checked
 from dovetail.chain.linear import chain_layers
-from dovetail.checkpoints import TRAINED, last_checkpoint, load_trained, run_directory, save_trained, write_json
 from dovetail.errors import TrainError
 from dovetail.evaluate import evaluate
 from dovetail.optimizer import (
@@ -183,7 +183,11 @@ def train(
         return scores[data.name]
 
     reports: list[StageReport] = []
-    with run_directory(output_dir, asdict(settings), resume) as directory, _kept_use_cache(model), _kept_random_state():
+    with (
+        checkpoints.run_directory(output_dir, asdict(settings), resume) as directory,
+        _kept_use_cache(model),
+        _kept_random_state(),
+    ):
         if bf16 and chained:
             cast_frozen(model)
         for stage in range(stages):
@@ -193,10 +197,11 @@ def train(
             title = f"train {data.name}" + (f", stage {stage + 1} of {stages}" if stages > 1 else "")
             watch = Watch(title, shown=progress, evaluate_every=evaluate_every, evaluate=validate)
             here = directory / f"stage-{stage + 1}"
+            checkpoints.check_base(model, here)
             if not trained_parts(model):
                 reports.append(StageReport([], 0, 0.0, [], [], 0, {}, 0))
             elif resume and (here / _REPORT).exists():
-                load_trained(model, here / TRAINED)
+                checkpoints.load_trained(model, here / checkpoints.TRAINED)
                 reports.append(_read_report(here / _REPORT))
             else:
                 arguments = trainer_arguments(model, settings, here, None if output_dir is None else checkpoint_every)
@@ -217,11 +222,13 @@ def train(
                     callback=watch,
                     make_optimizer=lambda model: make_optimizer(model, settings),
                 )
-                report = _train_stage(model, trainer, settings, watch, last_checkpoint(here) if resume else None)
+                report = _train_stage(
+                    model, trainer, settings, watch, checkpoints.last_checkpoint(here) if resume else None
+                )
                 reports.append(report)
                 if output_dir is not None:
-                    save_trained(model, here / TRAINED)
-                    write_json(here / _REPORT, asdict(report))
+                    checkpoints.save_trained(model, here / checkpoints.TRAINED)
+                    checkpoints.write_json(here / _REPORT, asdict(report))
                     for path in here.glob("checkpoint-*"):
                         shutil.rmtree(path)
     if bf16 and chained:
