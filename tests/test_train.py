@@ -324,6 +324,6 @@ def test_a_run_is_not_resumed_on_another_base(tmp_path, monkeypatch):
         patch.setattr(StageTrainer, "training_step", killed)
         with pytest.raises(KeyboardInterrupt):
             quiet(apply(llama(), "magnitude(0.3) >> lora(r=4)"), SUMS, output_dir=tmp_path / "run", **settings)
+    other = apply(llama(), "magnitude(0.4) >> lora(r=4)")
     with pytest.raises(TrainError, match="base other than"):
-        other = apply(llama(), "magnitude(0.4) >> lora(r=4)")
         quiet(other, SUMS, output_dir=tmp_path / "run", resume=True, **settings)

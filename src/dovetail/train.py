@@ -183,11 +183,8 @@ def train(
         return scores[data.name]
 
     reports: list[StageReport] = []
-    with (
-        checkpoints.run_directory(output_dir, asdict(settings), resume) as directory,
-        _kept_use_cache(model),
-        _kept_random_state(),
-    ):
+    kept = checkpoints.run_directory(output_dir, asdict(settings), resume)
+    with kept as directory, _kept_use_cache(model), _kept_random_state():
         if bf16 and chained:
             cast_frozen(model)
         for stage in range(stages):
@@ -222,9 +219,8 @@ def train(
                     callback=watch,
                     make_optimizer=lambda model: make_optimizer(model, settings),
                 )
-                report = _train_stage(
-                    model, trainer, settings, watch, checkpoints.last_checkpoint(here) if resume else None
-                )
+                last = checkpoints.last_checkpoint(here) if resume else None
+                report = _train_stage(model, trainer, settings, watch, last)
                 reports.append(report)
                 if output_dir is not None:
                     checkpoints.save_trained(model, here / checkpoints.TRAINED)
