@@ -133,8 +133,7 @@ def train(
     evaluate_every          steps after which the validation split (`evaluate_limit` records of it) is scored
     output_dir              where checkpoints go; without one nothing is written
     checkpoint_every        steps between checkpoints
-    resume                  go on where a killed run with this output_dir stopped, to the same bits. The model comes
-                            as at the beginning: base loaded, chain applied with the same seed
+    resume                  go on where a killed run stopped, to the same bits. The model comes as at its beginning
     progress                a bar for what takes longer than a second
 
     Raises TrainError for settings out of range, when nothing is to be trained, or when the loss isn't finite; DataError
