@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import dovetail
 from dovetail.adapter import load_adapter
+from dovetail.chain.linear import chain_layers
 from dovetail.cli import main
 from dovetail.errors import CannotMerge, ChainError, RecipeError, TrainError
 from dovetail.load import load
@@ -234,7 +235,7 @@ def test_mergeable_is_the_truth(finished):
         if result.mergeable:
             used = {
                 name: layer.used_weight().clone()
-                for name, layer in dovetail.apply.__globals__["chain_layers"](model).items()
+                for name, layer in chain_layers(model).items()
             }
             merged = AutoModelForCausalLM.from_pretrained(run / "model")
             assert all(torch.equal(merged.get_submodule(name).weight, weight) for name, weight in used.items())
