@@ -32,8 +32,9 @@ fix: $(READY)  ## what style can mend itself
 	$(BIN)/ruff check --fix src tests bench
 	$(BIN)/ruff format src tests bench
 
-bench: $(READY)  ## side by side with peers; ratios of medians
+bench: $(READY)  ## side by side with peers; ratios of medians. PEER=an interpreter that has llm-compressor
 	$(BIN)/python bench/train_step.py
+	$(BIN)/python bench/compress.py $(if $(PEER),--peer $(PEER))
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache

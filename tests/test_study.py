@@ -233,10 +233,7 @@ def test_mergeable_is_the_truth(finished):
         model, _ = load(folder.parent / "base")
         load_adapter(model, run / "adapter")
         if result.mergeable:
-            used = {
-                name: layer.used_weight().clone()
-                for name, layer in chain_layers(model).items()
-            }
+            used = {name: layer.used_weight().clone() for name, layer in chain_layers(model).items()}
             merged = AutoModelForCausalLM.from_pretrained(run / "model")
             assert all(torch.equal(merged.get_submodule(name).weight, weight) for name, weight in used.items())
             assert not result.why

@@ -1,4 +1,4 @@
-"""SparsePEFT and QA-SparsePEFT (SQFT, §2.3-2.4) merge bit for bit: every family, adapter, group and order of rounding."""
+"""SparsePEFT and QA-SparsePEFT (SQFT, §2.3-2.4) merge bit for bit: every family, adapter, group, order of rounding."""
 
 from __future__ import annotations
 
