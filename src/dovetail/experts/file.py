@@ -7,6 +7,7 @@ that a changed bit is found in whatever is read. A tensor is found without readi
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
@@ -103,12 +104,13 @@ class Header(pydantic.BaseModel, extra="forbid", frozen=True, strict=True):
 def header_bytes(header: Header, directory: bytes, blocks_nbytes: int) -> bytes:
     """What stands before the directory and the blocks."""
     text = header.model_dump_json()
-    container = _Container(
-        __metadata__=_Metadata(dovetail=text, crc32c=f"{crc32c(text.encode() + directory):08x}"),
-        directory=_Part(dtype="U8", shape=(len(directory),), data_offsets=(0, len(directory))),
-        blocks=_Part(dtype="U8", shape=(blocks_nbytes,), data_offsets=(len(directory), len(directory) + blocks_nbytes)),
-    )
-    data = container.model_dump_json(by_alias=True).encode()
+    end = len(directory) + blocks_nbytes
+    container = {
+        "__metadata__": {"dovetail": text, "crc32c": f"{crc32c(text.encode() + directory):08x}"},
+        "directory": {"dtype": "U8", "shape": [len(directory)], "data_offsets": [0, len(directory)]},
+        "blocks": {"dtype": "U8", "shape": [blocks_nbytes], "data_offsets": [len(directory), end]},
+    }
+    data = json.dumps(container, separators=(",", ":")).encode()
     data += b" " * (-len(data) % 8)
     return len(data).to_bytes(8, "little") + data
 

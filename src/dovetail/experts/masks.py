@@ -144,7 +144,7 @@ def elect(
                 _signs(sums, out[0, start:stop], out[1, start:stop])
             continue
         votes = known.setdefault(tuple(units), _votes(units))
-        padded = [*experts, *experts[:1] * (_FEW - len(experts))]  # whose votes count nothing
+        padded = [*experts, *[experts[0]] * (_FEW - len(experts))]  # whose votes count nothing
         parts = [words[first:last] for masks in padded for words in masks.words]
         _elect_few(*parts, votes, out[0, first:last], out[1, first:last])
     return Masks(out, experts[0].shapes, dict.fromkeys(experts[0].shapes, 1.0))

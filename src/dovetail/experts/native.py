@@ -11,13 +11,15 @@ decoder's time. Who uses `get`, `put` and `load64` answers for the bounds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numba
 import numpy as np
 from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+
+_instruction = cast(Any, intrinsic)  # whose first argument its callers don't give
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,7 +30,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(function, nogil=True)
 
 
-@intrinsic
+@_instruction
 def popcount(typing_context: Any, word: Any):
     """How many bits of a uint64 are set, as an int64."""
 
@@ -38,7 +40,7 @@ def popcount(typing_context: Any, word: Any):
     return types.int64(types.uint64), generate
 
 
-@intrinsic
+@_instruction
 def trailing_zeros(typing_context: Any, word: Any):
     """The number of the lowest bit that is set in a uint64, as an int64; 64 where none is."""
 
@@ -53,7 +55,7 @@ def _place(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     return builder.gep(array.data, [arguments[1]])
 
 
-@intrinsic
+@_instruction
 def get(typing_context: Any, array: Any, at: Any):
     """array[at], 0 <= at < len(array)."""
 
@@ -63,7 +65,7 @@ def get(typing_context: Any, array: Any, at: Any):
     return array.dtype(array, types.int64), generate
 
 
-@intrinsic
+@_instruction
 def put(typing_context: Any, array: Any, at: Any, value: Any):
     """array[at] = value, 0 <= at < len(array); the value is of the array's dtype."""
 
@@ -74,7 +76,7 @@ def put(typing_context: Any, array: Any, at: Any, value: Any):
     return types.void(array, types.int64, array.dtype), generate
 
 
-@intrinsic
+@_instruction
 def load64(typing_context: Any, data: Any, at: Any):
     """Eight bytes of a uint8 array from position `at` on, 0 <= at <= len(data) - 8, as a little-endian uint64."""
 
@@ -87,7 +89,7 @@ def load64(typing_context: Any, data: Any, at: Any):
     return types.uint64(types.Array(types.uint8, 1, "C"), types.int64), generate
 
 
-@intrinsic
+@_instruction
 def _crc_instruction(typing_context: Any, value: Any, word: Any):
     """The CRC-32C register after eight more bytes, by the processor (SSE 4.2)."""
 
