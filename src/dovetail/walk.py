@@ -10,6 +10,7 @@ Source: GPTQ's and SparseGPT's drivers (Frantar et al. 2022, §4; 2023, §3.4), 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -35,6 +36,8 @@ from dovetail.progress import Bar
 
 Inputs = Literal["compressed", "original"]
 Compress = Callable[[dict[str, InputStatistics]], None]
+Seen = dict[str, tuple["weakref.ref[Tensor]", int]]
+"""Layer whose statistics count an input -> that input and its version."""
 
 LEAST_TOKENS = 8
 """Below this, a Gram matrix says nothing."""
@@ -158,19 +161,20 @@ def _watch(
     leader: dict[str, str] = {}
     consistent = True
     for one in here:
-        seen: dict[str, tuple[Tensor, int]] = {}  # layer whose statistics count an input -> it, and its version
+        # Weak: an input lives no longer than the block itself needs it.
+        seen: Seen = {}
         left = set(layers) if once.issuperset(layers) else None
 
-        def see(name: str, x: Tensor, one: Pass = one, seen: dict[str, tuple[Tensor, int]] = seen) -> None:
+        def see(name: str, x: Tensor, one: Pass = one, seen: Seen = seen) -> None:
             nonlocal consistent
             layer = layers[name]
-            same = (k for k, (other, version) in seen.items() if other is x and version == x._version)
+            same = (k for k, (other, version) in seen.items() if other() is x and version == x._version)
             first = next(same, name) if share else name
             consistent &= leader.setdefault(name, first) == first
             if first == name:
                 if name not in found:
                     found[name] = InputStatistics(layer.in_features, gram=gram, dtype=x.dtype, device=x.device)
-                seen[name] = (x, x._version)
+                seen[name] = (weakref.ref(x), x._version)
                 found[name].add(input_rows(x, layer.layout, one.decoder_mask if name in decoded else one.mask))
 
         passes.feed(one, layers, see, left)
