@@ -66,7 +66,9 @@ def top_k(vector: Mapping[str, Tensor], density: float, per_tensor: bool = False
         shift -= 16
         counts = np.zeros(1 << 16, np.int64)
         for array in bits.values():
-            _count_within(array, np.uint64(magnitude), np.uint64(shift), np.uint64(prefix), counts)
+            kind, low = array.dtype.type, prefix << shift + 16
+            high = low + (1 << shift + 16) - 1
+            _count_within(array, kind(magnitude), kind(low), kind(high), np.uint64(shift), counts)
         low, more = _bucket(counts, wanted - above)
         prefix, above = prefix << 16 | low, above + more
     ties = np.array([wanted - above if prefix else 0], np.int64)  # none of values that are zero
@@ -151,12 +153,19 @@ def _count(bits, shift, counts):
 
 
 @compiled
-def _count_within(bits, magnitude, shift, prefix, counts):
-    """By the 16 bits from `shift` up, of those whose bits above these, but for the sign, are `prefix`."""
-    for i in range(len(bits)):
-        value = np.uint64(get(bits, i)) & magnitude
-        if value >> (shift + np.uint64(16)) == prefix:
-            counts[np.int64(value >> shift & np.uint64(0xFFFF))] += 1
+def _count_within(bits, magnitude, low, high, shift, counts):
+    """By the 16 bits from `shift` up, of magnitudes from `low` to `high`, which have the same bits above these."""
+    for first in range(0, len(bits), 64):
+        last = min(first + 64, len(bits))
+        there = False
+        for i in range(first, last):
+            value = get(bits, i) & magnitude
+            there |= (value >= low) & (value <= high)
+        if there:  # few of them, where the values aren't all alike
+            for i in range(first, last):
+                value = get(bits, i) & magnitude
+                if value >= low and value <= high:
+                    counts[np.int64(np.uint64(value) >> shift & np.uint64(0xFFFF))] += 1
 
 
 @numba.njit(nogil=True, fastmath={"reassoc", "nsz"})
