@@ -208,11 +208,15 @@ def test_one_tensor_is_read_without_the_others(tmp_path):
 
 def test_another_base_is_refused_by_name(tmp_path):
     base, other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
-    path = experts.compress({"w": torch.randn(9)}, 0.5, base=base, chain="lora(r=2)").save(tmp_path / "x.dvt")
+    path = experts.compress({"w": torch.randn(9)}, 0.5, base=base, origin=experts.Origin(chain="lora(r=2)")).save(
+        tmp_path / "x.dvt"
+    )
     assert experts.load(path, base=base).header.chain == "lora(r=2)"
     with pytest.raises(LoadError, match=model_fingerprint(other)):
         experts.load(path, base=other)
-    path = experts.compress({"w": torch.randn(9)}, 0.5, peft={"r": 8}, provenance={"by": "test"}).save(path)
+    path = experts.compress(
+        {"w": torch.randn(9)}, 0.5, origin=experts.Origin(peft={"r": 8}), provenance={"by": "test"}
+    ).save(path)
     assert experts.load(path).header.peft == {"r": 8}
     with pytest.raises(LoadError, match="which base"):
         experts.load(path, base=base)

@@ -77,8 +77,8 @@ def corpus() -> list[experts.Expert]:
     plain = {"w": torch.randn(66000, generator=generator), "v": torch.randn(40, 50, generator=generator).bfloat16()}
     peft: dict[str, Any] = {"r": 8, "target_modules": ["q", "v"]}
     return [
-        experts.compress(mixed, 0.05, base="sha256:" + "0" * 64, chain="lora(r=8)"),
-        experts.compress(plain, 0.2, 2.0, "tensor", peft=peft),
+        experts.compress(mixed, 0.05, base="sha256:" + "0" * 64, origin=experts.Origin(chain="lora(r=8)")),
+        experts.compress(plain, 0.2, 2.0, "tensor", origin=experts.Origin(peft=peft)),
         experts.compress(plain, 0.5),
         experts.compress(plain, 1.0),
         experts.compress({"w": torch.ones(3)}, 0.5),

@@ -2,5 +2,18 @@
 
 from dovetail.experts.expert import Expert, compress, from_masks, load, similarity
 from dovetail.experts.masks import Masks, elect, scaled_sum, sign_sum
+from dovetail.experts.task_vector import Origin, TaskVector
 
-__all__ = ["Expert", "Masks", "compress", "elect", "from_masks", "load", "scaled_sum", "sign_sum", "similarity"]
+__all__ = [
+    "Expert",
+    "Masks",
+    "Origin",
+    "TaskVector",
+    "compress",
+    "elect",
+    "from_masks",
+    "load",
+    "scaled_sum",
+    "sign_sum",
+    "similarity",
+]

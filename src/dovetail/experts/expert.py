@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ from dovetail.errors import DataError, LoadError
 from dovetail.experts import file, ternary
 from dovetail.experts.codec import Coded, code, decode_dense, decode_indices, decode_masks, word_count
 from dovetail.experts.masks import Masks, compare
+from dovetail.experts.task_vector import Origin, TaskVector, specs_of
 from dovetail.fingerprint import model_fingerprint
 
 
@@ -50,6 +51,12 @@ class Expert:
         """What a one of each tensor is worth: alpha times the standard deviation."""
         scales = self.header.scales
         return {name: scales[0 if self.header.scale == "vector" else at] for at, name in enumerate(self.coded)}
+
+    @property
+    def origin(self) -> Origin:
+        """What the task vector is of."""
+        said = self.header
+        return Origin(said.initial, said.base, said.chain, said.adapter, said.peft)
 
     @property
     def alpha(self) -> float:
@@ -156,8 +163,7 @@ def compress(
     scale: Literal["vector", "tensor"] = "vector",
     *,
     base: nn.Module | str | None = None,
-    chain: str | None = None,
-    peft: dict[str, pydantic.JsonValue] | None = None,
+    origin: Origin | None = None,
     provenance: dict[str, pydantic.JsonValue] | None = None,
 ) -> Expert:
     """A task vector's signs where it is largest, and a scale (`ternary`; ComPEFT, Algorithm 1).
@@ -167,8 +173,9 @@ def compress(
     alpha        scale = alpha · standard deviation. 1 does for bases of 13B and more at densities up to 0.2; for
                  smaller ones choose it on a validation set, over 0.5 to 10 (§4.2): `Expert.with_alpha` is free
     scale        "vector": one standard deviation, of all values; "tensor": each tensor's own
-    base         the model that it adapts, or its fingerprint
-    chain, peft  what the task vector is of: a chain's text, or a peft adapter's config
+    base         the model that it adapts, or its fingerprint; None: as the origin says
+    origin       what the task vector is of; None: as a `TaskVector` says, or else values that stand for themselves
+    provenance   whatever else is to be known, kept in the file
     errors       DataError for NaN, infinity, another dtype, density or alpha out of range
     """
     if not (isinstance(density, (int, float)) and 0 <= density <= 1):
@@ -177,13 +184,17 @@ def compress(
         raise DataError("compress", found=f"scale={scale!r}", rule='"vector" or "tensor"')
     _check_alpha(alpha)
     selection = ternary.top_k(task_vector, density, per_tensor=scale == "tensor")
-    names = sorted(task_vector)
+    specs = specs_of(task_vector)
+    names = list(specs)
     spreads = selection.spreads if scale == "tensor" else dict.fromkeys(names, selection.spread)
-    coded = {name: code(selection.masks[name], tuple(task_vector[name].shape)) for name in names}
+    coded = {name: code(selection.masks.pop(name), specs[name].shape) for name in names}
     scales = [alpha * spreads[name] for name in names] if scale == "tensor" else [alpha * selection.spread]
-    dtypes = {name: task_vector[name].dtype for name in names}
-    fingerprint = model_fingerprint(base) if isinstance(base, nn.Module) else base
-    return _expert(coded, dtypes, scale, scales, density, alpha, fingerprint, chain, peft, provenance or {})
+    dtypes = {name: specs[name].dtype for name in names}
+    if origin is None:
+        origin = task_vector.origin if isinstance(task_vector, TaskVector) else Origin()
+    if base is not None:
+        origin = replace(origin, base=model_fingerprint(base) if isinstance(base, nn.Module) else base)
+    return assemble(coded, dtypes, scale, scales, density, alpha, origin, provenance or {})
 
 
 def from_masks(masks: Masks, like: Expert, *, provenance: dict[str, pydantic.JsonValue] | None = None) -> Expert:
@@ -191,12 +202,10 @@ def from_masks(masks: Masks, like: Expert, *, provenance: dict[str, pydantic.Jso
     coded = {}
     for name, first, last in masks.spans():
         coded[name] = code(np.ascontiguousarray(masks.words[:, first:last]), masks.shapes[name])
-    said, dtypes = like.header, {name: like.dtypes[name] for name in coded}
+    dtypes = {name: like.dtypes[name] for name in coded}
     density = masks.kept / masks.numel if masks.numel else 0.0
     scales = [masks.scales[name] for name in coded]
-    return _expert(
-        coded, dtypes, "tensor", scales, density, 1.0, said.base, said.chain, said.peft, provenance or {}
-    )  # fmt: skip
+    return assemble(coded, dtypes, "tensor", scales, density, 1.0, like.origin, provenance or {})
 
 
 def load(path: str | Path, *, base: nn.Module | str | None = None, tensors: Sequence[str] | None = None) -> Expert:
@@ -225,18 +234,17 @@ def similarity(a: Expert | Masks, b: Expert | Masks) -> dict[str, float]:
     return compare(a.masks() if isinstance(a, Expert) else a, b.masks() if isinstance(b, Expert) else b)
 
 
-def _expert(
+def assemble(
     coded: dict[str, Coded],
     dtypes: Mapping[str, torch.dtype],
     scale: Literal["vector", "tensor"],
     scales: Sequence[float],
     density: float,
     alpha: float,
-    base: str | None,
-    chain: str | None,
-    peft: dict[str, pydantic.JsonValue] | None,
+    origin: Origin,
     provenance: dict[str, pydantic.JsonValue],
 ) -> Expert:
+    """An expert of coded tensors; DataError where its header can't be written."""
     entries = [
         {
             "name": name,
@@ -253,7 +261,7 @@ def _expert(
         "density": float(density),
         "alpha": float(alpha),
     }
-    said |= {"base": base, "chain": chain, "peft": peft, "provenance": provenance}
+    said |= asdict(origin) | {"provenance": provenance}
     try:
         header = file.Header.model_validate_json(json.dumps(said, allow_nan=False))
     except (pydantic.ValidationError, ValueError, TypeError) as error:

@@ -22,6 +22,7 @@ import pydantic
 from dovetail.errors import LoadError
 from dovetail.experts.codec import ENTRY, Coded, block_count
 from dovetail.experts.native import crc32c
+from dovetail.experts.task_vector import Initial
 
 HEADER_NBYTES = 1 << 24
 """The most that the container's header may take."""
@@ -74,8 +75,7 @@ class Header(pydantic.BaseModel, extra="forbid", frozen=True, strict=True):
     tensors     in the sorted order of their names
     scale       "vector": `scales` has one, for all; "tensor": one for each
     density     that was asked for; alpha: that the scales were made with
-    base        fingerprint of the model that it adapts (`dovetail.fingerprint`)
-    chain       of the adapter that the task vector is of; peft: its adapter_config.json
+    initial, base, chain, adapter, peft   what it is of (`task_vector.Origin`)
     provenance  whatever else is to be known
     """
 
@@ -86,8 +86,10 @@ class Header(pydantic.BaseModel, extra="forbid", frozen=True, strict=True):
     scales: tuple[_Finite, ...]
     density: Annotated[float, pydantic.Field(ge=0, le=1)]
     alpha: Annotated[_Finite, pydantic.Field(gt=0)]
+    initial: Initial = "zero"
     base: _Text | None = None
     chain: str | None = None
+    adapter: dict[str, pydantic.JsonValue] | None = None
     peft: dict[str, pydantic.JsonValue] | None = None
     provenance: dict[str, pydantic.JsonValue] = {}
 

@@ -152,16 +152,23 @@ def _count(bits, shift, counts):
         put(counts, place, get(counts, place) + np.uint32(1))
 
 
+@numba.njit(nogil=True)
+def _any_within(bits, first, n, magnitude, low, high):
+    found = np.uint64(0)
+    for j in range(n):
+        value = get(bits, first + j) & magnitude
+        found |= np.uint64((value >= low) & (value <= high))
+    return found != np.uint64(0)
+
+
 @compiled
 def _count_within(bits, magnitude, low, high, shift, counts):
     """By the 16 bits from `shift` up, of magnitudes from `low` to `high`, which have the same bits above these."""
     for first in range(0, len(bits), 64):
         last = min(first + 64, len(bits))
-        there = False
-        for i in range(first, last):
-            value = get(bits, i) & magnitude
-            there |= (value >= low) & (value <= high)
-        if there:  # few of them, where the values aren't all alike
+        if last - first < 64 or _any_within(
+            bits, first, 64, magnitude, low, high
+        ):  # few of them, where the values aren't all alike
             for i in range(first, last):
                 value = get(bits, i) & magnitude
                 if value >= low and value <= high:

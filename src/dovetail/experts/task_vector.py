@@ -1,0 +1,73 @@
+"""Task vectors: fine-tuned less initial parameters, τ = θ_ft - θ_init, with what is needed to put them back.
+
+`sources.py` makes them from adapters and checkpoints, `ternary.py` compresses them, `merging.py` adds them up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pydantic
+import torch
+from torch import Tensor
+
+Initial = Literal["zero", "chain", "base"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a task vector is of.
+
+    initial  θ_init: "zero" (the values are the parameters themselves), "chain" (what `adapter` starts with, drawn from
+             its seed) or "base" (the base model's weights)
+    base     fingerprint of the base model (`dovetail.fingerprint`)
+    chain    of a Dovetail adapter, as text; adapter: its adapter.json
+    peft     adapter_config.json of a peft adapter
+    """
+
+    initial: Initial = "zero"
+    base: str | None = None
+    chain: str | None = None
+    adapter: dict[str, pydantic.JsonValue] | None = None
+    peft: dict[str, pydantic.JsonValue] | None = None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor that need not be there yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class TaskVector(Mapping[str, Tensor]):
+    """Tensors by name, and what they are of.
+
+    tensors  may make a tensor anew whenever it is asked for one: a checkpoint's difference is read tensor by tensor
+    origin   what it is of
+    specs    shape and dtype of every tensor, known without making it; None: taken from the tensors
+    """
+
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    origin: Origin = Origin()
+    specs: Mapping[str, Spec] | None = field(default=None, repr=False)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def specs_of(vector: Mapping[str, Tensor]) -> dict[str, Spec]:
+    """Shape and dtype of every tensor, in the sorted order of their names."""
+    known = vector.specs if isinstance(vector, TaskVector) else None
+    if known is None:
+        known = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in vector.items()}
+    return {name: known[name] for name in sorted(known)}
