@@ -56,16 +56,28 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
             fix="dovetail.advance, which failed, once more",
         )
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {key: parameter.detach() for key, parameter in _parameters(model).items()}
+    tensors = {key: parameter.detach() for key, parameter in parameters_of(model).items()}
     for name, layer in layers.items():
         if _keeps_bases(record.chain, record.stage):
             kept = {**layer.base.state_dict(), "start": layer.base.start, "bias": layer.bias}
             tensors |= {f"base/{name}/{key}": value for key, value in kept.items() if value is not None}
         elif any(isinstance(link, Pruner) for link in stages(record.chain)[0].applied):
             tensors[f"mask/{name}"] = _mask_bits(layer)
+    staged = directory / ".adapter.safetensors.part"
+    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, staged, metadata={"format": "pt"})
+    os.replace(staged, directory / "adapter.safetensors")
+    staged = directory / ".adapter.json.part"
+    staged.write_text(json.dumps(describe(model).model_dump(), indent=2) + "\n", encoding="utf-8")
+    os.replace(staged, directory / "adapter.json")
+    return directory
+
+
+def describe(model: nn.Module) -> AdapterFile:
+    """What adapter.json says of the stage in hand. Hashes the bases."""
+    record, layers = applied(model), chain_layers(model)
     ranks, extracted = saved_ranks(model)
     base = next(iter(layers.values())).base
-    file = AdapterFile(
+    return AdapterFile(
         chain=str(record.chain),
         targets=record.targets if isinstance(record.targets, str) else list(record.targets),
         seed=record.seed,
@@ -77,18 +89,27 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
         ranks=ranks,
         extracted=extracted,
     )
-    staged = directory / ".adapter.safetensors.part"
-    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, staged, metadata={"format": "pt"})
-    os.replace(staged, directory / "adapter.safetensors")
-    staged = directory / ".adapter.json.part"
-    staged.write_text(json.dumps(file.model_dump(), indent=2) + "\n", encoding="utf-8")
-    os.replace(staged, directory / "adapter.json")
-    return directory
 
 
 def _keeps_bases(chain_: Chain, stage: int) -> bool:
     """Whether the bases can't be made again from the model and its masks: trained ones, and those fitted to data."""
     return stage > 0 or any(link.needs_gram for link in stages(chain_)[0].applied)
+
+
+class Before:
+    """A model as it is now: its modules, and which tensors its parameters hold. Holds weights that a chain lets go."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(parent, dict(parent._modules)) for parent in model.modules()]
+        self._parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
+
+    def put_back(self) -> None:
+        """Undoes whatever chains were put on the model since."""
+        for parent, children in self._modules:
+            parent._modules.update(children)
+        for parameter, data, requires_grad in self._parameters:
+            parameter.data = data
+            parameter.requires_grad_(requires_grad)
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
@@ -102,16 +123,11 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     directory = Path(directory)
     file = read_json(directory / "adapter.json")
     tensors = read_tensors(directory / "adapter.safetensors")
-    modules = [(parent, dict(parent._modules)) for parent in model.modules()]
-    trained = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
+    before = Before(model)
     try:
         _load(model, file, tensors, str(directory))
     except BaseException:
-        for parent, children in modules:
-            parent._modules.update(children)
-        for parameter, data, requires_grad in trained:
-            parameter.data = data
-            parameter.requires_grad_(requires_grad)
+        before.put_back()
         raise
     return model
 
@@ -197,8 +213,8 @@ def _round_again(model: nn.Module, file: AdapterFile, tensors: Mapping[str, Tens
             parameter.data = parameter.data.to(dtype)
 
 
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """What a file holds under link/ and head/."""
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """What an adapter's file holds under link/ and head/: the live tensors by their keys."""
     found: dict[str, Tensor] = {}
     for name, layer in chain_layers(model).items():
         for place, state in enumerate(layer.states):
@@ -208,7 +224,7 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def _fill(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
     """Copies parameters into the model; every one that the model has must be there, in its shape."""
-    wanted = {key: tuple(p.shape) for key, p in _parameters(model).items()}
+    wanted = {key: tuple(p.shape) for key, p in parameters_of(model).items()}
     if file.extracted:
         for place, shapes in shapes_at(model, file.ranks).items():
             wanted |= {f"link/{place}/{key}": shape for key, shape in shapes.items()}
@@ -225,7 +241,7 @@ def _fill(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where
             raise LoadError(key, found=f"{tensors[key].dtype}, or NaN or infinity", rule="parameters are finite floats")
     take_over(model, file.ranks, file.extracted)
     with torch.no_grad():
-        for key, parameter in _parameters(model).items():
+        for key, parameter in parameters_of(model).items():
             parameter.copy_(tensors[key])
 
 
