@@ -13,7 +13,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-Initial = Literal["zero", "chain", "base"]
+Initial = Literal["zero", "chain", "peft", "base"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Origin:
     """What a task vector is of.
 
     initial  θ_init: "zero" (the values are the parameters themselves), "chain" (what `adapter` starts with, drawn from
-             its seed) or "base" (the base model's weights)
+             its seed), "peft" (`peft_initial`) or "base" (the base model's weights)
     base     fingerprint of the base model (`dovetail.fingerprint`)
     chain    of a Dovetail adapter, as text; adapter: its adapter.json
     peft     adapter_config.json of a peft adapter
