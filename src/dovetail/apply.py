@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dovetail.calibrate import Batch, checked
 from dovetail.chain.check import check
 from dovetail.chain.linear import ChainLinear, LinkState, Shared, adapter_dtype, chain_layers
-from dovetail.chain.link import Adapter, Closer, Link, Quantizer
+from dovetail.chain.link import Adapter, Closer, Link, Quantizer, arguments
 from dovetail.chain.notation import Chain, chain
 from dovetail.chain.stages import Stage, stages
 from dovetail.compress import compress, refuse_bad_weights
@@ -220,16 +220,47 @@ def start_links(layers: Mapping[str, ChainLinear], stage: Stage, record: Applied
         )
         for link in stage.trained
     ]
-    on_codes = all(link.from_codes for link in stage.trained if isinstance(link, Closer))
-    from_codes = []  # of each link: whether the weight that it receives is the quantized one
-    for link in stage.trained:
-        from_codes.append(on_codes)
-        on_codes = on_codes or (isinstance(link, Closer) and link.restores == "grid")
+    from_codes = _from_codes(stage)
     for layer in layers.values():
         layer.set_links(
             _state(link, layer, shared[place], record, place, from_codes[place])
             for place, link in enumerate(stage.trained)
         )
+
+
+def _from_codes(stage: Stage) -> list[bool]:
+    """Of each trained link, whether the weight that it receives is the quantized one."""
+    on_codes = all(link.from_codes for link in stage.trained if isinstance(link, Closer))
+    found = []
+    for link in stage.trained:
+        found.append(on_codes)
+        on_codes = on_codes or (isinstance(link, Closer) and link.restores == "grid")
+    return found
+
+
+@torch.inference_mode(mode=False)
+def initial_values(model: nn.Module, seed: int | None = None) -> dict[str, Tensor]:
+    """What the adapters of the stage in hand started with, drawn again: "LAYER/PLACE/NAME" -> tensor, as in a saved
+    adapter's link/ keys.
+
+    model    under a chain; it isn't changed
+    seed     that they were drawn with; None: the model's own
+    returns  new tensors on the layers' devices, in the dtype of adapters (float32 or wider); of extracted elastic
+             adapters the part at their rank. What starts from the base's weights (DoRA's magnitudes) starts from the
+             base in hand
+    errors   ChainError when the model carries no chain
+    """
+    record = applied(model)
+    stage, seed = stages(record.chain)[record.stage], record.seed if seed is None else seed
+    from_codes, found = _from_codes(stage), {}
+    for name, layer in chain_layers(model).items():
+        for place, state in enumerate(layer.states):
+            link = stage.trained[place]
+            values = _initial(link, layer, seed, record.stage, place, from_codes[place])
+            if isinstance(link, Adapter) and link.ranks and state.rank is None:
+                values = {key: value.clone() for key, value in link.at_rank(values, arguments(state.link)["r"]).items()}
+            found |= {f"{name}/{place}/{key}": value for key, value in values.items()}
+    return found
 
 
 def _widest(layers: Iterable[ChainLinear]) -> tuple[int, int]:
@@ -238,15 +269,18 @@ def _widest(layers: Iterable[ChainLinear]) -> tuple[int, int]:
 
 
 def _state(link: Link, layer: ChainLinear, shared: Shared, record: Applied, place: int, from_codes: bool) -> LinkState:
-    values: dict[str, Tensor] = {}
-    if isinstance(link, Adapter):
-        weight = layer.base.origin(from_codes)
-        text = f"{record.seed}/{record.stage}/{place}/{layer.site.name}"
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
-        dtype = adapter_dtype(layer.base.dtype)
-        values = {
-            name: value.to(layer.base.device, dtype)
-            for name, value in link.init(layer.site, weight.to(dtype), generator).items()
-        }
-    state = LinkState(link, layer.site, values, shared)
-    return state.train(layer.training)
+    values = _initial(link, layer, record.seed, record.stage, place, from_codes)
+    return LinkState(link, layer.site, values, shared).train(layer.training)
+
+
+@torch.no_grad()
+def _initial(link: Link, layer: ChainLinear, seed: int, stage: int, place: int, from_codes: bool) -> dict[str, Tensor]:
+    """A link's initial values; they depend on nothing else than the arguments and the layer's base."""
+    if not isinstance(link, Adapter):
+        return {}
+    weight = layer.base.origin(from_codes)
+    text = f"{seed}/{stage}/{place}/{layer.site.name}"
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+    dtype = adapter_dtype(layer.base.dtype)
+    values = link.init(layer.site, weight.to(dtype), generator)
+    return {name: value.to(layer.base.device, dtype) for name, value in values.items()}
