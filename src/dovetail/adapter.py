@@ -133,6 +133,17 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
 
 
 def _load(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
+    put_chain(model, file, tensors, where)
+    check_saved(model, file.ranks, file.extracted, where)
+    _fill(model, file, tensors, where)
+
+
+def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
+    """Puts an adapter's chain on its untouched base, with initial values; checks a chain that is there already.
+
+    tensors  of adapter.safetensors: of masks and bases those that can't be made again
+    errors   LoadError for another base, quantizer or chain, and for masks and bases that are missing
+    """
     layers = chain_layers(model)
     if not layers:
         found = model_fingerprint(model)
@@ -162,8 +173,6 @@ def _load(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where
             rule="pruning and quantizing again gives the same bases, bit for bit",
             fix="load the adapter onto the untouched base model",
         )
-    check_saved(model, file.ranks, file.extracted, where)
-    _fill(model, file, tensors, where)
 
 
 def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:

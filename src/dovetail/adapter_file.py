@@ -48,11 +48,17 @@ def read_json(path: Path) -> AdapterFile:
     try:
         if path.stat().st_size > JSON_NBYTES:
             raise LoadError(where, found=f"{path.stat().st_size} bytes", rule=f"at most {JSON_NBYTES}")
-        return AdapterFile.model_validate_json(path.read_bytes())
+        return parse_json(where, path.read_bytes())
     except OSError as error:
         raise LoadError(
             where, found=error.strerror or str(error), rule="an adapter directory holds adapter.json"
         ) from None
+
+
+def parse_json(where: str, text: bytes | str) -> AdapterFile:
+    """What the text of an adapter.json says. Raises LoadError."""
+    try:
+        return AdapterFile.model_validate_json(text)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"

@@ -81,7 +81,7 @@ def export_peft(model: nn.Module, directory: str | Path) -> Path:
                 record, f"{inside[0]} under the chain, in {path}, which peft saves whole", "one or the other"
             )
         tensors |= {f"{PREFIX}{path}.{key}": value.clone() for key, value in module.state_dict().items()}
-    _write(Path(directory), config, tensors)
+    write_adapter(Path(directory), config, tensors)
     return Path(directory)
 
 
@@ -251,7 +251,8 @@ def _task(model: nn.Module) -> str | None:
     return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
-def _write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes a peft adapter directory, made if need be; a kill leaves it without its config, so nothing loads it."""
     directory.mkdir(parents=True, exist_ok=True)
     staged = {name: directory / f".{name}.part" for name in (TENSORS_FILE, CONFIG_FILE)}
     try:
