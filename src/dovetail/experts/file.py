@@ -11,8 +11,10 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BufferedReader
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +22,7 @@ import numpy as np
 import pydantic
 
 from dovetail.errors import LoadError
-from dovetail.experts.codec import ENTRY, Coded, block_count
+from dovetail.experts.codec import ENTRY, Coded, block_count, counts_of
 from dovetail.experts.native import crc32c
 from dovetail.experts.task_vector import Initial
 
@@ -147,54 +149,73 @@ def read(path: Path, names: Sequence[str] | None = None) -> tuple[Header, dict[s
 
     errors  LoadError for a file that isn't whole, isn't an expert, or lacks a name
     """
-    where = str(path)
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, HEADER_NBYTES):
-                rule = f"a safetensors header within the file, of at most {HEADER_NBYTES} bytes"
-                raise LoadError(where, found=f"{size} bytes, {length} of them header", rule=rule)
-            container = _Container.model_validate_json(file.read(length))
-            _check_parts(where, container, size - 8 - length)
-            start = container.directory.data_offsets[0]
-            file.seek(8 + length + start)
-            directory = file.read(container.directory.shape[0])
-            text = container.metadata.dovetail
-            if f"{crc32c(text.encode() + directory):08x}" != container.metadata.crc32c:
-                rule = "header and directory have the CRC-32C that the metadata says"
-                raise LoadError(where, found="another", rule=rule, fix="copy the file again")
-            header = Header.model_validate_json(text)
-            entries = np.frombuffer(directory, dtype=ENTRY)
-            wanted = None if names is None else set(names)
-            if wanted is not None and (missing := wanted - {entry.name for entry in header.tensors}):
-                raise LoadError(where, found=f"no tensor {min(missing)}", rule="the file holds what is asked for")
-            starts = _blocks_of(where, header, entries, container.blocks.shape[0])
-            first = 8 + length + container.blocks.data_offsets[0]
-            coded, kept = {}, []
-            for place, entry in enumerate(header.tensors):
-                if wanted is not None and entry.name not in wanted:
-                    continue
-                (block, offset), (block_end, offset_end) = starts[place], starts[place + 1]
-                blocks = np.empty(offset_end - offset, np.uint8)
-                file.seek(first + offset)
-                if file.readinto(blocks.data) != len(blocks):
-                    raise LoadError(where, found="a file that became shorter", rule="it is there whole")
-                columns = entry.order == "columns"
-                coded[entry.name] = Coded(entry.shape, columns, entries[block:block_end], blocks)
-                kept.append(place)
-    except OSError as error:
-        raise LoadError(where, found=error.strerror or str(error), rule="an expert is a file") from None
-    except pydantic.ValidationError as error:
-        first_error = error.errors(include_input=False)[0]
-        place = ".".join(map(str, first_error["loc"]))[:200] or "header"
-        raise LoadError(where, found=f"{place}: {first_error['msg'][:200]}", rule="docs/format.md") from None
-    if wanted is not None:
+    with _opened(path) as file:
+        header, entries, first = _head(str(path), file)
+        there = {entry.name for entry in header.tensors}
+        wanted = there if names is None else set(names)
+        if missing := wanted - there:
+            raise LoadError(str(path), found=f"no tensor {min(missing)}", rule="the file holds what is asked for")
+        starts, coded, kept = _starts(header, entries), {}, []
+        for place, entry in enumerate(header.tensors):
+            if entry.name not in wanted:
+                continue
+            (block, offset), (block_end, offset_end) = starts[place], starts[place + 1]
+            blocks = np.empty(offset_end - offset, np.uint8)
+            file.seek(first + offset)
+            if file.readinto(blocks.data) != len(blocks):
+                raise LoadError(str(path), found="a file that became shorter", rule="it is there whole")
+            coded[entry.name] = Coded(entry.shape, entry.order == "columns", entries[block:block_end], blocks)
+            kept.append(place)
+    if len(kept) < len(header.tensors):
         scales = header.scales if header.scale == "vector" else tuple(header.scales[place] for place in kept)
         header = header.model_copy(
             update={"tensors": tuple(header.tensors[place] for place in kept), "scales": scales}
         )  # fmt: skip
     return header, coded
+
+
+def read_header(path: Path) -> tuple[Header, list[int]]:
+    """Header of a file, and how many values of each tensor are kept, without reading a block. Raises LoadError."""
+    with _opened(path) as file:
+        header, entries, _ = _head(str(path), file)
+    counts = counts_of(entries)
+    starts = [block for block, _ in _starts(header, entries)]
+    return header, [int(counts[first:last].sum()) for first, last in pairwise(starts)]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
+    """The file; whatever is wrong with it or in it is a LoadError."""
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise LoadError(str(path), found=error.strerror or str(error), rule="an expert is a file") from None
+    except pydantic.ValidationError as error:
+        first_error = error.errors(include_input=False)[0]
+        place = ".".join(map(str, first_error["loc"]))[:200] or "header"
+        raise LoadError(str(path), found=f"{place}: {first_error['msg'][:200]}", rule="docs/format.md") from None
+
+
+def _head(where: str, file: BufferedReader) -> tuple[Header, np.ndarray, int]:
+    """Header, directory entries and where the blocks begin, all checked against each other and the file's size."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, HEADER_NBYTES):
+        rule = f"a safetensors header within the file, of at most {HEADER_NBYTES} bytes"
+        raise LoadError(where, found=f"{size} bytes, {length} of them header", rule=rule)
+    container = _Container.model_validate_json(file.read(length))
+    _check_parts(where, container, size - 8 - length)
+    file.seek(8 + length + container.directory.data_offsets[0])
+    directory = file.read(container.directory.shape[0])
+    text = container.metadata.dovetail
+    if f"{crc32c(text.encode() + directory):08x}" != container.metadata.crc32c:
+        rule = "header and directory have the CRC-32C that the metadata says"
+        raise LoadError(where, found="another", rule=rule, fix="copy the file again")
+    header = Header.model_validate_json(text)
+    entries = np.frombuffer(directory, dtype=ENTRY)
+    _check_entries(where, header, entries, container.blocks.shape[0])
+    return header, entries, 8 + length + container.blocks.data_offsets[0]
 
 
 def _check_parts(where: str, container: _Container, size: int) -> None:
@@ -206,14 +227,16 @@ def _check_parts(where: str, container: _Container, size: int) -> None:
         raise LoadError(where, found=found, rule="the parts fill the file", fix="copy the file again")
 
 
-def _blocks_of(where: str, header: Header, entries: np.ndarray, nbytes: int) -> list[tuple[int, int]]:
-    """Of each tensor, and behind the last, the first block's number and offset; LoadError where they don't add up."""
-    ends = np.concatenate([[0], np.cumsum(entries["length"].astype(np.int64))])
-    block, starts = 0, [(0, 0)]
-    for entry in header.tensors:
-        block += block_count(math.prod(entry.shape))
-        starts.append((block, int(ends[block]) if block < len(ends) else -1))
-    if block != len(entries) or ends[-1] != nbytes:
-        found = f"{len(entries)} blocks of {int(ends[-1])} bytes; shapes ask for {block}, and there are {nbytes} bytes"
+def _check_entries(where: str, header: Header, entries: np.ndarray, nbytes: int) -> None:
+    """An entry for every block that the shapes ask for, and lengths that add up."""
+    wanted, total = sum(block_count(math.prod(e.shape)) for e in header.tensors), int(entries["length"].sum(dtype="i8"))
+    if wanted != len(entries) or total != nbytes:
+        found = f"{len(entries)} blocks of {total} bytes; shapes ask for {wanted}, and there are {nbytes} bytes"
         raise LoadError(where, found=found, rule="an entry for each 65,536 values, lengths that add up")
-    return starts
+
+
+def _starts(header: Header, entries: np.ndarray) -> list[tuple[int, int]]:
+    """Of each tensor, and behind the last, the first block's number and offset."""
+    ends = np.concatenate([[0], np.cumsum(entries["length"].astype(np.int64))])
+    numbers = accumulate((block_count(math.prod(entry.shape)) for entry in header.tensors), initial=0)
+    return [(number, int(ends[number])) for number in numbers]
