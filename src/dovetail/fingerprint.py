@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dovetail.chain.linear import ChainLinear, chain_layers
@@ -29,9 +29,15 @@ def fingerprint(model: nn.Module, *, leave_out: Collection[str] = ()) -> str:
 
     leave_out  module paths whose tensors don't count, such as a new head, whose weights depend on the seed
     """
+    tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+    return tensors_fingerprint(tensors, leave_out=leave_out)
+
+
+def tensors_fingerprint(tensors: Mapping[str, Tensor], *, leave_out: Collection[str] = ()) -> str:
+    """`fingerprint` of a module whose state is these tensors."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if not isinstance(tensor, torch.Tensor) or any(name.startswith(f"{path}.") for path in leave_out):
+    for name, tensor in sorted(tensors.items()):
+        if any(name.startswith(f"{path}.") for path in leave_out):
             continue
         if tensor.is_meta:
             raise LoadError(f"fingerprint at {name}", found="device meta", rule="only stored tensors have one")
