@@ -16,7 +16,7 @@ from small_runs import save_labels, save_model, small_recipe, write_lines
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
     """Runs a recipe (or a command) that must be refused; returns the message."""
-    monkeypatch.setattr("dovetail.cli._quiet", lambda: None)
+    monkeypatch.setattr("dovetail.cli.quiet", lambda: None)
 
     def call(*arguments: object, recipe: object = None, output: str = "out") -> str:
         if recipe is not None:

@@ -21,7 +21,7 @@ def command(monkeypatch, capsys):
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["dovetail", *map(str, arguments)])
-        monkeypatch.setattr("dovetail.cli._quiet", lambda: None)  # it changes this process for good
+        monkeypatch.setattr("dovetail.cli.quiet", lambda: None)  # it changes this process for good
         monkeypatch.setenv("COLUMNS", "160")
         with pytest.raises(SystemExit) as done:
             main()
@@ -55,7 +55,7 @@ def test_stopping_is_no_error_message(monkeypatch, command):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dovetail.cli._print_json", interrupted)
+    monkeypatch.setattr("dovetail.cli.print_json", interrupted)
     code, _, err = command("methods", "--json")
     assert code == 130
     assert "Traceback" not in err

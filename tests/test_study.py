@@ -398,7 +398,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["dovetail", "study", *map(str, arguments)])
-        monkeypatch.setattr("dovetail.cli._quiet", lambda: None)
+        monkeypatch.setattr("dovetail.cli.quiet", lambda: None)
         monkeypatch.setenv("COLUMNS", "160")
         with pytest.raises(SystemExit) as ended:
             main()

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from dovetail import cli_experts
 from dovetail.errors import DovetailError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from dovetail.tasks import Task
+from dovetail.terminal import Json, console, find_task, print_json, quiet
 
 app = typer.Typer(
     name="dovetail", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -25,7 +21,6 @@ app = typer.Typer(
 )  # fmt: skip
 
 Output = Annotated[Path | None, typer.Option(help="Folder for the results, new or empty. [default: runs/NAME]")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")]
 Resume = Annotated[bool, typer.Option(help="Go on where a killed run with the same recipe and output stopped.")]
 Targets = Annotated[str, typer.Option(help="Layers: labels (query, value, up, ...), globs or all-linear.")]
 TaskName = Annotated[str, typer.Option("--task", help="A task of the playground, or a recipe whose data is taken.")]
@@ -61,7 +56,7 @@ def study(
     as_json: Json = False,
 ) -> None:
     """Run many recipes with several seeds, beside each other: tables of quality and of measured cost, and curves."""
-    _quiet()
+    quiet()
     from time import perf_counter
 
     from dovetail.study import study as run_study
@@ -73,9 +68,9 @@ def study(
         on_run=lambda event: print(event_line(event, perf_counter() - started), file=sys.stderr, flush=True),
     )  # fmt: skip
     if as_json:
-        _print_json(found.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json"))
     else:
-        print_study(_console(), found)
+        print_study(console(), found)
         print(f"\n{output / 'study.html'} is the page of this study")
 
 
@@ -93,23 +88,23 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a chain will do, from the model's config alone: legality, stages, exact bits, memory of training."""
-    _quiet()
+    quiet()
     from dataclasses import asdict
 
     from dovetail.data import number_of_labels
     from dovetail.plan import plan as make_plan
     from dovetail.tables import print_plan
 
-    found = _task(task) if task else None
+    found = find_task(task) if task else None
     made = make_plan(
         chain, model, targets=[part.strip() for part in targets.split(",")], task=found, batch_size=batch_size,
         length=length, bf16=bf16, gradient_checkpointing=gradient_checkpointing, memory=memory,
         num_labels=None if found is None else number_of_labels(found),
     )  # fmt: skip
     if as_json:
-        _print_json(asdict(made))
+        print_json(asdict(made))
     elif made.legal:
-        print_plan(_console(), made)
+        print_plan(console(), made)
     if not made.legal:
         print(made.problem, file=sys.stderr)
         raise typer.Exit(2)
@@ -122,9 +117,9 @@ def methods(as_json: Json = False) -> None:
 
     rows = method_rows()
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
-        print_methods(_console(), rows)
+        print_methods(console(), rows)
 
 
 @app.command(epilog="Example: dovetail evaluate runs/quickstart/model --task word_problems --task multiple_choice")
@@ -138,23 +133,23 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a model on tasks."""
-    _quiet()
+    quiet()
     from dovetail.adapter import load_adapter
     from dovetail.evaluate import evaluate as evaluate_model
     from dovetail.load import load
     from dovetail.report.record import finite
     from dovetail.tables import print_scores
 
-    tasks = [_task(name) for name in task]
+    tasks = [find_task(name) for name in task]
     chosen = split or next((name for name in ("test", "validation") if name in tasks[0].splits), "test")
     loaded, tokenizer = load(model, task_kind=tasks[0].kind)
     if adapter is not None:
         load_adapter(loaded, adapter)
     scores = evaluate_model(loaded, tokenizer, tasks, split=chosen, limit=limit, batch_size=batch_size)
     if as_json:
-        _print_json({name: finite(found) for name, found in scores.items()})
+        print_json({name: finite(found) for name, found in scores.items()})
     else:
-        print_scores(_console(), scores)
+        print_scores(console(), scores)
 
 
 @app.command(epilog="Example: dovetail report runs/quickstart")
@@ -170,9 +165,12 @@ def report(
     found = Report.load(directory)
     write_whole(directory / PAGE, page(found, Recipe.load(directory / RECIPE)))
     if as_json:
-        _print_json(found.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json"))
     else:
-        print_summary(_console(), found, directory)
+        print_summary(console(), found, directory)
+
+
+cli_experts.register(app)
 
 
 def main() -> None:
@@ -188,7 +186,7 @@ def main() -> None:
 
 
 def _run(recipe: Path | dict[str, Any], name: str, output: Path | None, resume: bool, as_json: bool) -> None:
-    _quiet()
+    quiet()
     from dovetail.flow import run as run_recipe
     from dovetail.recipe import Recipe
     from dovetail.report import print_summary
@@ -204,41 +202,9 @@ def _run(recipe: Path | dict[str, Any], name: str, output: Path | None, resume: 
         on_row=None if as_json else lambda row: print(row_line(row), file=sys.stderr, flush=True),
     )  # fmt: skip
     if as_json:
-        _print_json(found.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json"))
     else:
-        print_summary(_console(), found, output)
-
-
-def _task(name: str) -> Task:
-    """A playground task by name, or the task of a recipe's data."""
-    from dovetail.data import load_task
-    from dovetail.recipe import Data, Recipe
-
-    is_file = name.endswith((".yaml", ".yml"))
-    return load_task(Recipe.load(name).data if is_file else Data(task=name))
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
-
-
-def _quiet() -> None:
-    """Keeps other libraries' bars, advice and warnings off the terminal; errors are shown. Before they are imported."""
-    import logging
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore")
+        print_summary(console(), found, output)
 
 
 if __name__ == "__main__":
