@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import expert_reader
 from dovetail import experts
 from dovetail.errors import DataError, DovetailError, LoadError
 from dovetail.experts import native
+from dovetail.experts.task_vector import Spec, TaskVector
 from dovetail.fingerprint import model_fingerprint
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -108,6 +111,57 @@ def test_tensors_of_several_dtypes_are_one_vector(tmp_path):
     check(task_vector, 0.1, tmp_path / "x.dvt")
     strided = {"w": torch.randn(40, 30).t(), "v": torch.randn(100)[::2]}
     check(strided, 0.2, tmp_path / "x.dvt")
+
+
+class Made(Mapping[str, Tensor]):
+    """Makes its tensors anew whenever it is asked for one, and counts how many are held."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors, self.asked, self.held, self.most = tensors, 0, 0, 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.asked += 1
+        tensor = self.tensors[name]
+        if not tensor.numel():
+            return tensor
+        array = tensor.view(-1).view(torch.uint8).numpy().copy()  # a tensor's memory keeps hold of it
+        weakref.finalize(array, self.release)
+        self.held += 1
+        self.most = max(self.most, self.held)
+        return torch.from_numpy(array).view(tensor.dtype).view(tensor.shape)
+
+    def release(self) -> None:
+        self.held -= 1
+
+    def __iter__(self):
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+@pytest.mark.parametrize("scale", ["vector", "tensor"])
+def test_of_tensors_made_anew_one_is_held_and_each_is_asked_for_once_a_pass(scale, monkeypatch):
+    monkeypatch.setattr("dovetail.experts.ternary._PIECE", 1 << 10)
+    shapes = {"a": (700, 3), "b": (1024,), "c": (5,), "d": (0, 2)}
+    for dtypes, passes in (
+        ((torch.bfloat16,), 2),
+        ((torch.float32,), 3),
+        ((torch.float64,), 5),
+        ((torch.float16, torch.float32), 3),
+    ):
+        plain = vector(shapes)
+        plain = {name: plain[name].to(dtypes[at % len(dtypes)]) for at, name in enumerate(plain)}
+        made = Made(plain)
+        specs = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in plain.items()}
+        found = experts.compress(TaskVector(made, specs=specs), 0.1, 1.0, scale)
+        right = experts.compress(plain, 0.1, 1.0, scale)
+        assert (made.most, made.asked) == (1, passes * len(plain))
+        assert found.header == right.header
+        assert all(torch.equal(a, b) for a, b in zip(found.dense().values(), right.dense().values(), strict=True))
+    specs["a"] = Spec((3, 700), torch.float16)
+    with pytest.raises(DataError, match=r"task vector at a(.|\n)*700, 3"):
+        experts.compress(TaskVector(made, specs=specs), 0.1)
 
 
 def test_what_is_no_number_is_refused_by_name():

@@ -90,6 +90,42 @@ def load64(typing_context: Any, data: Any, at: Any):
 
 
 @_instruction
+def prefetch(typing_context: Any, array: Any, at: Any):
+    """Asks for the cache line of array[at], which may lie behind the array's end: nothing is read."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [address, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        place = builder.bitcast(_place(context, builder, signature, arguments), address)
+        builder.call(function, [place, number(0), number(3), number(1)])  # to read, into the nearest cache, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), generate
+
+
+@_instruction
+def above64(typing_context: Any, array: Any, at: Any, mask: Any, bound: Any):
+    """Bit j of a uint64: array[at + j] & mask > bound, of 64 unsigned integers; 0 <= at <= len(array) - 64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        lane = context.get_value_type(array.dtype)
+        vector = ir.VectorType(lane, 64)
+
+        def spread(value: Any) -> Any:
+            one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+            lanes = ir.Constant(ir.VectorType(ir.IntType(32), 64), [ir.Constant(ir.IntType(32), 0)] * 64)
+            return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), lanes)
+
+        values = builder.load(builder.bitcast(_place(context, builder, signature, arguments), vector.as_pointer()))
+        values.align = array.dtype.bitwidth // 8
+        found = builder.icmp_unsigned(">", builder.and_(values, spread(arguments[2])), spread(arguments[3]))
+        return builder.bitcast(found, ir.IntType(64))
+
+    return types.uint64(array, types.int64, array.dtype, array.dtype), generate
+
+
+@_instruction
 def _crc_instruction(typing_context: Any, value: Any, word: Any):
     """The CRC-32C register after eight more bytes, by the processor (SSE 4.2)."""
 
