@@ -1,7 +1,7 @@
 """From coded blocks to numbers or masks (`blocks`).
 
-The three parts of a block lie in streams of their own, so that the decoder takes each in a simple loop that the
-compiler turns to vectors: positions of the set bits of the unary stream; low bits; their running sum; and all together
+The three parts of a block lie in streams of their own, so that each is taken in a simple loop, eight values at a time:
+first the positions of the set bits of the unary stream, then everything together, without a branch:
 
   position(i) = (one(i) - i) 2^k + low(0) + … + low(i) + i.
 
@@ -14,17 +14,17 @@ import numba
 import numpy as np
 
 from dovetail.experts.blocks import BLOCK, EMPTY, FULL, KEPT, MAX_K, PAYLOAD, RAW, SUB, SUBS
-from dovetail.experts.native import compiled, crc32c_of, get, load64, popcount, put, trailing_zeros
+from dovetail.experts.native import compiled, crc32c_of, get, load64, place8, popcount, put, trailing_zeros
 
 CHANGED, WRONG = 1, 2
 
 
 @numba.njit(nogil=True)
-def decode_block(raw, length, mode, k, count, values, kept, lows, counts, ks):
+def decode_block(raw, length, mode, k, count, values, kept, ones, counts, ks):
     """Decodes a payload of `length` bytes. False where it isn't one that codes `count` of `values` values.
 
     raw         uint8, RAW long, zeros behind the payload; length <= PAYLOAD
-    kept, lows  uint32, KEPT long: what is decoded, and scratch; counts and ks are scratch, int64, 16 each
+    kept, ones  uint32, KEPT long: what is decoded, and scratch; counts and ks are scratch, int64, 16 each
 
     Whatever the bytes are, nothing outside these arrays is read or written: streams are checked to lie within the
     payload, and the unary one to have `count` bits set, before positions are read; a position that isn't in the block
@@ -58,37 +58,31 @@ def decode_block(raw, length, mode, k, count, values, kept, lows, counts, ks):
     unary_at = sign_at + signs
     if mode > SUBS or k > MAX_K or count == 0 or unary_at >= length:
         return False
-    ones = 0
+    found = 0
     for place in range(unary_at, length, 8):
-        ones += popcount(load64(raw, place))
-    if ones != count:
+        found += popcount(load64(raw, place))
+    if found != count:
         return False
-    _ones(raw, unary_at, count, kept)
+    _ones(raw, unary_at, count, ones)
     first, low_bit, base = 0, at * 8, 0
     for s in range(segments):
         n, shift = counts[s], ks[s]
         if n == 0:
             continue
-        _low_bits(raw, low_bit, shift, first, n, lows)
-        low_bit += n * shift
-        total = np.uint32(0)
-        for i in range(first, first + n):
-            total += get(lows, i)
-            put(lows, i, total)
-        end = np.int64(get(kept, first + n - 1)) + 1
-        if s * size + ((end - base - n) << shift) + np.int64(total) + n > min((s + 1) * size, values):
+        start = s * size - first - ((base - first) << shift)
+        if shift <= 5:
+            total = _join_small(ones, first, n, raw, low_bit, shift, sign_at, start, kept)
+        else:
+            total = _join_large(ones, first, n, raw, low_bit, shift, sign_at, start, kept)
+        end = np.int64(get(ones, first + n - 1)) + 1
+        if s * size + ((end - base - n) << shift) + total + n > min((s + 1) * size, values):
             return False
-        if segments == 1:
-            _join_block(raw, sign_at, signs, kept, lows, shift)
-            return True
-        _join(kept, lows, first, n, shift, np.uint32(s * size - first - ((base - first) << shift)))
-        first, base = first + n, end
-    _join_signs(raw, sign_at, signs, kept)
+        first, base, low_bit = first + n, end, low_bit + n * shift
     return True
 
 
 @numba.njit(nogil=True)
-def _ones(raw, at, count, kept):
+def _ones(raw, at, count, ones):
     """Positions of the set bits: eight at a time, as many too many as don't matter."""
     i = base = 0
     while i < count:
@@ -97,56 +91,60 @@ def _ones(raw, at, count, kept):
         place = i
         while place < stop:
             for j in range(8):
-                put(kept, place + j, np.uint32(base + trailing_zeros(word)))
+                put(ones, place + j, np.uint32(base + trailing_zeros(word)))
                 word &= word - np.uint64(1)
             place += 8
         i, base, at = stop, base + 64, at + 8
 
 
 @numba.njit(nogil=True)
-def _low_bits(raw, bit, k, first, n, lows):
-    """n numbers of k bits from a bit on; up to 7 more are written behind them."""
-    mask = np.uint64((1 << k) - 1)
-    if k <= 7:
-        for i in range(first, first + n, 8):
-            word = load64(raw, bit >> 3) >> np.uint64(bit & 7)
-            for j in range(8):
-                put(lows, i + j, np.uint32(word >> np.uint64(j * k) & mask))
-            bit += 8 * k
-        return
+def _repeated(bits, every):
+    """A word of so many ones at the start of every so many bits."""
+    word, step = (np.uint64(1) << np.uint64(bits)) - np.uint64(1), every
+    while step < 64:
+        word |= word << np.uint64(step)
+        step *= 2
+    return word
+
+
+@numba.njit(nogil=True)
+def _join_small(ones, first, n, raw, bit, k, sign_at, start, kept):
+    """Positions and signs of n values of one segment, up to 7 too many, and the sum of their low bits; k <= 5.
+
+    Eight numbers of k bits are moved apart to bytes, by halves; a product adds to each byte those below it: up to 8 · 31.
+    """
+    halves, quarters, eighths = _repeated(4 * k, 64), _repeated(2 * k, 32), _repeated(k, 16)
+    total = 0
+    for i in range(first, first + n, 8):
+        lows = load64(raw, bit >> 3) >> np.uint64(bit & 7)
+        lows = lows & halves | lows << np.uint64(32 - 4 * k) & halves << np.uint64(32)
+        lows = lows & quarters | lows << np.uint64(16 - 2 * k) & quarters << np.uint64(16)
+        lows = lows & eighths | lows << np.uint64(8 - k) & eighths << np.uint64(8)
+        if first + n - i < 8:
+            lows &= (np.uint64(1) << np.uint64(8 * (first + n - i))) - np.uint64(1)
+        lows *= np.uint64(0x0101010101010101)
+        signs = load64(raw, sign_at + (i >> 3)) >> np.uint64(i & 7)
+        place8(ones, i, np.uint32(k), lows, signs, np.uint32(start + total), kept)
+        total += np.int64(lows >> np.uint64(56))
+        bit += 8 * k
+    return total
+
+
+@numba.njit(nogil=True)
+def _join_large(ones, first, n, raw, bit, k, sign_at, start, kept):
+    """The same for any k, one at a time: gaps are as wide then as values are few."""
+    mask, total = np.uint64((1 << k) - 1), 0
     for i in range(first, first + n):
-        put(lows, i, np.uint32(load64(raw, bit >> 3) >> np.uint64(bit & 7) & mask))
+        total += np.int64(load64(raw, bit >> 3) >> np.uint64(bit & 7) & mask)
+        position = ((np.int64(get(ones, i)) - i) << k) + total + i + start
+        sign = np.uint32(get(raw, sign_at + (i >> 3))) >> np.uint32(i & 7) & np.uint32(1)
+        put(kept, i, np.uint32(position) | sign << np.uint32(31))
         bit += k
+    return total
 
 
 @numba.njit(nogil=True)
-def _join(kept, lows, first, n, k, start):
-    for i in range(first, first + n):
-        put(kept, i, ((get(kept, i) - np.uint32(i)) << np.uint32(k)) + get(lows, i) + np.uint32(i) + start)
-
-
-@numba.njit(nogil=True)
-def _join_block(raw, at, signs, kept, lows, k):
-    """Positions and signs of a block that is one segment, in one go; up to 7 too many."""
-    for group in range(signs):
-        byte = np.uint32(get(raw, at + group))
-        for j in range(8):
-            i = group * 8 + j
-            position = ((get(kept, i) - np.uint32(i)) << np.uint32(k)) + get(lows, i) + np.uint32(i)
-            put(kept, i, position | (byte >> np.uint32(j) & np.uint32(1)) << np.uint32(31))
-
-
-@numba.njit(nogil=True)
-def _join_signs(raw, at, signs, kept):
-    for group in range(signs):
-        byte = np.uint32(get(raw, at + group))
-        for j in range(8):
-            i = group * 8 + j
-            put(kept, i, get(kept, i) | (byte >> np.uint32(j) & np.uint32(1)) << np.uint32(31))
-
-
-@numba.njit(nogil=True)
-def _fetch(blocks, starts, lengths, counts, modes, crcs, block, values, raw, kept, lows, sub_counts, sub_ks):
+def _fetch(blocks, starts, lengths, counts, modes, crcs, block, values, raw, kept, ones, sub_counts, sub_ks):
     """Checks and decodes one block into kept; 0, or what is wrong with it. Bounds were checked (`codec`)."""
     start, length = starts[block], lengths[block]
     for i in range(length):
@@ -155,19 +153,19 @@ def _fetch(blocks, starts, lengths, counts, modes, crcs, block, values, raw, kep
     if np.int64(crc32c_of(raw, length)) != crcs[block]:
         return CHANGED
     mode, k = modes[block] & 15, modes[block] >> 4
-    right = decode_block(raw, length, mode, k, counts[block], values, kept, lows, sub_counts, sub_ks)
+    right = decode_block(raw, length, mode, k, counts[block], values, kept, ones, sub_counts, sub_ks)
     return 0 if right else WRONG
 
 
 @compiled
 def dense_blocks(blocks, starts, lengths, counts, modes, crcs, first, last, numel, height, plus, minus, out):
     """Blocks [first, last) as numbers into the tensor; `height`: rows of a zeroed matrix that lies by columns, or 0."""
-    raw, kept, lows = np.zeros(RAW, np.uint8), np.zeros(KEPT, np.uint32), np.zeros(KEPT, np.uint32)
+    raw, kept, ones = np.zeros(RAW, np.uint8), np.zeros(KEPT, np.uint32), np.zeros(KEPT, np.uint32)
     sub_counts, sub_ks = np.zeros(16, np.int64), np.zeros(16, np.int64)
     for block in range(first, last):
         start = block * BLOCK
         values = min(BLOCK, numel - start)
-        wrong = _fetch(blocks, starts, lengths, counts, modes, crcs, block, values, raw, kept, lows, sub_counts, sub_ks)
+        wrong = _fetch(blocks, starts, lengths, counts, modes, crcs, block, values, raw, kept, ones, sub_counts, sub_ks)
         if wrong != 0:
             return block, wrong
         if height == 0:
@@ -187,12 +185,12 @@ def dense_blocks(blocks, starts, lengths, counts, modes, crcs, first, last, nume
 @compiled
 def mask_blocks(blocks, starts, lengths, counts, modes, crcs, first, last, numel, height, masks, offset, words):
     """Blocks [first, last) as bits: of plus from word `offset` on, of minus `words` further on; by columns, zeroed."""
-    raw, kept, lows = np.zeros(RAW, np.uint8), np.zeros(KEPT, np.uint32), np.zeros(KEPT, np.uint32)
+    raw, kept, ones = np.zeros(RAW, np.uint8), np.zeros(KEPT, np.uint32), np.zeros(KEPT, np.uint32)
     sub_counts, sub_ks = np.zeros(16, np.int64), np.zeros(16, np.int64)
     for block in range(first, last):
         start = block * BLOCK
         values = min(BLOCK, numel - start)
-        wrong = _fetch(blocks, starts, lengths, counts, modes, crcs, block, values, raw, kept, lows, sub_counts, sub_ks)
+        wrong = _fetch(blocks, starts, lengths, counts, modes, crcs, block, values, raw, kept, ones, sub_counts, sub_ks)
         if wrong != 0:
             return block, wrong
         if height == 0:

@@ -104,25 +104,57 @@ def prefetch(typing_context: Any, array: Any, at: Any):
     return types.void(array, types.int64), generate
 
 
+def _spread(builder: Any, value: Any, lanes: int) -> Any:
+    """A vector of one value."""
+    vector, number = ir.VectorType(value.type, lanes), ir.IntType(32)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, number(0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(number, lanes), [number(0)] * lanes))
+
+
 @_instruction
 def above64(typing_context: Any, array: Any, at: Any, mask: Any, bound: Any):
     """Bit j of a uint64: array[at + j] & mask > bound, of 64 unsigned integers; 0 <= at <= len(array) - 64."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        lane = context.get_value_type(array.dtype)
-        vector = ir.VectorType(lane, 64)
-
-        def spread(value: Any) -> Any:
-            one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-            lanes = ir.Constant(ir.VectorType(ir.IntType(32), 64), [ir.Constant(ir.IntType(32), 0)] * 64)
-            return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), lanes)
-
-        values = builder.load(builder.bitcast(_place(context, builder, signature, arguments), vector.as_pointer()))
-        values.align = array.dtype.bitwidth // 8
-        found = builder.icmp_unsigned(">", builder.and_(values, spread(arguments[2])), spread(arguments[3]))
-        return builder.bitcast(found, ir.IntType(64))
+        vector = ir.VectorType(context.get_value_type(array.dtype), 64)
+        place = _place(context, builder, signature, arguments)
+        values = builder.load(builder.bitcast(place, vector.as_pointer()), align=array.dtype.bitwidth // 8)
+        mask, bound = _spread(builder, arguments[2], 64), _spread(builder, arguments[3], 64)
+        return builder.bitcast(builder.icmp_unsigned(">", builder.and_(values, mask), bound), ir.IntType(64))
 
     return types.uint64(array, types.int64, array.dtype, array.dtype), generate
+
+
+@_instruction
+def place8(typing_context: Any, ones: Any, at: Any, k: Any, lows: Any, signs: Any, start: Any, kept: Any):
+    """kept[i] = ((ones[i] - i) << k) + byte j of lows + i + start, and bit j of signs in bit 31; i = at + j, j = 0..7.
+
+    All uint32 but `lows` and `signs`, uint64. As vectors, which the compiler doesn't make of a loop by itself.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, first, shift, bytes_, bits, begin, _ = arguments
+        number = ir.IntType(32)
+        vector = ir.VectorType(number, 8)
+
+        def place(array: int) -> Any:
+            given = context.make_array(signature.args[array])(context, builder, arguments[array])
+            return builder.bitcast(builder.gep(given.data, [first]), vector.as_pointer())
+
+        def spread(value: Any) -> Any:
+            return _spread(builder, value, 8)
+
+        numbers = builder.add(spread(builder.trunc(first, number)), ir.Constant(vector, list(range(8))))
+        quotients = builder.shl(builder.sub(builder.load(place(0), align=4), numbers), spread(shift))
+        low = builder.zext(builder.bitcast(bytes_, ir.VectorType(ir.IntType(8), 8)), vector)
+        positions = builder.add(builder.add(quotients, low), builder.add(numbers, spread(begin)))
+        moved = builder.shl(spread(builder.trunc(bits, number)), ir.Constant(vector, list(range(31, 23, -1))))
+        sign = builder.and_(moved, ir.Constant(vector, [1 << 31] * 8))
+        builder.store(builder.or_(positions, sign), place(6), align=4)
+        return context.get_dummy_value()
+
+    words = types.Array(types.uint32, 1, "C")
+    return types.void(words, types.int64, types.uint32, types.uint64, types.uint64, types.uint32, words), generate
 
 
 @_instruction
