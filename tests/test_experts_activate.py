@@ -79,7 +79,8 @@ def test_initial_values_of_a_later_stage() -> None:
             tensor.add_(0.01)
     advance(model, seed=9)
     live, drawn = parameters_of(model), initial_values(model)
-    assert live and all(torch.equal(drawn[key.removeprefix("link/")], tensor) for key, tensor in live.items())
+    assert live
+    assert all(torch.equal(drawn[key.removeprefix("link/")], tensor) for key, tensor in live.items())
 
 
 def test_initial_values_of_extracted_adapters() -> None:
@@ -276,7 +277,7 @@ def test_each_peft_adapter_has_its_own_expert() -> None:
     model = peft_model()
     model.add_adapter("other", model.peft_config["default"])
     before = held(model)
-    shapes = {name: shape for name, shape in shapes_of(slots_of_adapter(model)).items()}
+    shapes = shapes_of(slots_of_adapter(model))
     expert = experts.compress(noise(shapes, 0), 0.2)
     activate(model, expert)
     model.set_adapter("other")

@@ -1,14 +1,19 @@
 """Experts: adapters and fine-tuned models as ternary task vectors, near the entropy limit (`docs/format.md`)."""
 
-from dovetail.experts.activate import activate, deactivate, put
+from dovetail.experts.activate import activate, deactivate, put, verify
 from dovetail.experts.expert import Expert, compress, from_masks, load, similarity
 from dovetail.experts.masks import Masks, elect, scaled_sum, sign_sum
+from dovetail.experts.merging import merge, merge_method
+from dovetail.experts.sources import task_vector
+from dovetail.experts.store import Store
 from dovetail.experts.task_vector import Origin, TaskVector
+from dovetail.experts.unpack import unpack
 
 __all__ = [
     "Expert",
     "Masks",
     "Origin",
+    "Store",
     "TaskVector",
     "activate",
     "compress",
@@ -16,8 +21,13 @@ __all__ = [
     "elect",
     "from_masks",
     "load",
+    "merge",
+    "merge_method",
     "put",
     "scaled_sum",
     "sign_sum",
     "similarity",
+    "task_vector",
+    "unpack",
+    "verify",
 ]
