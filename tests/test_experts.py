@@ -350,10 +350,12 @@ def test_the_checksum_is_castagnolis_with_and_without_the_instruction():
     assert int(native.crc_tables_step(value, word)) == register
 
 
-def test_the_attacks_find_nothing():
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_a_minute_of_attacks_finds_nothing(seed):
+    """In four slices, for which workers take turns; the whole of it is `tests/attacks/run.py`."""
     from attacks.run import attack
 
-    attack(seconds=15, seed=1)
+    attack(seconds=15, seed=seed)
 
 
 def test_files_that_arent_experts_are_refused(tmp_path):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from dovetail.experts.blocks import BLOCK, EMPTY, FULL, KEPT, MAX_K, PAYLOAD, RAW, SUB, SUBS
+from dovetail.experts.blocks import BLOCK, EMPTY, FULL, KEPT, MAX_K, PAYLOAD, RAW, RICE, SUB, SUBS
 from dovetail.experts.native import compiled, crc32c_of, get, load64, place8, popcount, put, trailing_zeros
 
 CHANGED, WRONG = 1, 2
@@ -31,6 +31,8 @@ def decode_block(raw, length, mode, k, count, values, kept, ones, counts, ks):
     is found by the last one of its segment, since they rise.
     """
     if count < 0 or count > values or values > BLOCK or length > PAYLOAD:
+        return False
+    if mode != RICE and k != 0:
         return False
     signs = (count + 7) >> 3
     if mode == EMPTY:
@@ -111,7 +113,7 @@ def _repeated(bits, every):
 def _join_small(ones, first, n, raw, bit, k, sign_at, start, kept):
     """Positions and signs of n values of one segment, up to 7 too many, and the sum of their low bits; k <= 5.
 
-    Eight numbers of k bits are moved apart to bytes, by halves; a product adds to each byte those below it: up to 8 · 31.
+    Eight numbers of k bits are moved apart to bytes, by halves. A product adds to each byte those below it: up to 248.
     """
     halves, quarters, eighths = _repeated(4 * k, 64), _repeated(2 * k, 32), _repeated(k, 16)
     total = 0
