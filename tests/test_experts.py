@@ -333,6 +333,12 @@ def test_sums_and_elections_are_those_of_the_decoded_vectors():
         assert torch.equal(flat(elected), total.sign())
         elected = experts.from_masks(experts.elect(masks[:count], by="count"), all_five[0]).dense(torch.float64)
         assert torch.equal(flat(elected), signs.sign())
+        for chosen in (weights, [1.0, -1.0, 0.0, 1.0, 1.0], [-2.0, -0.5, -1.0, -3.0, 0.0]):
+            total = torch.zeros_like(dense[0])
+            for w, d in zip(chosen, dense[:count], strict=False):
+                total = total + w * d.sign()
+            elected = experts.from_masks(experts.elect(masks[:count], chosen[:count], by="count"), all_five[0])
+            assert torch.equal(flat(elected.dense(torch.float64)), total.sign())
     with pytest.raises(DataError, match="no expert"):
         experts.elect([])
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -151,15 +152,19 @@ def elect(
 
 
 def _votes(units: Sequence[float]) -> np.ndarray:
-    """(2, 81) words of ones where plus wins, or minus, for each way that four experts can vote; 0, 1, 2 is 0, +, -."""
+    """(2, 27): how each way of the first three to vote leaves it to the fourth whether plus wins, or minus.
+
+    Ways are in base 3, the first expert's digit the highest; 0, 1, 2 is no vote, +, -. Bit d says that the fourth's
+    vote d makes it win.
+    """
     padded = [*units, *[0.0] * (_FEW - len(units))]
-    table = np.zeros((2, 3**_FEW), np.uint64)
+    table = np.zeros((2, 3 ** (_FEW - 1)), np.int64)
     for place, signs in enumerate(product((0.0, 1.0, -1.0), repeat=_FEW)):
         total = 0.0
         for sign, unit in zip(signs, padded, strict=True):
             total += sign * unit
         if total != 0:
-            table[int(total < 0), place] = np.uint64(2**64 - 1)
+            table[int(total < 0), place // 3] |= 1 << place % 3
     return table
 
 
@@ -232,29 +237,38 @@ def _signs(sums, plus, minus):
         put(minus, w, down)
 
 
+@numba.njit(nogil=True)
+def _choose(plus, minus, first, n, held, none, up, down, out, to):
+    """Into out: of three answers in `held`, that of what an expert votes."""
+    for i in range(n):
+        p, m = get(plus, first + i), get(minus, first + i)
+        put(out, to + i, (get(held, none + i) & ~(p | m)) | (get(held, up + i) & p) | (get(held, down + i) & m))
+
+
+@numba.njit(nogil=True)
+def _answer(plus, minus, first, n, kind, out, to):
+    """Into out: whether bit d of `kind` is set, d = 0, 1, 2 for no vote, +, -."""
+    none, up = np.uint64(0) - np.uint64(kind & 1), np.uint64(0) - np.uint64(kind >> 1 & 1)
+    down = np.uint64(0) - np.uint64(kind >> 2)
+    for i in range(n):
+        p, m = get(plus, first + i), get(minus, first + i)
+        put(out, to + i, (none & ~(p | m)) | (up & p) | (down & m))
+
+
 @compiled
 def _elect_few(p0, m0, p1, m1, p2, m2, p3, m3, votes, plus, minus):
-    """Every way that the first three can vote is a mask; the fourth decides. In chunks that stay in the cache."""
-    size = 64
-    firsts, seconds = np.empty((3, size), np.uint64), np.empty((3, size), np.uint64)
-    thirds, last = np.empty((3, size), np.uint64), np.empty((3, size), np.uint64)
+    """Who wins for each way of the first three to vote, then of two, of one; in chunks that stay in the cache."""
+    size = 128
+    fourth, held = np.empty(8 * size, np.uint64), np.empty(12 * size, np.uint64)
     for start in range(0, len(plus), size):
         n = min(size, len(plus) - start)
-        for states, p, m in ((firsts, p0, m0), (seconds, p1, m1), (thirds, p2, m2), (last, p3, m3)):
-            for i in range(n):
-                up, down = get(p, start + i), get(m, start + i)
-                states[0, i], states[1, i], states[2, i] = ~(up | down), up, down
-        for i in range(n):
-            put(plus, start + i, np.uint64(0))
-            put(minus, start + i, np.uint64(0))
-        for way in range(27):
-            a, b, c = firsts[way // 9], seconds[way // 3 % 3], thirds[way % 3]
-            up0, up1, up2 = votes[0, way * 3], votes[0, way * 3 + 1], votes[0, way * 3 + 2]
-            down0, down1, down2 = votes[1, way * 3], votes[1, way * 3 + 1], votes[1, way * 3 + 2]
-            none, positive, negative = last[0], last[1], last[2]
-            for i in range(n):
-                here = get(a, i) & get(b, i) & get(c, i)
-                up = (get(none, i) & up0) | (get(positive, i) & up1) | (get(negative, i) & up2)
-                down = (get(none, i) & down0) | (get(positive, i) & down1) | (get(negative, i) & down2)
-                put(plus, start + i, get(plus, start + i) | (here & up))
-                put(minus, start + i, get(minus, start + i) | (here & down))
+        for kind in range(8):
+            _answer(p3, m3, start, n, kind, fourth, kind * size)
+        for plane, out in enumerate((plus, minus)):
+            for way in range(9):
+                none, up, down = votes[plane, 3 * way], votes[plane, 3 * way + 1], votes[plane, 3 * way + 2]
+                _choose(p2, m2, start, n, fourth, none * size, up * size, down * size, held, way * size)
+            for way in range(3):
+                row = 3 * way * size
+                _choose(p1, m1, start, n, held, row, row + size, row + 2 * size, held, (9 + way) * size)
+            _choose(p0, m0, start, n, held, 9 * size, 10 * size, 11 * size, out, start)
