@@ -109,7 +109,9 @@ class Sweep:
             axes.scatter(self.best.alpha, share * self.best.score, s=120, facecolors="none", edgecolors=_INK, zorder=4,
                          label=f"best: {said}")  # fmt: skip
         if any(point.stopped for point in self.points):
-            axes.scatter([], [], s=22, facecolors="white", edgecolors=_SOFT, linewidths=1.2, label="not seen to the end")
+            axes.scatter(
+                [], [], s=22, facecolors="white", edgecolors=_SOFT, linewidths=1.2, label="not seen to the end"
+            )
         if original is not None:
             axes.axhline(share * original, color=_SOFT, linestyle="--", linewidth=1.2, label="uncompressed")
         alphas = sorted({point.alpha for point in self.points})
