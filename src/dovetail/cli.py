@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dovetail import cli_experts
+from dovetail import cli_experts, cli_pack
 from dovetail.errors import DovetailError
 from dovetail.terminal import Json, console, find_task, print_json, quiet
 
@@ -170,7 +170,8 @@ def report(
         print_summary(console(), found, directory)
 
 
-cli_experts.register(app)
+cli_pack.register(app)
+app.add_typer(cli_experts.experts_app)
 
 
 def main() -> None:

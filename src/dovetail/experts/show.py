@@ -22,10 +22,10 @@ from dovetail.errors import LoadError
 from dovetail.experts.codec import counts_of
 from dovetail.experts.expert import Expert, load, similarity
 from dovetail.experts.file import read_header
-from dovetail.experts.store import Store
+from dovetail.experts.web import Web
 from dovetail.report.words import size
 
-_MODES = {0: "empty", 1: "Rice", 2: "Rice, sub-blocks", 3: "full"}
+_MODES = {0: "empty", 1: "Rice", 2: "Rice/4096", 3: "full"}
 _BARS = 40
 _INK, _SOFT = "#22201d", "#6b665f"
 
@@ -77,21 +77,26 @@ def histogram(expert: Expert, bins: int = 10) -> dict[str, list[float]]:
 def print_expert(console: Console, path: Path, expert: Expert, rows: int) -> None:
     """Facts, a table of the tensors (the `rows` with most kept values), and the histogram."""
     said = facts(expert)
-    console.print(f"[bold]{escape(path.name)}[/bold]  {said['values']:,} values in {len(said['tensors'])} tensors, "
-                  f"{said['kept']:,} kept ({100 * said['share']:.3g} %)")  # fmt: skip
     times = said["uncompressed_nbytes"] / said["nbytes"]
-    console.print(f"{size(said['nbytes'])}, 1/{times:.3g} of {size(said['uncompressed_nbytes'])} uncompressed; "
-                  f"{said['bits']:.3f} bits a value, entropy {said['entropy_bits']:.3f}")  # fmt: skip
-    of = said["chain"] or (f"peft {said['peft_type']}" if said["peft_type"] else said["initial"])
-    console.print(f"of {escape(str(of))}, for base {said['base'] or 'unknown'}")
-    console.print(f"alpha {said['alpha']:g}, density {said['density']:g}, one scale a {said['scale']}\n")
+    of = said["chain"] or (f"peft {said['peft_type']}" if said["peft_type"] else f"initial {said['initial']}")
+    for line in (
+        f"[bold]{escape(path.name)}[/bold]: {len(said['tensors'])} tensors, "
+        f"{said['kept']:,} of {said['values']:,} values kept ({100 * said['share']:.3g} %)",
+        f"{size(said['nbytes'])}, 1/{times:.3g} of {size(said['uncompressed_nbytes'])} uncompressed; "
+        f"{said['bits']:.3f} bits a value (entropy {said['entropy_bits']:.3f})",
+        f"of {escape(str(of))}, for base {said['base'] or 'unknown'}",
+        f"alpha {said['alpha']:g}, density {said['density']:g}, one scale for each {said['scale']}\n",
+    ):
+        console.print(line, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("tensor", "shape", "kept", "%", "bits a value", "scale", "coded"):
-        table.add_column(column, justify="left" if column in ("tensor", "coded") else "right", overflow="fold")
+    table.add_column("tensor", overflow="fold", min_width=24)
+    for column in ("shape", "kept", "%", "bits a value", "scale"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("coded", no_wrap=True)
     order = sorted(said["tensors"], key=lambda tensor: -tensor["kept"])
     for tensor in order[:rows]:
         numel = math.prod(tensor["shape"])
-        coded = ", ".join(tensor["modes"]) + (", by columns" if tensor["order"] == "columns" else "")
+        coded = ", ".join(tensor["modes"]) + (", columns" if tensor["order"] == "columns" else "")
         share = f"{100 * tensor['kept'] / numel:.2f}" if numel else ""
         table.add_row(
             escape(tensor["name"]), "x".join(map(str, tensor["shape"])), f"{tensor['kept']:,}", share,
@@ -101,7 +106,7 @@ def print_expert(console: Console, path: Path, expert: Expert, rows: int) -> Non
     if len(order) > rows:
         console.print(f"and {len(order) - rows} more (--rows)\n")
     drawn = said["histogram"]
-    console.print("values by how densely their block is kept")
+    console.print("values, by how densely their block of up to 65,536 is kept")
     most = max(drawn["values"]) or 1
     for low, high, count in zip(drawn["edges"], drawn["edges"][1:], drawn["values"], strict=False):
         bar = "█" * round(_BARS * count / most) or ("▏" if count else "")
@@ -110,11 +115,10 @@ def print_expert(console: Console, path: Path, expert: Expert, rows: int) -> Non
 
 def listed(place: str) -> list[dict[str, Any]]:
     """The experts of a folder, by their headers, or of an HTTP origin, by its index: name, nbytes and what is known."""
-    if place.startswith(("http://", "https://")):
-        with Store(place, budget_nbytes=0) as store:
-            sizes = store.sizes()
-        return [{"name": name, "nbytes": sizes[name], "values": None, "kept": None, "of": "", "base": None}
-                for name in store.names()]  # fmt: skip
+    if "://" in place:
+        web = Web(place, timeout=30.0, max_nbytes=1, retries=2)  # its index alone
+        return [{"name": name, "nbytes": web.stamp(name)[0], "values": None, "kept": None, "of": "", "base": None}
+                for name in web.names()]  # fmt: skip
     rows = []
     for path in sorted(Path(place).glob("*.dvt")):
         header, kept = read_header(path)

@@ -1,0 +1,132 @@
+"""The commands that make, unpack and show one expert: pack, unpack, inspect."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dovetail.terminal import Json, console, find_task, print_json, quiet
+
+if TYPE_CHECKING:
+    from dovetail.experts import TaskVector
+
+Base = Annotated[str | None, typer.Option(help="The base model: playground, a folder, package:NAME/FOLDER, a hub id.")]
+File = Annotated[Path, typer.Argument(metavar="EXPERT", help="A .dvt file.")]
+Density = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of values to keep.")]
+Scale = Annotated[str, typer.Option(help='"vector": one scale; "tensor": one for each tensor.')]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these commands to the program."""
+    app.command(epilog="Example: dovetail pack runs/french/adapter --base playground --density 0.05")(pack)
+    app.command(epilog="Example: dovetail unpack french.dvt --base playground --output french")(unpack)
+    app.command(epilog="Example: dovetail inspect french.dvt")(inspect)
+
+
+def pack(
+    source: Annotated[Path, typer.Argument(help="A Dovetail or peft adapter folder, or a fine-tuned checkpoint's.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="[default: SOURCE's name with .dvt]")] = None,
+    base: Base = None,
+    density: Density = 0.05,
+    alpha: Annotated[float | None, typer.Option(help="Scale over standard deviation. [default: 1]")] = None,
+    scale: Scale = "vector",
+    sweep: Annotated[str | None, typer.Option(help="Choose density and alpha on this task's validation split.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Validation records of the sweep. [default: all]")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the sweep's plot here, as PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compress an adapter, or a checkpoint's difference to its base, into one expert file."""
+    quiet()
+    from dovetail import experts
+    from dovetail.experts.show import facts
+
+    output = output or source.with_suffix(".dvt")
+    vector = experts.task_vector(source, base)
+    provenance: dict[str, Any] = {"source": source.name}
+    if sweep is not None:
+        density, alpha = _sweep(vector, base, sweep, limit, plot, scale)
+        provenance["sweep"] = {"task": sweep, "limit": limit}
+    elif alpha is None:
+        _advise(base, density)
+    made = experts.compress(vector, density, 1.0 if alpha is None else alpha, _scale(scale), provenance=provenance)
+    made.save(output)
+    if as_json:
+        print_json({"output": str(output), **facts(made)})
+    else:
+        said = facts(made)
+        times = said["uncompressed_nbytes"] / said["nbytes"]
+        print(f"{output}: {said['nbytes']:,} bytes, 1/{times:.3g} of the task vector; density {density:g}, "
+              f"alpha {made.alpha:g}")  # fmt: skip
+
+
+def _scale(text: str) -> Any:
+    from dovetail.errors import DataError
+
+    if text not in ("vector", "tensor"):
+        raise DataError("--scale", found=text, rule='"vector" or "tensor"')
+    return text
+
+
+def _advise(base: str | None, density: float) -> None:
+    """Says whether alpha 1 will do (ComPEFT §4.2)."""
+    from dovetail.experts import default_alpha
+    from dovetail.load import empty_model, load_config
+
+    count = 0 if base is None else sum(p.numel() for p in empty_model(load_config(base)).parameters())
+    if default_alpha(count, density) is None:
+        print("alpha 1: good for bases of 13 B parameters and more at densities up to 0.2. For this one a sweep is "
+              "advised: --sweep TASK", file=sys.stderr)  # fmt: skip
+
+
+def _sweep(
+    vector: TaskVector, base: str | None, task: str, limit: int | None, plot: Path | None, scale: str
+) -> tuple[float, float]:
+    from dovetail import experts
+    from dovetail.errors import DataError
+    from dovetail.experts.unpack import ready
+    from dovetail.load import load
+
+    if base is None:
+        raise DataError("--sweep", found="no --base", rule="a sweep scores the expert on its base")
+    found = find_task(task)
+    model, tokenizer = load(base, task_kind=found.kind)
+    model = ready(model, vector)
+    score = experts.scorer(model, tokenizer, found, limit=limit)
+    result = experts.sweep(vector, score, scale=_scale(scale))
+    for point in result.points:
+        print(f"density {point.density:<5g} alpha {point.alpha:<4g} {point.score:.4f} on {point.records} records"
+              f"{', given up' if point.stopped else ''}", file=sys.stderr)  # fmt: skip
+    if plot is not None:
+        result.plot(plot)
+    return result.best.density, result.best.alpha
+
+
+def unpack(
+    expert: File,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    base: Base = None,
+) -> None:
+    """Write an expert as what it was made from: an adapter folder or a checkpoint."""
+    quiet()
+    from dovetail import experts
+
+    print(experts.unpack(experts.load(expert), output, base))
+
+
+def inspect(
+    expert: File,
+    rows: Annotated[int, typer.Option(min=0, help="Tensors to show, those with most kept values first.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Show what an expert holds: a table of its tensors and a histogram of densities."""
+    from dovetail import experts
+    from dovetail.experts.show import facts, print_expert
+
+    loaded = experts.load(expert)
+    if as_json:
+        print_json({"file": str(expert), **facts(loaded)})
+    else:
+        print_expert(console(), expert, loaded, rows)
