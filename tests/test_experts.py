@@ -72,13 +72,27 @@ def check(task_vector: dict[str, Tensor], density: float, path: Path, scale: str
     return saved
 
 
-def test_round_trip_of_every_size(tmp_path):
-    random = np.random.default_rng(0)
-    edges = [0, 1, 2, 7, 8, 9, 63, 64, 65, 4095, 4096, 4097, 65535, 65536, 65537, 131072, 1 << 20]
-    sizes = edges + [int(2 ** random.uniform(0, 18)) for _ in range(30)]
+def shape_of(size: int, random: np.random.Generator) -> tuple[int, ...]:
+    """Some shape of so many values: a row, a column, tall, wide or deep."""
+    if size == 0:
+        return [(0,), (0, 5), (3, 0, 2)][random.integers(3)]
+    side = int(random.choice([d for d in range(1, 65) if size % d == 0]))
+    return [(size,), (size // side, side), (side, size // side), (1, side, 1, size // side)][random.integers(4)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_round_trip_of_every_size(tmp_path, dtype):
+    """0 to 2^20 values: every end of a byte, word, sub-block and block, one less and one more, and sizes between."""
+    own = FLOATS.index(dtype)
+    random = np.random.default_rng(own)
+    sizes = [0, 1, 2, 7, 8, 9, 63, 64, 65, *(4096 * j + d for j in range(1, 17) for d in (-1, 0, 1))]
+    large = [65536 * j + d for j in range(2, 17) for d in (-1, 0, 1) if 65536 * j + d <= 1 << 20]
+    sizes += large[own :: len(FLOATS)] + [int(2 ** random.uniform(0, 20)) for _ in range(20)]  # each large one by one
     for number, size in enumerate(sizes):
-        density, dtype = DENSITIES[number % len(DENSITIES)], FLOATS[number % len(FLOATS)]
-        check(vector({"w": (size,)}, number, dtype), density, tmp_path / "x.dvt")
+        task_vector = vector({"w": shape_of(size, random)}, number, dtype)
+        if random.random() < 0.3:  # unlike stretches, which take sub-blocks
+            task_vector["w"].view(-1)[: size // 3] *= 0.1
+        check(task_vector, float(random.choice(DENSITIES)), tmp_path / "x.dvt")
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
