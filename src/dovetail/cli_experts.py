@@ -93,7 +93,8 @@ def merge(
     chosen = None if weights is None else _numbers(weights)
     loaded = [experts.load(path) for path in files]
     merged = experts.merge(loaded, method, weights=chosen, density=keep, seed=seed)
-    _write(merged, output, density, alpha, base, {"merged": [path.name for path in files], "method": method})
+    done = _write(merged, output, density, alpha, base, {"merged": [path.name for path in files], "method": method})
+    print(done)
 
 
 @experts_app.command(
@@ -123,22 +124,23 @@ def compose(
     model = ready(model, loaded[0])
     made = experts.compose(loaded, model, tokenizer, found, limit=examples, budget=budget, seed=seed)
     named = {path.stem: round(weight, 4) for path, weight in zip(files, made.weights, strict=True)}
-    _write(made.task_vector, output, density, alpha, base, {"composed": named})
+    written = _write(made.task_vector, output, density, alpha, base, {"composed": named})
     if as_json:
-        print_json({"weights": named, "loss": made.loss})
+        print_json({"output": str(written), "weights": named, "loss": made.loss})
     else:
-        print(f"loss {made.loss:.4f}: " + ", ".join(f"{name} {weight:+.2f}" for name, weight in named.items()))
+        print(
+            f"{written}: loss {made.loss:.4f}, " + ", ".join(f"{name} {weight:+.2f}" for name, weight in named.items())
+        )
 
 
 def _write(
     vector: TaskVector, output: Path, density: float, alpha: float, base: str | None, provenance: dict[str, Any]
-) -> None:
+) -> Path:
     from dovetail import experts
 
     if output.suffix == ".dvt":
-        print(experts.compress(vector, density, alpha, provenance=provenance).save(output))
-    else:
-        print(experts.unpack(vector, output, base))
+        return experts.compress(vector, density, alpha, provenance=provenance).save(output)
+    return experts.unpack(vector, output, base)
 
 
 @experts_app.command(epilog="Example: dovetail experts verify store/*.dvt")
