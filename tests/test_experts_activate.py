@@ -14,7 +14,7 @@ from dovetail.adapter import describe, load_adapter, parameters_of, save_adapter
 from dovetail.apply import advance, apply, initial_values
 from dovetail.errors import DataError, LoadError
 from dovetail.experts.activate import activate, deactivate, put
-from dovetail.experts.origins import slots
+from dovetail.experts.slots import slots
 from dovetail.fingerprint import model_fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it

@@ -182,6 +182,36 @@ def test_activate(folder: Path, made: dict[str, experts.Expert]) -> None:
     assert model.weight.data_ptr() == where
 
 
+def test_activating_a_damaged_file_changes_nothing(folder: Path, made: dict[str, experts.Expert]) -> None:
+    model, path = nn.Linear(50, 40), folder / "expert-1.dvt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
+    with Store(folder, 1 << 20) as store:
+        before = model.weight.detach().clone()
+        with pytest.raises(LoadError, match="block 0"):
+            store.activate(model, "expert-1")
+        assert torch.equal(model.weight.detach(), before)
+        store.activate(model, "expert-0")
+        with pytest.raises(LoadError, match="block 0"):
+            store.activate(model, "expert-1")
+        assert torch.equal(model.weight.detach(), made["expert-0"].dense()["weight"])
+        assert (store.stats().loads, store.stats().swaps) == (1, 1)
+
+
+def test_a_model_that_can_not_take_an_expert_is_nobody_elses_failure(folder: Path) -> None:
+    with Store(folder, 1 << 20) as store, ThreadPoolExecutor(2) as pool:
+        gate = Gate(store)
+        wrong = pool.submit(store.activate, nn.Linear(3, 3), "expert-0")
+        wait(lambda: gate.reads == 1)
+        right = pool.submit(store.activate, nn.Linear(50, 40), "expert-0")
+        wait(lambda: store.stats().misses == 2)
+        gate.open.set()
+        right.result()
+        with pytest.raises(LoadError, match="shape"):
+            wrong.result()
+        assert (gate.reads, store.stats().swaps, store.stats().held) == (1, 1, 1)
+
+
 def wait(until: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not until():

@@ -33,10 +33,9 @@ from dovetail.experts.origins import (
     check_fingerprint,
     check_origin,
     live_fingerprint,
-    peft_adapter,
-    slots,
     starts,
 )
+from dovetail.experts.slots import peft_adapter, slots
 from dovetail.experts.task_vector import Origin, Spec, TaskVector, specs_of
 from dovetail.record import applied
 
@@ -91,7 +90,7 @@ def _state(model: nn.Module) -> _State:
 def activate(model: nn.Module, expert: Expert, *, verified: bool = False) -> None:
     """Puts an expert into a live model, in place of the one that is there: no tensor is replaced, none is made anew.
 
-    model     under a chain, a stock peft model, or any model that has the expert's names (`origins.slots`)
+    model     under a chain, a stock peft model, or any model that has the expert's names (`slots.py`)
     verified  its blocks were checked since it was read, as a `Store` does; otherwise it is decoded twice
     errors    LoadError for a wrong base, chain, name or shape, and for changed bytes: before anything is written.
               Whatever else goes wrong, what was active before is put back
@@ -139,11 +138,13 @@ def verify(expert: Expert, *, threads: int | None = None) -> None:
 
 def _part(model: nn.Module) -> str:
     """Which of the adapters that a model may carry, one after the other or beside each other, names mean now."""
+    adapter = peft_adapter(model)
+    if adapter is not None:
+        return f"peft {adapter}"
     if chain_layers(model):
         record = applied(model)
         return f"chain {record.chain}, stage {record.stage}"
-    adapter = peft_adapter(model)
-    return "" if adapter is None else f"peft {adapter}"
+    return ""
 
 
 @torch.no_grad()
@@ -197,13 +198,14 @@ def _fingerprint(model: nn.Module, state: _State, part: str) -> str:
 
 def _starts(model: nn.Module, state: _State, origin: Origin, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Initial values, made once for all experts that have the same."""
+    if origin.initial not in ("chain", "peft"):
+        return {}
     file = adapter_file(origin)
     kinds = [(name, str(t.dtype), str(t.device)) for name, t in live.items()]
-    seed = None if file is None else file.seed
-    key = json.dumps([_part(model), origin.initial, seed, origin.peft, kinds])
-    if origin.initial in ("chain", "peft") and state.starts[0] != key:
+    key = json.dumps([_part(model), origin.initial, None if file is None else file.seed, origin.peft, kinds])
+    if state.starts[0] != key:
         state.starts = (key, starts(model, origin, live))
-    return state.starts[1] if origin.initial in ("chain", "peft") else {}
+    return state.starts[1]
 
 
 def _carry_over(model: nn.Module, previous: _Active, active: _Active, live: Mapping[str, Tensor]) -> None:
@@ -215,15 +217,15 @@ def _carry_over(model: nn.Module, previous: _Active, active: _Active, live: Mapp
     _undo(model, previous, leave=shared)
     for name, saved in shared.items():
         active.saved[name] = _Saved(saved.values.to(live[name].device, live[name].dtype))
-    if chain_layers(model):
-        active.ranks = previous.ranks
+    active.ranks = previous.ranks
 
 
 def _write(model: nn.Module, active: _Active, live: Mapping[str, Tensor]) -> None:
     """Values into the model; what they replace goes to `active.saved`, unless it is there."""
     if active.origin.initial == "base":
+        scales = active.content.scales if isinstance(active.content, Expert) else {}
         for name, tensor in live.items():
-            _add(active, name, tensor.data)
+            _add(active, name, tensor.data, scales.get(name, 0.0))
         return
     for name, tensor in live.items():
         if active.origin.initial == "chain" and name in active.starts:
@@ -238,17 +240,17 @@ def _write(model: nn.Module, active: _Active, live: Mapping[str, Tensor]) -> Non
     for name, start in active.starts.items():
         live[name].data.add_(start)
     file = adapter_file(active.origin)
-    if file is not None and file.ranks and not file.extracted and chain_layers(model):
+    if file is not None and file.ranks and not file.extracted:
         active.ranks = active.ranks or saved_ranks(model)[0]
         take_over(model, file.ranks, False)
 
 
-def _add(active: _Active, name: str, tensor: Tensor) -> None:
+def _add(active: _Active, name: str, tensor: Tensor, scale: float) -> None:
     """Adds values to a tensor where they aren't zero, having saved what was there."""
     flat = tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1)
     if isinstance(active.content, Expert):
         at, signs = (each.to(tensor.device) for each in active.content.indices(name))
-        added = signs.to(tensor.dtype) * torch.tensor(active.content.scales[name], dtype=torch.float64).to(tensor)
+        added = signs.to(tensor.dtype) * torch.tensor(scale, dtype=torch.float64).to(tensor)
     else:
         delta = _finite(name, active.content[name]).to(tensor).reshape(-1)
         at = delta.nonzero().reshape(-1)
@@ -281,8 +283,8 @@ def _shapes(active: _Active) -> dict[str, tuple[int, ...]]:
 def _undo(model: nn.Module, active: _Active, leave: Mapping[str, _Saved] | None = None) -> None:
     """Puts back what was saved, except of names to leave."""
     saved = {name: each for name, each in active.saved.items() if name not in (leave or {})}
-    shapes = {name: shape for name, shape in _shapes(active).items() if name in saved}
-    for name, tensor in slots(model, shapes, active.origin).items():
+    shapes = {name: shape for name, shape in _shapes(active).items() if name in saved} if saved else {}
+    for name, tensor in (slots(model, shapes, active.origin) if saved else {}).items():
         values, at = saved[name].values, saved[name].at
         if at is None:
             tensor.data.copy_(values)

@@ -105,15 +105,15 @@ class Expert:
         returns  tensors by name, those of `into` where given
         errors   LoadError for changed bytes, and for a tensor that `into` lacks or has in another shape
         """
-        result = {}
+        result, scales, dtypes = {}, self.scales, self.dtypes
         for name, coded in self.coded.items():
             if into is None:
-                out = held = torch.empty(coded.shape, dtype=dtype or self.dtypes[name])
+                out = held = torch.empty(coded.shape, dtype=dtype or dtypes[name])
             else:
                 out = _given(into, name, coded.shape)
                 direct = out.is_contiguous() and out.device.type == "cpu"
                 held = out.detach() if direct else torch.empty(coded.shape, dtype=out.dtype)
-            decode_dense(coded, held, self.scales[name], name, threads or torch.get_num_threads())
+            decode_dense(coded, held, scales[name], name, threads or torch.get_num_threads())
             if held.data_ptr() != out.data_ptr() or held.device != out.device:
                 with torch.no_grad():
                     out.copy_(held)

@@ -1,15 +1,8 @@
-"""Where an expert's tensors are in a live model, what their values are added to, and whether the model is its base.
-
-model                      names of its tensors
-under a Dovetail chain     link/LAYER/PLACE/NAME and head/NAME, as in adapter.safetensors
-a stock peft model         those of the active adapter as in adapter_model.safetensors
-any                        those of its state_dict; without the frozen bases of a chain
-"""
+"""What an expert's values are added to in a live model, and whether that model is the one they were made for."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.adapt.elastic import check_saved, specs
-from dovetail.adapter import parameters_of
 from dovetail.adapter_file import AdapterFile
 from dovetail.apply import initial_values
 from dovetail.chain.linear import chain_layers
 from dovetail.chain.link import Adapter
 from dovetail.errors import LoadError
 from dovetail.experts.peft_initial import peft_initial
+from dovetail.experts.slots import CHAIN_PREFIXES, peft_adapter
+from dovetail.experts.slots import slots as slots
 from dovetail.experts.task_vector import Origin
 from dovetail.fingerprint import base_fingerprint, tensors_fingerprint
 from dovetail.record import applied
@@ -32,84 +26,6 @@ from dovetail.targets import new_heads
 
 _MEANING = ("peft_type", "lora_alpha", "alpha", "use_rslora", "use_dora", "alpha_pattern", "projection_prng_key")
 """What of a peft config decides what an adapter's tensors do."""
-_CHAIN, _PEFT = ("link/", "head/"), "base_model.model."
-
-
-def slots(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], origin: Origin | None = None) -> dict[str, Tensor]:
-    """The live tensors that an expert's names mean, by name; what is written to them is in the model.
-
-    shapes   name -> shape, such as `Expert.shapes`
-    origin   what the expert is of; what it says of the base isn't looked at here (`check_origin`)
-    errors   LoadError, naming the first name that the model lacks, has in another shape or not as a float tensor, and
-             for two names of one tensor (tied weights)
-    """
-    found, live, seen = {}, _tensors(model), {}
-    for name in sorted(shapes):
-        where, tensor = f"expert at {name}"[:300], live.get(name)
-        if tensor is None:
-            raise LoadError(
-                where, found="no such tensor in the model", rule="it has all of them", fix=_home(name, origin)
-            )
-        if tuple(tensor.shape) != tuple(shapes[name]):
-            found_, rule = f"shape {list(shapes[name])}", f"the model's is {list(tensor.shape)}"
-            raise LoadError(where, found=found_, rule=rule, fix=_home(name, origin))
-        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or tensor.is_meta:
-            found_ = "device meta" if tensor.is_meta else str(tensor.dtype)
-            raise LoadError(where, found=found_, rule="values go to stored tensors of 16, 32 or 64 bit floats")
-        if tensor.numel() and (twin := seen.setdefault((tensor.device, tensor.data_ptr()), name)) != name:
-            fix = "leave one of them out of the task vector"
-            raise LoadError(where, found=f"the tensor that {twin} is", rule="each tensor has one name", fix=fix)
-        found[name] = tensor
-    return found
-
-
-def _home(name: str, origin: Origin | None) -> str:
-    if name.startswith(_CHAIN):
-        return f"dovetail.apply(model, {(origin and origin.chain) or 'its chain'!r})"
-    return (
-        "peft.get_peft_model, with the adapter's config" if name.startswith(_PEFT) else "load the model that it is for"
-    )
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every name that an expert may use, and its live tensor."""
-    state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
-    if peft_adapter(model) is not None:
-        return state | _peft_tensors(model, state)
-    layers = chain_layers(model)
-    if layers:  # the chain's fingerprint and its cached norms are of the bases as they are
-        bases = tuple(f"{name}.base." for name in layers)
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(bases)} | parameters_of(model)
-    return state
-
-
-def peft_adapter(model: nn.Module) -> str | None:
-    """Name of the active adapter of a stock peft model; None for any other model. Doesn't import peft."""
-    if "peft" not in sys.modules:
-        return None
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
-        return None
-    active = model.active_adapter
-    if not isinstance(active, str):
-        fix = "model.set_adapter(name)"
-        raise LoadError("peft model", found=f"active adapters {active}"[:300], rule="an expert goes into one", fix=fix)
-    return active
-
-
-def _peft_tensors(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    from peft import get_peft_model_state_dict
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
-        fix = "model.unmerge_adapter()"
-        raise LoadError("peft model", found="a merged adapter", rule="only an unmerged one can be swapped", fix=fix)
-    named = get_peft_model_state_dict(
-        model, state_dict=state, adapter_name=model.active_adapter, save_embedding_layers=False
-    )
-    own = {id(tensor) for tensor in state.values()}
-    return {name: tensor for name, tensor in named.items() if id(tensor) in own}  # not what was made for the file
 
 
 def starts(model: nn.Module, origin: Origin, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -121,7 +37,7 @@ def starts(model: nn.Module, origin: Origin, tensors: Mapping[str, Tensor]) -> d
     """
     if origin.initial == "chain":
         for name in tensors:
-            if not name.startswith(_CHAIN):
+            if not name.startswith(CHAIN_PREFIXES):
                 rule = "a chain's initial values are those of link/… and head/… tensors"
                 raise LoadError(f"expert at {name}"[:300], found="another name", rule=rule)
         file = adapter_file(origin)
@@ -161,13 +77,12 @@ def check_origin(model: nn.Module, origin: Origin, names: Iterable[str]) -> str 
         record = applied(model)
         if origin.base is not None and "unknown" not in (origin.base, record.base_fingerprint):
             _same_base(record.base_fingerprint, origin.base)
-        if any(name.startswith(_CHAIN) for name in names):
+        if any(name.startswith(CHAIN_PREFIXES) for name in names):
             file = _check_chain(model, origin)
             return None if file is None else file.chain_fingerprint
         return None
     if (adapter := peft_adapter(model)) is not None:
-        wrapped: Any = model
-        _check_config(wrapped.peft_config[adapter].to_dict(), origin.peft or {})
+        _check_peft(model, adapter, origin.peft or {})
         return origin.base
     return origin.base if origin.initial == "base" else None  # an adapter's own tensors are in the model's fingerprint
 
@@ -208,7 +123,17 @@ def _same_constants(link: Adapter, seed: int, other: int) -> bool:
     return all(torch.equal(one[name], two[name]) for name in one)
 
 
-def _check_config(live: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+def _check_peft(model: Any, adapter: str, said: Mapping[str, Any]) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    left: list[nn.Module] = [model]
+    while left:
+        module = left.pop()
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            fix = "model.unmerge_adapter()"
+            raise LoadError("peft model", found="a merged adapter", rule="only an unmerged one can be swapped", fix=fix)
+        left += [child for child in module._modules.values() if child is not None]
+    live = model.peft_config[adapter].to_dict()
     for key in _MEANING:
         if key in live and key in said:
             here, there = live[key], said[key]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from types import TracebackType
 
 from torch import nn
 
-from dovetail.errors import DataError, LoadError
+from dovetail.errors import DataError, DovetailError, LoadError
 from dovetail.experts.activate import activate, verify
 from dovetail.experts.expert import Expert
 from dovetail.experts.places import Folder, Place, Stamp, good_name, write_index
@@ -71,7 +72,7 @@ class _Held:
 class Store:
     """Experts of a folder or server, by name; any number of threads may use it.
 
-    Nobody sees an expert before all of its blocks were checked. Of several threads that ask for the same one, one loads
+    Nobody gets an expert before all of its blocks were checked. Of several threads that ask for the same one, one loads
     it; a failure is raised in all of them and not remembered. A file that was changed is loaded again when next asked
     for; on a server, changes show after `refresh`.
     """
@@ -133,10 +134,30 @@ class Store:
         return self._get(name)
 
     def activate(self, model: nn.Module, name: str) -> None:
-        """`get`, and `experts.activate` in place of what is active in the model."""
+        """`get`, and `experts.activate` in place of what is active in the model.
+
+        One that has to be loaded is checked by the decode that writes it: where a block turns out to be wrong, what was
+        active before is put back.
+        """
         start = time.perf_counter()
-        activate(model, self.get(name), verified=True)
-        self._count(swaps=1, swap_seconds=time.perf_counter() - start)
+        failed: list[DovetailError] = []
+        used: list[Expert] = []
+
+        def use(expert: Expert) -> None:
+            try:
+                activate(model, expert, verified=True)
+                used.append(expert)
+            except DovetailError as error:
+                failed.append(error)
+                verify(expert)  # others may wait for an expert that only this model can't take
+
+        expert = self._get(name, check=use)
+        if failed:
+            raise failed[0]
+        if not used:
+            activate(model, expert, verified=True)
+        with self._lock:
+            self._add(swaps=1, swap_seconds=time.perf_counter() - start)
 
     def prefetch(self, *names: str) -> None:
         """Loads experts in the background. What fails there fails when it is asked for."""
@@ -171,7 +192,8 @@ class Store:
     ) -> None:
         self.close()
 
-    def _get(self, name: str, *, ahead: bool = False) -> Expert:
+    def _get(self, name: str, *, ahead: bool = False, check: Callable[[Expert], None] = verify) -> Expert:
+        """`check` is called with an expert that is loaded now, before it is shared: LoadError for changed bytes."""
         stamp = self._place.stamp(name)
         with self._lock:
             self._check_open()
@@ -189,7 +211,7 @@ class Store:
         if coming is not None:
             return coming.result()
         try:
-            expert = self._load(name, stamp, ahead)
+            expert = self._load(name, stamp, ahead, check)
         except BaseException as error:
             with self._lock:
                 del self._coming[name]
@@ -201,12 +223,12 @@ class Store:
         mine.set_result(expert)
         return expert
 
-    def _load(self, name: str, stamp: Stamp, ahead: bool) -> Expert:
+    def _load(self, name: str, stamp: Stamp, ahead: bool, check: Callable[[Expert], None]) -> Expert:
         start = time.perf_counter()
         expert, nbytes = self._place.read(name)
-        verify(expert)
         if self._base is not None:
             expert.check_base(self._base)
+        check(expert)
         with self._lock:
             self._add(loads=1, load_seconds=time.perf_counter() - start, prefetched=int(ahead))
             if not self._closed:
@@ -233,10 +255,6 @@ class Store:
     def _check_open(self) -> None:
         if self._closed:
             raise LoadError("store", found="a closed one", rule="an open store gives experts")
-
-    def _count(self, swaps: int, swap_seconds: float) -> None:
-        with self._lock:
-            self._add(swaps=swaps, swap_seconds=swap_seconds)
 
     def _add(self, **more: float) -> None:
         """Adds to the counts; the lock is held."""
