@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -119,14 +120,8 @@ def compose(
         sums, counts = runner.log_likelihoods(rows)
         return -(sums.sum() / counts.sum()).item()
 
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            found = search(experts, loss, budget=budget, bound=bound, l1=l1, seed=seed, progress=progress)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with in_evaluation(model), torch.no_grad():
+        found = search(experts, loss, budget=budget, bound=bound, l1=l1, seed=seed, progress=progress)
     put(model, found.task_vector)
     return found
 
@@ -174,6 +169,18 @@ def search(
         raise DataError("compose", found=f"no finite loss in {budget} tries", rule="some composition has one")
     vector = _composed(parts, best.weights, experts[0])
     return Composition(best.weights, vector, best.loss, best.objective, tuple(history))
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module is put back into the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _composed(parts: Mapping[str, Sequence[Masks]], weights: Sequence[float], first: Expert) -> TaskVector:

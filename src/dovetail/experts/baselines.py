@@ -1,0 +1,222 @@
+"""What ComPEFT is compared with (§4.1, App. C.1), in the forms that it has itself: experts, and sparse vectors.
+
+  stc         top-k by magnitude, signs, scale = mean |τ| of what is kept           (Sattler et al. 2019)
+  prune       top-k by magnitude, values as they are                                (the paper's "Pruned")
+  dare        each value dropped with chance 1 - density, the rest / density        (Yu et al. 2023)
+  bitdelta    all signs, scale = mean |τ| of each tensor                            (Liu et al. 2024)
+  train_scales  of any expert: argmin over its scales of |logits(τ) - logits(τ~)|²  (Liu et al. 2024, §3.1)
+
+Where ComPEFT chooses its scale by a sweep, STC and BitDelta compute it; BitDelta keeps every sign, which is 1 bit a
+value at least. Training scales needs gradients of the whole model. An exact zero has no sign in any of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+
+from dovetail.batches import IGNORED, check_labels, encode, length_limit
+from dovetail.errors import DataError
+from dovetail.evaluate.runner import Runner
+from dovetail.experts import ternary
+from dovetail.experts.activate import deactivate, put, slots
+from dovetail.experts.codec import Coded, code, decode_indices
+from dovetail.experts.compose import in_evaluation
+from dovetail.experts.expert import Expert, assemble
+from dovetail.experts.sparse import SparseVector, sparse
+from dovetail.experts.task_vector import Origin, TaskVector, specs_of
+from dovetail.progress import Bar
+from dovetail.tasks import Record, Task, as_task
+
+
+def stc(vector: Mapping[str, Tensor], density: float, per: Literal["vector", "tensor"] = "vector") -> Expert:
+    """Sparse ternary compression: signs of the largest values, and their mean magnitude (Sattler et al. 2019, Alg. 1).
+
+    vector   a task vector, as `compress` takes it
+    density  the share of values to keep, 0..1
+    per      "vector": the largest of all tensors, and one scale; "tensor": the largest of each tensor, and its own
+    errors   DataError as of `compress`
+    """
+    _check_density("stc", density)
+    if per not in ("vector", "tensor"):
+        raise DataError("stc", found=f"per={per!r}", rule='"vector" or "tensor"')
+    coded = {}
+    for names in [list(vector)] if per == "vector" else [[name] for name in vector]:
+        coded |= _top_k({name: vector[name] for name in names}, density)
+    return _expert(vector, coded, density, per, "stc")
+
+
+def prune(vector: Mapping[str, Tensor], density: float) -> SparseVector:
+    """The largest values by magnitude, over all tensors together, as they are; the others 0.
+
+    density  the share of values to keep, 0..1
+    errors   DataError as of `compress`
+    """
+    _check_density("prune", density)
+    chosen = _top_k(vector, density)
+
+    def kept() -> Iterator[tuple[str, Tensor]]:
+        for name, coded in chosen.items():
+            tensor = vector[name].detach().cpu()
+            at = torch.from_numpy(decode_indices(coded, name)[0])
+            flat = tensor.reshape(-1)
+            yield name, torch.zeros_like(flat).index_copy_(0, at, flat[at]).view(tensor.shape)
+
+    return sparse(kept(), density, _origin(vector))
+
+
+def dare(vector: Mapping[str, Tensor], density: float, seed: int = 0) -> SparseVector:
+    """Values kept by chance, and divided by it (drop and rescale).
+
+    density  chance of keeping a value, above 0
+    seed     Bernoulli tensors are drawn for the tensors in the order of their names, in their dtypes: what peft's
+             `random_pruning` draws in this order after torch.manual_seed(seed)
+    errors   DataError for a density out of range, NaN, infinity or integers
+    """
+    _check_density("dare", density)
+    if density == 0:
+        raise DataError("dare", found="density=0", rule="above 0: what is kept is divided by it")
+    generator = torch.Generator().manual_seed(seed)
+
+    def kept() -> Iterator[tuple[str, Tensor]]:
+        for name in sorted(vector):
+            tensor = vector[name].detach().cpu()
+            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                found = "NaN or infinity" if tensor.is_floating_point() else str(tensor.dtype)
+                raise DataError(f"task vector at {name}", found=found, rule="its values are finite floats")
+            yield name, tensor * torch.bernoulli(torch.full_like(tensor, density), generator=generator) / density
+
+    return sparse(kept(), density, _origin(vector))
+
+
+def bitdelta(vector: Mapping[str, Tensor]) -> Expert:
+    """One bit a value: all signs, and each tensor's mean magnitude (Liu et al. 2024, eq. 2 and 4), zeros and all.
+
+    errors  DataError as of `compress`
+    """
+    coded = _top_k(vector, 1.0)
+    return _expert(vector, coded, 1.0, "tensor", "bitdelta")
+
+
+def train_scales(
+    expert: Expert,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    vector: Mapping[str, Tensor],
+    records: Task | str | Sequence[Record],
+    *,
+    epochs: int = 1,
+    batch_size: int = 4,
+    learning_rate: float = 0.01,
+    max_length: int = 128,
+    progress: bool = True,
+) -> Expert:
+    """An expert whose scales are learnt, one a tensor: its logits come to be those of the uncompressed task vector.
+
+    expert         any; its signs stay as they are
+    model          that carries what expert and vector are of (`dovetail.experts.put`); left as `deactivate` leaves it
+    vector         the task vector that the expert was made of
+    records        texts to compare logits on; of a task, the training split. BitDelta takes 800 of 128 tokens
+    learning_rate  of Adam, over the scales' factors, which begin at 1. BitDelta's 1e-4 is over the scales themselves
+    returns        scale "tensor"; alpha 1
+    errors         DataError for settings out of range, and where a loss isn't finite; LoadError as of `put`
+
+    A step writes one vector and then the other to the model, so that no logits are kept and no second model is needed.
+    The gradient of a factor is the sum of gradient · scale · sign over its tensor.
+    """
+    if not (epochs >= 1 and batch_size >= 1 and math.isfinite(learning_rate) and learning_rate > 0):
+        found = f"epochs={epochs}, batch_size={batch_size}, learning_rate={learning_rate}"
+        raise DataError("train_scales", found=found, rule="epochs and batch_size from 1, learning_rate above 0")
+    task = as_task(records)
+    if task.kind in ("classification", "regression"):
+        check_labels(task.name, task.kind, task.split("train"), model)
+    runner = Runner(model, tokenizer, task.name, batch_size, length_limit(model, tokenizer, max_length), progress=False)
+    rows = encode(
+        task.kind, task.split("train"), tokenizer, encoder_decoder=runner.encoder_decoder, max_length=runner.max_length
+    )
+    units = expert.dense(torch.float32)  # what a tensor's gradient is multiplied by to be that of its factor
+    live = slots(model, expert.shapes, expert.origin)
+    factors = torch.ones(len(units), requires_grad=True)
+    optimizer = torch.optim.Adam([factors], lr=learning_rate)
+    needed = {tensor: tensor.requires_grad for tensor in [*model.parameters(), *live.values()]}
+    try:
+        with in_evaluation(model), Bar("scales", epochs * len(rows), shown=progress) as bar:
+            for tensor in needed:
+                tensor.requires_grad_(False)
+            for _ in range(epochs):
+                for chosen, batch in runner.batches(rows):
+                    put(model, vector, expert.origin)
+                    with torch.no_grad():
+                        wanted = _logits(runner, batch)
+                    put(model, {name: unit * factor for (name, unit), factor in
+                                zip(units.items(), factors.tolist(), strict=True)}, expert.origin)  # fmt: skip
+                    for tensor in live.values():
+                        tensor.requires_grad_(True)
+                    loss = functional.mse_loss(_logits(runner, batch), wanted)
+                    gradients = torch.autograd.grad(loss, [live[name] for name in units], allow_unused=True)
+                    for tensor in live.values():
+                        tensor.requires_grad_(False)
+                    factors.grad = torch.tensor([
+                        0.0 if gradient is None else float((gradient.cpu().float() * units[name]).sum())
+                        for name, gradient in zip(units, gradients, strict=True)
+                    ])  # fmt: skip
+                    if not math.isfinite(loss.item()) or not bool(torch.isfinite(factors.grad).all()):
+                        raise DataError("train_scales", found=f"a loss of {loss.item():g}", rule="it is finite",
+                                        fix="a smaller learning_rate")  # fmt: skip
+                    optimizer.step()
+                    bar.advance(len(chosen), note=f"loss {loss.item():.4g}")
+    finally:
+        for tensor, required in needed.items():
+            tensor.requires_grad_(required)
+        deactivate(model)
+    scales = [scale * factor for scale, factor in zip(expert.scales.values(), factors.tolist(), strict=True)]
+    provenance = expert.header.provenance | {"trained_scales": epochs * len(rows)}
+    return assemble(expert.coded, expert.dtypes, "tensor", scales, expert.density, 1.0, expert.origin, provenance)
+
+
+def _logits(runner: Runner, batch: Mapping[str, Tensor]) -> Tensor:
+    """Of a batch's tokens that aren't padding, float32 (tokens, vocabulary); of a head (rows, labels)."""
+    if runner.encoder_decoder:
+        return runner.model(**batch).logits[batch["labels"] != IGNORED].float()
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if batch["labels"].ndim == 1:
+        return runner.model(**inputs).logits.float()
+    return runner.model(**inputs, use_cache=False).logits[batch["attention_mask"].bool()].float()
+
+
+def _top_k(vector: Mapping[str, Tensor], density: float) -> dict[str, Coded]:
+    """Signs of the largest values, coded, by name in sorted order."""
+    masks = ternary.top_k(vector, density).masks
+    return {name: code(masks.pop(name), spec.shape) for name, spec in specs_of(vector).items()}
+
+
+def _expert(
+    vector: Mapping[str, Tensor], coded: dict[str, Coded], density: float, per: Literal["vector", "tensor"], method: str
+) -> Expert:
+    """Scales are mean magnitudes: over the kept values, or (BitDelta) over all of a tensor."""
+    coded = {name: coded[name] for name in sorted(coded)}
+    sums, counts = [], []
+    for name, each in coded.items():
+        flat = vector[name].detach().cpu().reshape(-1)
+        sums.append(float(flat[torch.from_numpy(decode_indices(each, name)[0])].double().abs().sum()))
+        counts.append(flat.numel() if method == "bitdelta" else each.kept)
+    if per == "vector":
+        sums, counts = [math.fsum(sums)], [sum(counts)]
+    scales = [total / count if count else 0.0 for total, count in zip(sums, counts, strict=True)]
+    dtypes = {name: spec.dtype for name, spec in specs_of(vector).items()}
+    return assemble(coded, dtypes, per, scales, density, 1.0, _origin(vector), {"method": method})
+
+
+def _origin(vector: Mapping[str, Tensor]) -> Origin:
+    return vector.origin if isinstance(vector, TaskVector) else Origin()
+
+
+def _check_density(where: str, density: float) -> None:
+    if not (isinstance(density, (int, float)) and 0 <= density <= 1):
+        raise DataError(where, found=f"density={density}", rule="the share of values to keep, from 0 to 1")
