@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -368,6 +371,13 @@ def test_the_checksum_is_castagnolis_with_and_without_the_instruction():
         for _ in range(8):
             register = register >> 1 ^ (0x82F63B78 if register & 1 else 0)
     assert int(native.crc_tables_step(value, word)) == register
+
+
+def test_the_checksum_is_compiled_for_the_processor_that_numba_was_told(tmp_path):
+    told = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}  # which hasn't the instruction
+    script = "from dovetail.experts.native import crc32c; print(hex(crc32c(b'123456789')))"
+    made = subprocess.run([sys.executable, "-c", script], env=told, capture_output=True, text=True, check=True)
+    assert made.stdout.strip() == "0xe3069283"
 
 
 @pytest.mark.parametrize("seed", range(1, 5))

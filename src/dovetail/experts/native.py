@@ -16,7 +16,7 @@ from typing import Any, cast
 import numba
 import numpy as np
 from llvmlite import binding, ir
-from numba.core import cgutils, types
+from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
 _instruction = cast(Any, intrinsic)  # whose first argument its callers don't give
@@ -201,7 +201,10 @@ def crc_tables_step(value, word):
     )
 
 
-_step = _crc_instruction if binding.get_host_cpu_features().get("sse4.2", False) else crc_tables_step
+_target = cast(Any, config)  # what numba was told to compile for; by itself it is this processor
+_by_instruction = _target.CPU_NAME is None and _target.CPU_FEATURES is None
+_by_instruction = _by_instruction and binding.get_host_cpu_features().get("sse4.2", False)
+_step = _crc_instruction if _by_instruction else crc_tables_step
 
 
 @numba.njit(nogil=True)
