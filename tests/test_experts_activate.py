@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -374,3 +377,43 @@ def test_elastic_ranks_come_with_the_expert() -> None:
     assert set(ranks(model).values()) == {1}
     deactivate(model)
     assert ranks(model) == before
+
+
+def test_tensors_that_were_replaced_are_found_again() -> None:
+    model = nn.Linear(6, 4)
+    expert = experts.compress({"weight": torch.randn(4, 6)}, 0.5)
+    activate(model, expert)
+    model.weight = nn.Parameter(torch.randn(4, 6))
+    activate(model, expert)
+    assert torch.equal(model.weight.detach(), expert.dense()["weight"])
+    model.bfloat16()
+    activate(model, expert)
+    assert torch.equal(model.weight.detach(), expert.dense(torch.bfloat16)["weight"])
+
+
+def test_nothing_of_a_model_outlives_it() -> None:
+    model = families.make("llama")
+    expert = experts.compress(noise(shapes_of(dict(model.named_parameters())), 0), 0.2, base=model)
+    activate(model, expert)
+    gone = [weakref.ref(model), weakref.ref(model.get_parameter("lm_head.weight"))]
+    del model
+    gc.collect()
+    assert [each() for each in gone] == [None, None]
+
+
+def test_threads_switch_one_model() -> None:
+    model = families.make("llama")
+    names = shapes_of(dict(model.named_parameters()))
+    made = [experts.compress(noise(names, seed), 0.05, base=model, origin=experts.Origin("base")) for seed in range(4)]
+    before = held(model)
+
+    def switch(seed: int) -> None:
+        for number in range(5):
+            activate(model, made[(seed + number) % 4])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(switch, range(4)))
+    now = held(model)
+    assert any(all(torch.equal(now[n], before[n] + each.dense()[n]) for n in names) for each in made)
+    deactivate(model)
+    assert same(held(model), before)
