@@ -35,6 +35,8 @@ fix: $(READY)  ## what style can mend itself
 bench: $(READY)  ## side by side with peers; ratios of medians. PEER=an interpreter that has llm-compressor
 	$(BIN)/python bench/train_step.py
 	$(BIN)/python bench/compress.py $(if $(PEER),--peer $(PEER))
+	OMP_NUM_THREADS=1 $(BIN)/python bench/experts.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/swap.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache
