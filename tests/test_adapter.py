@@ -7,10 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dovetail
+from dovetail.adapt.elastic import groups, use_reference
 from dovetail.adapter import load_adapter, save_adapter
+from dovetail.adapter_state import Before
 from dovetail.apply import advance, chain_layers
 from dovetail.errors import LoadError
 from dovetail.optimizer import cast_frozen, cast_heads
+from dovetail.record import applied
 from families import batch, logits, make
 
 
@@ -248,3 +251,39 @@ def test_a_mask_is_stored_as_one_bit_a_weight(tmp_path):
     assert len(masks) == len(chain_layers(model))
     weights = sum(layer.base.shape[0] * layer.base.shape[1] for layer in chain_layers(model).values())
     assert 8 * sum(mask.nbytes for mask in masks.values()) == weights
+
+
+@pytest.mark.parametrize("text", ["vera(r=8)", "lora(r=4)"])
+def test_a_chain_of_another_seed(text, tmp_path):
+    model = dovetail.apply(make("llama").eval(), text, seed=3)
+    perturb(model)
+    save_adapter(model, tmp_path)
+    other = dovetail.apply(make("llama").eval(), text, seed=4)
+    before = logits(other, batch(other))
+    if text.startswith("vera"):  # its frozen projections are drawn, not stored
+        with pytest.raises(LoadError, match="seed 4"):
+            load_adapter(other, tmp_path)
+        assert torch.equal(logits(other, batch(other)), before)
+        return
+    load_adapter(other, tmp_path)
+    assert torch.equal(logits(other, batch(other)), logits(model, batch(model)))
+    assert applied(other).seed == 3  # with which later stages are drawn, and task vectors taken
+
+
+@pytest.mark.parametrize("extracted", [False, True])
+def test_what_a_chain_held_before_is_put_back(extracted, tmp_path):
+    model = dovetail.apply(make("llama").eval(), "lora(r=4, elastic=[4, 2])", seed=3)
+    perturb(model)
+    use_reference(groups(model))
+    if extracted:
+        dovetail.extract(model)
+    save_adapter(model, tmp_path)
+    other = dovetail.apply(make("llama").eval(), "lora(r=4, elastic=[4, 2])", seed=4)
+    perturb(other, 2)
+    inputs, before = batch(other), Before(other)
+    wanted = logits(other, inputs)
+    load_adapter(other, tmp_path)
+    assert not torch.equal(logits(other, inputs), wanted)
+    before.put_back()
+    assert torch.equal(logits(other, inputs), wanted)
+    assert applied(other).seed == 4

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 import families
 from dovetail import experts
-from dovetail.adapter import describe, load_adapter, parameters_of, save_adapter
+from dovetail.adapter import describe, load_adapter, save_adapter
+from dovetail.adapter_state import parameters_of
 from dovetail.apply import advance, apply, initial_values
+from dovetail.chain.linear import chain_layers
 from dovetail.errors import DataError, LoadError
 from dovetail.experts.activate import activate, deactivate, put
 from dovetail.experts.slots import slots
@@ -363,6 +365,40 @@ def test_a_scale_too_large_for_the_live_dtype() -> None:
     with pytest.raises(LoadError, match="scale"):
         activate(model, expert)
     assert same(held(model), before)
+
+
+@pytest.mark.parametrize("initial", ["zero", "base"])
+def test_values_too_large_for_the_live_dtype(initial: str) -> None:
+    model = nn.Linear(4, 4).half()
+    before = held(model)
+    with pytest.raises(DataError, match="infinity in torch"):
+        put(model, {"weight": torch.full((4, 4), 1e6)}, experts.Origin(initial))
+    assert same(held(model), before)
+
+
+def test_a_vector_may_go_while_it_is_active() -> None:
+    model, vector = nn.Linear(4, 4), {"weight": torch.randn(4, 4)}
+    before = held(model)
+    put(model, vector)
+    vector.clear()
+    deactivate(model)
+    assert same(held(model), before)
+
+
+def test_magnitudes_of_another_base_are_taken_anew() -> None:
+    model = apply(families.make("llama"), "dora(r=4)", seed=3)
+    activate(model, chain_expert(model, 0))
+    with torch.no_grad():
+        for layer in chain_layers(model).values():
+            assert isinstance(layer.base.dense, Tensor)
+            layer.base.dense.mul_(2)
+    expert = chain_expert(model, 1)
+    assert expert.origin.adapter is not None
+    activate(model, expert)
+    wanted = initial_values(model)
+    live, change = parameters_of(model), expert.dense()
+    for name in live:
+        assert torch.equal(live[name].detach(), change[name] + wanted[name.removeprefix("link/")])
 
 
 def test_elastic_ranks_come_with_the_expert() -> None:

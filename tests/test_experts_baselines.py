@@ -11,7 +11,7 @@ from peft.utils.merge_utils import random_pruning
 from torch import Tensor, nn
 
 from dovetail import experts
-from dovetail.adapter import parameters_of
+from dovetail.adapter_state import parameters_of
 from dovetail.apply import apply
 from dovetail.batches import Collator, encode
 from dovetail.errors import DataError

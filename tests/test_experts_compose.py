@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dovetail import experts
-from dovetail.adapter import parameters_of
+from dovetail.adapter_state import parameters_of
 from dovetail.apply import apply, initial_values
 from dovetail.errors import DataError, DovetailError
 from dovetail.experts.activate import put

@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM
 
 import dovetail
 from dovetail import experts
+from dovetail.adapter import save_adapter
+from dovetail.adapter_state import parameters_of
 from dovetail.errors import ChainError, LoadError
 from dovetail.experts.task_vector import specs_of
+from dovetail.record import applied
 from families import batch, logits, make
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's own
@@ -66,6 +69,30 @@ def test_zeros_of_a_chain_are_its_initial_values(tmp_path: Path) -> None:
     model = dovetail.apply(make("llama"), "lora(r=4) >> ia3", seed=3)
     vector = experts.task_vector(model)
     assert all(not tensor.any() for tensor in vector.values())
+
+
+def test_a_model_that_carries_the_chain_is_as_it_was(tmp_path: Path) -> None:
+    model = disturb(dovetail.apply(make("llama"), "lora(r=4)", seed=3))
+    save_adapter(model, tmp_path / "tuned")
+    other = disturb(dovetail.apply(make("llama"), "lora(r=4)", seed=4))
+    vector = experts.task_vector(tmp_path / "tuned", other)
+    assert applied(other).seed == 4
+    for name, tensor in experts.task_vector(model).items():
+        assert torch.equal(vector[name], tensor)
+    expert = experts.compress(vector, 0.2)
+    for active in (False, True):
+        if active:
+            experts.activate(other, experts.compress(vector, 0.1))
+        before = {name: tensor.detach().clone() for name, tensor in parameters_of(other).items()}
+        experts.unpack(expert, tmp_path / "back", other)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in parameters_of(other).items())
+    experts.deactivate(other)  # what is active is known still, and no more
+    assert all(not tensor.any() for name, tensor in parameters_of(other).items() if name.endswith("/B"))
+    fresh = make("llama")
+    experts.unpack(expert, tmp_path / "back", fresh)
+    tuned = disturb(dovetail.apply(fresh, "lora(r=4)", seed=3))
+    experts.deactivate(tuned)
+    assert any(bool(tensor.any()) for name, tensor in parameters_of(tuned).items() if name.endswith("/B"))
 
 
 def test_a_calibrated_chain_needs_a_model_that_carries_it(tmp_path: Path) -> None:
@@ -119,8 +146,9 @@ def test_what_needs_its_base_says_so(tmp_path: Path) -> None:
     stock("llama", "dora").save_pretrained(str(tmp_path / "adapter"))
     with pytest.raises(LoadError, match=r"no base[\s\S]*give the base model"):
         experts.task_vector(tmp_path / "adapter")
+    make("llama").save_pretrained(tmp_path / "tuned")
     with pytest.raises(LoadError, match="no base"):
-        experts.task_vector(tmp_path)
+        experts.task_vector(tmp_path / "tuned")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

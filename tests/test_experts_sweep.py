@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dovetail import experts
-from dovetail.adapter import parameters_of
+from dovetail.adapter_state import parameters_of
 from dovetail.apply import apply
 from dovetail.errors import DataError
 from dovetail.evaluate import evaluate

@@ -26,18 +26,18 @@ from torch import Tensor, nn
 
 from dovetail.adapt.elastic import check_saved, saved_ranks, shapes_at, take_over
 from dovetail.adapter_file import AdapterFile, read_json, read_tensors
+from dovetail.adapter_state import Before, beside, parameters_of
 from dovetail.apply import apply, restore
 from dovetail.chain.bits import pack_bits, unpack_bits
 from dovetail.chain.layout import layout_of
 from dovetail.chain.linear import ChainLinear, chain_layers
-from dovetail.chain.link import Pruner
+from dovetail.chain.link import Adapter, Pruner
 from dovetail.chain.notation import Chain, chain
 from dovetail.chain.stages import stages
 from dovetail.errors import ChainError, LoadError
 from dovetail.fingerprint import base_fingerprint, model_fingerprint
 from dovetail.optimizer import cast_frozen
 from dovetail.record import applied
-from dovetail.targets import new_heads
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> Path:
@@ -96,22 +96,6 @@ def _keeps_bases(chain_: Chain, stage: int) -> bool:
     return stage > 0 or any(link.needs_gram for link in stages(chain_)[0].applied)
 
 
-class Before:
-    """A model as it is now: its modules, and which tensors its parameters hold. Holds weights that a chain lets go."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = [(parent, dict(parent._modules)) for parent in model.modules()]
-        self._parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
-
-    def put_back(self) -> None:
-        """Undoes whatever chains were put on the model since."""
-        for parent, children in self._modules:
-            parent._modules.update(children)
-        for parameter, data, requires_grad in self._parameters:
-            parameter.data = data
-            parameter.requires_grad_(requires_grad)
-
-
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     """Puts a saved chain on its base model, in place.
 
@@ -136,13 +120,15 @@ def _load(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where
     put_chain(model, file, tensors, where)
     check_saved(model, file.ranks, file.extracted, where)
     _fill(model, file, tensors, where)
+    applied(model).seed = file.seed
 
 
 def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
     """Puts an adapter's chain on its untouched base, with initial values; checks a chain that is there already.
 
     tensors  of adapter.safetensors: of masks and bases those that can't be made again
-    errors   LoadError for another base, quantizer or chain, and for masks and bases that are missing
+    errors   LoadError for another base, quantizer or chain, shared projections of another seed, and for masks and
+             bases that are missing
     """
     layers = chain_layers(model)
     if not layers:
@@ -163,6 +149,7 @@ def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], w
             found=f"a model that carries {applied(model).chain}, stage {applied(model).stage + 1}",
             rule=f"this adapter belongs to {file.chain}, stage {file.stage + 1}",
         )
+    check_constants(model, file.seed, where)
     identity = next(iter(layers.values())).base.identity
     if identity != file.quantizer:
         raise LoadError(where, found=f"a base on {identity}", rule=f"this adapter was trained over {file.quantizer}")
@@ -173,6 +160,19 @@ def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], w
             rule="pruning and quantizing again gives the same bases, bit for bit",
             fix="load the adapter onto the untouched base model",
         )
+
+
+def check_constants(model: nn.Module, seed: int, where: str) -> None:
+    """LoadError unless what all layers share, such as VeRA's projections, is what this seed draws."""
+    here = applied(model).seed
+    for state in next(iter(chain_layers(model).values())).states:
+        if here == seed or not isinstance(state.link, Adapter):
+            continue
+        # Drawn for the smallest layer there is: other seeds give other first numbers.
+        one, two = (state.link.constants((1, 1), each, torch.float32) for each in (here, seed))
+        if any(not torch.equal(one[name], two[name]) for name in one):
+            rule = f"{state.link.name}'s projections are those of {seed}"
+            raise LoadError(where, found=f"a model of seed {here}", rule=rule, fix=f"apply(…, seed={seed})")
 
 
 def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
@@ -217,18 +217,9 @@ def _round_again(model: nn.Module, file: AdapterFile, tensors: Mapping[str, Tens
     if dtype is None or next(iter(chain_layers(model).values())).base.dtype == dtype:
         return
     cast_frozen(model, dtype)
-    for name, parameter in _beside(model).items():
+    for name, parameter in beside(model).items():
         if (stored := tensors.get(f"head/{name}")) is not None and stored.dtype == dtype:
             parameter.data = parameter.data.to(dtype)
-
-
-def parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    """What an adapter's file holds under link/ and head/: the live tensors by their keys."""
-    found: dict[str, Tensor] = {}
-    for name, layer in chain_layers(model).items():
-        for place, state in enumerate(layer.states):
-            found |= {f"link/{name}/{place}/{key}": p for key, p in state.named_parameters(recurse=False)}
-    return found | {f"head/{name}": parameter for name, parameter in _beside(model).items()}
 
 
 def _fill(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
@@ -252,18 +243,6 @@ def _fill(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where
     with torch.no_grad():
         for key, parameter in parameters_of(model).items():
             parameter.copy_(tensors[key])
-
-
-def _beside(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters outside the chain that belong to its adapter: those that are trained, and a classifier's head
-    and pooler, which the base's fingerprint leaves out."""
-    inside = {id(p) for layer in chain_layers(model).values() for p in layer.parameters()}
-    paths = tuple(f"{path}." for path in new_heads(model))
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in inside and (parameter.requires_grad or name.startswith(paths))
-    }
 
 
 def _mask_bits(layer: ChainLinear) -> Tensor:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from dovetail.adapt.elastic import saved_ranks, take_over
 from dovetail.chain.linear import chain_layers
-from dovetail.errors import DataError, LoadError
+from dovetail.errors import DataError
 from dovetail.experts.codec import decode_masks, word_count
 from dovetail.experts.expert import Expert
 from dovetail.experts.origins import (
@@ -35,7 +36,7 @@ from dovetail.experts.origins import (
     live_fingerprint,
     starts,
 )
-from dovetail.experts.slots import peft_adapter, slots
+from dovetail.experts.slots import check_scales, peft_adapter, slots
 from dovetail.experts.task_vector import Origin, Spec, TaskVector, specs_of
 from dovetail.record import applied
 
@@ -54,13 +55,14 @@ class _Saved:
 class _Active:
     """What is in a model.
 
-    content  an expert, or a task vector's tensors
+    content  an expert, or a task vector's tensors; shapes: by name
     starts   what its values were added to, by name
     saved    what undoing it puts back, by name
     ranks    "LAYER/PLACE" -> rank that elastic adapters ran at before
     """
 
     content: Content
+    shapes: dict[str, tuple[int, ...]]
     origin: Origin
     starts: dict[str, Tensor]
     saved: dict[str, _Saved] = field(default_factory=dict)
@@ -107,7 +109,7 @@ def put(model: nn.Module, vector: Mapping[str, Tensor], origin: Origin | None = 
     vector  by name, any floats; made tensor by tensor where it is a `TaskVector` that does so. Kept, not copied, for
             as long as it is active
     origin  what it is of; None: as a `TaskVector` says, or else values that stand for themselves
-    errors  as `activate`; DataError for NaN or infinity
+    errors  as `activate`; DataError for NaN or infinity, in the live tensor's dtype too
     """
     if origin is None:
         origin = vector.origin if isinstance(vector, TaskVector) else Origin()
@@ -122,6 +124,18 @@ def deactivate(model: nn.Module) -> None:
         active = state.active.pop(_part(model), None)
         if active is not None:
             _undo(model, active)
+
+
+@contextmanager
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """What is put on the model meanwhile isn't remembered; who borrows it puts its tensors back (`Before`)."""
+    state = _state(model)
+    with state.lock:
+        active = dict(state.active)
+        try:
+            yield
+        finally:
+            state.active = active
 
 
 def verify(expert: Expert, *, threads: int | None = None) -> None:
@@ -155,10 +169,10 @@ def _switch(model: nn.Module, content: Content, specs: Mapping[str, Spec], origi
         part, live = _part(model), slots(model, shapes, origin)
         expected = check_origin(model, origin, shapes)
         if isinstance(content, Expert):
-            _check_scales(content, live)
+            check_scales(content.scales, live)
         if expected is not None:
             check_fingerprint(_fingerprint(model, state, part), expected)
-        active = _Active(content, origin, _starts(model, state, origin, live))
+        active = _Active(content, shapes, origin, _starts(model, state, origin, live))
         previous = state.active.pop(part, None)
         try:
             if previous is not None:
@@ -171,12 +185,6 @@ def _switch(model: nn.Module, content: Content, specs: Mapping[str, Spec], origi
                 state.active[part] = previous
             raise
         state.active[part] = active
-
-
-def _check_scales(expert: Expert, live: Mapping[str, Tensor]) -> None:
-    for scale, dtype in {(scale, live[name].dtype) for name, scale in expert.scales.items()}:
-        if not bool(torch.isfinite(torch.tensor(scale, dtype=torch.float64).to(dtype))):
-            raise LoadError("expert", found=f"scale {scale:g}", rule=f"at most {torch.finfo(dtype).max:g} in {dtype}")
 
 
 def _fingerprint(model: nn.Module, state: _State, part: str) -> str:
@@ -202,7 +210,8 @@ def _starts(model: nn.Module, state: _State, origin: Origin, live: Mapping[str, 
         return {}
     file = adapter_file(origin)
     kinds = [(name, str(t.dtype), str(t.device)) for name, t in live.items()]
-    key = json.dumps([_part(model), origin.initial, None if file is None else file.seed, origin.peft, kinds])
+    seed = None if file is None else file.seed
+    key = json.dumps([_part(model), origin.initial, seed, origin.peft, kinds, state.fingerprint])
     if state.starts[0] != key:
         state.starts = (key, starts(model, origin, live))
     return state.starts[1]
@@ -236,7 +245,7 @@ def _write(model: nn.Module, active: _Active, live: Mapping[str, Tensor]) -> Non
         active.content.dense(into={name: tensor.data for name, tensor in live.items()})
     else:
         for name, tensor in live.items():
-            tensor.data.copy_(_finite(name, active.content[name]))
+            tensor.data.copy_(_finite(name, active.content[name], tensor.dtype))
     for name, start in active.starts.items():
         live[name].data.add_(start)
     file = adapter_file(active.origin)
@@ -247,12 +256,12 @@ def _write(model: nn.Module, active: _Active, live: Mapping[str, Tensor]) -> Non
 
 def _add(active: _Active, name: str, tensor: Tensor, scale: float) -> None:
     """Adds values to a tensor where they aren't zero, having saved what was there."""
-    flat = tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1)
+    flat = tensor.reshape(-1)  # a copy where it isn't contiguous
     if isinstance(active.content, Expert):
         at, signs = (each.to(tensor.device) for each in active.content.indices(name))
         added = signs.to(tensor.dtype) * torch.tensor(scale, dtype=torch.float64).to(tensor)
     else:
-        delta = _finite(name, active.content[name]).to(tensor).reshape(-1)
+        delta = _finite(name, active.content[name], tensor.dtype).to(tensor).reshape(-1)
         at = delta.nonzero().reshape(-1)
         added = delta[at]
     narrow = torch.int32 if flat.numel() < 2**31 else torch.int64
@@ -262,37 +271,30 @@ def _add(active: _Active, name: str, tensor: Tensor, scale: float) -> None:
         tensor.copy_(flat.view(tensor.shape))
 
 
-def _finite(name: str, tensor: Tensor) -> Tensor:
+def _finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor.to(dtype)
     if not bool(torch.isfinite(tensor).all()):
-        raise DataError(f"task vector at {name}", found="NaN or infinity", rule="values are finite")
+        raise DataError(f"task vector at {name}", found=f"NaN or infinity in {dtype}", rule="values are finite")
     return tensor
 
 
 def _write_again(model: nn.Module, active: _Active) -> None:
     """After an interruption: undone first, whatever was of it, so that nothing is added twice."""
     _undo(model, active)
-    _write(model, active, slots(model, _shapes(active), active.origin))
-
-
-def _shapes(active: _Active) -> dict[str, tuple[int, ...]]:
-    if isinstance(active.content, Expert):
-        return active.content.shapes
-    return {name: spec.shape for name, spec in specs_of(active.content).items()}
+    _write(model, active, slots(model, active.shapes, active.origin))
 
 
 def _undo(model: nn.Module, active: _Active, leave: Mapping[str, _Saved] | None = None) -> None:
     """Puts back what was saved, except of names to leave."""
     saved = {name: each for name, each in active.saved.items() if name not in (leave or {})}
-    shapes = {name: shape for name, shape in _shapes(active).items() if name in saved} if saved else {}
+    shapes = {name: shape for name, shape in active.shapes.items() if name in saved}
     for name, tensor in (slots(model, shapes, active.origin) if saved else {}).items():
         values, at = saved[name].values, saved[name].at
-        if at is None:
-            tensor.data.copy_(values)
-        elif tensor.is_contiguous():
-            tensor.data.view(-1)[at.long()] = values.to(tensor)
-        else:
+        if at is not None:
             flat = tensor.data.reshape(-1)
-            flat[at.long()] = values.to(tensor)
-            tensor.data.copy_(flat.view(tensor.shape))
+            flat[at.to(tensor.device, torch.int64)] = values.to(tensor)
+            values = flat.view(tensor.shape)
+        if at is None or not tensor.is_contiguous():
+            tensor.data.copy_(values)
     if active.ranks is not None and leave is None:
         take_over(model, active.ranks, False)

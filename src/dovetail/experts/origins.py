@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pydantic
-import torch
 from torch import Tensor, nn
 
 from dovetail.adapt.elastic import check_saved, specs
+from dovetail.adapter import check_constants
 from dovetail.adapter_file import AdapterFile
 from dovetail.apply import initial_values
 from dovetail.chain.linear import chain_layers
-from dovetail.chain.link import Adapter
 from dovetail.errors import LoadError
 from dovetail.experts.peft_initial import peft_initial
 from dovetail.experts.slots import CHAIN_PREFIXES, peft_adapter
@@ -103,24 +102,8 @@ def _check_chain(model: nn.Module, origin: Origin) -> AdapterFile | None:
     if file.extracted and any(state.rank is not None for _, state in specs(model).values()):
         rule = "an expert of an extracted adapter goes into one"
         raise LoadError("expert", found="elastic adapters", rule=rule, fix="set_ranks as the expert has them; extract")
-    for layer in chain_layers(model).values():
-        for state in layer.states:
-            if isinstance(state.link, Adapter) and not _same_constants(state.link, record.seed, file.seed):
-                found, rule = (
-                    f"a model of seed {record.seed}",
-                    f"{state.link.name}'s projections are those of {file.seed}",
-                )
-                raise LoadError("expert", found=found, rule=rule, fix=f"apply(…, seed={file.seed})")
-        break
+    check_constants(model, file.seed, "expert")
     return file
-
-
-def _same_constants(link: Adapter, seed: int, other: int) -> bool:
-    """Whether what all layers share is the same with both seeds; drawn for the smallest layer there is."""
-    if seed == other:
-        return True
-    one, two = (link.constants((1, 1), each, torch.float32) for each in (seed, other))
-    return all(torch.equal(one[name], two[name]) for name in one)
 
 
 def _check_peft(model: Any, adapter: str, said: Mapping[str, Any]) -> None:

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from dovetail.adapter import parameters_of
+from dovetail.adapter_state import parameters_of
 from dovetail.chain.linear import chain_layers
 from dovetail.errors import LoadError
 from dovetail.experts.task_vector import Origin
@@ -50,6 +51,13 @@ def slots(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], origin: Origi
             raise LoadError(where, found=f"the tensor that {twin} is", rule="each tensor has one name", fix=fix)
         found[name] = tensor
     return found
+
+
+def check_scales(scales: Mapping[str, float], live: Mapping[str, Tensor]) -> None:
+    """LoadError for a scale that its tensor's dtype can't hold."""
+    for scale, dtype in {(scale, live[name].dtype) for name, scale in scales.items()}:
+        if not bool(torch.isfinite(torch.tensor(scale, dtype=torch.float64).to(dtype))):
+            raise LoadError("expert", found=f"scale {scale:g}", rule=f"at most {torch.finfo(dtype).max:g} in {dtype}")
 
 
 def _home(name: str, origin: Origin | None) -> str:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dovetail.adapt.elastic import take_over
-from dovetail.adapter import Before, put_chain, save_adapter
+from dovetail.adapter import put_chain, save_adapter
+from dovetail.adapter_state import Before
 from dovetail.chain.linear import chain_layers
 from dovetail.chain.notation import chain
 from dovetail.chain.stages import stages
 from dovetail.errors import ChainError, LoadError
-from dovetail.experts.activate import put
+from dovetail.experts.activate import borrowed, put
 from dovetail.experts.expert import Expert
 from dovetail.experts.origins import adapter_file, check_fingerprint
 from dovetail.experts.peft_initial import peft_initial
@@ -59,14 +60,15 @@ def unpack(source: Expert | TaskVector, directory: str | Path, base: nn.Module |
         return directory
     if base is None:
         rule = f"it is added to {'the base' if origin.initial == 'base' else 'what its chain on the base starts with'}"
-        raise LoadError("unpack", found="no base", rule=rule, fix="base=model, or where it is")
+        raise LoadError("unpack", found="no base", rule=rule, fix="base=model, or where it is (--base)")
     model = base if isinstance(base, nn.Module) else load(base)[0]
     if origin.initial == "chain":
         before = Before(model)
-        try:
-            _unpack_chain(vector, origin, directory, model)
-        finally:
-            before.put_back()
+        with borrowed(model):
+            try:
+                _unpack_chain(vector, origin, directory, model)
+            finally:
+                before.put_back()
         return directory
     if not isinstance(model, PreTrainedModel):
         raise LoadError("unpack", found=type(model).__name__, rule="a checkpoint is of a transformers model")
