@@ -66,7 +66,7 @@ def evaluate(
     if batch_size < 1:
         raise DataError("evaluate", found=f"batch_size={batch_size}", rule="at least one row")
     scores: dict[str, dict[str, float]] = {}
-    with _evaluating(model):
+    with in_evaluation(model), torch.inference_mode():
         for task in tasks:
             records = task.split(split)[:limit]
             runner = Runner(
@@ -93,13 +93,12 @@ def _tasks(tasks: Task | str | Sequence[Task | str] | Sequence[Record], split: s
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module is put back into the mode it was in."""
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module is put back into the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         for module, training in modes.items():
             module.training = training

@@ -23,11 +23,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dovetail.batches import IGNORED, check_labels, encode, length_limit
 from dovetail.errors import DataError
+from dovetail.evaluate import in_evaluation
 from dovetail.evaluate.runner import Runner
 from dovetail.experts import ternary
 from dovetail.experts.activate import deactivate, put
 from dovetail.experts.codec import Coded, code, decode_indices
-from dovetail.experts.compose import in_evaluation
 from dovetail.experts.expert import Expert, assemble
 from dovetail.experts.slots import slots
 from dovetail.experts.sparse import SparseVector, sparse

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -26,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dovetail.batches import check_head, encode, length_limit
 from dovetail.errors import DataError, DovetailError
+from dovetail.evaluate import in_evaluation
 from dovetail.evaluate.runner import Runner
 from dovetail.experts.activate import put
 from dovetail.experts.expert import Expert
@@ -169,18 +169,6 @@ def search(
         raise DataError("compose", found=f"no finite loss in {budget} tries", rule="some composition has one")
     vector = _composed(parts, best.weights, experts[0])
     return Composition(best.weights, vector, best.loss, best.objective, tuple(history))
-
-
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module is put back into the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _composed(parts: Mapping[str, Sequence[Masks]], weights: Sequence[float], first: Expert) -> TaskVector:
