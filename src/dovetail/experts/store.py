@@ -212,15 +212,17 @@ class Store:
             return coming.result()
         try:
             expert = self._load(name, stamp, ahead, check)
+            mine.set_result(expert)
         except BaseException as error:
-            with self._lock:
-                del self._coming[name]
-            interrupted = LoadError(
-                name, found=f"{type(error).__name__} while it was loaded", rule="it is loaded whole"
-            )
-            mine.set_exception(error if isinstance(error, Exception) else interrupted)
+            found = f"{type(error).__name__} while it was loaded"
+            interrupted = LoadError(name, found=found, rule="it is loaded whole")
+            if not mine.done():
+                mine.set_exception(error if isinstance(error, Exception) else interrupted)
             raise
-        mine.set_result(expert)
+        finally:
+            with self._lock:
+                if self._coming.get(name) is mine:
+                    del self._coming[name]
         return expert
 
     def _load(self, name: str, stamp: Stamp, ahead: bool, check: Callable[[Expert], None]) -> Expert:
@@ -233,7 +235,6 @@ class Store:
             self._add(loads=1, load_seconds=time.perf_counter() - start, prefetched=int(ahead))
             if not self._closed:
                 self._keep(name, _Held(expert, nbytes, stamp))
-            del self._coming[name]
         return expert
 
     def _keep(self, name: str, held: _Held) -> None:
