@@ -1,9 +1,8 @@
 """Dovetail: adapters, quantization and pruning as links of one chain, merged without loss."""
 
-import importlib
-import sys
-import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dovetail.lazy import lazy
 
 if TYPE_CHECKING:
     from dovetail import experts
@@ -40,6 +39,7 @@ _HOME = {
     "apply": "apply",
     "chain": "chain.notation",
     "evaluate": "evaluate",
+    "experts": "",
     "extract": "adapt.elastic",
     "footprint": "footprint",
     "load": "load",
@@ -89,26 +89,4 @@ __all__ = [
     "train",
 ]
 
-
-class _Package(types.ModuleType):
-    """`dovetail.merge` is the function, also after the module of that name has been imported."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "experts":
-            return importlib.import_module("dovetail.experts")
-        if name not in _HOME:
-            raise AttributeError(f"module 'dovetail' has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"dovetail.{_HOME[name]}"), name)
-        super().__setattr__(name, value)
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOME and isinstance(value, types.ModuleType):
-            return  # the import system binds a submodule to its name
-        super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *_HOME, "experts"]
-
-
-sys.modules[__name__].__class__ = _Package
+lazy(__name__, _HOME)

@@ -23,7 +23,7 @@ from dovetail.experts import file, ternary
 from dovetail.experts.codec import Coded, code, decode_dense, decode_indices, decode_masks, word_count
 from dovetail.experts.masks import Masks, compare
 from dovetail.experts.task_vector import Origin, TaskVector, specs_of
-from dovetail.fingerprint import model_fingerprint
+from dovetail.writing import writing
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Expert:
 
     header: file.Header
     coded: dict[str, Coded]
+
+    def __repr__(self) -> str:
+        kept = f"{len(self.coded)} tensors, {self.kept:,} of {self.numel:,} values kept"
+        return f"Expert({kept}, density={self.density:g}, alpha={self.alpha:g}, {self.origin})"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -84,9 +88,11 @@ class Expert:
         return len(file.header_bytes(self.header, directory, blocks)) + len(directory) + blocks
 
     def save(self, path: str | Path) -> Path:
-        """Writes it, atomically; any safetensors reader opens the file (`docs/format.md`)."""
+        """Writes it, atomically, into a folder made if need be; DovetailError where it can't be written."""
         path = Path(path).absolute()
-        file.write(path, self.header, list(self.coded.values()))
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file.write(path, self.header, list(self.coded.values()))
         return path
 
     def dense(
@@ -143,7 +149,7 @@ class Expert:
 
     def check_base(self, base: nn.Module | str) -> None:
         """LoadError unless it was made for this model, or for the model of this fingerprint."""
-        found = base if isinstance(base, str) else model_fingerprint(base)
+        found = _fingerprint(base)
         if self.header.base is None:
             rule = "an expert says which base it is for"
             raise LoadError("expert", found="one that doesn't", rule=rule, fix="compress(…, base=model)")
@@ -193,7 +199,7 @@ def compress(
     if origin is None:
         origin = task_vector.origin if isinstance(task_vector, TaskVector) else Origin()
     if base is not None:
-        origin = replace(origin, base=model_fingerprint(base) if isinstance(base, nn.Module) else base)
+        origin = replace(origin, base=_fingerprint(base))
     return assemble(coded, dtypes, scale, scales, density, alpha, origin, provenance or {})
 
 
@@ -277,6 +283,14 @@ def _given(into: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Ten
         found = "nothing" if out is None else f"{list(out.shape)}, {out.dtype}"
         raise LoadError(f"buffer for {name}", found=found, rule=f"a float tensor of shape {list(shape)}")
     return out
+
+
+def _fingerprint(base: nn.Module | str) -> str:
+    if isinstance(base, str):
+        return base
+    from dovetail.fingerprint import model_fingerprint  # transformers: seconds, which most don't need
+
+    return model_fingerprint(base)
 
 
 def _check_alpha(alpha: float) -> None:

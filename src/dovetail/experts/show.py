@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -22,6 +20,7 @@ from dovetail.errors import LoadError
 from dovetail.experts.codec import counts_of
 from dovetail.experts.expert import Expert, load, similarity
 from dovetail.experts.file import read_header
+from dovetail.experts.places import Folder
 from dovetail.experts.web import Web
 from dovetail.report.words import size
 
@@ -85,12 +84,13 @@ def print_expert(console: Console, path: Path, expert: Expert, rows: int) -> Non
         f"{size(said['nbytes'])}, 1/{times:.3g} of {size(said['uncompressed_nbytes'])} uncompressed; "
         f"{said['bits']:.3f} bits a value (entropy {said['entropy_bits']:.3f})",
         f"of {escape(str(of))}, for base {said['base'] or 'unknown'}",
-        f"alpha {said['alpha']:g}, density {said['density']:g}, one scale for each {said['scale']}\n",
+        f"alpha {said['alpha']:g}, density {said['density']:g}, "
+        f"{'a scale for each tensor' if said['scale'] == 'tensor' else 'one scale for all'}\n",
     ):
         console.print(line, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("tensor", overflow="fold", min_width=24)
-    for column in ("shape", "kept", "%", "bits a value", "scale"):
+    for column in ("shape", "kept", "%", "bits", "scale"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("coded", no_wrap=True)
     order = sorted(said["tensors"], key=lambda tensor: -tensor["kept"])
@@ -120,7 +120,8 @@ def listed(place: str) -> list[dict[str, Any]]:
         return [{"name": name, "nbytes": web.stamp(name)[0], "values": None, "kept": None, "of": "", "base": None}
                 for name in web.names()]  # fmt: skip
     rows = []
-    for path in sorted(Path(place).glob("*.dvt")):
+    folder = Folder(Path(place))
+    for path in (folder.path / f"{name}.dvt" for name in folder.names()):
         header, kept = read_header(path)
         of = header.chain or (f"peft {header.peft.get('peft_type')}" if header.peft else header.initial)
         values = sum(math.prod(entry.shape) for entry in header.tensors)
@@ -177,6 +178,9 @@ def _cell(value: float) -> Text:
 
 def matrix_plot(names: Sequence[str], matrix: np.ndarray, what: str) -> bytes:
     """The same as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, and only here
+    from matplotlib.figure import Figure
+
     side = 2.6 + 0.55 * len(names)
     drawing = Figure(figsize=(side + 0.8, side), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(drawing)

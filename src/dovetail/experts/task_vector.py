@@ -30,8 +30,8 @@ class Origin:
     initial: Initial = "zero"
     base: str | None = None
     chain: str | None = None
-    adapter: dict[str, pydantic.JsonValue] | None = None
-    peft: dict[str, pydantic.JsonValue] | None = None
+    adapter: dict[str, pydantic.JsonValue] | None = field(default=None, repr=False)
+    peft: dict[str, pydantic.JsonValue] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
