@@ -21,7 +21,16 @@ experts_app = typer.Typer(
     help="Experts: task vectors as signs and a scale, a fiftieth of their size. `dovetail pack` makes one.",
 )  # fmt: skip
 
+Alpha = Annotated[float | None, typer.Option(help="Of the new expert. [default: of the scale nearest to its values]")]
 Files = Annotated[list[Path], typer.Argument(metavar="EXPERT...", help=".dvt files.")]
+
+
+_MEASURES = {
+    "cosine": "cosine",
+    "sign_agreement": "share of the same signs, of values that both keep",
+    "hamming": "share of the same values: 1 - Hamming distance / values",
+}
+"""What `similarity` draws, and how it is called there."""
 
 
 @experts_app.command("list", epilog="Example: dovetail experts list store/")
@@ -47,28 +56,28 @@ def similarity(
     as_json: Json = False,
 ) -> None:
     """Draw how alike experts are, counted on their masks."""
+    from dovetail.errors import DataError
     from dovetail.experts.show import matrix_plot, print_matrix, similarities
-    from dovetail.run_folder import write_whole
+    from dovetail.writing import check_file, write_bytes
 
+    if what not in _MEASURES:
+        raise DataError("--what", found=what, rule="cosine, sign_agreement or hamming")
+    if plot is not None:
+        check_file(plot)
     names = [path.stem for path in files]
     every = similarities(files)
-    matrix = _matrix(every, what)
+    matrix, title = _matrix(every, what), _MEASURES[what]
     if plot is not None:
-        write_whole(plot, matrix_plot(names, matrix, what))
+        write_bytes(plot, matrix_plot(names, matrix, title))
     if as_json:
         print_json({"names": names, "pairs": [[dict(cell) for cell in row] for row in every]})
     else:
-        print_matrix(console(), names, matrix, what)
+        print_matrix(console(), names, matrix, title)
 
 
 def _matrix(every: list[list[dict[str, float]]], what: str) -> np.ndarray:
     import numpy as np
 
-    from dovetail.errors import DataError
-
-    if what not in ("cosine", "sign_agreement", "hamming"):
-        raise DataError("--what", found=what, rule="cosine, sign_agreement or hamming")
-    # Of a distance, the share of values that are the same.
     return np.array(
         [[1 - c["hamming"] / max(c["numel"], 1) if what == "hamming" else c[what] for c in row] for row in every]
     )
@@ -78,19 +87,28 @@ def _matrix(every: list[list[dict[str, float]]], what: str) -> np.ndarray:
 def merge(
     files: Files,
     output: Annotated[Path, typer.Option("--output", "-o", help="A .dvt file, or a folder to unpack into.")],
-    method: Annotated[str, typer.Option(help="average, task_arithmetic, ties or dare.")] = "average",
+    method: Annotated[str, typer.Option(help="average, task_arithmetic, ties, dare or dare_ties.")] = "average",
     weights: Annotated[str | None, typer.Option(help="One for each, with commas. [default: 1 each]")] = None,
-    keep: Annotated[float | None, typer.Option(help="Of ties and dare: the share of values to keep.")] = None,
+    keep: Annotated[float | None, typer.Option(min=0, max=1, help="Of ties and dare: share of values to keep.")] = None,
     density: Density = 0.2,
-    alpha: Annotated[float, typer.Option(help="Of the merged expert.")] = 1.0,
+    alpha: Alpha = None,
     base: Base = None,
     seed: Annotated[int, typer.Option(help="Of dare's draws.")] = 0,
 ) -> None:
     """Merge experts into one: an expert again (--density, --alpha), or a folder with the merged values exactly."""
+    from dovetail.errors import DataError
+
+    _check_output(output)
+    if method in ("dare", "dare_ties") and not keep:
+        rule = f"{method} keeps a value with a chance above 0"
+        raise DataError("--keep", found=str(keep), rule=rule, fix="--keep 0.5")
+    if keep is not None and method in ("average", "task_arithmetic"):
+        raise DataError("--keep", found=f"--method {method}", rule="it is of ties, dare and dare_ties",
+                        fix="--density is that of the new expert")  # fmt: skip
+    chosen = None if weights is None else _numbers(weights)
     quiet()
     from dovetail import experts
 
-    chosen = None if weights is None else _numbers(weights)
     loaded = [experts.load(path) for path in files]
     merged = experts.merge(loaded, method, weights=chosen, density=keep, seed=seed)
     done = _write(merged, output, density, alpha, base, {"merged": [path.name for path in files], "method": method})
@@ -108,11 +126,12 @@ def compose(
     examples: Annotated[int, typer.Option(min=1, help="Training records to look at.")] = 32,
     budget: Annotated[int, typer.Option(min=1, help="Weights to try.")] = 40,
     density: Density = 0.2,
-    alpha: Annotated[float, typer.Option(help="Of the composed expert.")] = 1.0,
+    alpha: Alpha = None,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Weigh experts for a new task by a few examples, without gradients (LoraHub)."""
+    _check_output(output)
     quiet()
     from dovetail import experts
     from dovetail.experts.unpack import ready
@@ -133,14 +152,28 @@ def compose(
         )
 
 
+def _check_output(output: Path) -> None:
+    from dovetail.writing import check_file, check_folder
+
+    if output.suffix == ".dvt":
+        check_file(output)
+    else:
+        check_folder(output)
+
+
 def _write(
-    vector: TaskVector, output: Path, density: float, alpha: float, base: str | None, provenance: dict[str, Any]
+    vector: TaskVector, output: Path, density: float, alpha: float | None, base: str | None, provenance: dict[str, Any]
 ) -> Path:
     from dovetail import experts
 
-    if output.suffix == ".dvt":
-        return experts.compress(vector, density, alpha, provenance=provenance).save(output)
-    return experts.unpack(vector, output, base)
+    if output.suffix != ".dvt":
+        return experts.unpack(vector, output, base)
+    made = experts.compress(vector, density, 1.0 if alpha is None else alpha, provenance=provenance)
+    if alpha is None:  # sums of experts are sparse: their standard deviation would be a fraction of their values
+        scale, nearest = made.header.scales[0], experts.baselines.stc(vector, density).header.scales[0]
+        made = made.with_alpha(nearest / scale) if nearest else made
+    made.save(output)
+    return output
 
 
 @experts_app.command(epilog="Example: dovetail experts verify store/*.dvt")
@@ -155,7 +188,7 @@ def verify(files: Files) -> None:
             experts.verify(experts.load(path))
             print(f"{path}: whole")
         except DovetailError as error:
-            print(error, file=sys.stderr)
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
             wrong += 1
     if wrong:
         raise typer.Exit(2)
@@ -192,4 +225,4 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise DataError("--weights", found=text, rule="numbers with commas: 1,0.5,0.5") from None
+        raise DataError("--weights", found=repr(text), rule="numbers with commas: 1,0.5,0.5") from None

@@ -11,7 +11,7 @@ import typer
 from dovetail.terminal import Json, console, find_task, print_json, quiet
 
 if TYPE_CHECKING:
-    from dovetail.experts import TaskVector
+    from dovetail.experts import Sweep, TaskVector
 
 Base = Annotated[str | None, typer.Option(help="The base model: playground, a folder, package:NAME/FOLDER, a hub id.")]
 File = Annotated[Path, typer.Argument(metavar="EXPERT", help="A .dvt file.")]
@@ -28,30 +28,46 @@ def register(app: typer.Typer) -> None:
 
 def pack(
     source: Annotated[Path, typer.Argument(help="A Dovetail or peft adapter folder, or a fine-tuned checkpoint's.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="[default: SOURCE's name with .dvt]")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="[default: SOURCE.dvt, beside it]")] = None,
     base: Base = None,
-    density: Density = 0.05,
+    density: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Share to keep. [default: 0.05]")] = None,
     alpha: Annotated[float | None, typer.Option(help="Scale over standard deviation. [default: 1]")] = None,
     scale: Scale = "vector",
-    sweep: Annotated[str | None, typer.Option(help="Choose density and alpha on this task's validation split.")] = None,
+    sweep: Annotated[str | None, typer.Option(help="Choose what isn't given by this task's validation.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Validation records of the sweep. [default: all]")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the sweep's plot here, as PNG.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compress an adapter, or a checkpoint's difference to its base, into one expert file."""
+    from dovetail.errors import DataError
+    from dovetail.writing import check_file
+
+    whole = source.absolute()
+    output = output or whole.parent / f"{whole.name}.dvt"
+    for path in (output, plot):
+        if path is not None:
+            check_file(path)
+    kind = _scale(scale)
+    if sweep is None and (plot is not None or limit is not None):
+        raise DataError("--plot" if limit is None else "--limit", found="no --sweep", rule="it is of a sweep")
+    if sweep is not None and base is None:
+        raise DataError("--sweep", found="no --base", rule="a sweep scores the expert on its base", fix="--base MODEL")
     quiet()
     from dovetail import experts
     from dovetail.experts.show import facts
 
-    output = output or source.with_suffix(".dvt")
     vector = experts.task_vector(source, base)
-    provenance: dict[str, Any] = {"source": source.name}
-    if sweep is not None:
-        density, alpha = _sweep(vector, base, sweep, limit, plot, scale)
+    provenance: dict[str, Any] = {"source": whole.name}
+    if sweep is not None and base is not None:
+        result = _sweep(source, vector, base, sweep, limit, density, alpha, kind)
+        if plot is not None:
+            result.plot(plot)
+        density, alpha = result.best.density, result.best.alpha
         provenance["sweep"] = {"task": sweep, "limit": limit}
-    elif alpha is None:
+    density = 0.05 if density is None else density
+    if alpha is None:
         _advise(base, density)
-    made = experts.compress(vector, density, 1.0 if alpha is None else alpha, _scale(scale), provenance=provenance)
+    made = experts.compress(vector, density, 1.0 if alpha is None else alpha, kind, provenance=provenance)
     made.save(output)
     if as_json:
         print_json({"output": str(output), **facts(made)})
@@ -82,34 +98,47 @@ def _advise(base: str | None, density: float) -> None:
 
 
 def _sweep(
-    vector: TaskVector, base: str | None, task: str, limit: int | None, plot: Path | None, scale: str
-) -> tuple[float, float]:
+    source: Path,
+    vector: TaskVector,
+    base: str,
+    task: str,
+    limit: int | None,
+    density: float | None,
+    alpha: float | None,
+    scale: Any,
+) -> Sweep:
     from dovetail import experts
-    from dovetail.errors import DataError
+    from dovetail.adapter import load_adapter
+    from dovetail.experts.sweep import ALPHAS, DENSITIES
     from dovetail.experts.unpack import ready
     from dovetail.load import load
 
-    if base is None:
-        raise DataError("--sweep", found="no --base", rule="a sweep scores the expert on its base")
     found = find_task(task)
     model, tokenizer = load(base, task_kind=found.kind)
-    model = ready(model, vector)
+    if (source / "adapter.json").is_file():
+        load_adapter(model, source)  # with what an expert doesn't hold: masks and bases that were fitted to data
+    else:
+        model = ready(model, vector)
     score = experts.scorer(model, tokenizer, found, limit=limit)
-    result = experts.sweep(vector, score, scale=_scale(scale))
+    result = experts.sweep(
+        vector, score, densities=DENSITIES if density is None else [density],
+        alphas=ALPHAS if alpha is None else [alpha], scale=scale,
+    )  # fmt: skip
     for point in result.points:
         print(f"density {point.density:<5g} alpha {point.alpha:<4g} {point.score:.4f} on {point.records} records"
               f"{', given up' if point.stopped else ''}", file=sys.stderr)  # fmt: skip
-    if plot is not None:
-        result.plot(plot)
-    return result.best.density, result.best.alpha
+    return result
 
 
 def unpack(
     expert: File,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write, new or empty.")],
     base: Base = None,
 ) -> None:
     """Write an expert as what it was made from: an adapter folder or a checkpoint."""
+    from dovetail.writing import check_folder
+
+    check_folder(output)
     quiet()
     from dovetail import experts
 

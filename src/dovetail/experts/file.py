@@ -194,7 +194,8 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
     except pydantic.ValidationError as error:
         first_error = error.errors(include_input=False)[0]
         place = ".".join(map(str, first_error["loc"]))[:200] or "header"
-        raise LoadError(str(path), found=f"{place}: {first_error['msg'][:200]}", rule="docs/format.md") from None
+        found, rule = f"{place}: {first_error['msg'][:200]}", "an expert, as in docs/format.md"
+        raise LoadError(str(path), found=found, rule=rule, fix="dovetail pack makes one") from None
 
 
 def _head(where: str, file: BufferedReader) -> tuple[Header, np.ndarray, int]:

@@ -20,6 +20,7 @@ import pydantic
 from dovetail.errors import LoadError
 from dovetail.experts import expert as experts
 from dovetail.experts.expert import Expert
+from dovetail.writing import writing
 
 SUFFIX, INDEX = ".dvt", "index.json"
 _NAME = re.compile(r"[^./\\:\x00-\x1f\x7f][^/\\:\x00-\x1f\x7f]{0,199}")
@@ -122,9 +123,10 @@ def write_index(folder: Path) -> Path:
                 digest.update(chunk)
             entries[name] = Entry(nbytes=file.tell(), sha256=digest.hexdigest())
     part = folder / f".{INDEX}.{os.getpid()}.{threading.get_ident()}.part"
-    try:
-        part.write_text(json.dumps(Index(experts=entries).model_dump(), indent=1) + "\n", encoding="utf-8")
-        os.replace(part, folder / INDEX)
-    finally:
-        part.unlink(missing_ok=True)
+    with writing(folder / INDEX):
+        try:
+            part.write_text(json.dumps(Index(experts=entries).model_dump(), indent=1) + "\n", encoding="utf-8")
+            os.replace(part, folder / INDEX)
+        finally:
+            part.unlink(missing_ok=True)
     return folder / INDEX

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch import promote_types as promote
 from transformers import PreTrainedModel
 
-from dovetail.adapter import Before, describe, load_adapter, parameters_of
+from dovetail.adapter import describe, load_adapter
+from dovetail.adapter_state import Before, parameters_of
 from dovetail.apply import initial_values
 from dovetail.chain.linear import chain_layers
 from dovetail.errors import LoadError
@@ -50,7 +51,7 @@ def task_vector(source: nn.Module | str | Path, base: nn.Module | str | Path | N
     """
     if isinstance(source, nn.Module):
         return _of_chain(source)
-    folder = Path(source).expanduser()
+    folder = _folder(source)
     if (folder / "adapter.json").is_file():
         model = _model(source, base)
         before = Before(model)
@@ -61,12 +62,28 @@ def task_vector(source: nn.Module | str | Path, base: nn.Module | str | Path | N
             before.put_back()
     if (folder / CONFIG_FILE).is_file():
         return _of_peft(folder, None if base is None else _model(source, base))
-    return _of_checkpoint(source, _model(source, base))
+    files = _Files(folder, "model.safetensors")
+    return _of_checkpoint(folder, files, _model(source, base))
+
+
+def _folder(source: str | Path) -> Path:
+    """An existing folder that holds one of the things a task vector is of."""
+    where, rule = f"task vector of {source}", "the folder of a Dovetail adapter, a peft adapter or a checkpoint"
+    folder = Path(source).expanduser()
+    if not folder.exists() and not isinstance(source, Path):
+        found = resolve(source)
+        folder = found if isinstance(found, Path) else folder
+    if not folder.is_dir():
+        raise LoadError(where, found="a file" if folder.exists() else "no such folder", rule=rule, fix="check the path")
+    names = ("adapter.json", CONFIG_FILE, "model.safetensors", "model.safetensors.index.json")
+    if not any((folder / name).is_file() for name in names):
+        raise LoadError(where, found=f"none of {', '.join(names)}", rule=rule, fix="check the path")
+    return folder
 
 
 def _model(source: object, base: nn.Module | str | Path | None) -> nn.Module:
     if base is None:
-        fix = "base=model, or where it is"
+        fix = "base=model, or where it is (--base)"
         raise LoadError(f"task vector of {source}", found="no base", rule="it is a difference to the base", fix=fix)
     return base if isinstance(base, nn.Module) else load(base)[0]
 
@@ -110,14 +127,10 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _of_checkpoint(source: str | Path, base: nn.Module) -> TaskVector:
+def _of_checkpoint(folder: Path, files: _Files, base: nn.Module) -> TaskVector:
     if chain_layers(base):
         rule = "a checkpoint is compared with a model as it was pretrained"
         raise LoadError("base", found="a model that carries a chain", rule=rule, fix="merge it, or load it again")
-    folder = resolve(source)
-    if isinstance(folder, str):
-        raise LoadError(f"task vector of {source}", found="no such folder", rule="a folder of an adapter or checkpoint")
-    files = _Files(folder, "model.safetensors")
     starts = {name: tensor.detach() for name, tensor in base.state_dict().items() if tensor.is_floating_point()}
     prefix = f"{base.base_model_prefix}." if isinstance(base, PreTrainedModel) else ""
     keys = {}
