@@ -31,8 +31,8 @@ from dovetail.experts import baselines
 EXAMPLES = Path(__file__).parents[1] / "examples" / "experts"
 TASKS = ("word_problems", "multiple_choice", "acceptability", "perplexity")
 DENSITIES, GRID = (0.05, 0.1, 0.2), (0.05, 0.1, 0.2, 0.3, 0.5)
-ALPHAS = (0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10)
-FACTORS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5)
+ALPHAS = (0.5, 1, 1.5, 2, 2.5, 2.75, 3, 3.25, 3.5, 4, 5, 6, 8, 10)
+FACTORS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3)
 TRIM, DROP = 0.2, 0.5
 """Shares that TIES and DARE keep."""
 

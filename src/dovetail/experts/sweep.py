@@ -29,6 +29,7 @@ from dovetail.experts.expert import Expert, compress
 from dovetail.progress import Bar
 from dovetail.report.words import figure, metric_name
 from dovetail.tasks import LOWER_IS_BETTER, Task, as_task
+from dovetail.writing import writing
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
 ALPHAS = (0.5, 1, 2, 3, 4, 5, 6, 8, 10)
@@ -76,7 +77,7 @@ class Sweep:
     """What a sweep found.
 
     points   all of them, by density and alpha
-    best     of those that saw all records: the highest score, then the smallest file, then the smallest alpha
+    best     of those that saw all records: the highest score, the lowest density, the middle one of the alphas
     expert   the task vector compressed so
     metric   what the scores are
     """
@@ -125,7 +126,9 @@ class Sweep:
         axes.set_axisbelow(True)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=_INK, fontsize=9)
         path = Path(path)
-        canvas.print_png(path, metadata={"Software": None})
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            canvas.print_png(path, metadata={"Software": None})
         return path
 
 
@@ -171,10 +174,12 @@ def sweep(
         racer.nbytes = racer.expert.nbytes
     _race(racers, parts, certainty, progress)
     points = {id(racer): _point(racer, parts.sizes) for racer in racers}
-    best = min(
-        (racer for racer in racers if not racer.stopped),
-        key=lambda racer: (-_mean(racer.scores, parts.sizes), racer.nbytes, racer.expert.alpha),
-    )
+    finished = [racer for racer in racers if not racer.stopped]
+    top = max(_mean(racer.scores, parts.sizes) for racer in finished)
+    equal = [racer for racer in finished if _mean(racer.scores, parts.sizes) == top]
+    lowest = min(racer.density for racer in equal)  # a file's size also depends on how many digits its numbers have
+    plateau = sorted((r for r in equal if r.density == lowest), key=lambda racer: racer.expert.alpha)
+    best = plateau[(len(plateau) - 1) // 2]  # the middle: at its ends the score is about to fall
     return Sweep(tuple(points.values()), points[id(best)], best.expert, parts.metric)
 
 
