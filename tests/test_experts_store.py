@@ -372,6 +372,7 @@ def give(
 def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr("dovetail.experts.web._PAUSE", 0.001)
+    monkeypatch.setattr("dovetail.experts.web._INDEX_NBYTES", 1 << 20)
     Store.write_index(folder)
     server = Server(folder)
     yield server
@@ -417,10 +418,42 @@ def silent(handler: BaseHTTPRequestHandler) -> None:
     time.sleep(0.6)
 
 
+def silent_for_long(handler: BaseHTTPRequestHandler) -> None:
+    time.sleep(4)
+
+
 def cut(handler: BaseHTTPRequestHandler) -> None:
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     handler.wfile.write(b"HTTP/1.0 200 OK\r\nContent-")
     handler.connection.close()
+
+
+def continuing(handler: BaseHTTPRequestHandler) -> None:
+    while True:
+        handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 100)
+
+
+def trailing(body: bytes, handler: BaseHTTPRequestHandler) -> None:
+    start = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n" % (len(body), body)
+    handler.wfile.write(start)
+    while True:
+        handler.wfile.write(b"a: b\r\n" * 100)
+
+
+def redirecting(handler: BaseHTTPRequestHandler) -> None:
+    handler.send_response(302)
+    handler.send_header("Location", "/nowhere")
+    handler.end_headers()
+    while True:
+        handler.wfile.write(bytes(1 << 16))
+
+
+def dripping_headers(handler: BaseHTTPRequestHandler) -> None:
+    handler.send_response(200)
+    handler.flush_headers()
+    while True:
+        handler.wfile.write(b"x")
+        time.sleep(0.02)
 
 
 BAD: dict[str, Callable[[bytes, BaseHTTPRequestHandler], None]] = {
@@ -438,6 +471,10 @@ BAD: dict[str, Callable[[bytes, BaseHTTPRequestHandler], None]] = {
     "encoded": lambda body, handler: give(handler, body, Content_Encoding="gzip"),
     "endless": lambda body, handler: endless(handler),
     "dripping": lambda body, handler: dripping(handler),
+    "continuing": lambda body, handler: continuing(handler),
+    "trailing": lambda body, handler: trailing(body, handler),
+    "redirecting": lambda body, handler: redirecting(handler),
+    "dripping headers": lambda body, handler: dripping_headers(handler),
     "silent": lambda body, handler: silent(handler),
     "cut": lambda body, handler: cut(handler),
     "no HTTP": lambda body, handler: (handler.wfile.write(b"hello\r\n\r\n"), None)[1],
@@ -515,11 +552,12 @@ def test_sizes_are_checked_before_anything_is_read(folder: Path, server: Server)
         assert "/expert-0.dvt" not in server.asked
 
 
-def test_closing_ends_downloads(folder: Path, server: Server) -> None:
+@pytest.mark.parametrize("answer", [dripping, dripping_headers, silent_for_long])
+def test_closing_ends_downloads(answer: Callable[[BaseHTTPRequestHandler], None], folder: Path, server: Server) -> None:
     index = json.loads((folder / "index.json").read_text())
     index["experts"]["expert-0"]["nbytes"] = 1 << 30
     (folder / "index.json").write_text(json.dumps(index))
-    server.answers["/expert-0.dvt"] = dripping
+    server.answers["/expert-0.dvt"] = answer
     store = Store(server.url, 1 << 20)
     store.prefetch("expert-0", "expert-1")
     wait(lambda: "/expert-0.dvt" in server.asked)

@@ -1,7 +1,8 @@
 """Experts on an HTTP server: a folder's .dvt files and its index.json (`places.write_index`), served by anything.
 
 Nothing that a server says is trusted: sizes are checked before anything is read, a body is read to its declared length
-and no further, in a bounded time, to a file that nobody else sees and that is gone afterwards.
+and no further, to a file that nobody else sees and that is gone afterwards; and whatever it sends instead, headers
+without end for one, the connection is cut when the time is up.
 """
 
 from __future__ import annotations
@@ -9,14 +10,19 @@ from __future__ import annotations
 import hashlib
 import http.client
 import io
+import socket
+import ssl
 import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
 from email.message import Message
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
 import pydantic
@@ -46,11 +52,11 @@ class Web:
             raise LoadError(url[:300], found="no such address", rule="a store is a folder, http://… or https://…")
         self.url, self.timeout, self.max_nbytes, self.retries = url.rstrip("/"), timeout, max_nbytes, retries
         self._closed = threading.Event()
+        self._lines: dict[int, _Line] = {}  # by thread, of what is under way
         self._opener = urllib.request.OpenerDirector()  # build_opener's would open files and FTP, too
         for handler in (
             urllib.request.ProxyHandler(),
-            urllib.request.HTTPHandler(),
-            urllib.request.HTTPSHandler(),
+            _Connections(self._connected),
             urllib.request.HTTPDefaultErrorHandler(),
             urllib.request.HTTPErrorProcessor(),
             _Redirects(),
@@ -94,6 +100,11 @@ class Web:
 
     def close(self) -> None:
         self._closed.set()
+        for line in list(self._lines.values()):
+            line.cut()
+
+    def _connected(self, connection: socket.socket) -> None:
+        self._lines[threading.get_ident()].take(connection)
 
     def _entry(self, name: str) -> Entry:
         entry = self._entries.get(good_name(name))
@@ -107,7 +118,7 @@ class Web:
             try:
                 file.seek(0)
                 file.truncate()
-                return self._body(where, nbytes, file)
+                return self._in_time(where, nbytes, file)
             except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
                 passing = not isinstance(error, urllib.error.HTTPError) or error.code in _PASSING
                 if isinstance(error, urllib.error.HTTPError):
@@ -118,6 +129,24 @@ class Web:
             if self._closed.wait(_PAUSE * 2 ** (self.retries - left)):
                 raise self._was_closed(where)
         raise AssertionError
+
+    def _in_time(self, where: str, nbytes: int | None, file: IO[bytes]) -> str:
+        """`_body`, whose connection is cut when it takes too long, or by `close`, wherever it then waits."""
+        seconds = self.timeout * (1 + (_INDEX_NBYTES if nbytes is None else nbytes) / _MIB)
+        line = self._lines[threading.get_ident()] = _Line()
+        timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), line.cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            if self._closed.is_set():
+                raise self._was_closed(where)
+            digest = self._body(where, nbytes, file)
+            if line.is_cut:
+                raise TimeoutError(f"not whole in {seconds:.1f} seconds")
+            return digest
+        finally:
+            timer.cancel()
+            del self._lines[threading.get_ident()]
 
     def _body(self, where: str, nbytes: int | None, file: IO[bytes]) -> str:
         most = _INDEX_NBYTES if nbytes is None else nbytes
@@ -152,8 +181,59 @@ class Web:
         return LoadError(where, found="a store that was closed", rule="an open one downloads")
 
 
+class _Line:
+    """The connection of a download, which other threads may cut."""
+
+    def __init__(self) -> None:
+        self._lock, self._connection, self.is_cut = threading.Lock(), None, False
+
+    def take(self, connection: socket.socket) -> None:
+        """Another connection: the first, or one that a redirect led to."""
+        with self._lock:
+            self._connection = connection
+        if self.is_cut:
+            self.cut()
+
+    def cut(self) -> None:
+        """Whoever reads from it comes to its end."""
+        with self._lock, suppress(OSError):
+            self.is_cut = True
+            if self._connection is not None:
+                socket.socket.shutdown(self._connection, socket.SHUT_RDWR)  # below TLS, which another thread uses
+
+
+class _Told(http.client.HTTPConnection):
+    """Tells of its socket as soon as there is one."""
+
+    def __init__(self, *arguments: Any, tell: Callable[[socket.socket], None], **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._tell = tell
+
+    def connect(self) -> None:
+        super().connect()
+        self._tell(self.sock)
+
+
+class _ToldSecure(_Told, http.client.HTTPSConnection):
+    pass
+
+
+class _Connections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """Opens http and https, and tells of each socket."""
+
+    def __init__(self, tell: Callable[[socket.socket], None]) -> None:
+        self._tell, self._tls = tell, ssl.create_default_context()
+        super().__init__(context=self._tls)
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(partial(_Told, tell=self._tell), req)
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(partial(_ToldSecure, tell=self._tell, context=self._tls), req)
+
+
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """To http and https alone, and never from https to http."""
+    """To http and https alone, and never from https to http. What comes with a redirect isn't read."""
 
     def redirect_request(
         self,
@@ -164,9 +244,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         headers: http.client.HTTPMessage,
         newurl: str,
     ) -> urllib.request.Request | None:
+        fp.close()  # urllib would read it to its end, which may never come
         if (urlsplit(req.full_url).scheme, urlsplit(newurl).scheme) not in _LEADS:
             rule = "redirects lead to https, or from http to http"
-            fp.close()
             raise LoadError(req.full_url, found=f"a redirect to {newurl}"[:300], rule=rule)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
