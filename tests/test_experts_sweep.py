@@ -57,7 +57,7 @@ def test_of_equals_the_lowest_density_and_then_the_middle_alpha():
     found = sweep(vector(), lambda expert: min(expert.alpha, 3), densities=(0.5, 0.1, 0.3), alphas=(8, 1, 4, 3))
     assert (found.best.density, found.best.alpha) == (0.1, 4)
     found = sweep(vector(), lambda expert: math.nan if expert.alpha < 5 else -1.0, scale="tensor")
-    assert (found.best.density, found.best.alpha) == (0.05, 5)
+    assert (found.best.density, found.best.alpha) == (0.05, 6)
     assert found.expert.header.scale == "tensor"
 
 
