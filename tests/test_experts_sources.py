@@ -142,6 +142,20 @@ def test_a_peft_adapter_there_and_back(method: str, family: str, tmp_path: Path)
     torch.testing.assert_close(logits(again, batch(again)), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("key", [None, 5, "x", -1, 2**80])
+def test_projections_that_the_key_does_not_draw(key: object, tmp_path: Path) -> None:
+    disturb(stock("gpt2", "vera")).save_pretrained(tmp_path)
+    path = tmp_path / ("adapter_model.safetensors" if key is None else "adapter_config.json")
+    if key is None:
+        tensors = load_file(path)
+        tensors["base_model.vera_B"] += 0.1
+        save_file(tensors, path, metadata={"format": "pt"})
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"projection_prng_key": key}))
+    with pytest.raises(LoadError, match="key doesn't draw"):
+        experts.task_vector(tmp_path)
+
+
 def test_what_needs_its_base_says_so(tmp_path: Path) -> None:
     stock("llama", "dora").save_pretrained(str(tmp_path / "adapter"))
     with pytest.raises(LoadError, match=r"no base[\s\S]*give the base model"):

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dovetail.adapt import VeRA
 from dovetail.chain.layout import layout_of
-from dovetail.errors import LoadError
+from dovetail.errors import DovetailError, LoadError
 from dovetail.export.peft import CLASSIFIER_HEADS, PREFIX, PROJECTIONS
 
 _CONSTANTS = (*PROJECTIONS.values(), "base_model.model.vera_A", "base_model.model.vera_B")
@@ -27,6 +28,22 @@ _CONSTANTS = (*PROJECTIONS.values(), "base_model.model.vera_A", "base_model.mode
 def learned(names: Iterable[str]) -> list[str]:
     """Without VeRA's projections, which are drawn from the config's key and never trained."""
     return [name for name in names if not name.startswith(_CONSTANTS)]
+
+
+def check_projections(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """LoadError for projections of VeRA that its config's key doesn't draw: an expert has the key alone."""
+    stored = {name[-1]: tensor for name, tensor in tensors.items() if name.startswith(_CONSTANTS) and tensor.ndim == 2}
+    if stored.keys() != {"A", "B"}:
+        return
+    a, b = stored["A"], stored["B"]
+    try:
+        drawn = VeRA(r=a.shape[0]).constants((b.shape[0], a.shape[1]), config["projection_prng_key"], torch.float32)
+        same = all(torch.allclose(drawn[key].to(t.dtype).float(), t.float(), rtol=1e-2) for key, t in stored.items())
+    except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError, DovetailError):
+        same = False
+    if not same:
+        rule = "VeRA's projections are drawn from projection_prng_key; an expert doesn't hold others"
+        raise LoadError("peft adapter", found="projections that its key doesn't draw", rule=rule)
 
 
 def peft_initial(
