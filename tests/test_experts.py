@@ -395,3 +395,10 @@ def test_files_that_arent_experts_are_refused(tmp_path):
         (tmp_path / "x.dvt").write_bytes(data)
         with pytest.raises(DovetailError):
             experts.load(tmp_path / "x.dvt")
+
+
+def test_a_header_that_no_reader_takes_is_not_written(tmp_path) -> None:
+    expert = experts.compress({"w": torch.ones(8)}, 0.5, provenance={"x": "a" * (1 << 24)})
+    with pytest.raises(DataError, match="header of"):
+        expert.save(tmp_path / "x.dvt")
+    assert not list(tmp_path.iterdir())

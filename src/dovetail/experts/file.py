@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 import numpy as np
 import pydantic
 
-from dovetail.errors import LoadError
+from dovetail.errors import DataError, LoadError
 from dovetail.experts.codec import ENTRY, Coded, block_count, counts_of
 from dovetail.experts.native import crc32c
 from dovetail.experts.task_vector import Initial
@@ -120,12 +120,17 @@ def header_bytes(header: Header, directory: bytes, blocks_nbytes: int) -> bytes:
 
 
 def write(path: Path, header: Header, coded: Sequence[Coded]) -> None:
-    """Writes beside the file, to the disk, and renames: it is whole, or what was there before."""
+    """Writes beside the file, to the disk, and renames: it is whole, or what was there before. DataError for a header
+    that no reader takes."""
     directory = b"".join(each.directory.tobytes() for each in coded)
+    head = header_bytes(header, directory, sum(len(each.blocks) for each in coded))
+    if len(head) - 8 > HEADER_NBYTES:
+        rule = f"at most {HEADER_NBYTES}"
+        raise DataError(str(path), found=f"a header of {len(head) - 8} bytes", rule=rule, fix="less provenance")
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(header_bytes(header, directory, sum(len(each.blocks) for each in coded)))
+            file.write(head)
             file.write(directory)
             for each in coded:
                 file.write(each.blocks.data)
