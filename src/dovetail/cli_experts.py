@@ -134,12 +134,12 @@ def compose(
     _check_output(output)
     quiet()
     from dovetail import experts
+    from dovetail.experts.bases import base_of
     from dovetail.experts.unpack import ready
-    from dovetail.load import load
 
     found = find_task(task)
     loaded = [experts.load(path) for path in files]
-    model, tokenizer = load(base, task_kind=found.kind)
+    model, tokenizer = base_of(loaded[0], base)
     model = ready(model, loaded[0])
     made = experts.compose(loaded, model, tokenizer, found, limit=examples, budget=budget, seed=seed)
     named = {path.stem: round(weight, 4) for path, weight in zip(files, made.weights, strict=True)}

@@ -109,12 +109,12 @@ def _sweep(
 ) -> Sweep:
     from dovetail import experts
     from dovetail.adapter import load_adapter
+    from dovetail.experts.bases import base_of
     from dovetail.experts.sweep import ALPHAS, DENSITIES
     from dovetail.experts.unpack import ready
-    from dovetail.load import load
 
     found = find_task(task)
-    model, tokenizer = load(base, task_kind=found.kind)
+    model, tokenizer = base_of(vector, base)
     if (source / "adapter.json").is_file():
         load_adapter(model, source)  # with what an expert doesn't hold: masks and bases that were fitted to data
     else:

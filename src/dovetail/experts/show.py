@@ -158,7 +158,8 @@ def print_list(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def print_matrix(console: Console, names: Sequence[str], matrix: np.ndarray, what: str) -> None:
     """A symmetric matrix with shaded cells."""
-    table = Table(box=None, pad_edge=False, title=what, title_justify="left")
+    console.print(what)
+    table = Table(box=None, pad_edge=False)
     table.add_column("")
     for number in range(len(names)):
         table.add_column(str(number + 1), justify="right")

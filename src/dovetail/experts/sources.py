@@ -26,11 +26,11 @@ from dovetail.adapter_state import Before, parameters_of
 from dovetail.apply import initial_values
 from dovetail.chain.linear import chain_layers
 from dovetail.errors import LoadError
-from dovetail.experts.peft_initial import check_projections, learned, peft_initial
+from dovetail.experts.bases import load_base
+from dovetail.experts.peft_initial import learned, peft_initial
 from dovetail.experts.task_vector import Origin, Spec, TaskVector
 from dovetail.export.peft import CONFIG_FILE, TENSORS_FILE
 from dovetail.fingerprint import model_fingerprint
-from dovetail.load import load
 from dovetail.locate import resolve
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -53,7 +53,8 @@ def task_vector(source: nn.Module | str | Path, base: nn.Module | str | Path | N
         return _of_chain(source)
     folder = _folder(source)
     if (folder / "adapter.json").is_file():
-        model = _model(source, base)
+        shapes = {} if base is None or isinstance(base, nn.Module) else _Files(folder, "adapter.safetensors").shapes
+        model = _model(source, base, shapes, read_config(folder / "adapter.json"))
         before = Before(model)
         try:
             load_adapter(model, folder)
@@ -61,9 +62,13 @@ def task_vector(source: nn.Module | str | Path, base: nn.Module | str | Path | N
         finally:
             before.put_back()
     if (folder / CONFIG_FILE).is_file():
-        return _of_peft(folder, None if base is None else _model(source, base))
+        files = _Files(folder, TENSORS_FILE)
+        return _of_peft(folder, files, None if base is None else _model(source, base, files.shapes))
+    if isinstance(base, nn.Module) and chain_layers(base):
+        rule = "a checkpoint is compared with a model as it was pretrained"
+        raise LoadError("base", found="a model that carries a chain", rule=rule, fix="merge it, or load it again")
     files = _Files(folder, "model.safetensors")
-    return _of_checkpoint(folder, files, _model(source, base))
+    return _of_checkpoint(folder, files, _model(source, base, files.shapes))
 
 
 def _folder(source: str | Path) -> Path:
@@ -81,11 +86,16 @@ def _folder(source: str | Path) -> Path:
     return folder
 
 
-def _model(source: object, base: nn.Module | str | Path | None) -> nn.Module:
+def _model(
+    source: object,
+    base: nn.Module | str | Path | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    adapter: dict[str, Any] | None = None,
+) -> nn.Module:
     if base is None:
         fix = "base=model, or where it is (--base)"
         raise LoadError(f"task vector of {source}", found="no base", rule="it is a difference to the base", fix=fix)
-    return base if isinstance(base, nn.Module) else load(base)[0]
+    return base if isinstance(base, nn.Module) else load_base(base, shapes, adapter)[0]
 
 
 def _of_chain(model: nn.Module) -> TaskVector:
@@ -100,11 +110,9 @@ def _of_chain(model: nn.Module) -> TaskVector:
     return TaskVector(tensors, origin)
 
 
-def _of_peft(folder: Path, base: nn.Module | None) -> TaskVector:
+def _of_peft(folder: Path, files: _Files, base: nn.Module | None) -> TaskVector:
     config = read_config(folder / CONFIG_FILE)
-    files = _Files(folder, TENSORS_FILE)
     names = learned(files.specs)
-    check_projections(config, {name: files.read(name) for name in files.specs.keys() - set(names)})
     initial = peft_initial(config, {name: files.specs[name].shape for name in names}, base)
     tensors = {}
     for name in names:
@@ -129,9 +137,6 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _of_checkpoint(folder: Path, files: _Files, base: nn.Module) -> TaskVector:
-    if chain_layers(base):
-        rule = "a checkpoint is compared with a model as it was pretrained"
-        raise LoadError("base", found="a model that carries a chain", rule=rule, fix="merge it, or load it again")
     starts = {name: tensor.detach() for name, tensor in base.state_dict().items() if tensor.is_floating_point()}
     prefix = f"{base.base_model_prefix}." if isinstance(base, PreTrainedModel) else ""
     keys = {}
@@ -201,6 +206,10 @@ class _Files:
                 ) from None
         if not self.specs:
             raise LoadError(str(folder), found="no float tensor", rule=f"it holds {name}")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: spec.shape for name, spec in self.specs.items()}
 
     def read(self, key: str) -> Tensor:
         """One tensor, read now."""

@@ -26,13 +26,14 @@ from dovetail.chain.notation import chain
 from dovetail.chain.stages import stages
 from dovetail.errors import ChainError, LoadError
 from dovetail.experts.activate import borrowed, put
+from dovetail.experts.bases import base_of
 from dovetail.experts.expert import Expert
 from dovetail.experts.origins import adapter_file, check_fingerprint
 from dovetail.experts.peft_initial import peft_initial
 from dovetail.experts.task_vector import Origin, TaskVector
 from dovetail.export.peft import write_adapter
 from dovetail.fingerprint import model_fingerprint
-from dovetail.load import load, load_tokenizer
+from dovetail.load import load_tokenizer
 
 TENSORS = "task_vector.safetensors"
 
@@ -55,13 +56,13 @@ def unpack(source: Expert | TaskVector, directory: str | Path, base: nn.Module |
         os.replace(part, directory / TENSORS)
         return directory
     if origin.initial == "peft":
-        model = load(base)[0] if isinstance(base, str | Path) else base
+        model = base_of(source, base)[0] if isinstance(base, str | Path) else base
         _unpack_peft(vector, origin, directory, model)
         return directory
     if base is None:
         rule = f"it is added to {'the base' if origin.initial == 'base' else 'what its chain on the base starts with'}"
         raise LoadError("unpack", found="no base", rule=rule, fix="base=model, or where it is (--base)")
-    model = base if isinstance(base, nn.Module) else load(base)[0]
+    model = base if isinstance(base, nn.Module) else base_of(source, base)[0]
     if origin.initial == "chain":
         before = Before(model)
         with borrowed(model):
