@@ -195,3 +195,10 @@ def test_adapters_of_classifiers_and_of_bf16_find_their_base(what: str, tmp_path
     assert code == 0, err
     model, _ = dovetail.load("playground", **options)  # type: ignore[arg-type]
     dovetail.load_adapter(model, tmp_path / "back")
+
+
+def test_help_tells_the_defaults(command: Command) -> None:
+    for words, default in ((["pack"], "0.05"), (["experts", "merge"], "1 each"), (["run"], "runs/NAME")):
+        code, out, _ = command(*words, "--help")
+        assert code == 0
+        assert f"default: {default}" in " ".join(out.replace("│", " ").split())

@@ -20,7 +20,7 @@ app = typer.Typer(
     "reported in a few minutes, offline.",
 )  # fmt: skip
 
-Output = Annotated[Path | None, typer.Option(help="Folder for the results, new or empty. [default: runs/NAME]")]
+Output = Annotated[Path | None, typer.Option(help="Folder for the results, new or empty. \\[default: runs/NAME]")]
 Resume = Annotated[bool, typer.Option(help="Go on where a killed run with the same recipe and output stopped.")]
 Targets = Annotated[str, typer.Option(help="Layers: labels (query, value, up, ...), globs or all-linear.")]
 TaskName = Annotated[str, typer.Option("--task", help="A task of the playground, or a recipe whose data is taken.")]
@@ -127,7 +127,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="playground, a folder, package:NAME/FOLDER or a hub id.")],
     task: Annotated[list[str], typer.Option(help="A task of the playground, or a recipe whose data is taken.")],
     adapter: Annotated[Path | None, typer.Option(help="A saved adapter to put on the model first.")] = None,
-    split: Annotated[str | None, typer.Option(help="[default: test, or validation where there is no test]")] = None,
+    split: Annotated[str | None, typer.Option(help="\\[default: test, or validation where there is no test]")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 64,
     as_json: Json = False,

@@ -21,7 +21,7 @@ experts_app = typer.Typer(
     help="Experts: task vectors as signs and a scale, a fiftieth of their size. `dovetail pack` makes one.",
 )  # fmt: skip
 
-Alpha = Annotated[float | None, typer.Option(help="Of the new expert. [default: of the scale nearest to its values]")]
+Alpha = Annotated[float | None, typer.Option(help="Of the new expert. \\[default: of the scale nearest to its values]")]
 Files = Annotated[list[Path], typer.Argument(metavar="EXPERT...", help=".dvt files.")]
 
 
@@ -88,7 +88,7 @@ def merge(
     files: Files,
     output: Annotated[Path, typer.Option("--output", "-o", help="A .dvt file, or a folder to unpack into.")],
     method: Annotated[str, typer.Option(help="average, task_arithmetic, ties, dare or dare_ties.")] = "average",
-    weights: Annotated[str | None, typer.Option(help="One for each, with commas. [default: 1 each]")] = None,
+    weights: Annotated[str | None, typer.Option(help="One for each, with commas. \\[default: 1 each]")] = None,
     keep: Annotated[float | None, typer.Option(min=0, max=1, help="Of ties and dare: share of values to keep.")] = None,
     density: Density = 0.2,
     alpha: Alpha = None,
@@ -165,9 +165,11 @@ def _write(
     vector: TaskVector, output: Path, density: float, alpha: float | None, base: str | None, provenance: dict[str, Any]
 ) -> Path:
     from dovetail import experts
+    from dovetail.writing import writing
 
     if output.suffix != ".dvt":
-        return experts.unpack(vector, output, base)
+        with writing(output):
+            return experts.unpack(vector, output, base)
     made = experts.compress(vector, density, 1.0 if alpha is None else alpha, provenance=provenance)
     if alpha is None:  # sums of experts are sparse: their standard deviation would be a fraction of their values
         scale, nearest = made.header.scales[0], experts.baselines.stc(vector, density).header.scales[0]

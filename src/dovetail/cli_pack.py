@@ -28,13 +28,13 @@ def register(app: typer.Typer) -> None:
 
 def pack(
     source: Annotated[Path, typer.Argument(help="A Dovetail or peft adapter folder, or a fine-tuned checkpoint's.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="[default: SOURCE.dvt, beside it]")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="\\[default: SOURCE.dvt, beside it]")] = None,
     base: Base = None,
-    density: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Share to keep. [default: 0.05]")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Scale over standard deviation. [default: 1]")] = None,
+    density: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Share to keep. \\[default: 0.05]")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Scale over standard deviation. \\[default: 1]")] = None,
     scale: Scale = "vector",
     sweep: Annotated[str | None, typer.Option(help="Choose what isn't given by this task's validation.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Validation records of the sweep. [default: all]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Validation records of the sweep. \\[default: all]")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the sweep's plot here, as PNG.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -136,13 +136,15 @@ def unpack(
     base: Base = None,
 ) -> None:
     """Write an expert as what it was made from: an adapter folder or a checkpoint."""
-    from dovetail.writing import check_folder
+    from dovetail.writing import check_folder, writing
 
     check_folder(output)
     quiet()
     from dovetail import experts
 
-    print(experts.unpack(experts.load(expert), output, base))
+    loaded = experts.load(expert)
+    with writing(output):
+        print(experts.unpack(loaded, output, base))
 
 
 def inspect(
