@@ -21,6 +21,7 @@ from dovetail.errors import DataError, LoadError
 from dovetail.experts.activate import activate, deactivate, put
 from dovetail.experts.slots import slots
 from dovetail.fingerprint import model_fingerprint
+from dovetail.merge import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it
 CHAINS = ["lora(r=4)", "dora(r=4)", "vera(r=8)", "loha(r=2)", "ia3", "lora(r=4) >> ia3", "bottleneck(r=4)",
@@ -452,4 +453,33 @@ def test_threads_switch_one_model() -> None:
     now = held(model)
     assert any(all(torch.equal(now[n], before[n] + each.dense()[n]) for n in names) for each in made)
     deactivate(model)
+    assert same(held(model), before)
+
+
+def test_weights_loaded_under_an_expert_stay() -> None:
+    model, other = families.make("llama"), families.make("llama", seed=5)
+    names = shapes_of(dict(model.named_parameters()))
+    expert = experts.compress(noise(names, 0), 0.2, base=model, origin=experts.Origin("base"))
+    activate(model, expert)
+    model.load_state_dict(other.state_dict())
+    with pytest.raises(LoadError, match="fingerprint"):
+        activate(model, expert)
+    deactivate(model)
+    assert same(held(model), held(other))
+    activate(model, experts.compress(noise(names, 1), 0.2, base=other, origin=experts.Origin("base")))
+    model.bfloat16()  # what was written is rounded with the rest
+    deactivate(model)
+    assert same(held(model), held(other.bfloat16()))
+
+
+def test_a_chain_that_was_merged_is_forgotten() -> None:
+    model = apply(families.make("llama"), "lora(r=4)")
+    activate(model, chain_expert(model, 0))
+    merge(model)
+    apply(model, "lora(r=4)")
+    with torch.no_grad():
+        for parameter in parameters_of(model).values():
+            parameter.add_(1)
+    before = held(model)
+    deactivate(model)  # nothing is active in the new chain
     assert same(held(model), before)

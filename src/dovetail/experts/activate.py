@@ -28,6 +28,7 @@ from dovetail.chain.linear import chain_layers
 from dovetail.errors import DataError
 from dovetail.experts.codec import decode_masks, word_count
 from dovetail.experts.expert import Expert
+from dovetail.experts.kept import Kept, Places, Whole
 from dovetail.experts.origins import (
     adapter_file,
     base_tensors,
@@ -38,17 +39,9 @@ from dovetail.experts.origins import (
 )
 from dovetail.experts.slots import check_scales, peft_adapter, slots
 from dovetail.experts.task_vector import Origin, Spec, TaskVector, specs_of
-from dovetail.record import applied
+from dovetail.record import Applied, applied
 
 Content = Expert | Mapping[str, Tensor]
-
-
-@dataclass
-class _Saved:
-    """What a tensor held before: all of it, or at positions (flat, row-major)."""
-
-    values: Tensor
-    at: Tensor | None = None
 
 
 @dataclass
@@ -59,14 +52,18 @@ class _Active:
     starts   what its values were added to, by name
     saved    what undoing it puts back, by name
     ranks    "LAYER/PLACE" -> rank that elastic adapters ran at before
+    record   of the chain that it was put on: a later one of the same text is another
+    lost     others wrote over it
     """
 
     content: Content
     shapes: dict[str, tuple[int, ...]]
     origin: Origin
     starts: dict[str, Tensor]
-    saved: dict[str, _Saved] = field(default_factory=dict)
+    record: Applied | None
+    saved: dict[str, Kept] = field(default_factory=dict)
     ranks: dict[str, int] | None = None
+    lost: bool = False
 
 
 class _State:
@@ -157,7 +154,7 @@ def _part(model: nn.Module) -> str:
         return f"peft {adapter}"
     if chain_layers(model):
         record = applied(model)
-        return f"chain {record.chain}, stage {record.stage}"
+        return f"chain {id(record)}, stage {record.stage}"  # `_Active` holds the record, so that no other has its id
     return ""
 
 
@@ -172,7 +169,8 @@ def _switch(model: nn.Module, content: Content, specs: Mapping[str, Spec], origi
             check_scales(content.scales, live)
         if expected is not None:
             check_fingerprint(_fingerprint(model, state, part), expected)
-        active = _Active(content, shapes, origin, _starts(model, state, origin, live))
+        record = applied(model) if part.startswith("chain") else None
+        active = _Active(content, shapes, origin, _starts(model, state, origin, live), record)
         previous = state.active.pop(part, None)
         try:
             if previous is not None:
@@ -180,10 +178,12 @@ def _switch(model: nn.Module, content: Content, specs: Mapping[str, Spec], origi
             _write(model, active, live)
         except BaseException:
             _undo(model, active)
-            if previous is not None:
+            if previous is not None and not previous.lost:
                 _write_again(model, previous)
                 state.active[part] = previous
             raise
+        if record is not None:  # those of earlier chains and stages are merged, or gone
+            state.active = {key: each for key, each in state.active.items() if not key.startswith("chain")}
         state.active[part] = active
 
 
@@ -199,7 +199,9 @@ def _fingerprint(model: nn.Module, state: _State, part: str) -> str:
         try:
             state.fingerprint, state.marks = live_fingerprint(model), marks
         finally:
-            if in_base is not None:
+            if in_base is not None and in_base.lost:
+                del state.active[part]
+            elif in_base is not None:
                 _write_again(model, in_base)
     return state.fingerprint
 
@@ -225,7 +227,7 @@ def _carry_over(model: nn.Module, previous: _Active, active: _Active, live: Mapp
     shared = {name: saved for name, saved in previous.saved.items() if name in live}
     _undo(model, previous, leave=shared)
     for name, saved in shared.items():
-        active.saved[name] = _Saved(saved.values.to(live[name].device, live[name].dtype))
+        active.saved[name] = Whole(saved.values.to(live[name].device, live[name].dtype))
     active.ranks = previous.ranks
 
 
@@ -238,9 +240,9 @@ def _write(model: nn.Module, active: _Active, live: Mapping[str, Tensor]) -> Non
         return
     for name, tensor in live.items():
         if active.origin.initial == "chain" and name in active.starts:
-            active.saved[name] = _Saved(active.starts[name])
+            active.saved[name] = Whole(active.starts[name])
         elif name not in active.saved:
-            active.saved[name] = _Saved(tensor.detach().clone())
+            active.saved[name] = Whole(tensor.detach().clone())
     if isinstance(active.content, Expert):
         active.content.dense(into={name: tensor.data for name, tensor in live.items()})
     else:
@@ -265,8 +267,9 @@ def _add(active: _Active, name: str, tensor: Tensor, scale: float) -> None:
         at = delta.nonzero().reshape(-1)
         added = delta[at]
     narrow = torch.int32 if flat.numel() < 2**31 else torch.int64
-    active.saved[name] = _Saved(flat[at], at.to(narrow))
-    flat[at] = active.saved[name].values + added
+    before = flat[at]
+    active.saved[name] = Places(before, at.to(narrow), before + added)
+    flat[at] = before + added
     if not tensor.is_contiguous():
         tensor.copy_(flat.view(tensor.shape))
 
@@ -281,20 +284,15 @@ def _finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _write_again(model: nn.Module, active: _Active) -> None:
     """After an interruption: undone first, whatever was of it, so that nothing is added twice."""
     _undo(model, active)
+    active.lost = False
     _write(model, active, slots(model, active.shapes, active.origin))
 
 
-def _undo(model: nn.Module, active: _Active, leave: Mapping[str, _Saved] | None = None) -> None:
+def _undo(model: nn.Module, active: _Active, leave: Mapping[str, Kept] | None = None) -> None:
     """Puts back what was saved, except of names to leave."""
     saved = {name: each for name, each in active.saved.items() if name not in (leave or {})}
     shapes = {name: shape for name, shape in active.shapes.items() if name in saved}
     for name, tensor in (slots(model, shapes, active.origin) if saved else {}).items():
-        values, at = saved[name].values, saved[name].at
-        if at is not None:
-            flat = tensor.data.reshape(-1)
-            flat[at.to(tensor.device, torch.int64)] = values.to(tensor)
-            values = flat.view(tensor.shape)
-        if at is None or not tensor.is_contiguous():
-            tensor.data.copy_(values)
+        active.lost |= not saved[name].put_back(tensor.data)
     if active.ranks is not None and leave is None:
         take_over(model, active.ranks, False)
