@@ -565,3 +565,12 @@ def test_closing_ends_downloads(answer: Callable[[BaseHTTPRequestHandler], None]
     store.close()
     assert time.monotonic() - start < 2
     assert store.stats().loads == 0
+
+
+def test_a_files_name_is_a_name_too_and_a_pipe_is_no_file(tmp_path: Path) -> None:
+    experts.compress({"w": torch.randn(9)}, 0.5).save(tmp_path / "one.dvt")
+    with experts.Store(tmp_path, budget_nbytes=1 << 20) as store:
+        assert store.get("one.dvt") is store.get("one")
+    os.mkfifo(tmp_path / "pipe.dvt")
+    with pytest.raises(LoadError, match="regular"):
+        experts.load(tmp_path / "pipe.dvt")

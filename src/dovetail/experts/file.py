@@ -192,6 +192,8 @@ def read_header(path: Path) -> tuple[Header, list[int]]:
 def _opened(path: Path) -> Iterator[BufferedReader]:
     """The file; whatever is wrong with it or in it is a LoadError."""
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise LoadError(str(path), found="no regular file", rule="an expert is a file")
         with open(path, "rb") as file:
             yield file
     except OSError as error:

@@ -27,7 +27,7 @@ from dovetail.apply import initial_values
 from dovetail.chain.linear import chain_layers
 from dovetail.errors import LoadError
 from dovetail.experts.bases import load_base
-from dovetail.experts.peft_initial import learned, peft_initial
+from dovetail.experts.peft_initial import check_projections, learned, peft_initial
 from dovetail.experts.task_vector import Origin, Spec, TaskVector
 from dovetail.export.peft import CONFIG_FILE, TENSORS_FILE
 from dovetail.fingerprint import model_fingerprint
@@ -113,6 +113,7 @@ def _of_chain(model: nn.Module) -> TaskVector:
 def _of_peft(folder: Path, files: _Files, base: nn.Module | None) -> TaskVector:
     config = read_config(folder / CONFIG_FILE)
     names = learned(files.specs)
+    check_projections(config, {name: files.read(name) for name in files.specs.keys() - set(names)})
     initial = peft_initial(config, {name: files.specs[name].shape for name in names}, base)
     tensors = {}
     for name in names:

@@ -24,7 +24,7 @@ from torch import nn
 from dovetail.errors import DataError, DovetailError, LoadError
 from dovetail.experts.activate import activate, verify
 from dovetail.experts.expert import Expert
-from dovetail.experts.places import Folder, Place, Stamp, good_name, write_index
+from dovetail.experts.places import SUFFIX, Folder, Place, Stamp, good_name, write_index
 from dovetail.experts.web import Web
 from dovetail.fingerprint import model_fingerprint
 
@@ -127,7 +127,7 @@ class Store:
         return self._place.names()
 
     def get(self, name: str) -> Expert:
-        """An expert, verified; from memory, or loaded now.
+        """An expert, verified; from memory, or loaded now. Its name, or its file's.
 
         errors  LoadError where there is none of that name, it isn't whole, or it is for another base
         """
@@ -194,6 +194,7 @@ class Store:
 
     def _get(self, name: str, *, ahead: bool = False, check: Callable[[Expert], None] = verify) -> Expert:
         """`check` is called with an expert that is loaded now, before it is shared: LoadError for changed bytes."""
+        name = good_name(name).removesuffix(SUFFIX)
         stamp = self._place.stamp(name)
         with self._lock:
             self._check_open()
