@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -485,23 +486,30 @@ BAD: dict[str, Callable[[bytes, BaseHTTPRequestHandler], None]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_servers_that_fail_or_lie(kind: str, folder: Path, server: Server, made: dict[str, experts.Expert]) -> None:
+def test_servers_that_fail_or_lie(
+    kind: str,
+    folder: Path,
+    server: Server,
+    made: dict[str, experts.Expert],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     body = (folder / "expert-0.dvt").read_bytes()
-    temporary = set(Path("/tmp").glob("dovetail-expert-*")) if os.name == "posix" else set()
-    with Store(server.url, 1 << 20, timeout=0.15, retries=1) as store:
+    with Store(server.url, 1 << 20, timeout=0.4, retries=1) as store:
         server.answers["/expert-0.dvt"] = lambda handler: BAD[kind](body, handler)
         start = time.monotonic()
         with pytest.raises(LoadError, match="expert-0"):
             store.get("expert-0")
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 20
         assert server.asked.count("/expert-0.dvt") <= 2 or kind == "itself"
         assert (store.stats().held, store.stats().loads) == (0, 0)
         del server.answers["/expert-0.dvt"]
         assert equal(store.get("expert-0"), made["expert-0"])
-        assert set(Path("/tmp").glob("dovetail-expert-*")) <= temporary
+        assert not list(tmp_path.glob("dovetail-expert-*"))
     server.answers["/index.json"] = lambda handler: BAD[kind](b"{}", handler)
     with pytest.raises(LoadError, match="index"):
-        Store(server.url, 1 << 20, timeout=0.15, retries=1)
+        Store(server.url, 1 << 20, timeout=0.4, retries=1)
 
 
 def test_a_failure_that_passes_is_tried_again(folder: Path, server: Server, made: dict[str, experts.Expert]) -> None:
@@ -563,7 +571,7 @@ def test_closing_ends_downloads(answer: Callable[[BaseHTTPRequestHandler], None]
     wait(lambda: "/expert-0.dvt" in server.asked)
     start = time.monotonic()
     store.close()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20
     assert store.stats().loads == 0
 
 
