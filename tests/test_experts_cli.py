@@ -169,3 +169,17 @@ def test_bad_files(tmp_path: Path) -> None:
     for words in commands:
         assert isinstance(command(*words).exception, DovetailError), words
     assert not (tmp_path / "y").exists()
+
+
+def test_unpack_of_a_chain_that_was_fitted_to_data(tmp_path: Path) -> None:
+    model, _ = dovetail.load("playground")
+    dovetail.apply(model, "wanda(0.5) >> lora(r=4) >> remask", calibration=[{"input_ids": torch.arange(40)[None]}])
+    dovetail.save_adapter(model, tmp_path / "adapter")
+    done("pack", tmp_path / "adapter", "-o", tmp_path / "x.dvt", "--base", "playground", "--density", 0.1)
+    words = ["unpack", tmp_path / "x.dvt", "--base", "playground", "-o", tmp_path / "back"]
+    refused = command(*words)
+    assert "--adapter" in str(refused.exception)
+    assert not (tmp_path / "back").exists()
+    done(*words, "--adapter", tmp_path / "adapter")
+    again, _ = dovetail.load("playground")
+    dovetail.load_adapter(again, tmp_path / "back")

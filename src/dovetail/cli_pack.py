@@ -134,17 +134,28 @@ def unpack(
     expert: File,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write, new or empty.")],
     base: Base = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="An adapter of the same chain, for masks and bases that were fitted to data.")
+    ] = None,
 ) -> None:
     """Write an expert as what it was made from: an adapter folder or a checkpoint."""
+    from dovetail.errors import DataError
     from dovetail.writing import check_folder, writing
 
     check_folder(output)
+    if adapter is not None and base is None:
+        raise DataError("--adapter", found="no --base", rule="an adapter is loaded onto its base", fix="--base MODEL")
     quiet()
     from dovetail import experts
+    from dovetail.adapter import load_adapter
+    from dovetail.experts.bases import base_of
 
     loaded = experts.load(expert)
+    model = base
+    if adapter is not None and base is not None:
+        model = load_adapter(base_of(loaded, base)[0], adapter)
     with writing(output):
-        print(experts.unpack(loaded, output, base))
+        print(experts.unpack(loaded, output, model))
 
 
 def inspect(

@@ -124,7 +124,7 @@ def begin_chain(model: nn.Module, origin: Origin) -> None:
             f"{file.chain} from an expert",
             found=f"{fitted[0]}, fitted to data" if fitted else f"stage {file.stage + 1}, on bases that were trained",
             rule="an expert holds what training changed, not masks and bases",
-            fix="base= a model that carries this chain: the base with the original adapter loaded",
+            fix="base= a model that carries this chain: the base with an adapter of it loaded (--adapter)",
         )
     put_chain(model, file, {}, "expert")
     if fresh:
