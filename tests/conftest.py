@@ -1,4 +1,8 @@
-"""One thread for every test: the models are tiny, and the machines that run them are shared."""
+"""One thread for every test and the processes that it starts: the models are tiny, and the machines shared."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import torch
 

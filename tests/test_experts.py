@@ -298,7 +298,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     path = made.save(tmp_path / "x.dvt")
     before = path.read_bytes()
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DovetailError, match="disk full"):
         made.with_alpha(2.0).save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x.dvt"]
