@@ -111,6 +111,16 @@ def test_list_and_verify(folder: Path, tmp_path: Path) -> None:
     assert "two.dvt: whole" in result.stdout
 
 
+def test_a_damaged_file_hides_no_other(folder: Path, tmp_path: Path) -> None:
+    whole = (folder / "store" / "one.dvt").read_bytes()
+    (tmp_path / "a.dvt").write_bytes(whole[:1000])
+    (tmp_path / "b.dvt").write_bytes(whole)
+    rows = said("experts", "list", tmp_path)
+    assert rows[0]["of"].startswith("not whole")
+    assert rows[1]["of"] == "lora(r=4)"
+    assert "not whole" in done("experts", "list", tmp_path)
+
+
 def test_index_makes_a_store_of_a_folder(folder: Path) -> None:
     done("experts", "index", folder / "store")
     assert set(json.loads((folder / "store" / "index.json").read_text())["experts"]) == {"one", "two"}

@@ -122,11 +122,15 @@ def listed(place: str) -> list[dict[str, Any]]:
     rows = []
     folder = Folder(Path(place))
     for path in (folder.path / f"{name}.dvt" for name in folder.names()):
-        header, kept = read_header(path)
+        row: dict[str, Any] = {"name": path.stem, "nbytes": path.stat().st_size}
+        try:
+            header, kept = read_header(path)
+        except LoadError as error:  # one damaged file hides no other
+            rows.append(row | {"values": None, "kept": None, "of": f"not whole: {error.found}"[:200], "base": None})
+            continue
         of = header.chain or (f"peft {header.peft.get('peft_type')}" if header.peft else header.initial)
         values = sum(math.prod(entry.shape) for entry in header.tensors)
-        rows.append({"name": path.stem, "nbytes": path.stat().st_size, "values": values, "kept": sum(kept), "of": of,
-                     "base": header.base})  # fmt: skip
+        rows.append(row | {"values": values, "kept": sum(kept), "of": of, "base": header.base})
     if not rows:
         raise LoadError(place, found="no .dvt file", rule="a folder of experts", fix="dovetail pack")
     return rows
