@@ -233,3 +233,21 @@ def test_bad_sources(tmp_path: Path) -> None:
     (tmp_path / "p" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     with pytest.raises(LoadError, match="adapter_model"):
         experts.task_vector(tmp_path / "p", base)
+
+
+def test_a_tied_weight_that_is_stored_twice(tmp_path: Path) -> None:
+    base, tuned = make("gpt2"), make("gpt2", seed=4)
+    head, embedding = "lm_head.weight", "transformer.wte.weight"
+    assert base.get_parameter(head).data_ptr() == base.get_parameter(embedding).data_ptr()
+    tuned.save_pretrained(tmp_path / "tuned")
+    file = tmp_path / "tuned" / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
+    save_file(tensors, file)
+    expert = experts.compress(experts.task_vector(tmp_path / "tuned", base), 1.0, scale="tensor")
+    assert (head in expert.shapes) != (embedding in expert.shapes)
+    experts.activate(base, expert)
+    experts.deactivate(base)
+    experts.unpack(expert, tmp_path / "back", base)
+    save_file(tensors | {head: tensors[head] + 1}, file)
+    with pytest.raises(LoadError, match="one tensor"):
+        experts.task_vector(tmp_path / "tuned", base)

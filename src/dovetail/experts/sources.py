@@ -140,7 +140,8 @@ def read_config(path: Path) -> dict[str, Any]:
 def _of_checkpoint(folder: Path, files: _Files, base: nn.Module) -> TaskVector:
     starts = {name: tensor.detach() for name, tensor in base.state_dict().items() if tensor.is_floating_point()}
     prefix = f"{base.base_model_prefix}." if isinstance(base, PreTrainedModel) else ""
-    keys = {}
+    keys: dict[str, str] = {}
+    stored: dict[tuple[object, ...], str] = {}  # of tied weights one name is enough
     for key, spec in files.specs.items():
         name = key if key in starts else f"{prefix}{key}"  # checkpoints of a body alone lack its prefix
         where = f"{folder}, {key}"
@@ -149,13 +150,22 @@ def _of_checkpoint(folder: Path, files: _Files, base: nn.Module) -> TaskVector:
         if tuple(starts[name].shape) != spec.shape:
             found, rule = f"shape {list(spec.shape)}", f"the base's is {list(starts[name].shape)}"
             raise LoadError(where, found=found, rule=rule)
-        keys[name] = key
-    stored = {starts[name].data_ptr() for name in keys}
+        twin = stored.setdefault(_place(name, starts[name]), name)
+        if twin == name:
+            keys[name] = key
+        elif not torch.equal(files.read(key), files.read(keys[twin])):
+            rule = f"the base has one tensor for it and {twin}"
+            raise LoadError(where, found="other values", rule=rule, fix="load the base with tie_word_embeddings=False")
     for name, start in starts.items():
-        if name not in keys and start.data_ptr() not in stored:  # of tied weights one is enough
+        if _place(name, start) not in stored:
             raise LoadError(str(folder), found=f"no {name}", rule="both have the same tensors")
     specs = {n: Spec(files.specs[k].shape, promote(files.specs[k].dtype, starts[n].dtype)) for n, k in keys.items()}
     return TaskVector(_Difference(files, starts, keys, specs), Origin("base", model_fingerprint(base)), specs)
+
+
+def _place(name: str, tensor: Tensor) -> tuple[object, ...]:
+    """The same for two names of one tensor."""
+    return (tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else (name,)
 
 
 @dataclass(frozen=True)

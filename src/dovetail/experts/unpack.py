@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -135,14 +136,14 @@ def _unpack_checkpoint(vector: Mapping[str, Tensor], origin: Origin, directory: 
     if origin.base is not None:
         check_fingerprint(model_fingerprint(model), origin.base)
     state: dict[str, Tensor] = model.state_dict()
-    names: dict[int, list[str]] = {}
+    names: dict[tuple[int, torch.Size], list[str]] = {}
     for name, tensor in state.items():
-        names.setdefault(tensor.data_ptr(), []).append(name)
+        names.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
     for name, change in vector.items():
         if name not in state or state[name].shape != change.shape:
             raise LoadError(f"expert at {name}", found="no such tensor in the base", rule="both have the same tensors")
         start = state[name]
         tuned = (start.float() + change.float()).to(start.dtype) if start.dtype.itemsize < 8 else start + change
-        for other in names[start.data_ptr()]:  # tied weights
+        for other in names[start.data_ptr(), start.shape] if start.numel() else [name]:  # tied weights
             state[other] = tuned
     model.save_pretrained(directory, state_dict=state)
