@@ -79,10 +79,10 @@ def choose_output(asked: str | Path | None, name: str) -> Path:
     raise AssertionError
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file that is either whole or not there; text as UTF-8."""
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is either whole or not there."""
     part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 

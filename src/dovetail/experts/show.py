@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,11 +21,11 @@ from dovetail.experts.expert import Expert, load, similarity
 from dovetail.experts.file import read_header
 from dovetail.experts.places import Folder
 from dovetail.experts.web import Web
+from dovetail.report.style import INK
 from dovetail.report.words import size
 
 _MODES = {0: "empty", 1: "Rice", 2: "Rice/4096", 3: "full"}
 _BARS = 40
-_INK, _SOFT = "#22201d", "#6b665f"
 
 
 def entropy(density: float) -> float:
@@ -177,32 +176,27 @@ def _cell(value: float) -> Text:
     strength = min(abs(value), 1.0)
     there = (47, 111, 98) if value >= 0 else (180, 86, 47)
     red, green, blue = (round(255 - strength * (255 - part)) for part in there)
-    ink = "#ffffff" if strength > 0.5 else _INK
+    ink = "#ffffff" if strength > 0.5 else INK
     return Text(f" {value:.2f} ", style=Style(color=ink, bgcolor=f"#{red:02x}{green:02x}{blue:02x}"))
 
 
 def matrix_plot(names: Sequence[str], matrix: np.ndarray, what: str) -> bytes:
     """The same as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, and only here
-    from matplotlib.figure import Figure
+    from dovetail.report.drawing import empty, png  # half a second, and only here
 
     side = 2.6 + 0.55 * len(names)
-    drawing = Figure(figsize=(side + 0.8, side), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(drawing)
-    axes = drawing.add_subplot()
+    drawing, axes = empty(side + 0.8, side)
     shown = axes.imshow(matrix, cmap="BrBG", vmin=-1, vmax=1)
-    axes.set_xticks(range(len(names)), list(names), rotation=40, ha="right", color=_INK, fontsize=8)
-    axes.set_yticks(range(len(names)), list(names), color=_INK, fontsize=8)
+    axes.set_xticks(range(len(names)), list(names), rotation=40, ha="right", color=INK, fontsize=8)
+    axes.set_yticks(range(len(names)), list(names), color=INK, fontsize=8)
     if len(names) <= 24:
         for row in range(len(names)):
             for column in range(len(names)):
                 value = matrix[row, column]
-                ink = "white" if abs(value) > 0.6 else _INK
+                ink = "white" if abs(value) > 0.6 else INK
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=7)
-    axes.set_title(what, color=_INK, fontsize=10)
+    axes.set_title(what, color=INK, fontsize=10)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     drawing.colorbar(shown, shrink=0.8).outline.set_visible(False)  # type: ignore[operator]
-    written = io.BytesIO()
-    drawing.savefig(written, format="png", metadata={"Software": None})
-    return written.getvalue()
+    return png(drawing)

@@ -27,9 +27,10 @@ from dovetail.evaluate import evaluate
 from dovetail.experts.activate import activate, deactivate
 from dovetail.experts.expert import Expert, compress
 from dovetail.progress import Bar
+from dovetail.report.style import COLOURS, INK, SOFT
 from dovetail.report.words import figure, metric_name
 from dovetail.tasks import LOWER_IS_BETTER, Task, as_task
-from dovetail.writing import writing
+from dovetail.writing import write_bytes
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
 ALPHAS = (0.5, 1, 2, 3, 4, 5, 6, 8, 10)
@@ -37,8 +38,6 @@ ALPHAS = (0.5, 1, 2, 3, 4, 5, 6, 8, 10)
 _FIRST = 4  # parts of the first round
 _PART, _MOST_PARTS = 16, 16  # records of a part at least; parts at most
 _MEANS = ("accuracy", "exact_match")
-_COLOURS = ("#2f6f62", "#b4562f", "#4a61a8", "#86681a", "#8a4a7d", "#3d7fa6", "#6b665f", "#a03c48")
-_INK, _SOFT, _LINE = "#22201d", "#6b665f", "#e4e0d9"
 
 
 @dataclass(frozen=True)
@@ -92,43 +91,30 @@ class Sweep:
 
         original  score of the uncompressed task vector, drawn as a dashed line
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, and only here
-        from matplotlib.figure import Figure
+        from dovetail.report.drawing import empty, frame_lines, png  # half a second, and only here
 
         share = 100 if figure(self.metric, 0.0).endswith("%") else 1
-        drawing = Figure(figsize=(8.4, 4.6), dpi=150, facecolor="white", layout="constrained")
-        canvas, axes = FigureCanvasAgg(drawing), drawing.add_subplot()
+        drawing, axes = empty()
         for number, density in enumerate(sorted({point.density for point in self.points})):
             line = [p for p in self.points if p.density == density and math.isfinite(p.score)]
             x, y = [point.alpha for point in line], [share * point.score for point in line]
-            colour, dash = _COLOURS[number % len(_COLOURS)], "-" if number < len(_COLOURS) else "--"
+            colour, dash = COLOURS[number % len(COLOURS)], "-" if number < len(COLOURS) else "--"
             axes.plot(x, y, dash, color=colour, linewidth=1.8, label=f"density {density:g}")
             fill = ["white" if point.stopped else colour for point in line]
             axes.scatter(x, y, s=22, facecolors=fill, edgecolors=colour, linewidths=1.2, zorder=3)
         if math.isfinite(self.best.score):
             said = f"{figure(self.metric, self.best.score)}, density {self.best.density:g}"
-            axes.scatter(self.best.alpha, share * self.best.score, s=120, facecolors="none", edgecolors=_INK, zorder=4,
+            axes.scatter(self.best.alpha, share * self.best.score, s=120, facecolors="none", edgecolors=INK, zorder=4,
                          label=f"best: {said}")  # fmt: skip
         if any(point.stopped for point in self.points):
-            axes.scatter(
-                [], [], s=22, facecolors="white", edgecolors=_SOFT, linewidths=1.2, label="not seen to the end"
-            )
+            axes.scatter([], [], s=22, facecolors="white", edgecolors=SOFT, linewidths=1.2, label="not seen to the end")
         if original is not None:
-            axes.axhline(share * original, color=_SOFT, linestyle="--", linewidth=1.2, label="uncompressed")
+            axes.axhline(share * original, color=SOFT, linestyle="--", linewidth=1.2, label="uncompressed")
         alphas = sorted({point.alpha for point in self.points})
         axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
-        axes.set_xlabel("alpha", color=_SOFT)
-        axes.set_ylabel(metric_name(self.metric) + (" (%)" if share == 100 else ""), color=_SOFT)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(_LINE)
-        axes.tick_params(colors=_SOFT)
-        axes.grid(axis="y", color=_LINE, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=_INK, fontsize=9)
+        frame_lines(axes, "alpha", metric_name(self.metric) + (" (%)" if share == 100 else ""))
         path = Path(path)
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            canvas.print_png(path, metadata={"Software": None})
+        write_bytes(path, png(drawing))
         return path
 
 

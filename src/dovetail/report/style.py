@@ -1,4 +1,8 @@
-"""The page's style sheet: restrained, readable in light and dark, on paper and on a phone."""
+"""The page's style sheet: restrained, readable in light and dark, on paper and on a phone; the pictures' colours."""
+
+COLOURS = ("#2f6f62", "#b4562f", "#4a61a8", "#86681a", "#8a4a7d", "#3d7fa6", "#6b665f", "#a03c48")
+"""Of lines; the first four are those of the pages' links."""
+INK, SOFT, LINE = "#22201d", "#6b665f", "#e4e0d9"
 
 STYLE = """
 :root {
