@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -26,14 +25,6 @@ from dovetail.merge import merge
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it
 CHAINS = ["lora(r=4)", "dora(r=4)", "vera(r=8)", "loha(r=2)", "ia3", "lora(r=4) >> ia3", "bottleneck(r=4)",
           "lora(r=4, elastic=[4, 2])", "int(bits=4, group=32) >> dora(r=4)"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def noise(shapes: dict[str, tuple[int, ...]], seed: int, spread: float = 0.05) -> dict[str, Tensor]:

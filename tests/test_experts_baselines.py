@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,14 +21,6 @@ from dovetail.tasks import Record, Task
 from test_evaluate import bert, llama, make_tokenizer, t5
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def vector(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,14 +21,6 @@ from dovetail.experts.sources import task_vector
 from dovetail.playground import task
 from dovetail.tasks import Task
 from test_evaluate import llama, make_tokenizer
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def some(number: int) -> list[experts.Expert]:

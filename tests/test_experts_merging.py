@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -17,14 +17,6 @@ from dovetail.errors import DataError, LoadError
 from dovetail.experts.merging import METHODS, Settings, merge, merge_method, weighted_sum
 
 SHAPES = {"b.deep": (3, 1, 5, 7), "c.tall": (520, 4), "a.row": (1, 700), "d.empty": (0, 4), "e.scalar": ()}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def vector(seed: int) -> dict[str, Tensor]:

@@ -26,14 +26,6 @@ from dovetail.experts.store import Store
 NAMES = [f"expert-{number}" for number in range(12)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make(seed: int) -> experts.Expert:
     generator = torch.Generator().manual_seed(seed)
     return experts.compress({"weight": torch.randn(40, 50, generator=generator)}, 0.05)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -20,14 +19,6 @@ from dovetail.experts.sources import task_vector
 from dovetail.experts.sweep import ALPHAS, DENSITIES, Score, Sweep, behind, default_alpha, scorer, sweep
 from dovetail.tasks import Task
 from test_evaluate import llama, make_tokenizer
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def vector() -> dict[str, Tensor]:
