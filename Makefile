@@ -22,10 +22,11 @@ test: $(READY)  ## the whole suite
 tiny: $(READY)  ## the whole flow on a two-layer model, in seconds
 	$(BIN)/python -m pytest tests/test_tiny.py
 
-check: $(READY)  ## style, types, sizes
+check: $(READY)  ## style, types, imports between rooms, sizes
 	$(BIN)/ruff check src tests bench
 	$(BIN)/ruff format --check src tests bench
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/lint-imports
 	$(BIN)/python tests/sizes.py
 
 fix: $(READY)  ## what style can mend itself

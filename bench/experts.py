@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dovetail import experts
-from dovetail.experts.codec import code, decode_dense, decode_masks
+from dovetail.experts.codec.codec import code, decode_dense, decode_masks
 from dovetail.experts.masks import dot
 from dovetail.experts.ternary import top_k
 from timing import Row, medians, show

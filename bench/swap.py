@@ -45,8 +45,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dovetail import experts
-from dovetail.experts.activate import activate
-from dovetail.experts.slots import slots
+from dovetail.experts.live.activate import activate
+from dovetail.experts.live.names import slots
 from timing import Row, medians, show
 
 RATE = 100e6 / 8  # bytes a second

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dovetail
-from dovetail.chain.linear import ChainLinear, chain_layers
+from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from timing import Row, medians, show
 
 WIDTH, RANK, TOKENS = 2048, 8, 512
@@ -213,7 +213,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 def whole_model(rounds: int) -> list[Row]:
     """A training step of a Llama, 768 wide, 12 layers, 1024 tokens."""
-    from dovetail.peak_memory import PeakMemory
+    from dovetail.training.peak_memory import PeakMemory
 
     ids = torch.randint(2048, (2, 512), generator=torch.Generator().manual_seed(0))
     lora = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LINEAR)

@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dovetail.adapt.rank import check_rank, check_width, kaiming_uniform
-from dovetail.chain.link import Adapter, Site, register, shown
-from dovetail.chain.terms import LowRank, Term
+from dovetail.chains.terms import LowRank, Term
+from dovetail.links import Adapter, Site, always_print, register
+from dovetail.links.adapt.rank import check_rank, check_width, kaiming_uniform
 
 
 @register("lora_fa")
@@ -28,7 +28,7 @@ class LoRAFA(Adapter):
     alpha  numerator of the scale alpha / r
     """
 
-    r: int = shown(8)
+    r: int = always_print(8)
     alpha: float = 8.0
 
     learning_rate: ClassVar[float] = 4e-4

@@ -19,7 +19,7 @@ def main() -> int:
         name, lines = str(path.relative_to(ROOT)), len(path.read_text(encoding="utf-8").splitlines())
         if lines > MAX_LINES and name not in REASONED:
             bad.append(f"{name}: {lines} lines, at most {MAX_LINES} without a reason")
-    model = sum(p.stat().st_size for p in (ROOT / "src/dovetail/playground/model").glob("*.safetensors"))
+    model = sum(p.stat().st_size for p in (ROOT / "src/dovetail/tasks/playground/model").glob("*.safetensors"))
     if model > MAX_MODEL_NBYTES:
         bad.append(f"playground model: {model} bytes, at most {MAX_MODEL_NBYTES}")
     print("\n".join(bad) if bad else "sizes: all within bounds")

@@ -3,16 +3,14 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
 import dovetail
-from dovetail.apply import chain_layers
-from dovetail.chain.link import REGISTRY
+from dovetail.chains.registry import _REGISTERED as REGISTRY
+from dovetail.compression.apply import chain_layers
 from families import batch, logits, make
-
-ROOT = Path(__file__).parents[1]
+from places import ROOT
 
 
 def test_the_sample_method_stands_in_the_document_and_works():
@@ -73,6 +71,6 @@ def test_the_readmes_tree_is_the_tree():
 
 
 def test_the_readmes_table_is_the_registry():
-    from dovetail.tables import markdown_table
+    from dovetail.cli.tables import markdown_table
 
-    assert markdown_table() in readme(), "dovetail.tables.markdown_table() gives the table"
+    assert markdown_table() in readme(), "dovetail.cli.tables.markdown_table() gives the table"

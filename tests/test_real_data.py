@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dovetail.flow import run
+from dovetail.runs.flow import run
+from places import ROOT
 
-ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"real data isn't here: {DATA.name} beside the checkout")

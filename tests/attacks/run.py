@@ -29,8 +29,8 @@ import torch
 
 from dovetail import experts
 from dovetail.errors import DovetailError
-from dovetail.experts.codec import ENTRY
-from dovetail.experts.native import crc32c
+from dovetail.experts.codec.codec import ENTRY
+from dovetail.experts.codec.native import crc32c
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import dovetail
-from dovetail.chain.layout import ConvLayout
-from dovetail.chain.linear import ChainLinear
-from dovetail.chain.link import REGISTRY, Adapter, Closer, Link, OutputAdapter, Pruner, Quantizer
+from dovetail.chains.layer.linear import ChainLinear
+from dovetail.chains.link import Adapter, Constraint, Link, OutputAdapter, Pruner, Quantizer
+from dovetail.chains.registry import links
+from dovetail.models.layouts import ConvLayout
 
 IN, OUT = 32, 24
 
@@ -46,15 +47,15 @@ SAMPLES: dict[str, tuple[str, ...]] = {
 
 def of_kind(kind: type[Link] | tuple[type[Link], ...], *, but: type[Link] | None = None) -> list[str]:
     """All sample configurations of the registered links of a kind."""
-    names = [n for n, cls in REGISTRY.items() if issubclass(cls, kind) and not (but and issubclass(cls, but))]
+    names = [n for n, cls in links().items() if issubclass(cls, kind) and not (but and issubclass(cls, but))]
     return [text for name in names for text in SAMPLES.get(name, ())]
 
 
 PRUNERS, QUANTIZERS = of_kind(Pruner), of_kind(Quantizer)
 ADAPTERS = of_kind(Adapter)
 WEIGHT_ADAPTERS = of_kind(Adapter, but=OutputAdapter)
-ZERO_CLOSERS = [text for text in of_kind(Closer) if REGISTRY[text.split("(")[0]].restores == "zeros"]
-GRID_CLOSERS = [text for text in of_kind(Closer) if REGISTRY[text.split("(")[0]].restores == "grid"]
+ZERO_CONSTRAINTS = [text for text in of_kind(Constraint) if links()[text.split("(")[0]].restores == "zeros"]
+GRID_CONSTRAINTS = [text for text in of_kind(Constraint) if links()[text.split("(")[0]].restores == "grid"]
 
 MIXTURES = [
     "lora(r=3) >> ia3",
@@ -155,8 +156,8 @@ def closed_chains() -> Iterator[str]:
         yield f"wanda(0.5) >> {adapter} >> remask"
         yield f"wanda(0.5) >> int(bits=4, group=8) >> {adapter} >> remask >> regrid"
     for quantizer in QUANTIZERS:
-        for closer in GRID_CLOSERS:
-            yield f"{quantizer} >> lora(r=3) >> {closer}"
+        for constraint in GRID_CONSTRAINTS:
+            yield f"{quantizer} >> lora(r=3) >> {constraint}"
     yield "magnitude(0.4) >> nf4(block=32) >> lora(r=3) >> regrid >> remask"
     yield "nf4(block=32) >> magnitude(0.4) >> lora(r=3) >> remask >> regrid"
     yield "magnitude(0.4) >> nf4(block=32) >> lora(r=3) >> remask >> ia3 >> regrid"  # recomputed

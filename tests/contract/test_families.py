@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertForSequenceClassification, LlamaForCausalLM, PreTrainedModel
 
 import dovetail
-from dovetail.apply import chain_layers
+from dovetail.compression.apply import chain_layers
 from families import FAMILIES, batch, logits, make
 
 CLOSED = [

@@ -14,7 +14,7 @@ from samples import (
     ADAPTERS,
     BASES,
     FEW_BASES,
-    GRID_CLOSERS,
+    GRID_CONSTRAINTS,
     LAYERS,
     MIXTURES,
     OTHER_LAYERS,
@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dovetail
-from dovetail.chain.linear import ChainLinear
-from dovetail.chain.link import Closer
+from dovetail.chains.layer.linear import ChainLinear
+from dovetail.chains.link import Constraint
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -94,27 +94,27 @@ def test_before_training_a_closed_chain_is_its_base_bit_for_bit(layer: str, dtyp
     x = input_of(layer, dtype)
     closings = [
         ("wanda(0.5)", "remask"),
-        *((quantizer, closer) for quantizer in QUANTIZERS for closer in GRID_CLOSERS),
+        *((quantizer, constraint) for quantizer in QUANTIZERS for constraint in GRID_CONSTRAINTS),
         *((f"wanda(0.5) >> {quantizer}", "remask >> regrid(start=codes)") for quantizer in QUANTIZERS),
     ]
-    for base, closer in closings:
+    for base, constraint in closings:
         before, model = (
             chained(base, layer, dtype),
-            chained(f"{base} >> lora(r=3) >> {closer}", layer, dtype, moved=False),
+            chained(f"{base} >> lora(r=3) >> {constraint}", layer, dtype, moved=False),
         )
-        if "double=true" in base and closer == "regrid":
+        if "double=true" in base and constraint == "regrid":
             start, weight = model_of(layer, dtype).layer.weight, model.layer.frozen_weight()[0]
             quantized = before.layer.base.native(dtype)
             assert bool(((weight - start).abs() <= (quantized - start).abs() * (1 + TOLERANCE[dtype])).all()), base
         else:
-            assert torch.equal(model(x), before(x)), (base, closer)
+            assert torch.equal(model(x), before(x)), (base, constraint)
 
 
 @pytest.mark.parametrize("text", ["dora(r=3)", "lora(r=3) >> dora(r=3) >> ia3"])
 def test_before_training_dora_starts_at_the_weights_that_regrid_starts_from(text: str) -> None:
     quantizer = "int(bits=2, group=16, symmetric=true)"
-    for closer in GRID_CLOSERS:
-        model = chained(f"{quantizer} >> {text} >> {closer}", dtype=torch.float64, moved=False)
+    for constraint in GRID_CONSTRAINTS:
+        model = chained(f"{quantizer} >> {text} >> {constraint}", dtype=torch.float64, moved=False)
         assert (
             difference(
                 model(input_of(dtype=torch.float64)),
@@ -442,4 +442,4 @@ def test_copies_of_a_chained_model_are_apart() -> None:
         dovetail.merge(model)
         assert not isinstance(model.layer, ChainLinear)
         assert isinstance(other.layer, ChainLinear)
-        assert any(isinstance(state.link, Closer) for state in other.layer.states) == ("re" in text)
+        assert any(isinstance(state.link, Constraint) for state in other.layer.states) == ("re" in text)

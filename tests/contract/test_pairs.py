@@ -13,15 +13,16 @@ import torch
 from samples import ADAPTERS, PRUNERS, QUANTIZERS, SAMPLES, chained, input_of, model_of
 
 import dovetail
-from dovetail.apply import stages_left
-from dovetail.chain.link import REGISTRY, Adapter, Closer, Link, OutputAdapter, Pruner, Quantizer
+from dovetail.chains.link import Adapter, Constraint, Link, OutputAdapter, Pruner, Quantizer
+from dovetail.chains.registry import links
+from dovetail.compression.apply import stages_left
 from dovetail.errors import CannotMerge, ChainError
 
 KINDS: dict[str, type[Link]] = {
-    "prune": Pruner, "quantize": Quantizer, "adapt": Adapter, "output": OutputAdapter, "close": Closer
+    "prune": Pruner, "quantize": Quantizer, "adapt": Adapter, "output": OutputAdapter, "close": Constraint
 }  # fmt: skip
 
-# First link's kind -> kinds that may follow it. A closer needs what it restores, so it never comes first.
+# First link's kind -> kinds that may follow it. A constraint needs what it restores, so it never comes first.
 MAY_FOLLOW = {
     "prune": {"prune", "quantize", "adapt", "output", "remask"},
     "quantize": {"prune", "adapt", "output", "regrid"},  # never a second quantizer
@@ -42,7 +43,7 @@ def name_of(text: str) -> str:
 
 
 def kind_of(text: str) -> str:
-    cls = REGISTRY[name_of(text)]
+    cls = links()[name_of(text)]
     kind = [kind for kind, base in KINDS.items() if issubclass(cls, base)][-1]
     return {"zeros": "remask", "grid": "regrid"}[cls.restores] if kind == "close" else kind
 
@@ -52,7 +53,7 @@ def legal(first: str, second: str) -> bool:
 
 
 def to_add(*links: str) -> list[str]:
-    """Closers that a chain of at most one stage must end in to merge without loss."""
+    """Constraints that a chain of at most one stage must end in to merge without loss."""
     seen, lost = set(), []
     for link in links:
         kind = kind_of(link)
@@ -61,7 +62,7 @@ def to_add(*links: str) -> list[str]:
         if kind == "adapt" and "quantize" in seen:
             lost.append("regrid")
         seen.add(kind)
-    return [closer for closer in ("remask", "regrid") if closer in lost]
+    return [constraint for constraint in ("remask", "regrid") if constraint in lost]
 
 
 def run(text: str) -> torch.nn.Module:

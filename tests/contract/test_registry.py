@@ -7,26 +7,27 @@ import torch
 from samples import ADAPTERS, PRUNERS, QUANTIZERS, SAMPLES, WEIGHT_ADAPTERS, chained, input_of, zeros
 
 from dovetail import chain
-from dovetail.chain.link import REGISTRY, Adapter, Closer, OutputAdapter, Pruner, Quantizer, Site
+from dovetail.chains.link import Adapter, Constraint, OutputAdapter, Pruner, Quantizer, Site
+from dovetail.chains.registry import links
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", links())
 def test_every_link_has_samples_and_describes_itself(name: str) -> None:
     assert name in SAMPLES, f"give {name} a line in tests/contract/samples.py"
-    cls = REGISTRY[name]
-    kinds = [kind for kind in (Pruner, Quantizer, Adapter, Closer) if issubclass(cls, kind)]
+    cls = links()[name]
+    kinds = [kind for kind in (Pruner, Quantizer, Adapter, Constraint) if issubclass(cls, kind)]
     assert len(kinds) == 1
     assert cls.name == name
     assert cls.summary
     assert cls.source
-    assert cls.differentiable == (kinds[0] in (Adapter, Closer))
+    assert cls.differentiable == (kinds[0] in (Adapter, Constraint))
     assert cls.mergeable != issubclass(cls, OutputAdapter)
     for text in SAMPLES[name]:
         assert [link.name for link in chain(text)] == [name]
 
 
 def test_no_sample_without_a_link() -> None:
-    assert set(SAMPLES) == set(REGISTRY)
+    assert set(SAMPLES) == set(links())
 
 
 @pytest.mark.parametrize("text", WEIGHT_ADAPTERS)

@@ -7,7 +7,7 @@ import torch
 from samples import move
 
 import dovetail
-from dovetail.apply import chain_layers
+from dovetail.compression.apply import chain_layers
 from families import batch, logits, make
 
 FAMILIES = ["llama", "qwen2", "qwen3", "phi3", "gpt2", "t5", "bert"]

@@ -21,19 +21,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from dovetail.batches import IGNORED, check_labels, encode, length_limit
 from dovetail.errors import DataError
-from dovetail.evaluate import in_evaluation
-from dovetail.evaluate.runner import Runner
 from dovetail.experts import ternary
-from dovetail.experts.activate import deactivate, put
-from dovetail.experts.codec import Coded, code, decode_indices
+from dovetail.experts.codec.codec import Coded, code, decode_indices
 from dovetail.experts.expert import Expert, assemble
-from dovetail.experts.slots import slots
+from dovetail.experts.live.activate import deactivate, put
+from dovetail.experts.live.names import slots
 from dovetail.experts.sparse import SparseVector, sparse
-from dovetail.experts.task_vector import Origin, TaskVector, specs_of
+from dovetail.experts.vectors import Origin, TaskVector, specs_of
 from dovetail.progress import Bar
-from dovetail.tasks import Record, Task, as_task
+from dovetail.tasks.find import as_task
+from dovetail.tasks.scoring import in_evaluation
+from dovetail.tasks.scoring.runner import Runner
+from dovetail.tasks.task import Record, Task
+from dovetail.tasks.tokens import IGNORED, check_labels, encode, length_limit
 
 
 def stc(vector: Mapping[str, Tensor], density: float, per: Literal["vector", "tensor"] = "vector") -> Expert:

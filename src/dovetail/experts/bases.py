@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dovetail.checkpoint.formats.peft.write import CLASSIFIER_HEADS
+from dovetail.checkpoint.load import DTYPES, load
 from dovetail.experts.expert import Expert
-from dovetail.experts.task_vector import TaskVector, specs_of
-from dovetail.export.peft import CLASSIFIER_HEADS
-from dovetail.load import DTYPES, load
+from dovetail.experts.vectors import TaskVector, specs_of
 
 _PREFIXES = ("head/", "base_model.model.")
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from dovetail.errors import DataError, LoadError
 from dovetail.experts import file, ternary
-from dovetail.experts.codec import Coded, code, decode_dense, decode_indices, decode_masks, word_count
+from dovetail.experts.codec.codec import Coded, code, decode_dense, decode_indices, decode_masks, word_count
 from dovetail.experts.masks import Masks, compare
-from dovetail.experts.task_vector import Origin, TaskVector, specs_of
-from dovetail.writing import writing
+from dovetail.experts.vectors import Origin, TaskVector, specs_of
+from dovetail.files import writing
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ def _given(into: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Ten
 def _fingerprint(base: nn.Module | str) -> str:
     if isinstance(base, str):
         return base
-    from dovetail.fingerprint import model_fingerprint  # transformers: seconds, which most don't need
+    from dovetail.models.fingerprint import model_fingerprint  # transformers: seconds, which most don't need
 
     return model_fingerprint(base)
 

@@ -22,9 +22,9 @@ import numpy as np
 import pydantic
 
 from dovetail.errors import DataError, LoadError
-from dovetail.experts.codec import ENTRY, Coded, block_count, counts_of
-from dovetail.experts.native import crc32c
-from dovetail.experts.task_vector import Initial
+from dovetail.experts.codec.codec import ENTRY, Coded, block_count, counts_of
+from dovetail.experts.codec.native import crc32c
+from dovetail.experts.vectors import Initial
 
 HEADER_NBYTES = 1 << 24
 """The most that the container's header may take."""

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from dovetail.errors import DataError
-from dovetail.experts.codec import word_count
-from dovetail.experts.native import compiled, get, popcount, put, trailing_zeros
+from dovetail.experts.codec.codec import word_count
+from dovetail.experts.codec.native import compiled, get, popcount, put, trailing_zeros
 
 _FEW = 4  # experts that an election takes bit-parallel
 _CHUNK = 1 << 14  # words whose sums are held at a time

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from dovetail.errors import DataError
-from dovetail.experts.codec import decode_masks, word_count
+from dovetail.experts.codec.codec import decode_masks, word_count
 from dovetail.experts.expert import Expert
 from dovetail.experts.masks import Masks, elect, scaled_sum
-from dovetail.experts.task_vector import Origin, Spec, TaskVector
+from dovetail.experts.vectors import Origin, Spec, TaskVector
 
 Election = Literal["total", "frequency"]
 _NO_MATTER = {
@@ -43,7 +43,7 @@ _WHOLE = {"chain", "targets", "stage", "base_fingerprint", "chain_fingerprint", 
 
 
 @dataclass(frozen=True)
-class Settings:
+class MergeSettings:
     """What a method is told.
 
     weights    one for each expert; None: not given
@@ -58,7 +58,7 @@ class Settings:
     generator: torch.Generator
 
 
-Method = Callable[[Sequence[Masks], Settings], Tensor]
+Method = Callable[[Sequence[Masks], MergeSettings], Tensor]
 """One tensor's masks, one for each expert -> the merged tensor, float32. `Masks` here hold a single tensor."""
 METHODS: dict[str, Method] = {}
 
@@ -109,7 +109,7 @@ def merge(
     if density is not None and not 0 <= density <= 1:
         raise DataError("merge", found=f"density={density}", rule="the share of values to keep, from 0 to 1")
     given = None if weights is None else checked_weights(weights, len(experts))
-    settings = Settings(given, density, election, torch.Generator().manual_seed(seed))
+    settings = MergeSettings(given, density, election, torch.Generator().manual_seed(seed))
     merged = {}
     for name in experts[0].coded:
         parts = [masks_of(expert, name) for expert in experts]
@@ -119,7 +119,7 @@ def merge(
 
 
 @merge_method("average")
-def average(parts: Sequence[Masks], settings: Settings) -> Tensor:
+def average(parts: Sequence[Masks], settings: MergeSettings) -> Tensor:
     """The mean; with weights, their sum is 1 after dividing by it."""
     total = float(len(parts)) if settings.weights is None else math.fsum(settings.weights)
     if total == 0:
@@ -129,13 +129,13 @@ def average(parts: Sequence[Masks], settings: Settings) -> Tensor:
 
 
 @merge_method("task_arithmetic")
-def task_arithmetic(parts: Sequence[Masks], settings: Settings) -> Tensor:
+def task_arithmetic(parts: Sequence[Masks], settings: MergeSettings) -> Tensor:
     """The weighted sum."""
     return weighted_sum(parts, settings.weights)
 
 
 @merge_method("ties")
-def ties(parts: Sequence[Masks], settings: Settings) -> Tensor:
+def ties(parts: Sequence[Masks], settings: MergeSettings) -> Tensor:
     """Trimmed, elected, and the mean of what agrees with the election."""
     if settings.density is not None and settings.density < 1:
         parts = [trimmed(part, settings.density) for part in parts]
@@ -143,13 +143,13 @@ def ties(parts: Sequence[Masks], settings: Settings) -> Tensor:
 
 
 @merge_method("dare")
-def dare(parts: Sequence[Masks], settings: Settings) -> Tensor:
+def dare(parts: Sequence[Masks], settings: MergeSettings) -> Tensor:
     """Values dropped by chance, the rest scaled up; the weighted sum."""
     return weighted_sum(_dropped(parts, settings), settings.weights)
 
 
 @merge_method("dare_ties")
-def dare_ties(parts: Sequence[Masks], settings: Settings) -> Tensor:
+def dare_ties(parts: Sequence[Masks], settings: MergeSettings) -> Tensor:
     """Values dropped by chance, the rest scaled up; then as TIES."""
     return disjoint_mean(_dropped(parts, settings), settings.weights, settings.election)
 
@@ -185,7 +185,7 @@ def trimmed(part: Masks, density: float) -> Masks:
     return Masks(part.words & packed(chosen), part.shapes, part.scales)
 
 
-def _dropped(parts: Sequence[Masks], settings: Settings) -> list[Masks]:
+def _dropped(parts: Sequence[Masks], settings: MergeSettings) -> list[Masks]:
     density = settings.density
     if not density:
         raise DataError("merge, dare", found=f"density={density}", rule="above 0: the chance of keeping a value",

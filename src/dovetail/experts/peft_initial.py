@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dovetail.adapt import VeRA
-from dovetail.chain.layout import layout_of
+from dovetail.checkpoint.formats.peft.write import CLASSIFIER_HEADS, PREFIX, PROJECTIONS
 from dovetail.errors import DovetailError, LoadError
-from dovetail.export.peft import CLASSIFIER_HEADS, PREFIX, PROJECTIONS
+from dovetail.links.adapt import VeRA
+from dovetail.models.layouts import layout_of
 
 _CONSTANTS = (*PROJECTIONS.values(), "base_model.model.vera_A", "base_model.model.vera_B")
 

@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from torch import promote_types as promote
 from transformers import PreTrainedModel
 
-from dovetail.adapter import describe, load_adapter
-from dovetail.adapter_state import Before, parameters_of
-from dovetail.apply import initial_values
-from dovetail.chain.linear import chain_layers
+from dovetail.chains.layer.linear import chain_layers
+from dovetail.checkpoint.adapter import describe, load_adapter
+from dovetail.checkpoint.adapter_state import Before, parameters_of
+from dovetail.checkpoint.formats.peft.write import CONFIG_FILE, TENSORS_FILE
+from dovetail.compression.apply import initial_values
 from dovetail.errors import LoadError
 from dovetail.experts.bases import load_base
 from dovetail.experts.peft_initial import check_projections, learned, peft_initial
-from dovetail.experts.task_vector import Origin, Spec, TaskVector
-from dovetail.export.peft import CONFIG_FILE, TENSORS_FILE
-from dovetail.fingerprint import model_fingerprint
-from dovetail.locate import resolve
+from dovetail.experts.vectors import Origin, Spec, TaskVector
+from dovetail.models.fingerprint import model_fingerprint
+from dovetail.models.locate import resolve
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _JSON_NBYTES = 1 << 20

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dovetail.experts.codec import Coded, code, counts_of, decode_indices
+from dovetail.experts.codec.codec import Coded, code, counts_of, decode_indices
 from dovetail.experts.merging import packed
-from dovetail.experts.task_vector import Origin
+from dovetail.experts.vectors import Origin
 
 
 @dataclass(frozen=True)

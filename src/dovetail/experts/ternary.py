@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from dovetail.errors import DataError
-from dovetail.experts.codec import word_count
-from dovetail.experts.counting import count, count_and_moment, count_within, select
-from dovetail.experts.task_vector import Spec, specs_of
+from dovetail.experts.codec.codec import word_count
+from dovetail.experts.codec.counting import count, count_and_moment, count_within, select
+from dovetail.experts.vectors import Spec, specs_of
 
 _INTEGERS = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 _EXPONENT = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000, torch.float64: 0x7FF << 52}

@@ -1,0 +1,248 @@
+"""A weight on its grid: packed codes, scales, and the four things one can ask of a grid.
+
+`dequantize` gives the values, `snap_` rounds other weights to the same grid, `encode` gives their codes, `inside` says
+where the grid's range doesn't clip. They agree to the bit: `snap_` gives what `dequantize` gives for `encode`'s codes.
+
+A grid cuts the weight, in row-major order, into blocks of equal length that share a scale (the last one may be short).
+Work goes by chunks of rows that fit the processor's cache. Everything is computed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dovetail.chains.packing import unpack
+from dovetail.errors import DovetailError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+CPU_CHUNK = 2**18
+"""Weights in a chunk for one thread: 1 MiB of float32, a second-level cache; smaller chunks cost more in calls."""
+DEVICE_CHUNK = 2**24
+"""Weights in a chunk elsewhere: enough to keep an accelerator busy, small against the model."""
+
+
+class QuantizedWeight(nn.Module, ABC):
+    """A weight (o, i) on its grid: packed codes plus scales as persistent buffers, which is exactly what is stored."""
+
+    codes: Tensor
+    bits: int
+    """Of one code as it is packed (`packing.pack`)."""
+
+    def __init__(self, shape: tuple[int, int], block: int, codes_per_unit: int, identity: str) -> None:
+        """Shape (o, i); `block` weights share a scale; chunks must hold whole units of packed codes."""
+        super().__init__()
+        self.shape = (int(shape[0]), int(shape[1]))
+        self.block = block
+        self.identity = identity
+        self._alignment = math.lcm(block, codes_per_unit)
+
+    @abstractmethod
+    def _decode(self, start: int, stop: int, rows: Tensor) -> None:
+        """Writes the values of weight rows [start, stop) into `rows`, contiguous float32, a fresh tensor's start."""
+
+    @abstractmethod
+    def _snap(self, rows: Tensor, start: int, inside: Tensor | None = None) -> None:
+        """Replaces `rows`, contiguous float32, by the nearest grid values; fills `inside`, bool, as `_inside` does."""
+
+    @abstractmethod
+    def _encode(self, rows: Tensor, start: int) -> Tensor:
+        """Codes of the grid values nearest to `rows`, contiguous float32; may overwrite `rows`."""
+
+    @abstractmethod
+    def _inside(self, rows: Tensor, start: int, inside: Tensor) -> None:
+        """Writes into `inside`, bool, where `rows`, contiguous float32, are not clipped; may overwrite `rows`."""
+
+    @abstractmethod
+    def _with_codes(self, codes: Tensor) -> Self:
+        """The same grid, tensors shared, with other codes (o, i), not packed."""
+
+    @abstractmethod
+    def zero_codes(self, start: int, stop: int) -> Tensor:
+        """The code of exact zero in weight rows [start, stop), uint8: (stop - start, i), or (1, 1) if it is but one."""
+
+    # ---- public -----------------------------------------------------------------------------------------------
+
+    def dequantize(self, out: Tensor) -> Tensor:
+        """Writes the values into `out` and returns it.
+
+        out  (o, i) any float dtype, any strides; value = code * scale in float32, rounded once to out's dtype
+        """
+        self._check_shape(out)
+        if not out.is_contiguous() and out.t().is_contiguous():
+            # Transposing at once, within one dtype, is several times faster than strided writes by chunks.
+            out.t().copy_(self.dequantize(torch.empty(self.shape, dtype=out.dtype, device=out.device)).t())
+            return out
+        scratch = torch.empty(self.rows_per_chunk, self.shape[1], dtype=torch.float32, device=out.device)
+        for start, stop in self._chunks(self.shape[0]):
+            values = scratch[: stop - start]
+            self._decode(start, stop, values)
+            out[start:stop].copy_(values)
+        return out
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """Rows in a cache-sized chunk that starts and ends with whole blocks; all rows where blocks straddle many."""
+        o, i = self.shape
+        step = self._alignment // math.gcd(self._alignment, i)
+        size = CPU_CHUNK * torch.get_num_threads() if self.codes.device.type == "cpu" else DEVICE_CHUNK
+        return min(o, max(1, size // (i * step)) * step)
+
+    @torch.no_grad()
+    def snap_(self, rows: Tensor, start: int, inside: Tensor | None = None) -> Tensor:
+        """Replaces rows in place by the nearest values on the grid: those of `dequantize` for `encode`'s codes.
+
+        rows   (n, i) contiguous; float32, or a wider or narrower dtype that is rounded to float32 first
+        start  the weight row of rows[0]; start and start + n must be ends of blocks (see `rows_per_chunk`)
+        inside (n, i) bool, filled with what `inside` says of the rows before; cheaper than asking separately
+        """
+        for rows_32, at in self._float32_chunks(rows, start, copy=False):
+            part = None if inside is None else inside[at - start : at - start + len(rows_32)]
+            self._snap(rows_32, at, part)
+            if rows.dtype != torch.float32:
+                rows[at - start : at - start + len(rows_32)].copy_(rows_32)
+        return rows
+
+    @torch.no_grad()
+    def inside(self, rows: Tensor, start: int) -> Tensor:
+        """(n, i) bool: where the straight-through gradient passes, that is up to half a step beyond the grid's range.
+
+        A block whose scale is zero holds only zero: nothing passes. Arguments as for `snap_`; rows are left alone.
+        """
+        inside = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+        for rows_32, at in self._float32_chunks(rows, start, copy=True):
+            self._inside(rows_32, at, inside[at - start : at - start + len(rows_32)])
+        return inside
+
+    @torch.no_grad()
+    def encode(self, weight_oi: Tensor) -> Self:
+        """The same grid, its tensors shared, with the codes nearest to weight_oi (o, i), any float dtype."""
+        self._check_shape(weight_oi)
+        return self._with_codes(
+            torch.cat([self._encode(rows_32, at) for rows_32, at in self._float32_chunks(weight_oi, 0, copy=True)])
+        )
+
+    @torch.no_grad()
+    def with_zeros(self, keep_oi: Tensor) -> Self:
+        """The same grid, with the code of exact zero where keep_oi (o, i) bool is False: prunes a quantized weight."""
+        self._check_shape(keep_oi)
+        codes, zero = self.codes_of(0, self.shape[0])
+        return self._with_codes(torch.where(keep_oi, codes, zero))
+
+    def codes_of(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Codes of weight rows [start, stop), not packed, uint8 (n, i); and those of exact zero, (n, i) or (1, 1)."""
+        i = self.shape[1]
+        flat = self.codes.view(torch.uint8).view(-1)
+        return unpack(flat, self.bits, start * i, stop * i).view(-1, i), self.zero_codes(start, stop)
+
+    def with_codes(self, codes_oi: Tensor) -> Self:
+        """The same grid, its tensors shared, with these codes: uint8 (o, i), not packed."""
+        self._check_shape(codes_oi)
+        return self._with_codes(codes_oi)
+
+    @torch.no_grad()
+    def off_grid(self, weight_oi: Tensor) -> int:
+        """How many weights are not exactly a grid value rounded to weight_oi's dtype. weight_oi: (o, i) any float."""
+        self._check_shape(weight_oi)
+        count = torch.zeros((), dtype=torch.int64, device=weight_oi.device)
+        for start, stop in self._chunks(self.shape[0]):
+            wanted = weight_oi[start:stop]
+            nearest = _middle_of_rounding_interval(wanted).contiguous()
+            self._snap(nearest, start)
+            count += (nearest.to(wanted.dtype) != wanted).sum()
+        return int(count)
+
+    @property
+    def nbytes(self) -> int:
+        """Exact stored bytes: packed codes, scales, zero points, nested constants."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    # ---- what grids share -------------------------------------------------------------------------------------
+
+    def _by_block(self, operation: Callable[[Tensor, Tensor], Tensor], rows: Tensor, per_block: Tensor) -> None:
+        """Applies an in-place operation to the rows with one operand a block; per_block (blocks in rows,)."""
+        if rows.shape[1] % self.block == 0:
+            operation(rows.view(-1, self.block), per_block[:, None])
+            return
+        flat = rows.view(-1)
+        whole = flat.numel() // self.block
+        operation(flat[: whole * self.block].view(whole, self.block), per_block[:whole, None])
+        if whole * self.block < flat.numel():
+            operation(flat[whole * self.block :], per_block[-1])
+
+    def _block_range(self, start: int, rows: int) -> tuple[int, int]:
+        i = self.shape[1]
+        return start * i // self.block, -(-(start + rows) * i // self.block)
+
+    def _chunks(self, rows: int, start: int = 0) -> Iterator[tuple[int, int]]:
+        step = self.rows_per_chunk
+        for first in range(start, start + rows, step):
+            yield first, min(first + step, start + rows)
+
+    def _float32_chunks(self, rows: Tensor, start: int, *, copy: bool) -> Iterator[tuple[Tensor, int]]:
+        """Cache-sized float32 chunks with their first weight row: views of rows where that is possible."""
+        o, i = self.shape
+        stop = start + len(rows)
+        if rows.shape[1:] != (i,) or start * i % self.block or (stop * i % self.block and stop != o) or stop > o:
+            raise ValueError(f"rows [{start}, {stop}) of shape {tuple(rows.shape)} don't cut {self.shape} into blocks")
+        for first, last in self._chunks(len(rows), start):
+            chunk = rows[first - start : last - start]
+            yield chunk.to(torch.float32, copy=copy, memory_format=torch.contiguous_format).contiguous(), first
+
+    def _check_shape(self, tensor: Tensor) -> None:
+        if tuple(tensor.shape) != self.shape:
+            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} for a weight of shape {self.shape}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves with the model, but keeps its dtypes: `model.to(bfloat16)` must not round the grid."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.identity}, shape={self.shape}, nbytes={self.nbytes}"
+
+
+def refuse_bad_weight(where: str, weight_oi: Tensor) -> Tensor:
+    """weight_oi in float32, contiguous; a DovetailError by name where it isn't a finite matrix."""
+    if weight_oi.dim() != 2 or not weight_oi.is_floating_point():
+        raise DovetailError(
+            where,
+            found=f"a tensor of shape {tuple(weight_oi.shape)} and dtype {weight_oi.dtype}",
+            rule="a quantizer takes a matrix (out, in) of floats",
+            fix="flatten a convolution's kernel into its input dimension",
+        )
+    weight_32 = weight_oi.detach().to(torch.float32).contiguous()
+    bad = weight_32.numel() - int(torch.isfinite(weight_32).sum())
+    if bad:
+        raise DovetailError(
+            where,
+            found=f"{bad} weights that are NaN or infinite in float32",
+            rule="a grid is made from finite weights",
+            fix="check the checkpoint, or the training that made these weights",
+        )
+    return weight_32
+
+
+def _middle_of_rounding_interval(weight_oi: Tensor) -> Tensor:
+    """In float32, the middle of the interval of numbers that round to weight_oi.
+
+    It is the weight itself, but for a power of two in a 16-bit dtype: there the interval is twice as long upwards.
+    A grid value lies in the interval exactly where the grid value nearest to its middle does.
+    """
+    weight_32 = weight_oi.to(torch.float32, copy=True)
+    if weight_oi.dtype not in (torch.bfloat16, torch.float16):
+        return weight_32
+    info = torch.finfo(weight_oi.dtype)
+    power_of_two = torch.frexp(weight_32).mantissa.abs() == 0.5
+    power_of_two &= weight_32.abs() > info.smallest_normal
+    return torch.where(power_of_two, weight_32 * (1 + info.eps / 8), weight_32)

@@ -1,0 +1,99 @@
+"""Puts layers that carry an empty chain in place of a model's target layers, after every check that needs no run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from dovetail.chains.layer.applied import AppliedChain, applied
+from dovetail.chains.layer.base import Base, Scratch
+from dovetail.chains.layer.linear import ChainLinear, chain_layers
+from dovetail.chains.link import Chain, Quantizer, Site, arguments
+from dovetail.chains.notation import chain
+from dovetail.errors import ChainError
+from dovetail.models.fingerprint import model_fingerprint
+from dovetail.models.layouts import layout_of
+from dovetail.models.targets import Target, find_targets
+
+
+def attach(
+    model: nn.Module, the_chain: Chain, targets: str | Sequence[str], seed: int
+) -> tuple[AppliedChain, dict[str, ChainLinear], list[Target]]:
+    """Replaces the target layers, after every check that needs no run, by layers that carry an empty chain."""
+    if chain_layers(model):
+        raise ChainError(
+            "apply",
+            found=f"the model already carries {applied(model).chain}",
+            rule="a model carries one chain",
+            fix="write both as one chain, or merge the first",
+        )
+    _refuse_second_quantizer(model, the_chain)
+    found = find_targets(model, targets)
+    sites = {target.name: _site(target) for target in found}
+    for site in sites.values():
+        for link in the_chain:
+            link.check(site)
+    for target in found:
+        _refuse_dropout(target, the_chain)
+    record = AppliedChain(
+        the_chain, targets if isinstance(targets, str) else tuple(targets), seed, model_fingerprint(model)
+    )
+    scratch, layers = Scratch(), {}
+    for target in found:
+        module = target.module
+        weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+        base = Base(layout_of(target.name, module), weight.detach(), scratch)
+        layer = ChainLinear(sites[target.name], base, None if bias is None else bias.detach(), record)
+        layer.train(module.training)
+        replace_module(model, module, layer)
+        layers[target.name] = layer
+    return record, layers, found
+
+
+def _refuse_second_quantizer(model: nn.Module, the_chain: Chain) -> None:
+    """A merged model's config says on which grid its weights are (`dovetail.merge`)."""
+    again = next((link for link in the_chain if isinstance(link, Quantizer)), None)
+    said = getattr(getattr(model, "config", None), "dovetail", None)
+    text = said.get("chain") if isinstance(said, dict) else None
+    if again is None or not isinstance(text, str):  # a config comes from outside
+        return
+    before = next((link for link in chain(text) if isinstance(link, Quantizer)), None)
+    if before is not None:
+        raise ChainError(
+            f"{again.name} in {the_chain}",
+            found=f"a model that was merged on the grid of {before}",
+            rule="a model is quantized at most once: another grid rounds what was rounded already",
+            fix=f"start from the base model, or take {again.name} out",
+        )
+
+
+def _site(target: Target) -> Site:
+    layout = layout_of(target.name, target.module)
+    return Site(
+        target.name,
+        layout.out_features,
+        layout.in_features,
+        getattr(target.module, "bias", None) is not None,
+        target.feedforward,
+    )
+
+
+def _refuse_dropout(target: Target, the_chain: Chain) -> None:
+    """A convolution's W' is made by its definition, which doesn't know the input that dropout would act on."""
+    for link in the_chain:
+        if arguments(link).get("dropout") and not layout_of(target.name, target.module).linear:
+            raise ChainError(
+                f"{link.name} at {target.name}",
+                found=f"dropout={arguments(link)['dropout']} on a {type(target.module).__name__}",
+                rule="dropout of a low rank's input is for linear layers only",
+                fix=f"dropout=0 in {link.name}, or leave this layer out of the targets",
+            )
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` wherever `old` is registered, under every name that it has."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new

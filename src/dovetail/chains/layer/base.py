@@ -1,0 +1,232 @@
+"""The base of a layer: a dense or quantized weight, and what the pruners and quantizers decided about it.
+
+    dense      the weight itself, frozen, in the layer's own layout
+    quantized  packed codes and scales (`dovetail.chains.grid.QuantizedWeight`)
+    mask_bits  one bit a weight: where the pruner left a weight; kept when a later link needs it
+    start      the weight as it was before quantizing, in full precision; kept while training for
+               `regrid(start=weights)`
+
+The planner asks three things of it: the matrix (o, i) in a dtype, its row norms, and the mask's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dovetail.chains.grid import QuantizedWeight
+from dovetail.chains.layer.bits import INTEGERS, pack_bits, unpack_bits
+from dovetail.chains.link import Quantizer
+from dovetail.chains.statistics import InputStatistics
+from dovetail.models.layouts import Layout
+
+CHUNK_BYTES = 1 << 19
+"""Rows are worked on in chunks that stay in a core's cache; on other devices than the CPU all at once."""
+
+
+class Scratch:
+    """Buffers that the layers of a model share for weights that live for one product only. Grows to the largest."""
+
+    def __init__(self) -> None:
+        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised contiguous tensor; the same memory at every call with that slot, dtype and device."""
+        key, numel = (slot, dtype, device), 1
+        for n in shape:
+            numel *= n
+        flat = self._flat.get(key)
+        if flat is None or flat.numel() < numel:
+            with torch.inference_mode(False):  # an inference tensor could not be written to while training
+                self._flat[key] = flat = torch.empty(numel, dtype=dtype, device=device)
+        return flat[:numel].view(shape)
+
+    def __deepcopy__(self, memo: object) -> Scratch:
+        return Scratch()
+
+    def __reduce__(self) -> tuple[type[Scratch], tuple[()]]:
+        return Scratch, ()
+
+
+class Base(nn.Module):
+    """What the chain starts from, on one layer.
+
+    weight  the layer's own frozen weight, in its own layout
+    """
+
+    mask_bits: Tensor | None
+    start: Tensor | None
+
+    def __init__(self, layout: Layout, weight: Tensor, scratch: Scratch) -> None:
+        super().__init__()
+        self.layout = layout
+        self.scratch = scratch
+        self._dtype = weight.dtype
+        self.dense: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
+        self.quantized: QuantizedWeight | None = None
+        self.register_buffer("mask_bits", None)
+        self.register_buffer("start", None, persistent=False)
+        self._row_square: dict[bool, Tensor] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight: the dense one's, or the one that codes are dequantized to."""
+        return self._dtype if self.dense is None else self.dense.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Base:
+        super()._apply(fn, recurse)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype  # codes follow `model.to(dtype)` when dequantized
+        self._row_square = {}
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._row_square = {}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layout.out_features, self.layout.in_features
+
+    @property
+    def device(self) -> torch.device:
+        return self.dense.device if self.dense is not None else next(self.buffers()).device
+
+    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The base weight (o, i), in its own dtype unless told. Dense: a view; quantized: a new tensor."""
+        dtype = dtype or self.dtype
+        if self.dense is not None:
+            return self.layout.matrix(self.dense.detach()).to(dtype)
+        assert self.quantized is not None
+        return self.quantized.dequantize(torch.empty(self.shape, dtype=dtype, device=self.device))
+
+    def native(self, dtype: torch.dtype, slot: str = "weight") -> Tensor:
+        """The base weight in the layer's own layout: itself, or dequantized into the shared buffer `slot`."""
+        if self.dense is not None:
+            return self.dense.detach().to(dtype)
+        assert self.quantized is not None
+        native = self.buffer(dtype, slot)
+        self.quantized.dequantize(self.layout.matrix(native))
+        return native
+
+    def buffer(self, dtype: torch.dtype, slot: str) -> Tensor:
+        """The shared buffer in the layer's own layout, uninitialised."""
+        shape = tuple(self.layout.empty(dtype, torch.device("meta")).shape)
+        return self.take(slot, shape, dtype)
+
+    def take(self, slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor, in memory that all layers of the model share for this slot."""
+        return self.scratch.take(slot, shape, dtype, self.device)
+
+    def start_weight(self, from_codes: bool, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight (o, i) that the chain's differentiable links start from; not to be written to.
+
+        from_codes  the base as stored; else the weight before quantizing, where it was kept
+        dtype       codes are dequantized to it, into a buffer of their own; None: to the base's dtype, into the buffer
+                    that `native` uses
+        """
+        if self.start is not None and not from_codes:
+            return self.layout.matrix(self.start)
+        if self.dense is not None:
+            return self.layout.matrix(self.dense.detach())
+        assert self.quantized is not None
+        if dtype is None:
+            return self.layout.matrix(self.native(self.dtype))
+        return self.quantized.dequantize(self.take("start", self.shape, dtype))
+
+    def row_square(self, from_codes: bool) -> Tensor:
+        """‖W‖² of each row of `start_weight`, (o,), at least float32; cached until the base changes."""
+        found = self._row_square.get(from_codes)
+        if found is None or found.device != self.device:
+            wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+            weight = self.start_weight(from_codes)
+            parts = [weight[rows].to(wide).square().sum(1) for rows in self.row_chunks(wide)]
+            found = self._row_square[from_codes] = torch.cat(parts)
+        return found
+
+    def row_chunks(self, dtype: torch.dtype) -> list[slice]:
+        """Slices of rows to work on one after the other."""
+        o, i = self.shape
+        step = o
+        if self.device.type == "cpu":
+            step = max(1, CHUNK_BYTES // (i * dtype.itemsize))
+            if self.quantized is not None:
+                unit = self.quantized.rows_per_chunk
+                step = max(unit, step // unit * unit) if unit < o else o
+        return [slice(row, min(row + step, o)) for row in range(0, o, step)]
+
+    # What pruners, quantizers and merging do to the base.
+
+    def set_dense(self, weight_oi: Tensor) -> None:
+        """Replaces a dense base by another weight (o, i)."""
+        self.dense = nn.Parameter(self.layout.native(weight_oi.to(self.dtype)), requires_grad=False)
+        self.quantized = None
+        self._row_square = {}
+
+    def set_quantized(self, quantized: QuantizedWeight) -> None:
+        """Replaces the base by codes on a grid."""
+        self.quantized = quantized
+        self.dense = None
+        self._row_square = {}
+
+    def quantize(self, quantizer: Quantizer, inputs: InputStatistics | None = None, keep_start: bool = False) -> None:
+        """Puts a dense base on the quantizer's grid; `keep_start` keeps beside the codes what was rounded to them."""
+        weight = self.matrix()
+        if keep_start:
+            quantized, rounded = quantizer.quantize_from(weight, inputs)
+            self.start = self.layout.native(rounded)
+        else:
+            quantized, self.start = quantizer.quantize(weight, inputs), None
+        self.set_quantized(quantized)
+
+    @property
+    def identity(self) -> str:
+        """What the base is made of: its dtype, or its quantizer."""
+        return str(self.dtype) if self.quantized is None else self.quantized.identity
+
+    def restore(self, quantizer: Quantizer | None, state: Mapping[str, Tensor]) -> None:
+        """Takes over a base's `state_dict`, on the grid of `quantizer`, and its `start` where there is one."""
+        if quantizer is not None:
+            self.set_quantized(quantizer.empty(self.shape).to(self.device))
+        bits = state.get("mask_bits")
+        self.mask_bits = None if bits is None else torch.zeros_like(bits, device=self.device)
+        self.load_state_dict({name: value for name, value in state.items() if name != "start"})
+        start = state.get("start")
+        self.start = None if start is None else start.to(self.device)
+        self._row_square = {}
+
+    def set_mask(self, keep_oi: Tensor, weight_oi: Tensor | None = None) -> None:
+        """Zeros the weights that don't stay, and keeps the mask, one bit a weight.
+
+        What was zero before, pruned earlier in the chain or in the checkpoint, stays zero. A quantized weight's zeros
+        may be rounded ones: there only an earlier mask counts.
+
+        weight_oi  what the weights that stay become (on a quantized base: the nearest on its grid); None leaves them
+        """
+        if self.dense is not None:
+            before = self.matrix()
+            keep_oi = keep_oi & (before != 0)
+            self.set_dense(torch.where(keep_oi, before if weight_oi is None else weight_oi, 0))
+        else:
+            assert self.quantized is not None
+            if self.mask_bits is not None:
+                keep_oi = keep_oi & self.mask_rows(slice(None))
+            moved = self.quantized if weight_oi is None else self.quantized.encode(weight_oi)
+            self.set_quantized(moved.with_zeros(keep_oi))
+        if self.start is not None:
+            start = self.layout.matrix(self.start) if weight_oi is None else weight_oi.to(self.start.dtype)
+            self.start = self.layout.native(torch.where(keep_oi, start, 0))
+        self.mask_bits = pack_bits(keep_oi)
+
+    def mask_rows(self, rows: slice) -> Tensor:
+        """(n, i) bool: where the mask lets a weight live."""
+        assert self.mask_bits is not None
+        words = unpack_bits(self.mask_bits[rows], self.shape[1], torch.int8)
+        return words.bool()
+
+    def mask_words(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """(n, i) integers as wide as `dtype`: all ones where a weight lives, zero elsewhere, for a bitwise AND."""
+        assert self.mask_bits is not None
+        return unpack_bits(self.mask_bits[rows], self.shape[1], INTEGERS[dtype.itemsize])

@@ -1,0 +1,197 @@
+"""Elastic ranks: one super-adapter of which every leading part is an adapter too, `lora(r=32, elastic=[32, 24, 16])`.
+
+    rank k of LoRA:   W' = W + c B[:, :k] A[:k]      c stays that of the full rank
+
+Training draws a rank per step and group of layers (`stage_trainer.RankDraws`), so that all of them work; which ones to
+use is decided afterwards: the reference ranks, the median of each list, or better ones by `dovetail.search_ranks`.
+`extract` makes a plain adapter of them.
+
+Source: neural low-rank adapter search (NLS), SQFT §2.2 and §3.1, after Shears and LoNAS. For LoRA, DoRA, LoHa and VeRA.
+As dear a step as its largest rank, at most; in return the rank need not be known before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from torch import nn
+
+from dovetail.chains.layer.applied import applied
+from dovetail.chains.layer.linear import LinkState, chain_layers
+from dovetail.chains.link import Adapter, arguments
+from dovetail.chains.stages import stages
+from dovetail.errors import ChainError, LoadError
+from dovetail.models.roles import CROSS_ATTENTION
+from dovetail.models.targets import roles_of
+
+
+@dataclass(frozen=True)
+class Group:
+    """Elastic adapters that run at one rank: one link on layers that read the same input.
+
+    name   the layers' paths, joined, and the link's place in its stage: "model.layers.0.self_attn.q_proj+k_proj/0"
+    ranks  to choose from, the largest first
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    states: tuple[LinkState, ...] = field(repr=False)
+
+    @property
+    def rank(self) -> int:
+        """The rank that it runs at; of its first layer, should a file have said otherwise of the others."""
+        return self.states[0].rank or self.ranks[0]
+
+    @property
+    def reference(self) -> int:
+        """The median of its ranks (SQFT §3.1)."""
+        return self.states[0].reference or self.ranks[0]
+
+    def use_rank(self, rank: int) -> None:
+        """Runs at this rank, one of `ranks`, from now on."""
+        for state in self.states:
+            state.use_rank(rank)
+
+
+def groups(model: nn.Module) -> list[Group]:
+    """The groups of the stage in hand, in module order; none without an elastic link, or once it is extracted.
+
+    The query, key and value layers of one attention are a group, without the query where it reads another input
+    (cross-attention); every other layer, and every layer that has no label (`dovetail.targets`), is one by itself.
+    """
+    found: dict[tuple[str, int], dict[str, LinkState]] = {}
+    for (name, place), state in _elastic(model).items():
+        found.setdefault((_group(name), place), {})[name] = state
+    return [_named(place, states) for (_, place), states in found.items()]
+
+
+def _group(layer: str) -> str:
+    roles, parent = roles_of(layer), layer.rpartition(".")[0]
+    if not roles or not set(roles) <= {"query", "key", "value"}:
+        return layer
+    crossed = "query" in roles and not CROSS_ATTENTION.isdisjoint(layer.split("."))
+    return layer if crossed else f"{parent}."
+
+
+def _named(place: int, states: Mapping[str, LinkState]) -> Group:
+    first, *others = states
+    name = "+".join([first, *(other.rpartition(".")[2] for other in others)])
+    link = states[first].link
+    assert isinstance(link, Adapter)
+    return Group(f"{name}/{place}", link.ranks, tuple(states.values()))
+
+
+def _elastic(model: nn.Module) -> dict[tuple[str, int], LinkState]:
+    """(Layer, place in the stage) -> the elastic adapters of the stage in hand."""
+    return {
+        (name, place): state
+        for name, layer in chain_layers(model).items()
+        for place, state in enumerate(layer.states)
+        if state.rank is not None
+    }
+
+
+def use_reference(elastic: Sequence[Group]) -> None:
+    """Runs every group at its reference rank."""
+    for group in elastic:
+        group.use_rank(group.reference)
+
+
+def draw_ranks(elastic: Sequence[Group], seed: str) -> None:
+    """Runs every group at a rank drawn from its list, each as likely; fixed by the seed, whatever was drawn before."""
+    random = Random(seed)
+    for group in elastic:
+        group.use_rank(random.choice(group.ranks))
+
+
+def ranks(model: nn.Module) -> dict[str, int]:
+    """Group name -> the rank that it runs at."""
+    return {group.name: group.rank for group in groups(model)}
+
+
+def set_ranks(model: nn.Module, chosen: Mapping[str, int]) -> None:
+    """Runs groups, by their names, at these ranks; ChainError for another name or rank, and nothing is changed."""
+    named = {group.name: group for group in groups(model)}
+    for name, rank in chosen.items():
+        if name not in named:
+            some = ", ".join([*list(named)[:3], *(["…"] if len(named) > 3 else [])]) or "none here"
+            raise ChainError("set_ranks", found=f"{name!r}"[:200], rule=f"groups of elastic adapters: {some}")
+        if rank not in named[name].ranks:
+            raise ChainError(f"set_ranks at {name}", found=f"rank {rank}", rule=f"one of {list(named[name].ranks)}")
+    for name, rank in chosen.items():
+        named[name].use_rank(rank)
+
+
+def extract(model: nn.Module) -> nn.Module:
+    """Makes plain adapters of the ranks that the elastic ones run at, in place: the rest of their parameters is gone.
+
+    returns  the same model, its effective weights the same to the bit; each layer's link now says its rank, and
+             alpha such that the scale stays
+    errors   ChainError where no adapter is elastic
+    """
+    if not _elastic(model):
+        raise ChainError(
+            str(applied(model).chain),
+            found="no elastic adapter in the stage in hand",
+            rule="extract makes elastic adapters plain ones",
+            fix="lora(r=16, elastic=[16, 12, 8])",
+        )
+    for layer in chain_layers(model).values():
+        layer.extract()
+    return model
+
+
+# What a saved adapter says of its ranks.
+
+
+def specs(model: nn.Module) -> dict[str, tuple[Adapter, LinkState]]:
+    """ "LAYER/PLACE" -> the elastic link as the chain has it, and what stands there, extracted or not."""
+    record = applied(model)
+    trained = stages(record.chain)[record.stage].trained
+    return {
+        f"{name}/{place}": (link, layer.states[place])
+        for name, layer in chain_layers(model).items()
+        for place, link in enumerate(trained)
+        if isinstance(link, Adapter) and link.ranks
+    }
+
+
+def saved_ranks(model: nn.Module) -> tuple[dict[str, int], bool]:
+    """ "LAYER/PLACE" -> the rank that it runs at; and whether the adapters are extracted."""
+    here = specs(model)
+    found = {key: state.rank or arguments(state.link)["r"] for key, (_, state) in here.items()}
+    return found, any(state.rank is None for _, state in here.values())
+
+
+def check_saved(model: nn.Module, saved: Mapping[str, int], extracted: bool, where: str) -> None:
+    """LoadError unless what `saved_ranks` said of a model can be taken over by this one."""
+    here = specs(model)
+    for key in sorted(here.keys() ^ saved.keys()):
+        found = f"ranks of {key}"[:200] + (" in the file alone" if key in saved else " missing from the file")
+        raise LoadError(
+            where, found=found, rule="the file holds a rank for each elastic adapter and layer, and no more"
+        )
+    for key, rank in saved.items():
+        link, state = here[key]
+        if rank not in link.ranks:
+            raise LoadError(f"{where}, {key}", found=f"rank {rank}", rule=f"{link} has the ranks {list(link.ranks)}")
+        if state.rank is None and not (extracted and state.link == link.plain(rank)):
+            found = f"a model whose adapter is extracted as {state.link}"
+            raise LoadError(f"{where}, {key}", found=found, rule="an adapter is put on the base, or on its own chain")
+
+
+def shapes_at(model: nn.Module, saved: Mapping[str, int]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """ "LAYER/PLACE" -> name -> shape of the parameters once they are extracted at these ranks."""
+    return {key: link.plain(saved[key]).parameter_shapes(state.site) for key, (link, state) in specs(model).items()}
+
+
+def load_ranks(model: nn.Module, saved: Mapping[str, int], extracted: bool) -> None:
+    """Runs, and extracts where they were, the adapters as `saved_ranks` said; after `check_saved`."""
+    for key, (_, state) in specs(model).items():
+        if state.rank is not None:
+            state.use_rank(saved[key])
+    if extracted:
+        for layer in chain_layers(model).values():
+            layer.extract()

@@ -1,0 +1,294 @@
+"""The three ways of running a chain: open, closed and recomputed (see `chain/planner.py` for which and why).
+
+Precision: factors are kept in float32 and cast to the weight's dtype when used, x never is cast. A scale s enters as
+x + x·(s - 1), whose second term keeps its digits in bfloat16, where s itself would be rounded to 1/128; the sum is
+rounded once.
+Shapes: t o i r = token, out, in, rank. Thin products have r as their first axis, the fast layout on CPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dovetail.chains.layer.base import Base
+from dovetail.chains.layer.planner import affine_, casts
+from dovetail.chains.link import Constraint
+from dovetail.chains.terms import Form
+
+# ---------------------------------------------------------------------------------------------------------------- open
+
+
+def run_open(x: Tensor, form: Form, base: Base) -> Tensor:
+    """y = x W'ᵀ + b' for W' = diag(s) W diag(t) + B A. x (..., i) in the weight's dtype."""
+    a_ri, b_ro, out_o, in_i = _factors(form, x.dtype)
+    bias_o = None if form.bias_o is None else form.bias_o.to(x.dtype)
+    y_to = _Open.apply(x, base, a_ri, b_ro, out_o, in_i, bias_o)
+    y = y_to.view(*x.shape[:-1], y_to.shape[1])  # outside: a Function's view can't be changed in place (y += x)
+    for probability, a, b in form.dropped:
+        u = functional.linear(functional.dropout(x, probability), a.to(x.dtype))
+        y = y + functional.linear(u, b.to(x.dtype))
+    return y
+
+
+def _factors(form: Form, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """a (r, i), b (r, o), s - 1 (o,), t - 1 (i,), cast to `dtype`."""
+    return (
+        None if form.a_ri is None else form.a_ri.to(dtype),
+        None if form.b_or is None else form.b_or.t().to(dtype, memory_format=torch.contiguous_format),
+        None if form.out_scale_o is None else (form.out_scale_o - 1).to(dtype),
+        None if form.in_scale_i is None else (form.in_scale_i - 1).to(dtype),
+    )
+
+
+class _Open(torch.autograd.Function):
+    """The one Function of the open path. Saves x, the small factors, and x Wᵀ only when the out-scale is trained."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: Base,
+        a_ri: Tensor | None,
+        b_ro: Tensor | None,
+        out_o: Tensor | None,
+        in_i: Tensor | None,
+        bias_o: Tensor | None,
+    ) -> Tensor:
+        x_ti = x.reshape(-1, x.shape[-1])
+        weight_oi = base.layout.matrix(base.native(x.dtype))
+        scaled_ti = x_ti if in_i is None else torch.addcmul(x_ti, x_ti, in_i)
+        if bias_o is not None and out_o is None:
+            y_to = torch.addmm(bias_o, scaled_ti, weight_oi.t())
+        else:
+            y_to = scaled_ti @ weight_oi.t()
+        product_to = None
+        if out_o is not None:
+            # The out-scale's gradient needs x Wᵀ; b is the frozen base's bias unless a link scales it.
+            product_to, y_to = y_to, torch.addcmul(y_to, y_to, out_o)
+            if bias_o is not None:
+                y_to += bias_o
+        u_rt = None
+        if a_ri is not None and b_ro is not None:
+            u_rt = a_ri @ x_ti.t()
+            y_to.addmm_(u_rt.t(), b_ro)
+        ctx.base = base
+        ctx.shape = x.shape
+        ctx.save_for_backward(x_ti, a_ri, b_ro, out_o, in_i, u_rt, product_to if ctx.needs_input_grad[4] else None)
+        return y_to
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g_to: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x_ti, a_ri, b_ro, out_o, in_i, u_rt, product_to = ctx.saved_tensors
+        need_x, _, need_a, need_b, need_out, need_in, need_bias = ctx.needs_input_grad
+        grad_x = grad_a = grad_b = grad_out = grad_in = grad_bias = None
+        if need_bias:
+            grad_bias = g_to.sum(0)
+        if need_out:
+            grad_out = (g_to * product_to).sum(0)
+        v_rt = None
+        if b_ro is not None:
+            v_rt = b_ro @ g_to.t()
+            if need_b:
+                grad_b = u_rt @ g_to
+            if need_a:
+                grad_a = v_rt @ x_ti
+        if need_x or need_in:
+            weight_oi = ctx.base.layout.matrix(ctx.base.native(x_ti.dtype))
+            scaled_to = g_to if out_o is None else torch.addcmul(g_to, g_to, out_o)
+            grad_ti = scaled_to @ weight_oi
+            if need_in:
+                grad_in = (grad_ti * x_ti).sum(0)
+            if need_x:
+                if in_i is not None:
+                    grad_ti = torch.addcmul(grad_ti, grad_ti, in_i)
+                if v_rt is not None:
+                    grad_ti.addmm_(v_rt.t(), a_ri)
+                grad_x = grad_ti.view(ctx.shape)
+        return grad_x, None, grad_a, grad_b, grad_out, grad_in, grad_bias
+
+
+# -------------------------------------------------------------------------------------------------------------- closed
+
+
+def run_closed(x: Tensor, form: Form, base: Base, constraints: Sequence[Constraint], from_codes: bool) -> Tensor:
+    """y = x W'ᵀ + b' for W' = constraints(diag(s) W diag(t) + B A). x (..., i) in the weight's dtype."""
+    bias_o = None if form.bias_o is None else form.bias_o.to(x.dtype)
+    factors = casts(form, work_dtype(x.dtype, constraints))
+    return _Closed.apply(x, base, constraints, from_codes, *factors, bias_o)  # type: ignore[no-any-return]
+
+
+def work_dtype(dtype: torch.dtype, constraints: Sequence[Constraint]) -> torch.dtype:
+    """What the weight is computed in: its own dtype, float32 where a constraint asks for it."""
+    if dtype != torch.float64 and any(constraint.float32 for constraint in constraints):
+        return torch.float32
+    return dtype
+
+
+def materialise(
+    form: Form, base: Base, constraints: Sequence[Constraint], from_codes: bool, dtype: torch.dtype
+) -> Tensor:
+    """W' in the layer's own layout, in the shared buffer: to be used before the next call.
+
+    The forward pass and `merge` both read W' from here, which is what makes merging exact.
+    """
+    factors = casts(form, work_dtype(dtype, constraints))
+    return _materialise(base, constraints, from_codes, dtype, *factors)
+
+
+@torch.no_grad()
+def _materialise(
+    base: Base,
+    constraints: Sequence[Constraint],
+    from_codes: bool,
+    dtype: torch.dtype,
+    out_o: Tensor | None,
+    in_i: Tensor | None,
+    a_ri: Tensor | None,
+    b_or: Tensor | None,
+    grad_oi: Tensor | None = None,
+) -> Tensor:
+    """W' in the shared buffer, chunk of rows by chunk of rows.
+
+    A gradient of W', where given, is pulled back through the constraints on the way, in place: each is a mask that
+    depends on the values it projects, so their order does not matter.
+    """
+    work = work_dtype(dtype, constraints)
+    begin_oi = base.start_weight(from_codes, work)
+    native = base.buffer(dtype, "weight")
+    target_oi = base.layout.matrix(native)
+    direct = work == dtype and begin_oi.dtype == dtype and target_oi.is_contiguous() and out_o is None and in_i is None
+    for rows in base.row_chunks(work):
+        if direct and a_ri is not None and b_or is not None:
+            part_ni = torch.addmm(begin_oi[rows], b_or[rows], a_ri, out=target_oi[rows])
+        else:
+            part_ni = base.take("rows", (rows.stop - rows.start, base.shape[1]), work)
+            part_ni.copy_(begin_oi[rows])
+            affine_(part_ni, rows, out_o, in_i, a_ri, b_or)
+        for constraint in constraints:
+            constraint.project_rows_(part_ni, rows.start, base, None if grad_oi is None else grad_oi[rows])
+        if part_ni.data_ptr() != target_oi[rows].data_ptr():
+            target_oi[rows].copy_(part_ni)
+    return native
+
+
+class _Closed(torch.autograd.Function):
+    """Makes W' in a shared buffer in forward and again in backward; saves x and the factors, no weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: Base,
+        constraints: Sequence[Constraint],
+        from_codes: bool,
+        out_o: Tensor | None,
+        in_i: Tensor | None,
+        a_ri: Tensor | None,
+        b_or: Tensor | None,
+        bias_o: Tensor | None,
+    ) -> Tensor:
+        native = _materialise(base, constraints, from_codes, x.dtype, out_o, in_i, a_ri, b_or)
+        ctx.base, ctx.constraints, ctx.from_codes = base, constraints, from_codes
+        ctx.save_for_backward(x, out_o, in_i, a_ri, b_or)
+        return base.layout.call(x, native, bias_o)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, out_o, in_i, a_ri, b_or = ctx.saved_tensors
+        base: Base = ctx.base
+        g_to, x_ti = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        needs = ctx.needs_input_grad[4:8]
+        weight_grad_oi = None
+        if any(needs):
+            # gᵀ contiguous: on some processors the product that follows is a third faster.
+            weight_grad_oi = base.take("gradient", base.shape, x.dtype)
+            torch.mm(g_to.t().contiguous(), x_ti, out=weight_grad_oi)
+        native = _materialise(base, ctx.constraints, ctx.from_codes, x.dtype, out_o, in_i, a_ri, b_or, weight_grad_oi)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (g_to @ base.layout.matrix(native)).view(x.shape)
+        grads: tuple[Tensor | None, ...] = (None, None, None, None)
+        if weight_grad_oi is not None:
+            begin_oi = base.start_weight(ctx.from_codes, x.dtype) if needs[0] or needs[1] else None
+            grads = _factor_grads(weight_grad_oi, begin_oi, base.row_chunks(x.dtype), needs, out_o, in_i, a_ri, b_or)
+        grad_bias = g_to.sum(0) if ctx.needs_input_grad[8] else None
+        return grad_x, None, None, None, *grads, grad_bias
+
+
+def _factor_grads(
+    grad_oi: Tensor,
+    begin_oi: Tensor | None,
+    chunks: Sequence[slice],
+    needs: Sequence[bool],
+    out_o: Tensor | None,
+    in_i: Tensor | None,
+    a_ri: Tensor | None,
+    b_or: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of out, in, a and b from that of diag(s) W diag(t) + B A, (o, i)."""
+    grad_out: Tensor | None = None
+    grad_in: Tensor | None = None
+    grad_a: Tensor | None = None
+    grad_b: Tensor | None = None
+    if a_ri is not None and b_or is not None:
+        if needs[2]:
+            grad_a = (b_or.t().to(grad_oi.dtype, memory_format=torch.contiguous_format) @ grad_oi).to(a_ri.dtype)
+        if needs[3]:
+            grad_b = (a_ri.to(grad_oi.dtype) @ grad_oi.t()).t().to(b_or.dtype)
+    if begin_oi is not None:
+        wide = torch.promote_types(grad_oi.dtype, torch.float32)
+        out_parts: list[Tensor] = []
+        in_sum = torch.zeros(grad_oi.shape[1], dtype=wide, device=grad_oi.device)
+        for rows in chunks:
+            product_ni = grad_oi[rows].to(wide) * begin_oi[rows]
+            out_parts.append((product_ni if in_i is None else product_ni * in_i).sum(1))
+            in_sum += (product_ni if out_o is None else product_ni * out_o[rows, None]).sum(0)
+        if needs[0] and out_o is not None:
+            grad_out = torch.cat(out_parts).to(out_o.dtype)
+        if needs[1] and in_i is not None:
+            grad_in = in_sum.to(in_i.dtype)
+    return grad_out, grad_in, grad_a, grad_b
+
+
+# ---------------------------------------------------------------------------------------------------------- recomputed
+
+Fold = Callable[[], tuple[Tensor, Tensor | None]]
+"""Gives (W' in the layer's own layout, b') by the links' definitions, in ordinary autograd."""
+
+
+def run_recomputed(x: Tensor, fold: Fold, base: Base, parameters: Sequence[Tensor]) -> Tensor:
+    """The layer's own operation on W' by definition; nothing of the size of W is saved between forward and backward."""
+    return _Recomputed.apply(x, fold, base, *parameters)  # type: ignore[no-any-return]
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fold: Fold, base: Base, *parameters: Tensor) -> Tensor:
+        ctx.fold, ctx.base = fold, base
+        ctx.save_for_backward(x, *parameters)
+        weight, bias_o = fold()
+        return base.layout.call(x, weight.to(x.dtype), None if bias_o is None else bias_o.to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, *parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            inner = x.detach().requires_grad_(ctx.needs_input_grad[0])
+            weight, bias_o = ctx.fold()
+            y = ctx.base.layout.call(inner, weight.to(x.dtype), None if bias_o is None else bias_o.to(x.dtype))
+        wanted = [
+            t
+            for t, need in zip([inner, *parameters], [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]], strict=True)
+            if need
+        ]
+        found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
+        grads = [next(found) if need else None for need in (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])]
+        return grads[0], None, None, *grads[1:]

@@ -1,0 +1,277 @@
+"""The layer that owns base and chain, and the definition of the effective weight.
+
+    W', b' = fold of the chain's links over the base        `ChainLinear.effective_weight`
+
+Forward, merge, footprint and packing all read that definition; what runs is the planner's fast path, equal to it.
+Whatever layer it stands for (`chain/layout.py`), the chain sees a matrix (out, in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median_low
+
+import torch
+from torch import Tensor, nn
+
+from dovetail.chains.layer.base import Base
+from dovetail.chains.layer.execute import materialise, run_closed, run_open, run_recomputed
+from dovetail.chains.layer.planner import Path, choose_path, compose
+from dovetail.chains.link import Adapter, Constraint, Link, OutputAdapter, Site
+from dovetail.chains.terms import Form, Term
+
+
+class Shared:
+    """Frozen tensors that all layers share (VeRA's projections), held once per device and dtype."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+        self._placed: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+        self._leading: dict[int, Shared] = {}
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors on that device, in that dtype."""
+        if not self._tensors:
+            return {}
+        if (device, dtype) not in self._placed:
+            with torch.inference_mode(False), torch.no_grad():
+                self._placed[device, dtype] = {k: t.to(device, dtype) for k, t in self._tensors.items()}
+        return self._placed[device, dtype]
+
+    def leading(self, link: Adapter, rank: int) -> Shared:
+        """The part that an elastic link uses at this rank; the same object each time, which all its layers share."""
+        if not self._tensors:
+            return self
+        if rank not in self._leading:
+            self._leading[rank] = Shared(link.at_rank(self._tensors, rank))
+        return self._leading[rank]
+
+
+class LinkState(nn.Module):
+    """One link on one layer: its spec and its parameters.
+
+    rank       of an elastic adapter, the rank that it runs at; None for every other link
+    reference  the rank that it runs at unless told: the median of its ranks (SQFT §3.1), of two in the middle the lower
+    running    the link that runs: the plain one of that rank, or the spec itself
+    """
+
+    def __init__(self, link: Link, site: Site, parameters: Mapping[str, Tensor], shared: Shared) -> None:
+        super().__init__()
+        self.link = link
+        self.site = site
+        self.shared = shared
+        for name, value in parameters.items():
+            self.register_parameter(name, nn.Parameter(value))
+        self.reference = median_low(link.ranks) if isinstance(link, Adapter) and link.ranks else None
+        self.use_rank(self.reference)
+
+    def use_rank(self, rank: int | None) -> None:
+        """Runs an elastic adapter at this rank from now on."""
+        self.rank = rank
+        self.running = self.link if rank is None or not isinstance(self.link, Adapter) else self.link.plain(rank)
+
+    def values(self) -> dict[str, Tensor]:
+        """Name -> tensor: the trainable parameters and this layer's part of the shared constants, at its rank."""
+        return self._at(self.rank)
+
+    def terms(self, *, whole: bool = False) -> list[Term]:
+        """What it does to the weight, in terms of the planner's algebra; `whole`: at its full rank."""
+        link, rank = (self.link, None) if whole else (self.running, self.rank)
+        return link.lower(self._at(rank)) if isinstance(link, Adapter) else []
+
+    def _at(self, rank: int | None) -> dict[str, Tensor]:
+        own: dict[str, Tensor] = {name: p for name, p in self._parameters.items() if p is not None}
+        if not isinstance(self.link, Adapter) or not own:
+            return own
+        some = next(iter(own.values()))
+        shared = self.shared.on(some.device, some.dtype)
+        if rank is not None:
+            # Contiguous as the parameters of a plain adapter are: what is extracted then gives the same bits.
+            own = {name: t.contiguous() for name, t in self.link.at_rank(own, rank).items()}
+            shared = self.link.at_rank(shared, rank)
+        return {**own, **self.link.local(shared, self.site)}
+
+    def extracted(self) -> LinkState:
+        """The running sub-adapter as a plain link with parameters of its own; itself where it isn't elastic."""
+        if self.rank is None:
+            return self
+        assert isinstance(self.link, Adapter)
+        mine = {name: value.detach().clone() for name, value in self.values().items() if name in self._parameters}
+        plain = LinkState(self.running, self.site, mine, self.shared.leading(self.link, self.rank))
+        trained = all(p.requires_grad for p in self.parameters())
+        return plain.requires_grad_(trained).train(self.training)
+
+    def extra_repr(self) -> str:
+        return str(self.link)
+
+
+class ChainLinear(nn.Module):
+    """A layer whose weight is a base plus a chain of links.
+
+    base     dense or quantized weight (`chain/base.py`), frozen
+    bias     (o,) frozen, or None
+    links    the differentiable links of the stage in hand, in order
+    record   what the model remembers of its chain (`dovetail.apply.AppliedChain`), the same object in every layer
+    """
+
+    def __init__(self, site: Site, base: Base, bias: Tensor | None, record: object = None) -> None:
+        super().__init__()
+        self.record = record
+        self.site = site
+        self.layout = base.layout
+        self.in_features, self.out_features = site.in_features, site.out_features
+        self.nf = site.out_features  # what transformers' Conv1D calls it
+        self.base = base
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.links = nn.ModuleList()
+        self.path: Path = "open"
+        self.set_links([])
+
+    # Some models look at `layer.weight.dtype` (T5). A quantized layer has no such tensor, and says so by its type.
+    @property
+    def weight(self) -> Tensor | nn.Module:
+        """The frozen base: the dense weight in the layer's own layout, or the quantized weight's module."""
+        if self.base.dense is not None:
+            return self.base.dense
+        assert self.base.quantized is not None
+        return self.base.quantized
+
+    def set_links(self, states: Iterable[LinkState], path: Path | None = None) -> None:
+        """Puts another stage's links on the layer and chooses how they run, elastic ones at their full rank.
+
+        Sorted by kind here, once, and not in every forward pass:
+        states    the links with their parameters
+        adapters  those that change the weight
+        constraints   those that re-impose the base's zeros or grid
+
+        path      how they run, where that is chosen already
+        """
+        self.states = list(states)
+        self.links = nn.ModuleList(self.states)
+        self.adapters = [
+            s for s in self.states if isinstance(s.link, Adapter) and not isinstance(s.link, OutputAdapter)
+        ]
+        self.constraints = [s.link for s in self.states if isinstance(s.link, Constraint)]
+        self._on_output: list[tuple[OutputAdapter, LinkState]] = [
+            (s.link, s) for s in self.states if isinstance(s.link, OutputAdapter)
+        ]
+        # Whether the chain starts from the quantized weight rather than from the one before quantizing.
+        self.from_codes = all(constraint.from_codes for constraint in self.constraints)
+        self.path = path or self._choose_path()
+
+    def _choose_path(self) -> Path:
+        closes = [isinstance(s.link, Constraint) for s in self.states if not isinstance(s.link, OutputAdapter)]
+        return choose_path(closes, self._terms(whole=True), self.layout)
+
+    def extract(self) -> None:
+        """Makes elastic adapters plain ones of the ranks that they run at, in place; W' keeps its bits."""
+        self.set_links([state.extracted() for state in self.states], self.path)
+
+    def effective_weight(self) -> tuple[Tensor, Tensor | None]:
+        """The definition: (W', b') of the whole chain, with ordinary autograd. (o, i) and (o,), in the base's dtype.
+
+        Computed in the adapters' dtype (float32 for a half-precision base) and rounded once.
+        """
+        weight, bias = self._fold()
+        return weight.to(self.base.dtype), None if bias is None else bias.to(self.base.dtype)
+
+    def _fold(self) -> tuple[Tensor, Tensor | None]:
+        weight = self.base.start_weight(self.from_codes, torch.promote_types(self.base.dtype, torch.float32))
+        if self.base.dense is None:
+            weight = weight.clone()  # out of the shared buffer
+        bias: Tensor | None = self.bias
+        for state in self.states:
+            link = state.running
+            if isinstance(link, Constraint):
+                weight = link.project(weight, self.base)
+            elif isinstance(link, Adapter) and not isinstance(link, OutputAdapter):
+                weight, bias = link.fold(weight, bias, state.values())
+        return weight, bias
+
+    def _native_fold(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self._fold()
+        return self.layout.native(weight.to(self.base.dtype)), bias
+
+    def form(self) -> Form:
+        """The chain's adapters as one form of the planner's algebra."""
+        return compose(self._terms(), self.base, self.bias, self.training, self.from_codes)
+
+    def _terms(self, *, whole: bool = False) -> list[Term]:
+        return [term for state in self.adapters for term in state.terms(whole=whole)]
+
+    @torch.no_grad()
+    def frozen_weight(self) -> tuple[Tensor, Tensor | None]:
+        """(W', b') as the forward pass uses them: W' in the layer's own layout, a new tensor; what merging stores."""
+        if self.path == "closed":
+            form = self.form()
+            bias = None if form.bias_o is None else form.bias_o.to(self.base.dtype)
+            return materialise(form, self.base, self.constraints, self.from_codes, self.base.dtype).clone(), bias
+        weight, bias = self._native_fold()
+        return weight.to(self.base.dtype).clone(), None if bias is None else bias.to(self.base.dtype)
+
+    @torch.no_grad()
+    def used_weight(self) -> Tensor:
+        """W' (o, i) as the forward pass uses it, unrounded where it never makes it: float32 on the open path."""
+        if self.path == "closed":
+            return self.layout.matrix(self.frozen_weight()[0])
+        made = self.path != "open" or not self.adapters  # without an adapter the base itself runs, in its own dtype
+        return self._fold()[0].to(self.base.dtype) if made else self._fold()[0]
+
+    @torch.no_grad()
+    def absorb(self, weight: Tensor | None = None) -> None:
+        """Merges the stage in hand into the base, which keeps its form: dense stays dense, quantized stays on its grid.
+
+        weight  to store instead of the effective one, in the layer's own layout
+        """
+        frozen, bias = self.frozen_weight()
+        weight = frozen if weight is None else weight
+        matrix = self.layout.matrix(weight)
+        if self.base.quantized is not None:
+            self.base.set_quantized(self.base.quantized.encode(matrix))
+        else:
+            self.base.set_dense(matrix)
+        self.base.start = None
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+        self.set_links([])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), as the layer it stands for; under autocast in autocast's dtype."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+            with torch.autocast(device, enabled=False):
+                return self._forward(x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if self.path == "open":
+            y = run_open(x, self.form(), self.base)
+        elif self.path == "closed":
+            y = run_closed(x, self.form(), self.base, self.constraints, self.from_codes)
+        else:
+            y = self._recomputed(x)
+        for link, state in self._on_output:
+            axis = self.layout.out_axis
+            y = link.output(y.movedim(axis, -1), state.values()).movedim(-1, axis)
+        return y
+
+    def _recomputed(self, x: Tensor) -> Tensor:
+        parameters = [parameter for state in self.adapters for parameter in state.parameters()]
+        return run_recomputed(x, self._native_fold, self.base, parameters)
+
+    def extra_repr(self) -> str:
+        return f"{self.site.name}, {self.out_features} x {self.in_features}, path={self.path}"
+
+
+def chain_layers(model: nn.Module) -> dict[str, ChainLinear]:
+    """Module path -> layer, of every layer of the model that carries a chain; each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ChainLinear)}
+
+
+def adapter_dtype(base_dtype: torch.dtype) -> torch.dtype:
+    """Adapters are kept in float32 over half-precision bases, in float64 over float64 ones."""
+    return torch.promote_types(base_dtype, torch.float32)
+
+
+__all__: Sequence[str] = ("ChainLinear", "LinkState", "Shared", "adapter_dtype", "chain_layers")

@@ -1,0 +1,126 @@
+"""Plans a chain: folds its terms to one form, and chooses how to run it at the price of one adapter.
+
+    open        scales and low ranks: one product with the base plus thin ones; W' is never made
+    closed      ... and then remask or regrid: W' is made in a shared buffer, again in backward, and never saved
+    recomputed  anything else: W' by the links' own definition, made again in backward
+
+`chain/execute.py` runs them. All three equal the definition (`ChainLinear.effective_weight`), which the contract tests
+hold them to in float64. Shapes: t o i r = token, out, in, rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dovetail.chains.layer.base import Base
+from dovetail.chains.terms import Form, Hadamard, InScale, LowRank, OutScale, RowNorm, Term, nonzero
+from dovetail.models.layouts import Layout
+
+Path = Literal["open", "closed", "recomputed"]
+
+NORM_FLOOR = 1e-2
+"""Below this share of its parts, the closed-form ‖W'‖² has cancelled and is computed from W' itself."""
+
+
+def compose(terms: Sequence[Term], base: Base, bias_o: Tensor | None, training: bool, from_codes: bool = True) -> Form:
+    """Folds the terms of a chain, in order, to one form over the base (`Base.start_weight`)."""
+    form = Form(bias_o=bias_o)
+    for term in terms:
+        match term:
+            case OutScale(scale_o, scales_bias):
+                form.scale_out(scale_o, scales_bias)
+            case InScale(scale_i):
+                form.scale_in(scale_i)
+            case LowRank():
+                form.add(term, training)
+            case Hadamard():
+                form.add(term.low_rank(), training)
+            case RowNorm(magnitude_o):
+                norm_o = row_norm(form, base, from_codes)
+                form.scale_out(magnitude_o / nonzero(norm_o).to(magnitude_o.dtype), scales_bias=False)
+    return form
+
+
+@torch.no_grad()
+def row_norm(form: Form, base: Base, from_codes: bool = True) -> Tensor:
+    """‖diag(s) W diag(t) + B A‖ of each row, (o,), without making the matrix:
+
+    s²‖W t‖² + 2 s·rowsum(((W t) Aᵀ) ⊙ B) + rowsum((B A Aᵀ) ⊙ B)
+    """
+    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+    scale_i = None if form.in_scale_i is None else form.in_scale_i.to(wide)
+    if scale_i is None:
+        square_o = base.row_square(from_codes)
+    else:
+        weight = base.start_weight(from_codes)
+        squares = [weight[rows].to(wide).square() @ scale_i.square() for rows in base.row_chunks(wide)]
+        square_o = torch.cat(squares)
+    scale_o = torch.ones_like(square_o) if form.out_scale_o is None else form.out_scale_o.to(wide)
+    square_o = scale_o.square() * square_o
+    factors = form.factors()
+    if factors is None:
+        return square_o.sqrt()
+    a_ri, b_or = factors[0].to(wide), factors[1].to(wide)
+    weight = base.start_weight(from_codes)
+    a_scaled = a_ri if scale_i is None else a_ri * scale_i
+    b_ro = b_or.t().contiguous()
+    cross_o = 2 * scale_o * ((a_scaled.to(weight.dtype) @ weight.t()).to(wide) * b_ro).sum(0)
+    own_o = ((a_ri @ a_ri.t() @ b_ro) * b_ro).sum(0)
+    total_o = square_o + cross_o + own_o
+    if bool((total_o < NORM_FLOOR * (square_o + own_o)).any()):
+        return _exact_norm(form, base, from_codes, wide)
+    return total_o.sqrt()
+
+
+def _exact_norm(form: Form, base: Base, from_codes: bool, wide: torch.dtype) -> Tensor:
+    weight = base.start_weight(from_codes)
+    out_o, in_i, _, _ = casts(form, wide)
+    a_ri, b_or = (None, None) if (factors := form.factors()) is None else (t.to(wide) for t in factors)
+    parts = []
+    for rows in base.row_chunks(wide):
+        part = weight[rows].to(wide, copy=True)  # a dense base is its own weight: never write to it
+        affine_(part, rows, out_o, in_i, a_ri, b_or)
+        parts.append(torch.linalg.vector_norm(part, dim=1))
+    return torch.cat(parts)
+
+
+def choose_path(closes: Sequence[bool], terms: Sequence[Term], layout: Layout) -> Path:
+    """How a chain runs on a layer. closes: for each link that changes the weight, whether it is a constraint."""
+    if not layout.linear:
+        return "recomputed"
+    # Dropout acts on a low rank's input, which the definition of W' doesn't know: such a chain stays open.
+    dropout = any(isinstance(term, LowRank) and term.dropout > 0 for term in terms)
+    shape = layout.out_features, layout.in_features
+    if not dropout and any(isinstance(term, Hadamard) and not low_rank_is_cheap(term, shape) for term in terms):
+        return "recomputed"
+    if not any(closes):
+        return "open"
+    # All constraints at the end: one form, then constraints. Adapters behind a constraint are not part of that form.
+    return "closed" if list(closes) == sorted(closes) else "recomputed"
+
+
+def low_rank_is_cheap(term: Hadamard, shape: tuple[int, int]) -> bool:
+    """Whether LoHa runs faster as a low rank of r² than by making its (o, i) product (DESIGN.md §3)."""
+    o, i = shape
+    return term.a1_ri.shape[0] ** 2 < o * i / (3 * (o + i))
+
+
+def casts(form: Form, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """out (o,), in (i,), a (r, i), b (o, r), cast to `dtype`."""
+    return tuple(None if t is None else t.to(dtype) for t in (form.out_scale_o, form.in_scale_i, form.a_ri, form.b_or))
+
+
+def affine_(
+    part_ni: Tensor, rows: slice, out_o: Tensor | None, in_i: Tensor | None, a_ri: Tensor | None, b_or: Tensor | None
+) -> None:
+    """Rows of W become rows of diag(s) W diag(t) + B A, in place."""
+    if out_o is not None:
+        part_ni.mul_(out_o[rows, None])
+    if in_i is not None:
+        part_ni.mul_(in_i)
+    if a_ri is not None and b_or is not None:
+        part_ni.addmm_(b_or[rows], a_ri)

@@ -1,0 +1,358 @@
+"""The link contract: what a method declares so that it can be used in a chain; and chains of links.
+
+A link is a frozen dataclass whose fields are the arguments of its notation (`lora(r=16, alpha=32)`). It holds no
+tensors: one spec serves every layer. Four kinds, each a small abstract class:
+
+- `Pruner`     says which weights of a layer stay, and perhaps moves those; applied once to the base;
+- `Quantizer`  puts a layer's weight on a grid (`dovetail.chains.grid`); applied once to the base;
+- `Adapter`    owns trainable parameters and says how they change `(W, b)`;
+- `Constraint`     owns nothing: it re-imposes what the base has, its zeros (remask) or its grid (regrid).
+
+No link knows which model, which quantizer or which trainer is in use. Shapes: o i r = out, in, rank.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dovetail.errors import CannotMerge, ChainError
+
+if TYPE_CHECKING:
+    from dovetail.chains.grid import QuantizedWeight
+    from dovetail.chains.statistics import InputStatistics
+    from dovetail.chains.terms import Term
+
+
+@dataclass(frozen=True)
+class Site:
+    """The place of a link: one layer, described without its weights (so that a plan needs none).
+
+    name          module path in the model
+    out_features, in_features   the weight as a matrix (o, i); a convolution's kernel is flattened into i
+    has_bias      whether the layer has a bias (o,)
+    feedforward   the feed-forward block's output layer, where IA3 scales inputs instead of outputs
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    has_bias: bool = False
+    feedforward: bool = False
+
+
+@dataclass(frozen=True)
+class Link(ABC):
+    """One link of a chain; subclass one of the four kinds below, not this."""
+
+    name: ClassVar[str] = ""
+    differentiable: ClassVar[bool] = False
+    """Trained, or crossed by the gradient; otherwise applied once to the base."""
+    keeps_zeros: ClassVar[bool] = False
+    """A zero of the weight stays exactly zero."""
+    keeps_grid: ClassVar[bool] = False
+    """A weight on the base's quantization grid stays on it."""
+    mergeable: ClassVar[bool] = True
+    """There is a W' that does the same; a non-linear link has none."""
+    calibrated: ClassVar[bool] = False
+    """Needs statistics of the layer's input (`dovetail.input_statistics`)."""
+    needs_gram: ClassVar[bool] = False
+    """Needs the inputs' Gram matrix too, and what it makes of the weights can't be made again without it."""
+    summary: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+
+    def check(self, site: Site) -> None:
+        """Raises ChainError when this link can't stand on that layer."""
+
+    def __rshift__(self, other: Link | Chain) -> Chain:
+        return Chain((self,)) >> other
+
+    def __str__(self) -> str:
+        return format_link(self)
+
+    def _bad(self, found: str, rule: str, fix: str = "") -> ChainError:
+        return ChainError(self.name, found=found, rule=rule, fix=fix)
+
+
+@dataclass(frozen=True)
+class Pruner(Link):
+    """Chooses the weights that stay.
+
+    sparsity    the fraction of zeros wanted, in [0, 1)
+    allocation  "uniform": every layer gets that fraction; "outlier": layers with more outlying scores get fewer zeros,
+                others more, the mean over all weights being kept (`sparsify/allocation.py`)
+    """
+
+    keeps_zeros: ClassVar[bool] = True
+    keeps_grid: ClassVar[bool] = True
+
+    sparsity: float
+    allocation: Literal["uniform", "outlier"]
+
+    @abstractmethod
+    def scores(self, weight_oi: Tensor, inputs: InputStatistics | None) -> Tensor:
+        """Importance of each weight, (o, i) float32 or wider, larger stays longer; what the allocation looks at."""
+
+    @abstractmethod
+    def prune(self, weight_oi: Tensor, inputs: InputStatistics | None) -> tuple[Tensor, Tensor]:
+        """Which weights stay, and what they become.
+
+        weight_oi  (o, i) any float dtype, not written to
+        inputs     statistics of the layer's input; None unless `calibrated`
+        returns    keep (o, i) bool, False where the weight becomes zero; and the weight (o, i), weight_oi itself where
+                   nothing is moved
+        """
+
+
+@dataclass(frozen=True)
+class Quantizer(Link):
+    """Puts the weight on a grid: scales (and zero points, or a code book) fixed once, codes stored packed."""
+
+    keeps_zeros: ClassVar[bool] = True
+    """The grid has an exact zero, so that a pruned weight stays zero. CLAM §3.1 asks it of every quantizer in a pruned
+    chain."""
+
+    @abstractmethod
+    def quantize(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> QuantizedWeight:
+        """The weight's grid and packed codes.
+
+        weight_oi  (o, i), float32 or wider values are what is rounded
+        inputs     statistics of the layer's input; None unless `calibrated`
+        """
+
+    def quantize_from(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> tuple[QuantizedWeight, Tensor]:
+        """`quantize`, and the weights (o, i) that were rounded to the nearest codes: weight_oi, unless rounding one
+        column moves the next. In weight_oi's dtype; their nearest grid values are the codes' values."""
+        return self.quantize(weight_oi, inputs), weight_oi
+
+    @abstractmethod
+    def empty(self, shape: tuple[int, int]) -> QuantizedWeight:
+        """A weight (o, i) on this quantizer's grid: zeroed buffers of the right shapes, for a state_dict to fill."""
+
+    @abstractmethod
+    def stored_nbytes(self, site: Site) -> int:
+        """Exact bytes that `quantize` stores for this layer: codes, scales, zero points, nested constants."""
+
+
+@dataclass(frozen=True)
+class Adapter(Link):
+    """Trainable change of `(W, b)`. Identity at init."""
+
+    differentiable: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = 4e-4
+    """Default learning rate (CLAM Table 4), scaled by the run's `lr_scale`."""
+    rank_axes: ClassVar[Mapping[str, int]] = {}
+    """Name of a parameter or constant -> its axis of ranks, of which a leading part is an adapter by itself."""
+
+    @abstractmethod
+    def parameter_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the trainable parameters on that layer."""
+
+    @abstractmethod
+    def init(self, site: Site, weight_oi: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Initial values of the trainable parameters, so that the chain starts as the identity.
+
+        weight_oi  (o, i) the weight that this link receives at the start of its stage
+        returns    name -> tensor of `parameter_shapes`, in float32 (float64 for a float64 weight), on weight_oi's
+                   device
+        """
+
+    def constants(self, widest: tuple[int, int], seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Frozen tensors that all layers share and that are remade from a seed instead of being stored.
+
+        widest   (o, i) of the widest layer's outputs and inputs; narrower layers take leading slices
+        returns  name -> tensor on the CPU; empty for most methods (VeRA's projections are the exception)
+        """
+        return {}
+
+    def local(self, shared: Mapping[str, Tensor], site: Site) -> dict[str, Tensor]:
+        """This layer's part (views) of what `constants` gave."""
+        return dict(shared)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that it can run at, the largest first; empty where it isn't elastic (`adapt/elastic.py`)."""
+        return ()
+
+    def plain(self, rank: int) -> Adapter:
+        """The link that isn't elastic and does, over the leading `rank` of the parameters, what this one does there."""
+        raise NotImplementedError(f"{self.name} isn't elastic")
+
+    def at_rank(self, p: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+        """The leading `rank` of each tensor (views), by `rank_axes`; what has no ranks stays whole."""
+        axes = self.rank_axes
+        return {name: t.narrow(axes[name], 0, rank) if name in axes else t for name, t in p.items()}
+
+    @abstractmethod
+    def fold(self, weight_oi: Tensor, bias_o: Tensor | None, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The definition: `(W, b) -> (W', b')` of the same shapes, in ordinary autograd, dropout aside."""
+
+    @abstractmethod
+    def lower(self, p: Mapping[str, Tensor]) -> list[Term]:
+        """The same change as terms of the planner's algebra (`chain/terms.py`)."""
+
+
+@dataclass(frozen=True)
+class OutputAdapter(Adapter):
+    """Trainable function of the layer's output. No W' does the same, so it trains and is saved, but never merges."""
+
+    mergeable: ClassVar[bool] = False
+
+    @abstractmethod
+    def output(self, y: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+        """The new output. y, returned: (..., o)."""
+
+    def fold(self, weight_oi: Tensor, bias_o: Tensor | None, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        raise CannotMerge(
+            self.name,
+            found="a non-linear function of the layer's output",
+            rule="only links that change the weight have an effective weight",
+            fix=f"keep the model unmerged and save the adapter, or take {self.name} out of the chain",
+        )
+
+    def lower(self, p: Mapping[str, Tensor]) -> list[Term]:
+        return []
+
+
+class Base(Protocol):
+    """The part of a layer's base (`dovetail.chains.layer.base`) that a constraint reads."""
+
+    @property
+    def quantized(self) -> QuantizedWeight | None:
+        """The codes and their grid; None for a dense base."""
+
+    def take(self, slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor, in memory that all layers of the model share for this slot."""
+        ...
+
+    def mask_rows(self, rows: slice) -> Tensor:
+        """(n, i) bool: False where the pruner put a zero."""
+        ...
+
+    def mask_words(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """(n, i) integers as wide as `dtype`: all ones where a weight stays, zero elsewhere."""
+        ...
+
+
+@dataclass(frozen=True)
+class Constraint(Link):
+    """Re-imposes an invariant of the base on whatever came before; no parameters."""
+
+    differentiable: ClassVar[bool] = True
+    keeps_zeros: ClassVar[bool] = True
+    keeps_grid: ClassVar[bool] = True
+    restores: ClassVar[Literal["zeros", "grid"]]
+    """What of the base it re-imposes."""
+    float32: ClassVar[bool] = False
+    """Computed in float32 whatever the weight's dtype."""
+
+    @property
+    def from_codes(self) -> bool:
+        """Whether the chain may start from the base as stored; False asks for the weights as they were before
+        quantizing."""
+        return True
+
+    @abstractmethod
+    def project(self, weight_oi: Tensor, base: Base) -> Tensor:
+        """The definition: the projected weight (o, i), in ordinary autograd."""
+
+    @abstractmethod
+    def project_rows_(self, rows_ni: Tensor, start: int, base: Base, grad_ni: Tensor | None = None) -> None:
+        """The same in place, on rows [start, start + n) of the weight.
+
+        grad_ni  gradient of the closed rows, where wanted: masked in place on its way back, any float dtype
+        """
+
+
+def always_print(default: Any) -> Any:
+    """A dataclass field that the notation always prints, also at its default: `lora` prints as `lora(r=8)`."""
+    return field(default=default, metadata={"always_print": True})
+
+
+def positional(default: Any) -> Any:
+    """A dataclass field that the notation takes and prints without its name: `wanda(0.5)`."""
+    return field(default=default, metadata={"always_print": True, "positional": True})
+
+
+def arguments(link: Link | type[Link]) -> dict[str, Any]:
+    """Argument name -> value (of a link) or default (of a class), in the order of the notation."""
+    if isinstance(link, type):
+        return {f.name: f.default for f in fields(link)}
+    return {f.name: getattr(link, f.name) for f in fields(link)}
+
+
+def identity_of(quantizer: Quantizer) -> str:
+    """The quantizer with all its arguments, defaults too: what a checkpoint says of the grid its codes belong to.
+
+    >>> from dovetail.links.quantize.nf import NormalFloat4
+    >>> identity_of(NormalFloat4(double=True))
+    'nf4(block=64, double=True)'
+    """
+    given = ", ".join(f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}" for k, v in arguments(quantizer).items())
+    return f"{quantizer.name}({given})"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Links in the order in which they are applied. Immutable; `>>` joins links and chains."""
+
+    links: tuple[Link, ...]
+
+    def __post_init__(self) -> None:
+        if not self.links:
+            raise ChainError(
+                "chain", found="no link", rule="a chain holds at least one link", fix="for example lora(r=16)"
+            )
+
+    def __rshift__(self, other: Link | Chain) -> Chain:
+        return Chain(self.links + (other.links if isinstance(other, Chain) else (other,)))
+
+    def __iter__(self) -> Iterator[Link]:
+        return iter(self.links)
+
+    def __len__(self) -> int:
+        return len(self.links)
+
+    def __str__(self) -> str:
+        return " >> ".join(format_link(link) for link in self.links)
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The links that own trainable parameters."""
+        return tuple(link for link in self.links if isinstance(link, Adapter))
+
+
+WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None, "null": None}
+"""Words of the notation that are values."""
+
+
+def format_link(link: Link) -> str:
+    """One link in canonical notation: headline arguments always, others when they differ from their default."""
+    parts = []
+    for f in fields(link):
+        value = getattr(link, f.name)
+        if f.metadata.get("positional"):
+            parts.append(format_value(value))
+        elif f.metadata.get("always_print") or value != f.default:
+            parts.append(f"{f.name}={format_value(value)}")
+    return f"{link.name}({', '.join(parts)})" if parts else link.name
+
+
+def format_value(value: Any) -> str:
+    """Format one argument as the notation reads it."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(format_value, value)) + "]"
+    if isinstance(value, str):
+        plain = re.fullmatch(r"[A-Za-z_]\w*", value) and value.lower() not in WORDS
+        return value if plain else f'"{value}"'
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))  # alpha=32, as people write it
+    return repr(value)

@@ -1,0 +1,265 @@
+"""Saving and loading what a chain learned, beside the base that it belongs to.
+
+A directory with two files: `adapter.json` (chain, targets, seed, fingerprints, the quantizer's identity, the ranks of
+elastic adapters) and `adapter.safetensors`:
+
+    link/LAYER/PLACE/NAME    parameters of the differentiable links
+    mask/LAYER               one bit a weight, where a pruner chose; the quantizer is run again on load, and checked
+    base/LAYER/NAME          the bases and biases themselves, where they can't be made again: earlier stages were merged
+                             into them, or gptq or sparsegpt fitted them to data (such a file is as large as the base)
+    head/NAME                a classifier's head and pooler, and whatever else is trained along
+
+Loading needs the base model that the chain was applied to. Another base, another quantizer, another chain: refused by
+name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dovetail.chains.layer.applied import applied
+from dovetail.chains.layer.bits import pack_bits, unpack_bits
+from dovetail.chains.layer.elastic import check_saved, load_ranks, saved_ranks, shapes_at
+from dovetail.chains.layer.fingerprint import base_fingerprint
+from dovetail.chains.layer.linear import ChainLinear, chain_layers
+from dovetail.chains.link import Adapter, Chain, Pruner
+from dovetail.chains.notation import chain
+from dovetail.chains.stages import stages
+from dovetail.checkpoint.adapter_file import AdapterFile, read_json, read_tensors
+from dovetail.checkpoint.adapter_state import Before, beside, parameters_of
+from dovetail.compression.apply import apply, restore
+from dovetail.errors import ChainError, LoadError
+from dovetail.models.fingerprint import model_fingerprint
+from dovetail.models.layouts import layout_of
+from dovetail.training.optimizer import cast_frozen
+
+
+def save_adapter(model: nn.Module, directory: str | Path) -> Path:
+    """Writes the chain's parameters (not the base) into a directory, made if need be; each file atomically.
+
+    returns  the directory
+    errors   ChainError when the model carries no chain, or stands between two stages
+    """
+    record, layers, directory = applied(model), chain_layers(model), Path(directory)
+    links = stages(record.chain)[record.stage].trained
+    if any(len(layer.states) != len(links) for layer in layers.values()):
+        raise ChainError(
+            f"save_adapter of {record.chain}",
+            found=f"stage {record.stage + 1}, merged, and the next one not begun",
+            rule="an adapter is that of a stage in hand",
+            fix="dovetail.advance, which failed, once more",
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {key: parameter.detach() for key, parameter in parameters_of(model).items()}
+    for name, layer in layers.items():
+        if _keeps_bases(record.chain, record.stage):
+            kept = {**layer.base.state_dict(), "start": layer.base.start, "bias": layer.bias}
+            tensors |= {f"base/{name}/{key}": value for key, value in kept.items() if value is not None}
+        elif any(isinstance(link, Pruner) for link in stages(record.chain)[0].applied):
+            tensors[f"mask/{name}"] = _mask_bits(layer)
+    staged = directory / ".adapter.safetensors.part"
+    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, staged, metadata={"format": "pt"})
+    os.replace(staged, directory / "adapter.safetensors")
+    staged = directory / ".adapter.json.part"
+    staged.write_text(json.dumps(describe(model).model_dump(), indent=2) + "\n", encoding="utf-8")
+    os.replace(staged, directory / "adapter.json")
+    return directory
+
+
+def describe(model: nn.Module) -> AdapterFile:
+    """What adapter.json says of the stage in hand. Hashes the bases."""
+    record, layers = applied(model), chain_layers(model)
+    ranks, extracted = saved_ranks(model)
+    base = next(iter(layers.values())).base
+    return AdapterFile(
+        chain=str(record.chain),
+        targets=record.targets if isinstance(record.targets, str) else list(record.targets),
+        seed=record.seed,
+        stage=record.stage,
+        base_fingerprint=record.base_fingerprint,
+        chain_fingerprint=base_fingerprint(layers),
+        quantizer=base.identity,
+        dtype=str(base.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        ranks=ranks,
+        extracted=extracted,
+    )
+
+
+def _keeps_bases(chain_: Chain, stage: int) -> bool:
+    """Whether the bases can't be made again from the model and its masks: trained ones, and those fitted to data."""
+    return stage > 0 or any(link.needs_gram for link in stages(chain_)[0].applied)
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
+    """Puts a saved chain on its base model, in place.
+
+    model    the base as it was before the chain (it is pruned and quantized again, as it was), or a model that
+             carries the same chain over the same base
+    returns  the same model, bit-equal to the one that was saved
+    errors   LoadError, naming what doesn't match: base, quantizer, chain, a layer, a shape; the model is left as it was
+    """
+    directory = Path(directory)
+    file = read_json(directory / "adapter.json")
+    tensors = read_tensors(directory / "adapter.safetensors")
+    before = Before(model)
+    try:
+        _load(model, file, tensors, str(directory))
+    except BaseException:
+        before.put_back()
+        raise
+    return model
+
+
+def _load(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
+    put_chain(model, file, tensors, where)
+    check_saved(model, file.ranks, file.extracted, where)
+    _fill(model, file, tensors, where)
+    applied(model).seed = file.seed
+
+
+def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
+    """Puts an adapter's chain on its untouched base, with initial values; checks a chain that is there already.
+
+    tensors  of adapter.safetensors: of masks and bases those that can't be made again
+    errors   LoadError for another base, quantizer or chain, shared projections of another seed, and for masks and
+             bases that are missing
+    """
+    layers = chain_layers(model)
+    if not layers:
+        found = model_fingerprint(model)
+        if found != file.base_fingerprint:
+            raise LoadError(
+                where,
+                found=f"a model with fingerprint {found}",
+                rule=f"this adapter was trained on the base {file.base_fingerprint}",
+                fix="load the very checkpoint and dtype that it was trained on",
+            )
+        _apply_again(model, file, tensors, where)
+        layers = chain_layers(model)
+        _round_again(model, file, tensors)
+    elif str(applied(model).chain) != file.chain or applied(model).stage != file.stage:
+        raise LoadError(
+            where,
+            found=f"a model that carries {applied(model).chain}, stage {applied(model).stage + 1}",
+            rule=f"this adapter belongs to {file.chain}, stage {file.stage + 1}",
+        )
+    check_constants(model, file.seed, where)
+    identity = next(iter(layers.values())).base.identity
+    if identity != file.quantizer:
+        raise LoadError(where, found=f"a base on {identity}", rule=f"this adapter was trained over {file.quantizer}")
+    if base_fingerprint(layers) != file.chain_fingerprint:
+        raise LoadError(
+            where,
+            found="bases that differ from those that it was trained on",
+            rule="pruning and quantizing again gives the same bases, bit for bit",
+            fix="load the adapter onto the untouched base model",
+        )
+
+
+def check_constants(model: nn.Module, seed: int, where: str) -> None:
+    """LoadError unless what all layers share, such as VeRA's projections, is what this seed draws."""
+    here = applied(model).seed
+    for state in next(iter(chain_layers(model).values())).states:
+        if here == seed or not isinstance(state.link, Adapter):
+            continue
+        # Drawn for the smallest layer there is: other seeds give other first numbers.
+        one, two = (state.link.constants((1, 1), each, torch.float32) for each in (here, seed))
+        if any(not torch.equal(one[name], two[name]) for name in one):
+            rule = f"{state.link.name}'s projections are those of {seed}"
+            raise LoadError(where, found=f"a model of seed {here}", rule=rule, fix=f"apply(…, seed={seed})")
+
+
+def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
+    links = chain(file.chain)
+    parts = stages(links)
+    if file.stage >= len(parts):
+        raise LoadError(where, found=f"stage={file.stage}", rule=f"{file.chain} has {len(parts)} stages, from 0")
+    bases: dict[str, dict[str, Tensor]] = {}
+    masks = {}
+    for key, tensor in tensors.items():
+        kind, name, *rest = key.split("/")
+        if kind in ("base", "mask"):
+            module = _module(model, name)
+            layout = layout_of(name, module)
+            bits = (layout.out_features, -(-layout.in_features // 8))
+            if kind == "mask":
+                _expect(key, tensor, bits)
+                masks[name] = unpack_bits(tensor.to(torch.uint8), layout.in_features, torch.int8).bool()
+                continue
+            weight, what = module.get_parameter("weight"), rest[0]
+            shapes = {"mask_bits": bits, "bias": bits[:1], "start": tuple(weight.shape)}
+            if what in shapes:  # the rest is for load_state_dict to check
+                _expect(key, tensor, shapes[what])
+                tensor = tensor.to(torch.uint8 if what == "mask_bits" else weight.dtype)
+            bases.setdefault(name, {})[what] = tensor
+    try:
+        if _keeps_bases(links, file.stage):
+            restore(model, file.chain, targets=file.targets, seed=file.seed, stage=file.stage, bases=bases)
+        else:
+            apply(model, file.chain, targets=file.targets, seed=file.seed, masks=masks or None)
+    except (KeyError, RuntimeError) as error:  # a layer that the file hasn't, or another name or shape in a base
+        raise LoadError(
+            where,
+            found=" ".join(str(error).split())[:300],
+            rule="the file holds the mask or base of each of the chain's layers, as the chain makes it",
+        ) from error
+
+
+def _round_again(model: nn.Module, file: AdapterFile, tensors: Mapping[str, Tensor]) -> None:
+    """Training in bf16 rounds the frozen base, and its heads at the end: the same is done to the base loaded now."""
+    dtype = None if file.dtype is None else getattr(torch, file.dtype)
+    if dtype is None or next(iter(chain_layers(model).values())).base.dtype == dtype:
+        return
+    cast_frozen(model, dtype)
+    for name, parameter in beside(model).items():
+        if (stored := tensors.get(f"head/{name}")) is not None and stored.dtype == dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _fill(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
+    """Copies parameters into the model; every one that the model has must be there, in its shape."""
+    wanted = {key: tuple(p.shape) for key, p in parameters_of(model).items()}
+    if file.extracted:
+        for place, shapes in shapes_at(model, file.ranks).items():
+            wanted |= {f"link/{place}/{key}": shape for key, shape in shapes.items()}
+    given = {key for key in tensors if key.startswith(("link/", "head/"))}
+    for key in sorted(given ^ set(wanted)):
+        raise LoadError(
+            where,
+            found=f"{key} " + ("in the file alone" if key in given else "missing from the file"),
+            rule="the file holds the parameters of this chain on this model, no more and no less",
+        )
+    for key, shape in wanted.items():
+        _expect(key, tensors[key], shape)
+        if not tensors[key].is_floating_point() or not bool(torch.isfinite(tensors[key]).all()):
+            raise LoadError(key, found=f"{tensors[key].dtype}, or NaN or infinity", rule="parameters are finite floats")
+    load_ranks(model, file.ranks, file.extracted)
+    with torch.no_grad():
+        for key, parameter in parameters_of(model).items():
+            parameter.copy_(tensors[key])
+
+
+def _mask_bits(layer: ChainLinear) -> Tensor:
+    base = layer.base
+    if base.mask_bits is not None:
+        return base.mask_bits
+    return pack_bits((base.matrix() if base.start is None else base.layout.matrix(base.start)) != 0)
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise LoadError(name, found="no such layer in the model", rule="the adapter names layers of its base") from None
+
+
+def _expect(key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise LoadError(key, found=f"shape {tuple(tensor.shape)}", rule=f"the model needs {shape}")

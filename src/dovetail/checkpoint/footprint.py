@@ -1,0 +1,77 @@
+"""Footprint: exact bits of everything that a model stores, counted from the tensors themselves.
+
+Counted: dense weights, packed codes, scales, zero points, nested constants, mask bits, adapters, and every other
+parameter and persistent buffer, shared ones once. Not counted: what is remade from a seed (VeRA's projections) and
+what only training needs (`regrid(start=weights)`'s full-precision weights).
+
+These are bytes in memory. On disk a pruned model may take less: `dovetail.packed_size`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dovetail.chains.layer.linear import ChainLinear, chain_layers
+from dovetail.models.targets import find_targets
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model weighs.
+
+    bits_per_weight       stored bits of the target layers' weights (codes, scales, zero points, masks; adapters and
+                          biases
+                          apart) over their number of weights
+    nbytes                bytes of the whole model
+    nonzero_fraction      of the target layers' base weights
+    trainable_parameters  numbers that training changes
+    """
+
+    bits_per_weight: float
+    nbytes: int
+    nonzero_fraction: float
+    trainable_parameters: int
+
+
+@torch.no_grad()
+def footprint(model: nn.Module) -> Footprint:
+    """Counts a model, with or without a chain. Target layers: those under the chain, else `all-linear`."""
+    layers = chain_layers(model)
+    if layers:
+        weights = sum(layer.base.shape[0] * layer.base.shape[1] for layer in layers.values())
+        stored = sum(weight_nbytes(layer) for layer in layers.values())
+        nonzero = sum(int(torch.count_nonzero(layer.base.matrix())) for layer in layers.values())
+    else:
+        parameters = [target.module.get_parameter("weight") for target in find_targets(model)]
+        weights = sum(p.numel() for p in parameters)
+        stored = sum(p.nbytes for p in parameters)
+        nonzero = sum(int(torch.count_nonzero(p)) for p in parameters)
+    return Footprint(
+        bits_per_weight=8 * stored / weights,
+        nbytes=stored_nbytes(model),
+        nonzero_fraction=nonzero / weights,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
+
+
+def weight_nbytes(layer: ChainLinear) -> int:
+    """Bytes of one layer's base weight as stored: codes and scales, or dense; and its mask."""
+    return sum(t.nbytes for t in _once(layer.base.state_dict(keep_vars=True).values()))
+
+
+def stored_nbytes(model: nn.Module) -> int:
+    """Bytes of all parameters and persistent buffers, shared ones once."""
+    return sum(t.nbytes for t in _once(model.state_dict(keep_vars=True).values()))
+
+
+def _once(tensors: Iterable[Tensor] | Mapping[str, Tensor]) -> list[Tensor]:
+    found: dict[tuple[int, int], Tensor] = {}
+    for tensor in tensors:
+        assert isinstance(tensor, Tensor)
+        key = (tensor.data_ptr() or id(tensor), tensor.nbytes)
+        found[key] = tensor
+    return list(found.values())

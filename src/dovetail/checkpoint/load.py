@@ -1,0 +1,252 @@
+"""Models and tokenizers: a hub id, a folder, "playground", or a folder inside an installed package; packed or stock.
+
+Only safetensors are read and no code of a checkpoint is run unless asked. Every weight but a new head's must come
+from the checkpoint: where transformers would warn and go on with random numbers, this refuses.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dovetail.checkpoint.packed import load_packed
+from dovetail.checkpoint.packed_file import PACKED
+from dovetail.errors import LoadError
+from dovetail.models.fingerprint import check_merged
+from dovetail.models.locate import ask_hub, resolve
+from dovetail.models.roles import HEADS
+from dovetail.models.targets import heads
+from dovetail.tasks.task import FIELDS
+
+HEAD_KINDS = ("classification", "regression")  # task kinds that put a head on the model
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+
+# What transformers raises on a checkpoint that it can't read: no such file, no JSON (OSError, ValueError), a wrong type
+# in config.json (StrictDataclassError), a quantizer that isn't installed (ImportError), tensors that can't be converted
+# (RuntimeError), a field that isn't there (KeyError), a file that is cut off (SafetensorError).
+_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, KeyError, StrictDataclassError, SafetensorError)
+
+
+def load(
+    name_or_dir: str | Path,
+    *,
+    task_kind: str = "generation",
+    num_labels: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model (on the CPU, eval mode) and its tokenizer (with a padding token), ready for tasks of one kind.
+
+    name_or_dir        "playground"; a folder; "package:NAME/FOLDER", a folder inside an installed Python package;
+                       otherwise a hub id. A folder of your own that is called playground: "./playground"
+    task_kind          of dovetail.tasks: classification and regression put a head on the model, the others need a
+                       causal or an encoder-decoder language model
+    num_labels         outputs of a classification head; None: as the config says. Regression has one
+    dtype              a key of DTYPES or such a torch.dtype; None: as stored
+    trust_remote_code  run the checkpoint's own Python code
+    seed               draws the weights of a new head, the only ones that may be missing from the checkpoint
+
+    A folder that `save_packed` wrote gives the packed model, which runs from its codes; `to_stock` makes stock modules
+    of it. The global random state stays as it was. The tokenizer's padding token is its end token where it has none
+    that the model has an embedding for; embeddings are never resized. Raises LoadError.
+    """
+    source, weights_dtype = resolve(name_or_dir), _dtype(dtype) or "auto"
+    config, auto = _for_task(_config(name_or_dir, source, trust_remote_code), task_kind, num_labels)
+    packed = source if isinstance(source, Path) and (source / PACKED).is_file() else None
+    if isinstance(source, Path) and packed is None:
+        _check_weights(source)
+    tokenizer = _tokenizer(name_or_dir, source, trust_remote_code)
+    if packed is not None:
+        with _unreadable(f"model {name_or_dir}"), torch.random.fork_rng(devices=[]):
+            model = load_packed(packed, config, auto, _dtype(dtype))
+        _set_padding(name_or_dir, model, tokenizer)
+        return model, tokenizer
+    with _unreadable(f"model {name_or_dir}"), torch.random.fork_rng(devices=[]), _held_report() as reports:
+        torch.default_generator.manual_seed(seed)  # heads are drawn on the CPU; other devices' generators stay
+        model, info = auto.from_pretrained(
+            source,
+            config=config,
+            dtype=weights_dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    _check_complete(name_or_dir, model, info, new_head=task_kind in HEAD_KINDS)
+    if not all(key.partition(".")[0] in HEADS for key in info["unexpected_keys"]):
+        for record in reports:
+            logging.getLogger(record.name).handle(record)
+    if dtype is None and not info["missing_keys"]:
+        check_merged(f"model {name_or_dir}", model)
+    _set_padding(name_or_dir, model, tokenizer)
+    return model.eval(), tokenizer
+
+
+def load_config(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's configuration, found as `load` finds it; needs no weights. Raises LoadError."""
+    return _config(name_or_dir, resolve(name_or_dir), trust_remote_code)
+
+
+def load_tokenizer(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer alone, as it is stored. Raises LoadError."""
+    return _tokenizer(name_or_dir, resolve(name_or_dir), trust_remote_code)
+
+
+def empty_model(
+    config: PreTrainedConfig,
+    *,
+    task_kind: str = "generation",
+    num_labels: int | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> PreTrainedModel:
+    """A model without storage (device "meta"): names, shapes, dtypes and ties as `load` gives them.
+
+    dtype None is the config's own, or float32 where it names none. `config` isn't changed. Raises LoadError.
+    """
+    config, auto = _for_task(config, task_kind, num_labels)
+    with _unreadable(f"model of type {config.model_type}"), torch.device("meta"):
+        return auto.from_config(config, dtype=_dtype(dtype) or config.dtype or torch.float32).eval()
+
+
+def _config(name: str | Path, source: str | Path, trust_remote_code: bool) -> PreTrainedConfig:
+    if isinstance(source, str):
+        ask_hub(source)
+    elif not (source / "config.json").is_file():
+        found, fix = "no config.json in the folder", "name the folder that save_pretrained wrote"
+        if (source / "adapter_config.json").is_file():
+            found, fix = "an adapter, no model", "load the model that the adapter was made for"
+        rule = "a model's folder holds config.json, *.safetensors and the tokenizer's files"
+        raise LoadError(f"model {name}", found=found, rule=rule, fix=fix)
+    with _unreadable(f"model {name}, config.json"):
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def _check_weights(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    rule = "weights are read from safetensors only; nothing is unpickled"
+    if not index.is_file():
+        if (folder / "model.safetensors").is_file():
+            return
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        found = f"only {', '.join(pickles)}" if pickles else "no model.safetensors"
+        raise LoadError(f"model {folder}", found=found, rule=rule, fix="convert it: save_pretrained writes safetensors")
+    with _unreadable(f"model {folder}, {index.name}"):
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    # transformers would hand a shard of another kind to torch.load.
+    bad = [shard for shard in shards if Path(shard).suffix != ".safetensors" or not (folder / shard).is_file()]
+    if bad:
+        raise LoadError(f"model {folder}", found=f"shards missing or of another kind: {', '.join(bad)}", rule=rule)
+
+
+def _tokenizer(name: str | Path, source: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        rule, fix = "a model's folder holds its tokenizer's files", "save them there: tokenizer.save_pretrained(folder)"
+        raise LoadError(f"tokenizer of {name}", found=_first_line(error), rule=rule, fix=fix) from error
+
+
+def _for_task(config: PreTrainedConfig, task_kind: str, num_labels: int | None) -> tuple[PreTrainedConfig, Any]:
+    """A copy of the config with the head that the task kind needs, and the auto class that makes the model."""
+    where = f"task kind {task_kind}"
+    if task_kind not in FIELDS:
+        raise LoadError(where, found=task_kind, rule="kinds: " + ", ".join(FIELDS))
+    if num_labels is not None and not (num_labels >= 2 if task_kind == "classification" else num_labels == 1):
+        rule = "a classification has at least 2 labels, a regression 1, other kinds none"
+        raise LoadError(where, found=f"num_labels={num_labels}", rule=rule)
+    config = copy.deepcopy(config)
+    if task_kind not in HEAD_KINDS:
+        return config, AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    config.problem_type = "regression" if task_kind == "regression" else "single_label_classification"
+    labels = 1 if task_kind == "regression" else num_labels
+    if labels is not None:
+        config.num_labels = labels
+    return config, AutoModelForSequenceClassification
+
+
+def _check_complete(name: str | Path, model: PreTrainedModel, info: dict[str, Any], *, new_head: bool) -> None:
+    where, rule = f"model {name}", "every weight but a new head's comes from the checkpoint"
+    new = tuple(f"{path}." for path in heads(model)) if new_head else ()
+    if info["mismatched_keys"]:
+        key, stored, wanted = sorted(info["mismatched_keys"])[0]
+        found = f"{key} stored as {list(stored)}, the model has {list(wanted)}"
+        fix = f"num_labels={stored[0]}" if key.startswith(new) else "the config.json saved with these weights"
+        raise LoadError(where, found=found, rule=rule, fix=fix)
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(new))
+    if missing:
+        found = f"{len(missing)} weights of {type(model).__name__} not stored, first {missing[0]}"
+        fix = "a complete checkpoint of this architecture, or a task kind that it was made for"
+        raise LoadError(where, found=found, rule=rule, fix=fix)
+
+
+def _set_padding(name: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = range(next(model.get_input_embeddings().parameters()).shape[0])
+    if tokenizer.pad_token_id not in rows:  # none, or one that was added without an embedding
+        if tokenizer.eos_token_id not in rows:
+            found, rule = "no padding or end token with an embedding", "batches need a padding token"
+            raise LoadError(f"tokenizer of {name}", found=found, rule=rule, fix="set its pad_token")
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate():
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    known = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and known not in DTYPES.values():
+        raise LoadError(f"dtype {dtype}", found=str(dtype), rule="dtypes of a model: " + ", ".join(DTYPES))
+    return known
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+@contextmanager
+def _unreadable(where: str) -> Iterator[None]:
+    try:
+        yield
+    except _UNREADABLE as error:
+        rule = "it must be a complete checkpoint that transformers can read"
+        raise LoadError(where, found=_first_line(error), rule=rule, fix="fetch or save it again") from error
+
+
+@contextmanager
+def _held_report() -> Iterator[list[logging.LogRecord]]:
+    """Hold back transformers' table of missing and unexpected weights: what matters in it is checked by name."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    held: list[logging.LogRecord] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        report = "LOAD REPORT" in record.getMessage()
+        if report:
+            held.append(record)
+        return not report
+
+    logger.addFilter(keep)
+    try:
+        yield held
+    finally:
+        logger.removeFilter(keep)

@@ -1,0 +1,248 @@
+"""Merging: the effective weight becomes the weight of a stock layer, exactly, or `CannotMerge`.
+
+What is stored is what the forward pass used (`ChainLinear.frozen_weight`): a closed chain (remask, regrid) trains on
+the very tensor that merging writes, so nothing is lost. An open chain (plain LoRA on a dense model) is folded in
+float32 and rounded once to the model's dtype; the report says how far that is from what trained.
+
+A merged model is packed or stock. Packed: its layers stay `ChainLinear` with an empty chain, and run from the codes, at
+the size that the footprint counts. Stock: transformers' own modules, the values written out. Both give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dovetail.chains.check import check_merge, closing, lost
+from dovetail.chains.layer.applied import applied, stages_left
+from dovetail.chains.layer.fingerprint import packed_fingerprint
+from dovetail.chains.layer.linear import ChainLinear, chain_layers
+from dovetail.chains.link import Constraint
+from dovetail.chains.notation import chain
+from dovetail.chains.stages import stages
+from dovetail.checkpoint.footprint import Footprint, footprint
+from dovetail.compression.apply import replace_module
+from dovetail.compression.calibration import Batch
+from dovetail.errors import CannotMerge, ChainError
+from dovetail.models.fingerprint import fingerprint
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging did.
+
+    exact                 the merged weights are the ones that the forward pass used: none lost its zero or its grid
+                          value,
+                          and rounding to the model's dtype changed none
+    max_abs_weight_diff   largest |merged - effective weight|, the effective weight in float32 (float64)
+    max_abs_logit_diff    largest difference of the model's output before and after, on a probe batch; None where the
+                          model takes no token ids and no probe was given
+    sparsity_before, sparsity_after   fraction of zeros in the weights that the chain used before (a lossy merge: in its
+                          base), in the merged weights after
+    off_grid              merged weights that are not on the quantizer's grid (0 without a quantizer)
+    relative_weight_error ‖merged - effective‖ / ‖effective‖ over all target layers
+    footprint             of the packed model, adapters gone: what the merged weights take on their grid
+    """
+
+    exact: bool
+    max_abs_weight_diff: float
+    max_abs_logit_diff: float | None
+    sparsity_before: float
+    sparsity_after: float
+    off_grid: int
+    relative_weight_error: float
+    footprint: Footprint
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, packed: bool = False) -> MergeReport:
+    """Merges the chain into the weights, in place, back to stock modules.
+
+    lossy    merge also where zeros or grid would be lost: the base's zeros and grid are re-imposed, and the error
+             measured
+    probe    a batch of the model's keyword arguments to compare outputs on; made from a seed when not given
+    packed   stop before the stock modules: an inference model at its packed size, for `save_packed`; `to_stock` goes on
+    errors   CannotMerge naming the links to add, before anything is changed; ChainError when stages are still to come
+
+    A Hugging Face model's config says what was merged, under "dovetail": the chain, the quantizer's identity, and the
+    fingerprints of the base and of the merged (or packed) weights, which `dovetail.load` checks.
+    """
+    record = applied(model)
+    if left := stages_left(model):
+        raise ChainError(
+            str(record.chain),
+            found=f"{left} stage(s) not yet run",
+            rule="a chain is merged after its last stage",
+            fix="dovetail.train runs all stages; dovetail.advance goes to the next",
+        )
+    try:
+        check_merge(record.chain)
+    except CannotMerge:
+        if not lossy or any(not link.mergeable for link in record.chain):
+            raise
+    layers = chain_layers(model)
+    for name, layer in layers.items():
+        for parameter in layer.links.parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise CannotMerge(
+                    f"{name}",
+                    found="NaN or infinite adapter parameters",
+                    rule="merged weights are finite",
+                    fix="train again with a smaller lr_scale",
+                )
+    modes = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    probe = probe if probe is not None else _probe(model)
+    try:
+        before = None if probe is None else _outputs(model, probe)
+    except BaseException:  # a probe that isn't for this model: nothing is merged yet
+        _set_modes(model, modes)
+        raise
+    identity = next(iter(layers.values())).base.identity
+    tally = _Tally()
+    parts = stages(record.chain)
+    restore = closing(lost([link for part in parts for link in part.applied], parts[-1].trained))
+    for layer in layers.values():
+        _absorb(layer, restore, tally)
+        layer.record = None  # merged: no chain to train, save or merge any more
+    del layers
+    summary = footprint(model)
+    model.requires_grad_(False)
+    if isinstance(model, PreTrainedModel):
+        note = {"chain": str(record.chain), "quantizer": identity, "base_fingerprint": record.base_fingerprint}
+        model.config.dovetail = note | ({"packed_fingerprint": packed_fingerprint(model)} if packed else {})
+    if not packed:
+        to_stock(model)
+    after = None if probe is None else _outputs(model, probe)
+    _set_modes(model, modes)
+    return MergeReport(
+        exact=tally.max_abs == 0 and tally.off_grid == 0,
+        max_abs_weight_diff=tally.max_abs,
+        max_abs_logit_diff=None if before is None or after is None else float((after - before).abs().max()),
+        sparsity_before=tally.zeros_before / tally.weights,
+        sparsity_after=tally.zeros_after / tally.weights,
+        off_grid=tally.off_grid,
+        relative_weight_error=(tally.error_square / max(tally.square, 1e-300)) ** 0.5,
+        footprint=summary,
+    )
+
+
+@torch.no_grad()
+def to_stock(model: nn.Module) -> nn.Module:
+    """Turns a packed model into stock modules, in place: the same outputs, to the bit, the values written out.
+
+    model    merged with packed=True, or loaded from a folder that `save_packed` wrote; a stock model stays as it is
+    returns  the same model, nothing frozen, as `from_pretrained` gives it
+    errors   ChainError where the chain isn't merged yet
+    """
+    layers = chain_layers(model)
+    if layers and all(layer.record is not None for layer in layers.values()):
+        raise ChainError(
+            f"to_stock of a model under {applied(model).chain}",
+            found="a chain that isn't merged",
+            rule="only merged layers have stock ones that do the same",
+            fix="dovetail.merge(model)",
+        )
+    if not layers:
+        return model
+    while layers:  # one at a time, so that codes and values of all layers are never held together
+        _, layer = layers.popitem()
+        replace_module(model, layer, _stock(layer))
+    model.requires_grad_(True)
+    if isinstance(model, PreTrainedModel):
+        note = {key: value for key, value in model.config.dovetail.items() if key != "packed_fingerprint"}
+        model.config.dovetail = note | {"merged_fingerprint": fingerprint(model)}
+    return model
+
+
+@dataclass
+class _Tally:
+    max_abs: float = 0.0
+    zeros_before: int = 0
+    zeros_after: int = 0
+    weights: int = 0
+    off_grid: int = 0
+    error_square: float = 0.0
+    square: float = 0.0
+
+
+def _absorb(layer: ChainLinear, restore: str, tally: _Tally) -> None:
+    """Merges one layer into its base and counts what that did."""
+    base = layer.base
+    tally.weights += base.shape[0] * base.shape[1]
+    wide = torch.promote_types(base.dtype, torch.float32)
+    used = layer.used_weight().to(wide)
+    # Of the weight that merging writes down; where the chain fills zeros, of the base whose zeros are to be restored.
+    tally.zeros_before += _zeros(base.matrix() if restore else used)
+    if restore:
+        weight = used.clone()
+        for link in chain(restore):
+            assert isinstance(link, Constraint)
+            weight = (
+                link.project(weight, base)
+                if link.restores == "grid" or base.mask_bits is not None
+                else (torch.where(base.matrix() == 0, 0, weight))
+            )
+        layer.absorb(layer.layout.native(weight.to(base.dtype)))
+    else:
+        layer.absorb()
+    base.mask_bits = None  # the zeros are in the weights now
+    merged = base.matrix()
+    if base.quantized is not None:
+        tally.off_grid += base.quantized.off_grid(merged)
+    tally.zeros_after += _zeros(merged)
+    difference = merged.to(wide) - used
+    tally.max_abs = max(tally.max_abs, float(difference.abs().max()))
+    tally.error_square += float(difference.square().sum(dtype=torch.float64))
+    tally.square += float(used.square().sum(dtype=torch.float64))
+
+
+def _set_modes(model: nn.Module, modes: Mapping[str, bool]) -> None:
+    for name, module in model.named_modules():
+        module.training = modes[name]
+
+
+def _zeros(weight: Tensor) -> int:
+    return weight.numel() - int(torch.count_nonzero(weight))
+
+
+def _stock(layer: ChainLinear) -> nn.Module:
+    weight = layer.base.native(layer.base.dtype)
+    if layer.base.dense is None:
+        weight = weight.clone()  # out of the shared buffer
+    stock = layer.layout.build(weight, None if layer.bias is None else layer.bias.detach())
+    return stock.train(layer.training)
+
+
+def _probe(model: nn.Module) -> dict[str, Tensor] | None:
+    """A small batch of token ids from a fixed seed, for Hugging Face models."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    if vocabulary is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (4, 16), generator=generator).to(model.device)
+    # No padding in the middle: some models derive positions from it.
+    ids[ids == getattr(model.config, "pad_token_id", None)] = 0 if model.config.pad_token_id != 0 else 1
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids[:, :8]
+    return batch
+
+
+def _outputs(model: nn.Module, probe: Batch) -> Tensor:
+    device = next(model.parameters()).device
+    found: Any = model(**{name: tensor.to(device) for name, tensor in probe.items()})
+    if isinstance(found, Tensor):
+        return found.detach().clone()
+    logits = found.logits if "logits" in found else found[0]
+    return logits.detach().clone()
+
+
+__all__ = ["MergeReport", "merge", "to_stock"]

@@ -1,0 +1,227 @@
+"""Packed models on disk: codes at their bits, and of pruned layers only what isn't zero, beside one bit a weight.
+
+A folder with config.json, the tokenizer's files and `packed.safetensors` (`packed_file.py`, `docs/packed.md`).
+config.json's "dovetail" says the chain, and the fingerprint of what is in memory after loading. Nothing is unpickled,
+and no tensor is read before its name, dtype and shape are known to be those that the config asks for.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dovetail.chains.layer.base import Base, Scratch
+from dovetail.chains.layer.fingerprint import packed_fingerprint
+from dovetail.chains.layer.linear import ChainLinear, chain_layers
+from dovetail.chains.link import Quantizer, Site
+from dovetail.chains.notation import chain
+from dovetail.chains.packing import packed_nbytes
+from dovetail.checkpoint.packed_file import (
+    FLOATS,
+    HEADER,
+    PACKED,
+    PackedHeader,
+    PackedLayer,
+    PackedSize,
+    join,
+    packed_size,
+    read_header,
+    shape_of,
+    split,
+    stored,
+    whole,
+)
+from dovetail.compression.apply import replace_module
+from dovetail.errors import ChainError, DovetailError, LoadError
+from dovetail.models.layouts import layout_of
+
+
+@torch.no_grad()
+def save_packed(
+    model: nn.Module, directory: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PackedSize:
+    """Writes a packed model to a folder of its own, new or empty, which is whole or not there.
+
+    model      a Hugging Face model merged with `merge(model, packed=True)`
+    tokenizer  saved beside it; `dovetail.load` needs one
+    returns    what it takes on disk
+    errors     ChainError for a model that isn't packed, DovetailError where the folder holds something
+    """
+    layers, directory = chain_layers(model), Path(directory).absolute()
+    if not isinstance(model, PreTrainedModel) or not layers or any(m.record is not None for m in layers.values()):
+        raise ChainError(
+            f"save_packed of a {type(model).__name__}",
+            found="a chain that isn't merged" if layers else "no packed layer",
+            rule="what is saved packed is a Hugging Face model, merged and packed",
+            fix="dovetail.merge(model, packed=True)",
+        )
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        rule = "a packed model is written to a folder of its own, new or empty"
+        raise DovetailError(f"save_packed to {directory}", found="something there already", rule=rule)
+    tensors, said = {names[0]: tensor.detach() for names, tensor in stored(model)}, {}
+    for name, layer in layers.items():
+        base, key, nonzero = layer.base, whole(name, layer.base), None
+        mask, values, count = split(base)
+        if mask.nbytes + values.nbytes < tensors[key].nbytes:
+            del tensors[key]
+            tensors[f"{key}.mask"], tensors[f"{key}.values"], nonzero = mask, values, count
+        said[name] = PackedLayer(
+            shape=base.shape,
+            dtype=str(base.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            quantizer=None if base.quantized is None else base.identity,
+            nonzero=nonzero,
+        )
+    header = PackedHeader(architecture=type(model).__name__, layers=said)
+    config: Any = copy.deepcopy(model.config)
+    config.dtype, config.architectures = model.dtype, [type(model).__name__]
+    config.dovetail = config.dovetail | {"packed_fingerprint": packed_fingerprint(model)}
+    part = directory.with_name(f".{directory.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(tensors, part / PACKED, metadata={HEADER: header.model_dump_json()})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        if model.can_generate():
+            model.generation_config.save_pretrained(part)
+        config.save_pretrained(part)
+        part.replace(directory)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return packed_size(directory)
+
+
+@torch.no_grad()
+def load_packed(folder: Path, config: PreTrainedConfig, auto: Any, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model of a folder that `save_packed` wrote, on the CPU, packed, eval mode; `dovetail.load` calls this.
+
+    config  of the folder
+    auto    the auto class that makes the model
+    dtype   what the weights are cast to; None: as stored. Codes and scales always stay as stored
+    errors  LoadError, naming what is missing, too much, of another shape, not finite, or changed since it was saved;
+            OSError and the like for a file that can't be read at all
+    """
+    where, made = f"packed model {folder}", config.dtype or torch.float32
+    with safe_open(folder / PACKED, framework="pt") as file:
+        header = read_header(where, file)
+        with torch.device("meta"):  # nothing is allocated before the file is known to hold what the config asks for
+            _check(where, file, header, _cover(where, auto.from_config(config, dtype=made), header))
+        with init_empty_weights(include_buffers=False):  # buffers that aren't stored are made from the config
+            model: PreTrainedModel = auto.from_config(config, dtype=made)
+        model.tie_weights()
+        with torch.device("meta"):
+            _cover(where, model, header)
+        _fill(where, file, header, model)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    for name, layer in chain_layers(model).items():
+        if not bool(torch.isfinite(layer.base.matrix()).all()):
+            found = f"{name}: weights that are NaN or infinite"
+            raise LoadError(where, found=found, rule="weights, and scales times codes, are finite")
+    note, found = getattr(config, "dovetail", None), packed_fingerprint(model)
+    said = note.get("packed_fingerprint") if isinstance(note, dict) else None
+    if found != said:
+        rule = f"config.json says what was saved: {said}"
+        raise LoadError(where, found=f"tensors with fingerprint {found}", rule=rule, fix="copy the folder again")
+    if dtype is not None:
+        for layer in chain_layers(model).values():
+            layer.to(dtype)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
+    return model.requires_grad_(False).eval()
+
+
+def _cover(where: str, model: PreTrainedModel, header: PackedHeader) -> PreTrainedModel:
+    """Puts packed layers without storage where the header names them."""
+    if type(model).__name__ != header.architecture:
+        rule, fix = "a packed model loads as the class that was saved", "the task_kind that the model was made for"
+        raise LoadError(where, found=f"{header.architecture}, not {type(model).__name__}", rule=rule, fix=fix)
+    scratch = Scratch()
+    for name, said in header.layers.items():
+        try:
+            module = model.get_submodule(name)
+            layer = _layer(name, module, said, scratch)
+        except (AttributeError, ValueError, DovetailError) as error:
+            found, rule = str(error), "the header names layers of the model, with their grids"
+            if isinstance(error, DovetailError):
+                found, rule = error.found, error.rule
+            raise LoadError(where, found=f"{name[:200]}: {found}", rule=rule) from None
+        replace_module(model, module, layer)
+    return model
+
+
+def _layer(name: str, module: nn.Module, said: PackedLayer, scratch: Scratch) -> ChainLinear:
+    layout = layout_of(name, module)
+    site = Site(name, layout.out_features, layout.in_features, getattr(module, "bias", None) is not None)
+    if said.shape != (layout.out_features, layout.in_features):
+        rule = f"the config says {layout.out_features} x {layout.in_features}"
+        raise LoadError(name, found=f"a layer of {said.shape[0]} x {said.shape[1]}", rule=rule)
+    base = Base(layout, module.get_parameter("weight").detach().to(FLOATS[said.dtype]), scratch)
+    if said.quantizer is not None:
+        (link,) = chain(said.quantizer)
+        if not isinstance(link, Quantizer):
+            raise LoadError(name, found=said.quantizer, rule="a layer's grid is made by a quantizer")
+        link.check(site)
+        base.set_quantized(link.empty(base.shape))
+    return ChainLinear(site, base, module.get_parameter("bias").detach() if site.has_bias else None)
+
+
+def _check(where: str, file: Any, header: PackedHeader, model: PreTrainedModel) -> None:
+    """LoadError where the file's tensors aren't, by name, shape and dtype, those of the model."""
+    wanted = {names[0]: (tensor.shape, [tensor.dtype]) for names, tensor in stored(model)}
+    of_layers = tuple(f"{name}.base." for name in header.layers)
+    for key, (_, dtypes) in wanted.items():
+        if dtypes[0].is_floating_point and not key.startswith(of_layers):
+            dtypes += FLOATS.values()  # a model may keep some of its tensors in another precision
+    for name, layer in chain_layers(model).items():
+        count, key, base = header.layers[name].nonzero, whole(name, layer.base), layer.base
+        if count is not None:
+            shape, dtypes = wanted.pop(key)
+            wanted[f"{key}.mask"] = (torch.Size([-(-base.shape[0] * base.shape[1] // 8)]), [torch.uint8])
+            if base.quantized is not None:
+                count, dtypes = packed_nbytes(count, base.quantized.bits), [torch.uint8]
+            wanted[f"{key}.values"] = (torch.Size([count]), dtypes)
+    given = set(file.keys())
+    for key in sorted(given ^ set(wanted)):
+        found = f"{key[:200]} " + ("in the file alone" if key in given else "missing from the file")
+        raise LoadError(where, found=found, rule="the file holds the tensors of this model, no more and no less")
+    for key, (shape, dtypes) in wanted.items():
+        found, dtype = shape_of(where, file, key)
+        if found != shape or dtype not in dtypes:
+            raise LoadError(
+                where, found=f"{key} of shape {list(found)}, {dtype}", rule=f"the model has {list(shape)}, {dtypes[0]}"
+            )
+
+
+def _fill(where: str, file: Any, header: PackedHeader, model: PreTrainedModel) -> None:
+    """Reads the tensors into the model, one after the other."""
+    given = set(file.keys())
+    for names, tensor in list(stored(model)):
+        held = torch.empty(tensor.shape, dtype=tensor.dtype)  # for what is made below, of mask and values
+        if names[0] in given:
+            held = file.get_tensor(names[0]).clone()  # not a view of the file, which may change
+        if isinstance(tensor, nn.Parameter):
+            held = nn.Parameter(held, requires_grad=False)
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, held)
+    for name, layer in chain_layers(model).items():
+        if (count := header.layers[name].nonzero) is not None:
+            key = whole(name, layer.base)
+            try:
+                join(layer.base, file.get_tensor(f"{key}.mask"), file.get_tensor(f"{key}.values"), count)
+            except ValueError as error:
+                rule = "a mask has a bit set for each stored value"
+                raise LoadError(where, found=f"{key}: {error}", rule=rule, fix="copy the folder again") from None

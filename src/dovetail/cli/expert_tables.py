@@ -1,0 +1,202 @@
+"""Experts as people see them: tables, a histogram and a matrix for the terminal, and the matrix as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from dovetail.display.format import size
+from dovetail.display.style import INK
+from dovetail.errors import LoadError
+from dovetail.experts.codec.codec import counts_of
+from dovetail.experts.expert import Expert, load, similarity
+from dovetail.experts.file import read_header
+from dovetail.experts.store.folder import Folder
+from dovetail.experts.store.http import Web
+
+_MODES = {0: "empty", 1: "Rice", 2: "Rice/4096", 3: "full"}
+_BARS = 40
+
+
+def entropy(density: float) -> float:
+    """Bits a value of independent ternary values with equally likely signs (ComPEFT §2.2)."""
+    if density <= 0:
+        return 0.0
+    rest = 0.0 if density >= 1 else -(1 - density) * math.log2(1 - density)
+    return rest - density * math.log2(density / 2)
+
+
+def facts(expert: Expert) -> dict[str, Any]:
+    """What `inspect` says of an expert, for JSON."""
+    tensors = []
+    for name, coded in expert.coded.items():
+        modes = sorted({_MODES[int(mode)] for mode in coded.directory["mode"] & 15})
+        tensors.append({
+            "name": name, "shape": list(coded.shape), "dtype": str(expert.dtypes[name]).removeprefix("torch."),
+            "kept": coded.kept, "bits": 8 * coded.nbytes / coded.numel if coded.numel else 0.0,
+            "scale": expert.scales[name], "order": "columns" if coded.columns else "rows", "modes": modes,
+        })  # fmt: skip
+    plain = sum(expert.dtypes[name].itemsize * coded.numel for name, coded in expert.coded.items())
+    share = expert.kept / expert.numel if expert.numel else 0.0
+    return {
+        "values": expert.numel, "kept": expert.kept, "share": share, "nbytes": expert.nbytes,
+        "bits": 8 * expert.nbytes / expert.numel if expert.numel else 0.0, "entropy_bits": entropy(share),
+        "uncompressed_nbytes": plain, "initial": expert.origin.initial, "base": expert.origin.base,
+        "chain": expert.origin.chain, "peft_type": (expert.origin.peft or {}).get("peft_type"),
+        "density": expert.density, "alpha": expert.alpha, "scale": expert.header.scale,
+        "provenance": expert.header.provenance, "tensors": tensors, "histogram": histogram(expert),
+    }  # fmt: skip
+
+
+def histogram(expert: Expert, bins: int = 10) -> dict[str, list[float]]:
+    """How densely blocks (of 65,536 values) are kept: `edges` of the shares, and `values` in blocks between them."""
+    shares, weights = [], []
+    for coded in expert.coded.values():
+        sizes = np.full(len(coded.directory), 1 << 16)
+        if len(sizes) and coded.numel % (1 << 16):
+            sizes[-1] = coded.numel % (1 << 16)
+        shares.extend(counts_of(coded.directory) / sizes)
+        weights.extend(sizes)
+    top = min(1.0, max(shares, default=0.0)) or 1.0
+    counts, edges = np.histogram(shares, bins=bins, range=(0.0, top), weights=weights or None)
+    return {"edges": [float(edge) for edge in edges], "values": [int(count) for count in counts]}
+
+
+def print_expert(console: Console, path: Path, expert: Expert, rows: int) -> None:
+    """Facts, a table of the tensors (the `rows` with most kept values), and the histogram."""
+    said = facts(expert)
+    times = said["uncompressed_nbytes"] / said["nbytes"]
+    of = said["chain"] or (f"peft {said['peft_type']}" if said["peft_type"] else f"initial {said['initial']}")
+    for line in (
+        f"[bold]{escape(path.name)}[/bold]: {len(said['tensors'])} tensors, "
+        f"{said['kept']:,} of {said['values']:,} values kept ({100 * said['share']:.3g} %)",
+        f"{size(said['nbytes'])}, 1/{times:.3g} of {size(said['uncompressed_nbytes'])} uncompressed; "
+        f"{said['bits']:.3f} bits a value (entropy {said['entropy_bits']:.3f})",
+        f"of {escape(str(of))}, for base {said['base'] or 'unknown'}",
+        f"alpha {said['alpha']:g}, density {said['density']:g}, "
+        f"{'a scale for each tensor' if said['scale'] == 'tensor' else 'one scale for all'}\n",
+    ):
+        console.print(line, soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("tensor", overflow="fold", min_width=24)
+    for column in ("shape", "kept", "%", "bits", "scale"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("coded", no_wrap=True)
+    order = sorted(said["tensors"], key=lambda tensor: -tensor["kept"])
+    for tensor in order[:rows]:
+        numel = math.prod(tensor["shape"])
+        coded = ", ".join(tensor["modes"]) + (", columns" if tensor["order"] == "columns" else "")
+        share = f"{100 * tensor['kept'] / numel:.2f}" if numel else ""
+        table.add_row(
+            escape(tensor["name"]), "x".join(map(str, tensor["shape"])), f"{tensor['kept']:,}", share,
+            f"{tensor['bits']:.3f}", f"{tensor['scale']:.3g}", coded,
+        )  # fmt: skip
+    console.print(table)
+    if len(order) > rows:
+        console.print(f"and {len(order) - rows} more (--rows)\n")
+    drawn = said["histogram"]
+    console.print("values, by how densely their block of up to 65,536 is kept")
+    most = max(drawn["values"]) or 1
+    for low, high, count in zip(drawn["edges"], drawn["edges"][1:], drawn["values"], strict=False):
+        bar = "█" * round(_BARS * count / most) or ("▏" if count else "")
+        console.print(f"{100 * low:6.2f} - {100 * high:6.2f} %  {bar} {count:,}")
+
+
+def listed(place: str) -> list[dict[str, Any]]:
+    """The experts of a folder, by their headers, or of an HTTP origin, by its index: name, nbytes and what is known."""
+    if "://" in place:
+        web = Web(place, timeout=30.0, max_nbytes=1, retries=2)  # its index alone
+        return [{"name": name, "nbytes": web.stamp(name)[0], "values": None, "kept": None, "of": "", "base": None}
+                for name in web.names()]  # fmt: skip
+    rows = []
+    folder = Folder(Path(place))
+    for path in (folder.path / f"{name}.dvt" for name in folder.names()):
+        row: dict[str, Any] = {"name": path.stem, "nbytes": path.stat().st_size}
+        try:
+            header, kept = read_header(path)
+        except LoadError as error:  # one damaged file hides no other
+            rows.append(row | {"values": None, "kept": None, "of": f"not whole: {error.found}"[:200], "base": None})
+            continue
+        of = header.chain or (f"peft {header.peft.get('peft_type')}" if header.peft else header.initial)
+        values = sum(math.prod(entry.shape) for entry in header.tensors)
+        rows.append(row | {"values": values, "kept": sum(kept), "of": of, "base": header.base})
+    if not rows:
+        raise LoadError(place, found="no .dvt file", rule="a folder of experts", fix="dovetail pack")
+    return rows
+
+
+def similarities(files: Sequence[Path]) -> list[list[dict[str, float]]]:
+    """Of each pair of experts, what `similarity` says."""
+    masks = [load(path).masks() for path in files]
+    found: list[list[dict[str, float]]] = [[{} for _ in masks] for _ in masks]
+    for row, one in enumerate(masks):
+        for column in range(row, len(masks)):
+            found[row][column] = found[column][row] = similarity(one, masks[column])
+    return found
+
+
+def print_list(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table of experts: what `list` found."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("expert", "size", "values", "kept %", "of", "base"):
+        table.add_column(column, justify="right" if column in ("size", "values", "kept %") else "left", overflow="fold")
+    for row in rows:
+        share = "" if not row["values"] else f"{100 * row['kept'] / row['values']:.3g}"
+        values = "" if row["values"] is None else f"{row['values']:,}"
+        table.add_row(
+            escape(row["name"]), size(row["nbytes"]), values, share, escape(row["of"]), (row["base"] or "")[:19]
+        )
+    console.print(table)
+
+
+def print_matrix(console: Console, names: Sequence[str], matrix: np.ndarray, what: str) -> None:
+    """A symmetric matrix with shaded cells."""
+    console.print(what)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for number in range(len(names)):
+        table.add_column(str(number + 1), justify="right")
+    for number, name in enumerate(names):
+        cells = [_cell(float(matrix[number, other])) for other in range(len(names))]
+        table.add_row(f"{number + 1} {escape(name)}", *cells)
+    console.print(table)
+
+
+def _cell(value: float) -> Text:
+    strength = min(abs(value), 1.0)
+    there = (47, 111, 98) if value >= 0 else (180, 86, 47)
+    red, green, blue = (round(255 - strength * (255 - part)) for part in there)
+    ink = "#ffffff" if strength > 0.5 else INK
+    return Text(f" {value:.2f} ", style=Style(color=ink, bgcolor=f"#{red:02x}{green:02x}{blue:02x}"))
+
+
+def matrix_plot(names: Sequence[str], matrix: np.ndarray, what: str) -> bytes:
+    """The same as PNG."""
+    from dovetail.display.plots import empty, png  # half a second, and only here
+
+    side = 2.6 + 0.55 * len(names)
+    drawing, axes = empty(side + 0.8, side)
+    shown = axes.imshow(matrix, cmap="BrBG", vmin=-1, vmax=1)
+    axes.set_xticks(range(len(names)), list(names), rotation=40, ha="right", color=INK, fontsize=8)
+    axes.set_yticks(range(len(names)), list(names), color=INK, fontsize=8)
+    if len(names) <= 24:
+        for row in range(len(names)):
+            for column in range(len(names)):
+                value = matrix[row, column]
+                ink = "white" if abs(value) > 0.6 else INK
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=7)
+    axes.set_title(what, color=INK, fontsize=10)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    drawing.colorbar(shown, shrink=0.8).outline.set_visible(False)  # type: ignore[operator]
+    return png(drawing)

@@ -1,0 +1,81 @@
+"""How fast an expert is read, checked and decoded on this machine, beside a copy of its uncompressed bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dovetail.display.format import size
+from dovetail.experts.expert import load
+from dovetail.experts.live.activate import verify
+
+
+def measure(path: Path, rounds: int = 5, threads: int = 1) -> dict[str, Any]:
+    """Medians of `rounds` rounds, in which every part takes its turn, after one that isn't counted.
+
+    returns  `uncompressed_nbytes`, `nbytes`, and `seconds` of copying the uncompressed bytes in memory ("copy"), of
+             reading the file ("load"), checking all of it ("verify"), decoding it into reused tensors ("dense") and to
+             two bits a value ("masks")
+    """
+    expert = load(path)
+    out = {name: torch.zeros(shape, dtype=expert.dtypes[name]) for name, shape in expert.shapes.items()}
+    copies = {name: tensor.clone() for name, tensor in out.items()}
+
+    def copy() -> None:
+        for name, tensor in out.items():
+            tensor.copy_(copies[name])
+
+    parts: dict[str, Callable[[], object]] = {
+        "copy": copy,
+        "load": lambda: load(path),
+        "verify": lambda: verify(expert, threads=threads),
+        "dense": lambda: expert.dense(into=out, threads=threads),
+        "masks": lambda: expert.masks(threads=threads),
+    }
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for number in range(rounds + 1):
+            for name, part in parts.items():
+                started = perf_counter()
+                part()
+                if number:
+                    times[name].append(perf_counter() - started)
+    finally:
+        torch.set_num_threads(before)
+    return {
+        "nbytes": expert.nbytes,
+        "uncompressed_nbytes": sum(tensor.nbytes for tensor in out.values()),
+        "threads": threads,
+        "seconds": {name: median(values) for name, values in times.items()},
+    }
+
+
+def print_timings(console: Console, found: dict[str, Any]) -> None:
+    """A table of what `measure` found."""
+    said = {
+        "copy": "copying the uncompressed bytes in memory",
+        "load": "reading the file",
+        "verify": "checking every block",
+        "dense": "decoding into reused tensors, checks included",
+        "masks": "decoding to two bits a value, checks included",
+    }
+    threads = f"{found['threads']} thread" + ("s" if found["threads"] > 1 else "")
+    console.print(f"{size(found['nbytes'])}, uncompressed {size(found['uncompressed_nbytes'])}; {threads}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "ms", "GB/s of uncompressed", "of a copy"):
+        table.add_column(column, justify="left" if not column else "right")
+    copied = found["seconds"]["copy"]
+    for name, seconds in found["seconds"].items():
+        rate = found["uncompressed_nbytes"] / seconds / 1e9
+        table.add_row(said[name], f"{1000 * seconds:.2f}", f"{rate:.2f}", f"{seconds / copied:.2f}")
+    console.print(table)

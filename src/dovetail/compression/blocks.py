@@ -1,0 +1,264 @@
+"""The block-by-block walk: every block is compressed on what the blocks before it, already compressed, give.
+
+The model's own forward pass runs once for each batch, in a thread of its own; one thread at a time has the word. Where
+a forward pass comes to a block it waits until all have come, the block's statistics are taken and the block is
+compressed, and all go on with its outputs. So the walk needs to know nothing of a family: masks, position biases,
+encoders and decoders are the model's business. Of activations only what flows between two blocks is kept.
+
+Source: GPTQ's and SparseGPT's drivers (Frantar et al. 2022, §4; 2023, §3.4), which are written anew for each family.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dovetail.chains.layer.applied import Inputs
+from dovetail.chains.layer.linear import ChainLinear
+from dovetail.chains.statistics import InputStatistics, padding_mask
+from dovetail.compression.passes import (
+    LOOK,
+    Batch,
+    Pass,
+    Passes,
+    first_input,
+    input_rows,
+    quick,
+    read_by_decoder,
+    split,
+    without_cache,
+)
+from dovetail.errors import DataError
+from dovetail.progress import Bar
+
+Compress = Callable[[dict[str, InputStatistics]], None]
+Seen = dict[str, tuple["weakref.ref[Tensor]", int]]
+"""Layer whose statistics count an input -> that input and its version."""
+
+LEAST_TOKENS = 8
+"""Below this, a Gram matrix says nothing."""
+
+
+def blocks_of(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
+    """The blocks of the model and the layers in each: block's path -> layers' paths, in the order of `names`.
+
+    A block is an element of the outermost nn.ModuleList that a layer lies in; a layer outside of any is its own block.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parts, block = name.split("."), name
+        for depth in range(1, len(parts)):
+            if isinstance(model.get_submodule(".".join(parts[:depth])), nn.ModuleList):
+                block = ".".join(parts[: depth + 1])
+                break
+        found.setdefault(block, []).append(name)
+    return found
+
+
+@torch.no_grad()
+def calibrate_blocks(
+    model: nn.Module,
+    layers: Mapping[str, ChainLinear],
+    batches: Sequence[Batch],
+    compress: Compress,
+    *,
+    gram: bool,
+    inputs: Inputs = "compressed",
+    title: str = "calibrating",
+    progress: bool = False,
+) -> None:
+    """Takes the statistics of each block's layers in turn, and lets `compress` change them.
+
+    layers    the layers to watch, all inside the model
+    batches   keyword arguments of the model's forward; `attention_mask` (b, t), where there is one, tells padding apart
+    compress  called once for each block, with layer name -> statistics; may take entries out to free them
+    gram      whether Gram matrices are wanted
+    inputs    what a block is fed: the outputs of the "compressed" blocks before it, or of the "original" ones
+    errors    DataError for NaN activations, for a layer that no input reaches, for too few tokens: names the layer.
+              What the first rows show, they show before `compress` is called
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    device = next(model.parameters()).device
+    try:
+        with without_cache(model), quick(layers.values()):
+            batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
+            left, once = _look_ahead(model, layers, split(model, batches, LOOK))
+            pieces = split(model, batches)
+            decoded = read_by_decoder(model, layers)
+            with Bar(title, len(left), shown=progress) as bar, Passes(model, list(left), pieces) as passes:
+                while left and (here := passes.waiting()):
+                    block = str(here[0].block)
+                    names = left.pop(block, [])
+                    if not names:  # a block that is used again
+                        passes.go_on(here)
+                        continue
+                    statistics = _statistics(passes, here, {name: layers[name] for name in names}, gram, once, decoded)
+                    if inputs == "original":
+                        if left:
+                            passes.go_on(here)
+                        compress(statistics)
+                    else:
+                        compress(statistics)
+                        if left:
+                            passes.go_on(here)
+                    bar.advance()
+            for names in left.values():
+                raise _unreached(names[0])
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _statistics(
+    passes: Passes, here: list[Pass], layers: Mapping[str, ChainLinear], gram: bool, once: set[str], decoded: set[str]
+) -> dict[str, InputStatistics]:
+    """Runs the block on what every pass brings it, and adds up what its layers are fed."""
+    found = _watch(passes, here, layers, gram, once, decoded, share=True)
+    if found is None:
+        found = _watch(passes, here, layers, gram, once, decoded, share=False)
+    assert found is not None
+    for name, statistics in found.items():
+        if not statistics.tokens:
+            raise _unreached(name)
+    for name, statistics in found.items():
+        statistics.finish()
+        if not bool(torch.isfinite(statistics.square_i).all()):
+            raise _not_finite(name)
+        if not bool(statistics.square_i.any()):
+            raise _unreached(name)
+        if gram and statistics.tokens < LEAST_TOKENS:
+            raise DataError(
+                f"calibration of {name}",
+                found=f"{statistics.tokens} tokens",
+                rule=f"a Gram matrix is estimated from {LEAST_TOKENS} tokens or more; tens of thousands are usual",
+                fix="more calibration data",
+            )
+    return found
+
+
+def _watch(
+    passes: Passes,
+    here: list[Pass],
+    layers: Mapping[str, ChainLinear],
+    gram: bool,
+    once: set[str],
+    decoded: set[str],
+    *,
+    share: bool,
+) -> dict[str, InputStatistics] | None:
+    """Statistics of each layer; None where two layers turned out to share their input in some batches only.
+
+    once     the layers that a forward pass calls just once
+    decoded  the layers that read the decoder's tokens
+    share    layers that are fed the very same tensor (query, key and value) share one object
+    """
+    found: dict[str, InputStatistics] = {}
+    leader: dict[str, str] = {}
+    consistent = True
+    for one in here:
+        # Weak: an input lives no longer than the block itself needs it.
+        seen: Seen = {}
+        left = set(layers) if once.issuperset(layers) else None
+
+        def see(name: str, x: Tensor, one: Pass = one, seen: Seen = seen) -> None:
+            nonlocal consistent
+            layer = layers[name]
+            same = (k for k, (other, version) in seen.items() if other() is x and version == x._version)
+            first = next(same, name) if share else name
+            consistent &= leader.setdefault(name, first) == first
+            if first == name:
+                if name not in found:
+                    found[name] = InputStatistics(layer.in_features, gram=gram, dtype=x.dtype, device=x.device)
+                seen[name] = (weakref.ref(x), x._version)
+                found[name].add(input_rows(x, layer.layout, one.decoder_mask if name in decoded else one.mask))
+
+        passes.feed(one, layers, see, left)
+        if not consistent:
+            return None
+    for name, layer in layers.items():
+        if name not in leader:
+            found[name] = InputStatistics(
+                layer.in_features, gram=False, dtype=layer.base.dtype, device=layer.base.device
+            )
+    return {name: found[leader.get(name, name)] for name in layers}
+
+
+def _look_ahead(
+    model: nn.Module, layers: Mapping[str, ChainLinear], pieces: Sequence[Batch]
+) -> tuple[dict[str, list[str]], set[str]]:
+    """Runs the model on the first piece, on more only to find a layer that this one doesn't reach.
+
+    returns  the blocks with the layers that are called in each (`blocks_of`, unless a block calls a layer from
+             elsewhere, or a layer is called outside of its own), and the layers that a forward pass calls just once
+    errors   DataError for NaN activations and for layers that nothing reaches, while the model is still untouched
+    """
+    calls = dict.fromkeys(layers, 0)
+    blocks = blocks_of(model, list(layers))
+    inside: list[str] = []
+    called_in: dict[str, str] = {}
+    decoded = read_by_decoder(model, layers)
+    masks: dict[bool, Tensor | None] = {}
+
+    def watch(name: str, layer: ChainLinear) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls[name] += 1
+            called_in.setdefault(name, inside[0] if inside else name)
+            x = input_rows(first_input(args, kwargs), layer.layout, masks[name in decoded])
+            if not bool(torch.isfinite(x).all()):
+                raise _not_finite(name)
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(name, layer), with_kwargs=True) for name, layer in layers.items()]
+
+    def enter(block: str) -> Any:
+        return lambda module, args: inside.append(block)
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        inside.pop()
+
+    for block in blocks.keys() - layers.keys():
+        module = model.get_submodule(block)
+        handles += [module.register_forward_pre_hook(enter(block)), module.register_forward_hook(leave)]
+    once: set[str] | None = None
+    try:
+        for piece in pieces:
+            masks = {False: padding_mask(piece), True: padding_mask(piece, "decoder_attention_mask")}
+            model(**piece)
+            once = {name for name, count in calls.items() if count == 1} if once is None else once
+            if all(calls.values()):
+                break
+        else:
+            raise _unreached(next(name for name, count in calls.items() if not count))
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: dict[str, list[str]] = {}
+    for names in blocks.values():
+        for name in names:
+            found.setdefault(called_in[name], []).append(name)
+    return found, once
+
+
+def _not_finite(name: str) -> DataError:
+    return DataError(
+        f"calibration of {name}",
+        found="NaN or infinite activations",
+        rule="activations are finite",
+        fix="look at the layers before it, or calibrate in float32",
+    )
+
+
+def _unreached(name: str) -> DataError:
+    # An expert that no token was sent to: every weight would score the same.
+    return DataError(
+        f"calibration of {name}",
+        found="no input, or nothing but zeros",
+        rule="every layer that is compressed by its inputs sees some of the calibration data",
+        fix="more calibration data, leave the layer out of the targets, or compress it without data",
+    )

@@ -1,0 +1,106 @@
+"""Calibration data: batches of a task's own text, for pruning and quantizing by activations (`dovetail.walk`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dovetail.compression.passes import Batch
+from dovetail.errors import DataError
+from dovetail.tasks.task import METRICS, Task
+from dovetail.tasks.tokens import IGNORED, Collator, encode, pad_id
+
+__all__ = ["Batch", "calibration_batches", "checked", "text_task"]
+
+MAX_TEXT_NBYTES = 1 << 28
+"""The most that a file of calibration text may hold."""
+
+
+def checked(calibration: Iterable[Batch]) -> list[Batch]:
+    """The batches as a list; DataError for what is none: one batch alone, texts, lists of numbers, another mask."""
+    rule = "calibration is a list of batches, each the model's arguments by name, as tensors"
+    found: object = calibration
+    if isinstance(calibration, Iterable) and not isinstance(calibration, str | bytes | Mapping | Tensor):
+        batches = list(calibration)
+        wrong: list[object] = [batch for batch in batches if not isinstance(batch, Mapping)]
+        if not wrong:
+            wrong = [value for batch in batches for value in batch.values() if not isinstance(value, Tensor)]
+        if not wrong:
+            for batch in batches:
+                _check_mask(batch)
+            return batches
+        found = wrong[0]
+    fix = "calibration=[tokenizer(texts, return_tensors='pt', padding=True)]"
+    raise DataError("calibration", found=f"a {type(found).__name__}", rule=rule, fix=fix)
+
+
+def _check_mask(batch: Batch) -> None:
+    """A mask of another shape would be spread over the rows, and padding counted in silence."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is not None and mask is not None and mask.dim() == 2 and mask.shape != ids.shape:
+        found = f"attention_mask of {list(mask.shape)} beside input_ids of {list(ids.shape)}"
+        raise DataError("calibration", found=found, rule="the mask says of each token whether it is padding")
+
+
+def text_task(path: Path, *, encoder_decoder: bool) -> Task:
+    """The passages of a text file, one a line, as a task to calibrate on; an encoder-decoder reads and says them."""
+    try:
+        if path.stat().st_size > MAX_TEXT_NBYTES:
+            raise DataError(str(path), found=f"{path.stat().st_size} bytes", rule=f"at most {MAX_TEXT_NBYTES}")
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except OSError as error:
+        raise DataError(
+            str(path), found=error.strerror or str(error), rule="calibration.text is a UTF-8 file, one passage a line"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise DataError(str(path), found=f"byte {error.start} is no UTF-8", rule="data files are UTF-8 text") from None
+    passages = [line for line in lines if line]
+    if not passages:
+        raise DataError(str(path), found="no passage", rule="calibration.text has a passage on at least one line")
+    if encoder_decoder:
+        return Task(path.name, "generation", "exact_match", {"train": [{"prompt": p, "answer": p} for p in passages]})
+    return Task(path.name, "text", METRICS["text"][0], {"train": [{"text": p} for p in passages]})
+
+
+def calibration_batches(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = 128,
+    batch_size: int = 16,
+    seed: int = 0,
+    max_length: int = 512,
+    decoder_start: int | None = None,
+) -> list[dict[str, Tensor]]:
+    """Inputs to calibrate pruning and quantization on: `samples` rows of the train split, drawn by `seed`.
+
+    decoder_start   the token that an encoder-decoder's decoder begins with; None for other models
+    returns         batches of input_ids, attention_mask (rows, tokens), padded right, and for an encoder-decoder
+                    decoder_input_ids
+    """
+    records = task.split("train")
+    chosen = Random(seed).sample(range(len(records)), min(samples, len(records)))
+    rows = encode(
+        task.kind,
+        [records[i] for i in chosen],
+        tokenizer,
+        encoder_decoder=decoder_start is not None,
+        max_length=min(max_length, tokenizer.model_max_length),
+    )[:samples]
+    collate = Collator(pad_id(tokenizer))
+    batches = []
+    for at in range(0, len(rows), batch_size):
+        batch = collate(rows[at : at + batch_size])
+        labels = batch.pop("labels")
+        if decoder_start is not None and labels.ndim == 2:
+            start = torch.full_like(labels[:, :1], decoder_start)
+            shifted = torch.cat([start, labels[:, :-1]], 1)
+            batch["decoder_input_ids"] = shifted.masked_fill(shifted == IGNORED, collate.pad_id)
+            batch["decoder_attention_mask"] = (shifted != IGNORED).long()
+        batches.append(batch)
+    return batches

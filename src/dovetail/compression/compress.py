@@ -1,0 +1,109 @@
+"""Runs a pruner or quantizer over a model's layers: block by block on their inputs, or layer by layer without data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from dovetail.chains.layer.applied import Inputs
+from dovetail.chains.layer.linear import ChainLinear
+from dovetail.chains.link import Link, Pruner, Quantizer
+from dovetail.chains.statistics import InputStatistics
+from dovetail.compression.blocks import blocks_of, calibrate_blocks
+from dovetail.compression.passes import Batch
+from dovetail.errors import DovetailError
+from dovetail.links.prune.allocation import allocate, outlier_ratio
+
+
+@torch.no_grad()
+def compress(
+    model: nn.Module,
+    layers: Mapping[str, ChainLinear],
+    link: Link,
+    batches: Sequence[Batch] | None,
+    *,
+    inputs: Inputs,
+    keep_start: bool,
+    masks: Mapping[str, Tensor] | None,
+    progress: bool,
+    touch: Callable[[str], object],
+) -> None:
+    """Prunes or quantizes the bases of the layers, in place.
+
+    batches     calibration data, where the link is calibrated
+    inputs      what a block is calibrated on (`dovetail.calibrate_blocks`)
+    keep_start  a quantizer keeps the dense weights beside the codes
+    masks       layer name -> (o, i) bool: pruners take these and look at no data
+    touch       called with a layer's name before it is changed
+    """
+    if isinstance(link, Pruner) and masks is not None:
+        for name, layer in layers.items():
+            touch(name)
+            layer.base.set_mask(masks[name])
+        return
+    links = dict.fromkeys(layers, link)
+    if isinstance(link, Pruner) and link.allocation == "outlier":
+        links = _allocated(model, layers, link, batches, progress)
+
+    def one(name: str, statistics: InputStatistics | None) -> None:
+        touch(name)
+        base, own = layers[name].base, links[name]
+        if isinstance(own, Pruner):
+            before = base.matrix()
+            keep, weight = own.prune(before, statistics)
+            base.set_mask(keep, None if weight is before else weight)
+        elif isinstance(own, Quantizer):
+            base.quantize(own, statistics, keep_start)
+
+    if not link.calibrated:
+        for name in layers:
+            one(name, None)
+        return
+
+    def block(found: dict[str, InputStatistics]) -> None:
+        for name in sorted(found, key=lambda name: layers[name].in_features):  # the largest statistics last, alone
+            statistics = found.pop(name)
+            one(name, statistics)
+            del statistics
+
+    assert batches is not None
+    calibrate_blocks(
+        model, layers, batches, block, gram=link.needs_gram, inputs=inputs, title=link.name, progress=progress
+    )
+
+
+def _allocated(
+    model: nn.Module, layers: Mapping[str, ChainLinear], link: Pruner, batches: Sequence[Batch] | None, progress: bool
+) -> dict[str, Link]:
+    """The pruner of each layer, with the sparsity that its block gets for its outliers."""
+    ratios: dict[str, float] = {}
+
+    def look(found: dict[str, InputStatistics]) -> None:
+        for name, statistics in found.items():
+            ratios[name] = outlier_ratio(link.scores(layers[name].base.matrix(), statistics))
+
+    if link.calibrated:
+        assert batches is not None
+        calibrate_blocks(model, layers, batches, look, gram=False, title=f"{link.name}: outliers", progress=progress)
+    else:
+        ratios = {name: outlier_ratio(link.scores(layer.base.matrix(), None)) for name, layer in layers.items()}
+    sizes = {name: layer.base.shape[0] * layer.base.shape[1] for name, layer in layers.items()}
+    groups = {name: block for block, names in blocks_of(model, list(layers)).items() for name in names}
+    sparsity = allocate(ratios, sizes, groups, link.sparsity)
+    return {name: replace(link, sparsity=sparsity[name]) for name in layers}
+
+
+def refuse_bad_weights(layers: Mapping[str, ChainLinear]) -> None:
+    """DovetailError for a layer with weights that aren't finite: before any layer is changed."""
+    for name, layer in layers.items():
+        weight = layer.base.dense
+        if weight is not None and not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            raise DovetailError(
+                name,
+                found=f"{int((~torch.isfinite(weight)).sum())} weights that are NaN or infinite",
+                rule="pruning and quantizing take finite weights",
+                fix="check the checkpoint, or the training that made these weights",
+            )

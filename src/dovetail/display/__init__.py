@@ -1,0 +1,1 @@
+"""Words, numbers and pictures for people: what every table, page and plot uses."""

@@ -1,0 +1,263 @@
+"""Hundreds of experts at hand: those asked for last stay in memory, compressed, up to a budget of bytes.
+
+    with Store("experts/", budget_nbytes=300_000_000) as store:      # or "https://…/experts"
+        store.activate(model, "french")
+        store.prefetch("german", "italian")
+
+An expert is a twentieth to a fiftieth of its adapter: what held a handful of adapters holds a hundred of them, and a
+switch is one decode into the live tensors (`activate`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+from torch import nn
+
+from dovetail.errors import DataError, DovetailError, LoadError
+from dovetail.experts.expert import Expert
+from dovetail.experts.live.activate import activate, verify
+from dovetail.experts.store.folder import SUFFIX, Folder, Place, Stamp, good_name, write_index
+from dovetail.experts.store.http import Web
+from dovetail.models.fingerprint import model_fingerprint
+
+__all__ = ["Stats", "Store"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a store did so far.
+
+    hits, misses   `get`s answered from memory, and others: loaded, or waited for
+    loads          experts read and verified, by prefetches too (prefetched); load_seconds: in all
+    evictions      experts let go for others
+    swaps          activations; swap_seconds: in all, with what they loaded
+    held, nbytes   experts in memory now, and their files' bytes
+    budget_nbytes  what those may be together
+    """
+
+    hits: int = 0
+    misses: int = 0
+    loads: int = 0
+    load_seconds: float = 0.0
+    prefetched: int = 0
+    evictions: int = 0
+    swaps: int = 0
+    swap_seconds: float = 0.0
+    held: int = 0
+    nbytes: int = 0
+    budget_nbytes: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits over all `get`s; 0 before the first."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else 0.0
+
+
+@dataclass(frozen=True)
+class _Held:
+    expert: Expert
+    nbytes: int
+    stamp: Stamp
+
+
+class Store:
+    """Experts of a folder or server, by name; any number of threads may use it.
+
+    Nobody gets an expert before all of its blocks were checked. Of several threads that ask for the same one, one loads
+    it; a failure is raised in all of them and not remembered. A file that was changed is loaded again when next asked
+    for; on a server, changes show after `refresh`.
+    """
+
+    def __init__(
+        self,
+        place: str | Path,
+        budget_nbytes: int,
+        *,
+        base: nn.Module | str | None = None,
+        prefetch_threads: int = 1,
+        timeout: float = 30.0,
+        max_nbytes: int = 1 << 32,
+        retries: int = 2,
+    ) -> None:
+        """Opens it: a folder of .dvt files, or the URL of one with an index.json (`write_index`).
+
+        budget_nbytes     of compressed experts kept in memory. One that is larger is loaded and used, but not kept;
+                          those in use by models, or on their way, don't count
+        base              the model that all of them are for, or its fingerprint: an expert for another is refused
+        prefetch_threads  how many experts `prefetch` loads at a time
+        timeout, max_nbytes, retries  of downloads (`web.Web`): seconds to wait for the next bytes, and for each MiB
+        errors            LoadError for a place that isn't there; DataError for numbers out of range
+        """
+        for name, value, least in (("budget_nbytes", budget_nbytes, 0), ("prefetch_threads", prefetch_threads, 1),
+                                   ("max_nbytes", max_nbytes, 1), ("retries", retries, 0)):  # fmt: skip
+            if not isinstance(value, int) or value < least:
+                raise DataError("Store", found=f"{name}={value!r}"[:200], rule=f"an integer of at least {least}")
+        if not timeout > 0:
+            raise DataError("Store", found=f"timeout={timeout!r}"[:200], rule="seconds, more than 0")
+        self._base = model_fingerprint(base) if isinstance(base, nn.Module) else base
+        url = isinstance(place, str) and "://" in place
+        self._place: Place = (
+            Web(str(place), timeout=timeout, max_nbytes=max_nbytes, retries=retries)
+            if url
+            else Folder(Path(place).expanduser())
+        )
+        self._lock = threading.Lock()
+        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._coming: dict[str, Future[Expert]] = {}
+        self._stats = Stats(budget_nbytes=budget_nbytes)
+        self._pool = ThreadPoolExecutor(prefetch_threads, thread_name_prefix="dovetail-prefetch")
+        self._closed = False
+
+    @staticmethod
+    def write_index(folder: str | Path) -> Path:
+        """Writes index.json beside a folder's experts, atomically, for a server; returns its path."""
+        return write_index(Path(folder))
+
+    def names(self) -> list[str]:
+        """Names of all experts, sorted."""
+        return self._place.names()
+
+    def get(self, name: str) -> Expert:
+        """An expert, verified; from memory, or loaded now. Its name, or its file's.
+
+        errors  LoadError where there is none of that name, it isn't whole, or it is for another base
+        """
+        return self._get(name)
+
+    def activate(self, model: nn.Module, name: str) -> None:
+        """`get`, and `experts.activate` in place of what is active in the model.
+
+        One that has to be loaded is checked by the decode that writes it: where a block turns out to be wrong, what was
+        active before is put back.
+        """
+        start = time.perf_counter()
+        failed: list[DovetailError] = []
+        used: list[Expert] = []
+
+        def use(expert: Expert) -> None:
+            try:
+                activate(model, expert, verified=True)
+                used.append(expert)
+            except DovetailError as error:
+                failed.append(error)
+                verify(expert)  # others may wait for an expert that only this model can't take
+
+        expert = self._get(name, check=use)
+        if failed:
+            raise failed[0]
+        if not used:
+            activate(model, expert, verified=True)
+        with self._lock:
+            self._add(swaps=1, swap_seconds=time.perf_counter() - start)
+
+    def prefetch(self, *names: str) -> None:
+        """Loads experts in the background. What fails there fails when it is asked for."""
+        for name in names:
+            good_name(name)
+            with self._lock:
+                self._check_open()
+                self._pool.submit(self._fetch_ahead, name)
+
+    def stats(self) -> Stats:
+        """What it did so far."""
+        with self._lock:
+            return replace(self._stats, held=len(self._held), nbytes=sum(each.nbytes for each in self._held.values()))
+
+    def refresh(self) -> None:
+        """Reads a server's index again."""
+        self._place.refresh()
+
+    def close(self) -> None:
+        """Lets go of all experts; downloads under way end as errors. What is active stays active."""
+        with self._lock:
+            self._closed = True
+            self._held.clear()
+        self._place.close()
+        self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _get(self, name: str, *, ahead: bool = False, check: Callable[[Expert], None] = verify) -> Expert:
+        """`check` is called with an expert that is loaded now, before it is shared: LoadError for changed bytes."""
+        name = good_name(name).removesuffix(SUFFIX)
+        stamp = self._place.stamp(name)
+        with self._lock:
+            self._check_open()
+            held, coming = self._held.get(name), self._coming.get(name)
+            if held is not None and held.stamp == stamp:
+                self._held.move_to_end(name)
+                if not ahead:
+                    self._add(hits=1)
+                return held.expert
+            if not ahead:
+                self._add(misses=1)
+            mine: Future[Expert] = Future()
+            if coming is None:
+                self._coming[name] = mine
+        if coming is not None:
+            return coming.result()
+        try:
+            expert = self._load(name, stamp, ahead, check)
+            mine.set_result(expert)
+        except BaseException as error:
+            found = f"{type(error).__name__} while it was loaded"
+            interrupted = LoadError(name, found=found, rule="it is loaded whole")
+            if not mine.done():
+                mine.set_exception(error if isinstance(error, Exception) else interrupted)
+            raise
+        finally:
+            with self._lock:
+                if self._coming.get(name) is mine:
+                    del self._coming[name]
+        return expert
+
+    def _load(self, name: str, stamp: Stamp, ahead: bool, check: Callable[[Expert], None]) -> Expert:
+        start = time.perf_counter()
+        expert, nbytes = self._place.read(name)
+        if self._base is not None:
+            expert.check_base(self._base)
+        check(expert)
+        with self._lock:
+            self._add(loads=1, load_seconds=time.perf_counter() - start, prefetched=int(ahead))
+            if not self._closed:
+                self._keep(name, _Held(expert, nbytes, stamp))
+        return expert
+
+    def _keep(self, name: str, held: _Held) -> None:
+        self._held.pop(name, None)
+        if held.nbytes > self._stats.budget_nbytes:
+            return
+        room = self._stats.budget_nbytes - held.nbytes - sum(each.nbytes for each in self._held.values())
+        while room < 0:
+            room += self._held.popitem(last=False)[1].nbytes
+            self._add(evictions=1)
+        self._held[name] = held
+
+    def _fetch_ahead(self, name: str) -> None:
+        try:
+            self._get(name, ahead=True)
+        except LoadError:
+            return
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise LoadError("store", found="a closed one", rule="an open store gives experts")
+
+    def _add(self, **more: float) -> None:
+        """Adds to the counts; the lock is held."""
+        self._stats = replace(self._stats, **{name: getattr(self._stats, name) + each for name, each in more.items()})

@@ -1,0 +1,270 @@
+"""Which density and alpha: every pair is scored on validation records, hopeless ones only on some (ComPEFT §2.1, §3.1).
+
+The task vector is compressed once for each density; its alphas share the bytes (`Expert.with_alpha`). Where the score
+comes in parts, the points race: all are scored on the first few parts, then on twice as many, and so on, and between
+rounds those fall out that are behind the best by more than chance explains. What is compared are differences on the
+same parts, d_1 … d_m: mean(d) + t(m) · sd(d) / sqrt(m + 1) < 0, Student's t at the wanted certainty, with one more
+difference of 0 taken into mean and sd, so that a few alike ones aren't taken for proof.
+
+On bases of 13 B parameters and more, at densities up to 0.2, alpha = 1 does without a sweep (§4.2; `default_alpha`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from scipy.stats import t as student
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from dovetail.display.format import figure, metric_name
+from dovetail.display.style import COLOURS, INK, SOFT
+from dovetail.errors import DataError
+from dovetail.experts.expert import Expert, compress
+from dovetail.experts.live.activate import activate, deactivate
+from dovetail.files import write_bytes
+from dovetail.progress import Bar
+from dovetail.tasks.find import as_task
+from dovetail.tasks.scoring import evaluate
+from dovetail.tasks.task import LOWER_IS_BETTER, Task
+
+DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
+ALPHAS = (0.5, 1, 2, 3, 4, 5, 6, 8, 10)
+"""The paper's grids (§3.1)."""
+_FIRST = 4  # parts of the first round
+_PART, _MOST_PARTS = 16, 16  # records of a part at least; parts at most
+_MEANS = ("accuracy", "exact_match")
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score that comes in parts, each of the mean of some records; higher is better.
+
+    of       scores an expert on the parts from one number to below another: a float for each
+    sizes    records of each part
+    metric   what it is, for tables and plots
+    """
+
+    of: Callable[[Expert, int, int], Sequence[float]]
+    sizes: tuple[int, ...]
+    metric: str = "score"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A density and an alpha, as they scored.
+
+    score    mean over the records seen
+    records  how many were seen; stopped: it fell out of the race before it had seen all
+    nbytes   size of its file
+    """
+
+    density: float
+    alpha: float
+    score: float
+    records: int
+    stopped: bool
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep found.
+
+    points   all of them, by density and alpha
+    best     of those that saw all records: the highest score, the lowest density, the middle one of the alphas
+    expert   the task vector compressed so
+    metric   what the scores are
+    """
+
+    points: tuple[Point, ...]
+    best: Point
+    expert: Expert = field(repr=False)
+    metric: str = "score"
+
+    def plot(self, path: str | Path, *, original: float | None = None) -> Path:
+        """Score against alpha, a line for each density, as PNG (Figure 6). Hollow: fell out of the race; ringed: best.
+
+        original  score of the uncompressed task vector, drawn as a dashed line
+        """
+        from dovetail.display.plots import empty, frame_lines, png  # half a second, and only here
+
+        share = 100 if figure(self.metric, 0.0).endswith("%") else 1
+        drawing, axes = empty()
+        for number, density in enumerate(sorted({point.density for point in self.points})):
+            line = [p for p in self.points if p.density == density and math.isfinite(p.score)]
+            x, y = [point.alpha for point in line], [share * point.score for point in line]
+            colour, dash = COLOURS[number % len(COLOURS)], "-" if number < len(COLOURS) else "--"
+            axes.plot(x, y, dash, color=colour, linewidth=1.8, label=f"density {density:g}")
+            fill = ["white" if point.stopped else colour for point in line]
+            axes.scatter(x, y, s=22, facecolors=fill, edgecolors=colour, linewidths=1.2, zorder=3)
+        if math.isfinite(self.best.score):
+            said = f"{figure(self.metric, self.best.score)}, density {self.best.density:g}"
+            axes.scatter(self.best.alpha, share * self.best.score, s=120, facecolors="none", edgecolors=INK, zorder=4,
+                         label=f"best: {said}")  # fmt: skip
+        if any(point.stopped for point in self.points):
+            axes.scatter([], [], s=22, facecolors="white", edgecolors=SOFT, linewidths=1.2, label="not seen to the end")
+        if original is not None:
+            axes.axhline(share * original, color=SOFT, linestyle="--", linewidth=1.2, label="uncompressed")
+        alphas = sorted({point.alpha for point in self.points})
+        axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
+        frame_lines(axes, "alpha", metric_name(self.metric) + (" (%)" if share == 100 else ""))
+        path = Path(path)
+        write_bytes(path, png(drawing))
+        return path
+
+
+@dataclass
+class _Racer:
+    """A point in the race: scores of the parts that it has seen."""
+
+    density: float
+    expert: Expert
+    nbytes: int
+    scores: list[float] = field(default_factory=list)
+    stopped: bool = False
+
+
+def sweep(
+    vector: Mapping[str, Tensor],
+    score: Score | Callable[[Expert], float],
+    *,
+    densities: Sequence[float] = DENSITIES,
+    alphas: Sequence[float] = ALPHAS,
+    scale: Literal["vector", "tensor"] = "vector",
+    certainty: float = 0.99,
+    progress: bool = True,
+) -> Sweep:
+    """Scores every density with every alpha, and says which is best.
+
+    vector     a task vector, as `compress` takes it
+    score      of an expert, higher is better; a `Score` (`scorer` makes one of a task) lets points race
+    certainty  with which a point must be worse than the best before it falls out, 0.5 to 1; 1: none does
+    progress   a bar for what takes longer than 3 s
+    errors     DataError for empty grids, a density, alpha or certainty out of range, and what `compress` refuses
+    """
+    if not densities or not alphas:
+        raise DataError("sweep", found="no densities" if alphas else "no alphas", rule="at least one of each")
+    if not 0.5 <= certainty <= 1:
+        raise DataError("sweep", found=f"certainty={certainty}", rule="from 0.5 to 1")
+    parts = score if isinstance(score, Score) else Score(lambda expert, first, last: [score(expert)], (1,))
+    racers = []
+    for density in sorted(set(densities)):
+        made = compress(vector, density, 1.0, scale)
+        racers += [_Racer(density, made.with_alpha(alpha), 0) for alpha in sorted(set(alphas))]
+    for racer in racers:
+        racer.nbytes = racer.expert.nbytes
+    _race(racers, parts, certainty, progress)
+    points = {id(racer): _point(racer, parts.sizes) for racer in racers}
+    finished = [racer for racer in racers if not racer.stopped]
+    top = max(_mean(racer.scores, parts.sizes) for racer in finished)
+    equal = [racer for racer in finished if _mean(racer.scores, parts.sizes) == top]
+    lowest = min(racer.density for racer in equal)  # a file's size also depends on how many digits its numbers have
+    plateau = sorted((r for r in equal if r.density == lowest), key=lambda racer: racer.expert.alpha)
+    best = plateau[(len(plateau) - 1) // 2]  # the middle: at its ends the score is about to fall
+    return Sweep(tuple(points.values()), points[id(best)], best.expert, parts.metric)
+
+
+def _race(racers: list[_Racer], score: Score, certainty: float, progress: bool) -> None:
+    """Scores all of them, on more and more parts, and stops those that fall behind."""
+    total, last = len(score.sizes), 0
+    with Bar("sweep", len(racers) * sum(score.sizes), shown=progress) as bar:
+        while last < total:
+            first, last = last, min(total, max(_FIRST, 2 * last))
+            for racer in racers:
+                if racer.stopped:
+                    bar.advance(sum(score.sizes[first:last]))
+                    continue
+                racer.scores += [float(value) for value in score.of(racer.expert, first, last)]
+                note = f"density {racer.density:g}, alpha {racer.expert.alpha:g}"
+                bar.advance(sum(score.sizes[first:last]), note=note)
+            running = [racer for racer in racers if not racer.stopped]
+            best = max(running, key=lambda racer: _mean(racer.scores, score.sizes))
+            if last < total:
+                for racer in running:
+                    racer.stopped = racer is not best and behind(racer.scores, best.scores, certainty)
+
+
+def behind(scores: Sequence[float], best: Sequence[float], certainty: float) -> bool:
+    """Whether scores are below others on the same parts by more than chance explains (top of this file).
+
+    certainty  of being right, where differences are normal; 1 never says yes
+    """
+    if not np.isfinite(scores).all():
+        return bool(np.isfinite(best).all()) and certainty < 1
+    if len(scores) < _FIRST or certainty == 1:
+        return False
+    differences = np.append(np.subtract(scores, best), 0.0)
+    error = differences.std(ddof=1) / math.sqrt(len(differences))
+    return bool(differences.mean() + student.ppf(certainty, len(scores)) * error < 0)
+
+
+def scorer(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task | str,
+    *,
+    split: str = "validation",
+    limit: int | None = None,
+    batch_size: int = 64,
+    max_length: int = 1024,
+) -> Score:
+    """A score for `sweep`: an expert is activated in the model, evaluated on a task, and taken out again.
+
+    model    that carries what the expert is of: a chain, a peft adapter, or the base of a fully fine-tuned model. Left
+             as `deactivate` leaves it: a chain's links at their initial values
+    task     or the name of one of the playground; its metric is the score, where lower is better minus that
+    split    of the task; `limit`: only its first records
+    returns  parts of 16 records or more, at most 16 of them, where the score is a mean over records (for perplexity, of
+             minus nats a token, by parts); one part for correlations
+    errors   DataError for a missing split, or a limit below 1; then those of `activate` and `evaluate`
+    """
+    task = as_task(task)
+    if limit is not None and limit < 1:
+        raise DataError("scorer", found=f"limit={limit}", rule="at least one record")
+    records = task.split(split)[:limit]
+    pooled = task.metric in _MEANS or task.metric in LOWER_IS_BETTER
+    number = min(_MOST_PARTS, max(1, len(records) // _PART)) if pooled else 1
+    tasks = [Task(task.name, task.kind, task.metric, {split: records[part::number]}) for part in range(number)]
+    sign, key = (-1, "nats_per_token") if task.metric in LOWER_IS_BETTER else (1, task.metric)
+
+    def of(expert: Expert, first: int, last: int) -> list[float]:
+        activate(model, expert, verified=True)  # just coded; what was changed since is found while it is decoded
+        try:
+            found = [
+                evaluate(model, tokenizer, each, split=split, batch_size=batch_size, max_length=max_length,
+                         progress=False)[task.name][key]
+                for each in tasks[first:last]
+            ]  # fmt: skip
+        finally:
+            deactivate(model)
+        return [sign * value for value in found]
+
+    return Score(of, tuple(len(each.split(split)) for each in tasks), task.metric if sign > 0 else "minus nats a token")
+
+
+def default_alpha(parameters: int, density: float) -> float | None:
+    """1.0 where the paper found that alpha = 1 does without a sweep: bases of 13 B parameters and more, at densities up
+    to 0.2 (ComPEFT §4.2). None: a sweep is advised.
+
+    >>> default_alpha(13_000_000_000, 0.2), default_alpha(7_000_000_000, 0.05)
+    (1.0, None)
+    """
+    return 1.0 if parameters >= 13e9 and density <= 0.2 else None
+
+
+def _mean(scores: Sequence[float], sizes: Sequence[int]) -> float:
+    """Over records; minus infinity where it isn't a number."""
+    seen = sizes[: len(scores)]
+    mean = sum(score * size for score, size in zip(scores, seen, strict=True)) / max(1, sum(seen))
+    return mean if not math.isnan(mean) else -math.inf
+
+
+def _point(racer: _Racer, sizes: Sequence[int]) -> Point:
+    seen = sum(sizes[: len(racer.scores)])
+    return Point(racer.density, racer.expert.alpha, _mean(racer.scores, sizes), seen, racer.stopped, racer.nbytes)

@@ -1,0 +1,10 @@
+"""Adapters: trainable links, one method a file. Importing this package registers them."""
+
+from dovetail.links.adapt.bottleneck import Bottleneck
+from dovetail.links.adapt.dora import DoRA
+from dovetail.links.adapt.ia3 import IA3
+from dovetail.links.adapt.loha import LoHa
+from dovetail.links.adapt.lora import LoRA
+from dovetail.links.adapt.vera import VeRA
+
+__all__ = ["IA3", "Bottleneck", "DoRA", "LoHa", "LoRA", "VeRA"]

@@ -1,0 +1,23 @@
+"""Magnitude pruning: the smallest weights go.
+
+    score = |W|, compared within the layer, or within each output row
+
+Source: Han et al. 2015. Needs no data; at 50% and more it costs much more quality than Wanda, which it is the
+baseline for.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dovetail.links.prune.scored import scoring
+
+
+def magnitude_scores(weight_oi: Tensor) -> Tensor:
+    """Importance of each weight: |W[o,i]|. (out, in), the weight's dtype."""
+    return weight_oi.abs()
+
+
+Magnitude = scoring(
+    "magnitude", per="layer", calibrated=False, summary="zeroes the smallest weights", source="Han et al. 2015"
+)(magnitude_scores)

@@ -1,0 +1,154 @@
+"""Pruning by a score: one function says how much each weight matters, the rest is the same for all.
+
+    keep = the best-scored weights of each row, of the layer, or of every M consecutive inputs (N:M)
+
+SQFT (Munoz et al. 2024, §2.1) writes the score as an arbitrary function Ψ of the weight and its input. `scoring` makes
+a link of such a function. Nothing is moved: a weight that stays keeps its value. A method that updates the others, as
+SparseGPT does, is a `Pruner` of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, make_dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+
+from dovetail.chains.link import Pruner, Site, arguments, positional
+from dovetail.chains.registry import links, register
+from dovetail.chains.statistics import InputStatistics
+from dovetail.errors import ChainError, DovetailError
+from dovetail.links.prune.pattern import DEFAULT_SPARSITY, check_width, pattern_sparsity, read_pattern
+from dovetail.links.prune.select import check_sparsity, keep_pattern, keep_top
+
+
+@dataclass(frozen=True)
+class ScoredPruner(Pruner):
+    """Keeps the best-scored weights; made by `scoring`.
+
+    sparsity    fraction of zeros; with a pattern it is the pattern's
+    allocation  "uniform": the same fraction in every layer; "outlier": fewer zeros where scores have more outliers
+    pattern     "N:M": of every M consecutive weights along a row's inputs, N are not zero (NVIDIA's convention)
+    per         weights are compared within the "layer" or within each output "row"; a pattern compares within windows
+    """
+
+    score: ClassVar[Callable[..., Tensor]]
+
+    sparsity: float = positional(DEFAULT_SPARSITY)
+    allocation: Literal["uniform", "outlier"] = "uniform"
+    pattern: str | None = None
+    per: Literal["layer", "row"] = "layer"
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.name, self.sparsity)
+        _one_of(self.name, "allocation", self.allocation, ("uniform", "outlier"))
+        _one_of(self.name, "per", self.per, ("layer", "row"))
+        if self.pattern is not None:
+            sparsity = pattern_sparsity(self.name, self.pattern, self.sparsity, self.allocation)
+            object.__setattr__(self, "sparsity", sparsity)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remake, (self.name, arguments(self))  # the class may be bound to another name than its own
+
+    def check(self, site: Site) -> None:
+        """Raises ChainError where the pattern's M doesn't divide the layer's inputs."""
+        if self.pattern is not None:
+            check_width(f"{self.name} at {site.name}", self.pattern, site.in_features)
+
+    def scores(self, weight_oi: Tensor, inputs: InputStatistics | None) -> Tensor:
+        if not self.calibrated:
+            return self._refuse_bad(self.score(weight_oi), weight_oi, None)
+        assert inputs is not None
+        return self._refuse_bad(self.score(weight_oi, inputs.norm_i), weight_oi, inputs.norm_i)
+
+    def prune(self, weight_oi: Tensor, inputs: InputStatistics | None) -> tuple[Tensor, Tensor]:
+        scores_oi = self.scores(weight_oi, inputs)
+        if self.pattern is not None:
+            check_width(self.name, self.pattern, weight_oi.shape[1])
+            keep = keep_pattern(scores_oi, *read_pattern(self.name, self.pattern))
+        elif self.per == "row":
+            keep = keep_top(scores_oi, self.sparsity)
+        else:
+            keep = keep_top(scores_oi.reshape(1, -1), self.sparsity).view_as(scores_oi)
+        return keep, weight_oi
+
+    def _refuse_bad(self, scores: Tensor, weight_oi: Tensor, input_norm_i: Tensor | None) -> Tensor:
+        told: object = scores  # by a function of anyone's
+        if not isinstance(told, Tensor) or told.shape != weight_oi.shape or not told.is_floating_point():
+            shape = f"scores of shape {tuple(scores.shape)} and type {scores.dtype}" if isinstance(told, Tensor) else ""
+            raise DovetailError(
+                self.name,
+                found=shape or repr(told)[:200],
+                rule=f"a score is a floating-point number for each weight, here of shape {tuple(weight_oi.shape)}",
+                fix=f"check the function that scores {self.name}",
+            )
+        finite = torch.isfinite(scores)
+        if not bool(finite.all()):
+            cause, fix = "", f"check the function that scores {self.name}"
+            if not bool(torch.isfinite(weight_oi).all()):
+                cause, fix = ", as are weights", "check the checkpoint"
+            elif input_norm_i is not None and not bool(torch.isfinite(input_norm_i).all()):
+                cause, fix = ", as are the layer's inputs", "check the calibration data, or load the model in float32"
+            raise DovetailError(
+                self.name,
+                found=f"{int((~finite).sum())} of {scores.numel()} scores are NaN or infinite{cause}",
+                rule="weights are ranked by finite scores",
+                fix=fix,
+            )
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+Score = Callable[..., Tensor]
+"""(weight_oi, input_norm_i) -> scores, or (weight_oi) -> scores where nothing is known of the input."""
+
+
+def scoring(
+    name: str, *, per: Literal["layer", "row"], calibrated: bool, summary: str, source: str
+) -> Callable[[Score], type[ScoredPruner]]:
+    """Decorator: registers a pruner that keeps the weights with the highest scores, and returns its class.
+
+    name        of the link in chains: `name(0.5, pattern="2:4")`
+    per         where weights are compared unless the chain says otherwise: in the "layer" or in each output "row"
+    calibrated  whether the score needs the input: the function is called with (weight_oi, input_norm_i) then, and with
+                (weight_oi) otherwise. weight_oi (o, i) has any float dtype; input_norm_i (i,) float32 is the L2 norm of
+                each input feature over the calibration tokens
+    summary, source   what `dovetail methods` tells
+
+    The function returns (o, i), any float dtype, finite, larger is more important. `Class.score` is the function.
+    """
+    _one_of(name, "per", per, ("layer", "row"))  # now, not when the first chain names it
+
+    def add(score: Score) -> type[ScoredPruner]:
+        cls = cast(
+            type[ScoredPruner],
+            make_dataclass(
+                name.title().replace("_", ""),
+                [("per", Literal["layer", "row"], per)],
+                bases=(ScoredPruner,),
+                frozen=True,
+                namespace={
+                    "score": staticmethod(score),
+                    "calibrated": calibrated,
+                    "summary": summary,
+                    "source": source,
+                    "__doc__": score.__doc__,
+                },
+            ),
+        )
+        cls.__module__ = score.__module__
+        return register(name)(cls)
+
+    return add
+
+
+def _remake(name: str, values: dict[str, Any]) -> Any:
+    return links()[name](**values)
+
+
+def _one_of(method: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ChainError(
+            method, found=f"{name}={value!r}", rule=f"{name} is {' or '.join(allowed)}", fix=f"{name}={allowed[0]}"
+        )

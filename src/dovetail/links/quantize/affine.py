@@ -1,0 +1,224 @@
+"""The affine grid: value = (code - zero point) * scale, one scale and zero point a group of inputs.
+
+The weight on it, what its quantizers share, and the scales that span a range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dovetail.chains.grid import QuantizedWeight
+from dovetail.chains.link import Quantizer, Site, always_print, identity_of
+from dovetail.chains.packing import CODES_PER_UNIT, pack, packed_nbytes, read, unpack, value_table
+from dovetail.errors import ChainError, DovetailError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class AffineWeight(QuantizedWeight):
+    """Codes of `bits` bits; `scale_og` (o, groups) float16; zero points packed like the codes, or none if symmetric.
+
+    Symmetric codes lie in [-2^(bits-1), 2^(bits-1) - 1] and are stored with 2^(bits-1) added. Zero is exact in both.
+    """
+
+    scale_og: Tensor
+    zero_og: Tensor | None
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scale_og: Tensor,
+        zero_og: Tensor | None,
+        *,
+        shape: tuple[int, int],
+        bits: int,
+        identity: str,
+    ) -> None:
+        """Packed codes and packed zero points (`packing.pack`)."""
+        super().__init__(shape, shape[1] // scale_og.shape[1], CODES_PER_UNIT[bits], identity)
+        self.bits = bits
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale_og", scale_og)
+        self.register_buffer("zero_og", zero_og)
+
+    @classmethod
+    def from_scales(
+        cls, weight_oi: Tensor, scale_og: Tensor, zero_og: Tensor | None, *, bits: int, identity: str
+    ) -> AffineWeight:
+        """The grid of given scales, with the codes nearest to weight_oi.
+
+        weight_oi  (o, i) any float dtype
+        scale_og   (o, groups) float16, not negative
+        zero_og    (o, groups) integers in [0, 2^bits - 1], any dtype; None for a symmetric grid
+        """
+        packed_zero = None if zero_og is None else pack(zero_og.to(torch.uint8), bits)
+        shape = (weight_oi.shape[0], weight_oi.shape[1])
+        grid = cls.empty(shape, groups=scale_og.shape[1], bits=bits, symmetric=zero_og is None, identity=identity)
+        grid.scale_og, grid.zero_og = scale_og.to(torch.float16), packed_zero
+        return grid.encode(weight_oi)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], *, groups: int, bits: int, symmetric: bool, identity: str) -> AffineWeight:
+        """Zero buffers of the right shapes, to load a state_dict into."""
+        o, i = shape
+        codes = torch.zeros(packed_nbytes(o * i, bits), dtype=torch.uint8)
+        scale_og = torch.zeros(o, groups, dtype=torch.float16)
+        zero_og = None if symmetric else torch.zeros(packed_nbytes(o * groups, bits), dtype=torch.uint8)
+        return cls(codes, scale_og, zero_og, shape=shape, bits=bits, identity=identity)
+
+    def _grid(self, start: int, rows: int) -> tuple[Tensor, Tensor | None]:
+        """Scales and zero points of the blocks of these rows, float32 (blocks,)."""
+        first, last = self._block_range(start, rows)
+        scale = self.scale_og.view(-1)[first:last].float()
+        if self.zero_og is None:
+            return scale, None
+        levels = tuple(float(code) for code in range(2**self.bits))
+        return scale, read(self.zero_og, self.bits, first, last, value_table(levels, self.bits, self.zero_og))
+
+    def _decode(self, start: int, stop: int, rows: Tensor) -> None:
+        i = self.shape[1]
+        scale, zero = self._grid(start, stop - start)
+        offset = 2 ** (self.bits - 1) if zero is None else 0
+        if self.bits == 8:
+            rows.copy_(self.codes[start * i : stop * i].view(-1, i)).sub_(offset)
+        else:
+            levels = tuple(float(code - offset) for code in range(2**self.bits))
+            table = value_table(levels, self.bits, self.codes)
+            read(self.codes, self.bits, start * i, stop * i, table, out=rows.view(-1))
+        if zero is not None:
+            self._by_block(Tensor.sub_, rows, zero)
+        self._by_block(Tensor.mul_, rows, scale)
+
+    def _to_steps(self, rows: Tensor, scale: Tensor) -> None:
+        """Rows in steps from zero; a block whose scale is zero holds only zero."""
+        self._by_block(Tensor.div_, rows, scale.masked_fill(scale == 0, torch.inf))
+
+    def _to_codes(self, rows: Tensor, scale: Tensor, zero: Tensor | None, inside: Tensor | None = None) -> None:
+        """Rows replaced by their codes, minus 2^(bits-1) if symmetric; the zero code is +0."""
+        self._to_steps(rows, scale)
+        rows.round_()
+        if zero is None:
+            lowest, highest = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        else:
+            self._by_block(Tensor.add_, rows, zero)
+            lowest, highest = 0, 2**self.bits - 1
+        if inside is not None:
+            torch.eq(rows, rows.clamp(lowest, highest), out=inside)
+            if not bool(scale.all()):
+                self._by_block(Tensor.logical_and_, inside, scale != 0)
+        rows.clamp_(lowest, highest)
+        if zero is None:
+            rows.add_(0.0)
+
+    def _snap(self, rows: Tensor, start: int, inside: Tensor | None = None) -> None:
+        scale, zero = self._grid(start, len(rows))
+        self._to_codes(rows, scale, zero, inside)
+        if zero is not None:
+            self._by_block(Tensor.sub_, rows, zero)
+        self._by_block(Tensor.mul_, rows, scale)
+
+    def _encode(self, rows: Tensor, start: int) -> Tensor:
+        scale, zero = self._grid(start, len(rows))
+        self._to_codes(rows, scale, zero)
+        if zero is None:
+            rows.add_(2 ** (self.bits - 1))
+        return rows.to(torch.uint8)
+
+    def _inside(self, rows: Tensor, start: int, inside: Tensor) -> None:
+        scale, zero = self._grid(start, len(rows))
+        self._by_block(Tensor.div_, rows, scale)  # infinite or NaN, so not inside, where the scale is zero
+        rows.round_()
+        lowest = -(2 ** (self.bits - 1)) if zero is None else 0
+        if zero is not None:
+            self._by_block(Tensor.add_, rows, zero)
+        half_range = (2**self.bits - 1) / 2
+        torch.le(rows.sub_(lowest + half_range).abs_(), half_range, out=inside)
+
+    def zero_codes(self, start: int, stop: int) -> Tensor:
+        if self.zero_og is None:
+            return self.codes.new_full((1, 1), 2 ** (self.bits - 1))
+        groups = self.scale_og.shape[1]
+        zero = unpack(self.zero_og, self.bits, start * groups, stop * groups)
+        return zero[:, None].expand(-1, self.block).reshape(stop - start, self.shape[1])
+
+    def _with_codes(self, codes: Tensor) -> Self:
+        packed = pack(codes, self.bits)
+        return type(self)(packed, self.scale_og, self.zero_og, shape=self.shape, bits=self.bits, identity=self.identity)
+
+
+@dataclass(frozen=True)
+class AffineQuantizer(Quantizer):
+    """Integers of 2, 3, 4 or 8 bits; `group` inputs share a float16 scale (0: one group a row)."""
+
+    bits: int = always_print(4)
+    group: int = always_print(64)
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4, 8):
+            raise self._bad(f"bits={self.bits}", "bits is 2, 3, 4 or 8", "bits=4")
+        if self.group < 0:
+            raise self._bad(f"group={self.group}", "group is at least 0", "group=64, or group=0 for one group per row")
+
+    def check(self, site: Site) -> None:
+        """Raises ChainError where group doesn't divide the layer's inputs."""
+        self._groups(site.in_features, f"{self.name} at {site.name}")
+
+    def empty(self, shape: tuple[int, int]) -> AffineWeight:
+        """Zero buffers as `quantize` would fill them for a weight of this shape (o, i)."""
+        groups = self._groups(shape[1], self.name)
+        return AffineWeight.empty(
+            shape, groups=groups, bits=self.bits, symmetric=self.symmetric, identity=identity_of(self)
+        )
+
+    def stored_nbytes(self, site: Site) -> int:
+        """Codes, a float16 scale a group and, if asymmetric, a zero point of `bits` bits a group."""
+        groups = site.out_features * self._groups(site.in_features, f"{self.name} at {site.name}")
+        zeros = 0 if self.symmetric else packed_nbytes(groups, self.bits)
+        return packed_nbytes(site.out_features * site.in_features, self.bits) + 2 * groups + zeros
+
+    def _groups(self, in_features: int, where: str) -> int:
+        if self.group == 0:
+            return 1
+        if in_features % self.group:
+            divisors = (g for g in range(1, in_features + 1) if in_features % g == 0)
+            nearest = min(divisors, key=lambda g: abs(g - self.group))
+            raise ChainError(
+                where,
+                found=f"in_features={in_features}, group={self.group}",
+                rule="group must divide in_features",
+                fix=f"group={nearest}, or group=0 for one group per row",
+            )
+        return in_features // self.group
+
+
+def affine_range(
+    weight_oi: Tensor, groups: int, *, bits: int, symmetric: bool, where: str
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points that span each group's range, zero included.
+
+    weight_oi  (o, i) float32
+    returns    scale (o, groups) float16; zero point (o, groups) float32 integers in [0, 2^bits - 1], None if symmetric
+    """
+    grouped = weight_oi.view(weight_oi.shape[0], groups, -1)
+    steps = 2**bits - 1
+    low = grouped.amin(dim=2).clamp(max=0)
+    high = grouped.amax(dim=2).clamp(min=0)
+    exact = torch.maximum(high, -low) / (steps / 2) if symmetric else (high - low) / steps
+    scale = exact.to(torch.float16)
+    if bool(torch.isinf(scale).any()):
+        raise DovetailError(
+            where,
+            found=f"a group that needs the scale {float(exact.max()):.6g}",
+            rule=f"a scale is stored as float16, at most {torch.finfo(torch.float16).max:.0f}",
+            fix="check the checkpoint: weights of a working model are far smaller; or use nf4 or fp8",
+        )
+    if symmetric:
+        return scale, None
+    divisor = scale.float().masked_fill(scale == 0, torch.inf)
+    return scale, (-low / divisor).round().clamp(0, steps)

@@ -1,0 +1,47 @@
+"""`int`: integers by rounding to the nearest, one scale a group of inputs.
+
+Idea: cut each row into groups; spread 2^bits equidistant values over the range of a group; round each weight to the
+nearest. No data, no solver, one pass.
+
+    asymmetric   scale = (max(w, 0) - min(w, 0)) / (2^bits - 1)     zero = round(-min(w, 0) / scale)
+    symmetric    scale = max|w| / ((2^bits - 1) / 2)                zero = 2^(bits-1)
+    code = clamp(round(w / scale) + zero, 0, 2^bits - 1)            value = (code - zero) * scale
+
+The scale is rounded to float16 before the codes are made, so that the codes are nearest for what is stored; a group
+whose scale is below float16's smallest number becomes zero. The range always holds 0, and 0 has a code: a pruned
+weight stays zero.
+
+Source: the usual round-to-nearest baseline of GPTQ (Frantar et al. 2022, §3) and SQFT (Munoz et al. 2024, §2.2, eq. 1).
+Against its neighbours: `nf4(double=True)` is as near at 4.13 bits as `int(bits=4)` at 4.31, but has no other width and
+no integer arithmetic; `fp8` needs no groups; GPTQ and HQQ find better codes or scales for the same grid, at the price
+of a solver. Cost: bits + 16/group bits a weight, and bits/group more for the zero points if asymmetric.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from dovetail.chains.grid import refuse_bad_weight
+from dovetail.chains.link import identity_of
+from dovetail.chains.registry import register
+from dovetail.chains.statistics import InputStatistics
+from dovetail.links.quantize.affine import AffineQuantizer, AffineWeight, affine_range
+
+
+@register("int")
+@dataclass(frozen=True)
+class Int(AffineQuantizer):
+    """Integers of 2, 3, 4 or 8 bits; `group` inputs share a float16 scale (0: one group a row)."""
+
+    summary: ClassVar[str] = "integers of 2, 3, 4 or 8 bits, rounded to nearest, one scale per group"
+    source: ClassVar[str] = "round-to-nearest, SQFT §2.2"
+
+    def quantize(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> AffineWeight:
+        """The grid and packed codes of weight_oi (o, i), any float. Raises DovetailError on NaN, inf, overflow."""
+        groups = self._groups(weight_oi.shape[-1], self.name)
+        weight_32 = refuse_bad_weight(self.name, weight_oi)
+        scale_og, zero_og = affine_range(weight_32, groups, bits=self.bits, symmetric=self.symmetric, where=self.name)
+        return AffineWeight.from_scales(weight_32, scale_og, zero_og, bits=self.bits, identity=identity_of(self))

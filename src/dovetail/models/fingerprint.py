@@ -1,0 +1,67 @@
+"""Fingerprints: which base a model, an adapter or a merged checkpoint belongs to, exactly.
+
+SHA-256 over names, dtypes, shapes and bytes, streamed tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dovetail.errors import LoadError
+from dovetail.models.targets import new_heads
+
+_CHUNK = 1 << 24  # elements hashed at a time: what a fingerprint needs beside the model
+
+
+def fingerprint(model: nn.Module, *, leave_out: Collection[str] = ()) -> str:
+    """ "sha256:" and 64 hexadecimal digits that identify the model's tensors exactly.
+
+    The hash runs over parameters and persistent buffers in order of their names: name, dtype, shape, bytes. Equal
+    fingerprints mean equal tensors, bit for bit; a changed bit, dtype, shape or name changes it. The device, the
+    class of the model and whether tied weights are stored once don't. It needs memory for one chunk of a tensor (or,
+    where a tensor isn't contiguous, for one tensor).
+
+    leave_out  module paths whose tensors don't count, such as a new head, whose weights depend on the seed
+    """
+    tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+    return tensors_fingerprint(tensors, leave_out=leave_out)
+
+
+def tensors_fingerprint(tensors: Mapping[str, Tensor], *, leave_out: Collection[str] = ()) -> str:
+    """`fingerprint` of a module whose state is these tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if any(name.startswith(f"{path}.") for path in leave_out):
+            continue
+        if tensor.is_meta:
+            raise LoadError(f"fingerprint at {name}", found="device meta", rule="only stored tensors have one")
+        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+        for chunk in tensor.detach().reshape(-1).split(_CHUNK):
+            digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Of a model before its chain. A classifier's head may come from the run's seed: it is no part of it."""
+    return "unknown" if any(p.is_meta for p in model.parameters()) else fingerprint(model, leave_out=new_heads(model))
+
+
+def check_merged(where: str, model: PreTrainedModel) -> None:
+    """A merged model's config says which weights it belongs to (`dovetail.merge`); LoadError for others."""
+    said = getattr(model.config, "dovetail", None)
+    if not isinstance(said, dict) or "merged_fingerprint" not in said:
+        return
+    found = fingerprint(model)
+    if found != said["merged_fingerprint"]:
+        raise LoadError(
+            where,
+            found=f"weights with fingerprint {found}",
+            rule=f"config.json says they are {said.get('chain')} over {said.get('quantizer')}, merged, "
+            f"with fingerprint {said['merged_fingerprint']}",
+            fix='copy the checkpoint again; if it was trained on or cast since, take "dovetail" out of its config.json',
+        )

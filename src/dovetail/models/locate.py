@@ -1,0 +1,65 @@
+"""Where a model is: a folder, "playground", a folder inside an installed package, or the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+from dovetail.errors import LoadError
+
+PLAYGROUND = "playground"
+_LOCATIONS = "a model is a folder, a hub id, playground or package:NAME/FOLDER"
+
+
+def resolve(name_or_dir: str | Path) -> str | Path:
+    """The folder that a name stands for, or the hub id itself (str). Raises LoadError for a folder that isn't there."""
+    text = str(name_or_dir)
+    if name_or_dir == PLAYGROUND:
+        from dovetail.tasks.playground import MODEL_DIR  # here, so that loading other models doesn't need it
+
+        return Path(MODEL_DIR)
+    if text.startswith("package:"):
+        return _package_folder(text)
+    if (folder := Path(text).expanduser()).is_dir():
+        return folder
+    if folder.exists():
+        raise LoadError(f"model {text}", found="a file", rule="a model is a folder", fix=str(folder.parent))
+    if isinstance(name_or_dir, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
+        raise LoadError(f"model {text}", found="no such folder", rule=_LOCATIONS, fix="check the path")
+    return text
+
+
+def _package_folder(text: str) -> Path:
+    name, _, inside = text.removeprefix("package:").partition("/")
+    rule = "package:NAME/FOLDER names a folder inside an installed top-level Python package"
+    # Only top-level names: looking for a dotted one would import its parents.
+    spec = importlib.util.find_spec(name) if name.isidentifier() and name != "__main__" else None
+    if spec is None or not spec.submodule_search_locations:
+        raise LoadError(f"model {text}", found=f"no package {name!r} installed", rule=rule, fix="install the package")
+    for location in spec.submodule_search_locations:
+        root = Path(location).resolve()
+        folder = (root / inside).resolve()
+        if not folder.is_relative_to(root):
+            raise LoadError(f"model {text}", found="a path out of the package", rule=rule, fix="drop '..'")
+        if folder.is_dir():
+            return folder
+    raise LoadError(f"model {text}", found=f"no folder {inside!r} in the package", rule=rule, fix="check the folder")
+
+
+def ask_hub(name: str) -> None:
+    """Ask once and say so at once: transformers alone retries an unreachable hub for half a minute."""
+    where = f"model {name}"
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        HfApi().model_info(name, timeout=10)
+    except (RepositoryNotFoundError, HFValidationError):
+        raise LoadError(where, found="no folder or hub model", rule=_LOCATIONS, fix="check the name") from None
+    except HfHubHTTPError:
+        return  # the hub is there; transformers says best what it answers
+    except Exception as error:  # whichever class the hub's HTTP client of the day has for "unreachable"
+        found = f"no folder of that name, not in the cache, hub not reachable ({error})"
+        raise LoadError(where, found=found, rule=_LOCATIONS, fix=f"a folder, or {PLAYGROUND}: no network") from None

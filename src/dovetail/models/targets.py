@@ -1,0 +1,250 @@
+"""Which layers to adapt: labels (query, key, value, output, gate, up, down), globs over module paths, "all-linear".
+
+The labels are those of CLAM's GenericTransformer: they name what a layer does, so that one recipe fits every family.
+ROLES below is the whole table; the first pattern that fits the end of a layer's path decides. A fused layer answers
+to several labels (GPT-2's c_attn is query, key and value at once).
+
+A head (the output embedding, a classifier, the pooler that feeds it) carries no label and is no part of
+"all-linear"; it is adapted only when named by its path. peft leaves out the output embedding too, and the classifier
+where it's told the task, but adapts poolers and the inner layers of a head; here heads are trained whole or not at
+all.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dovetail.errors import TargetError
+from dovetail.models.roles import ALL_LINEAR, HEADS, LABELS, ROLES
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer to adapt.
+
+    name         module path, such as "model.layers.0.self_attn.q_proj"
+    module       nn.Linear, transformers' Conv1D (its weight is (in, out)), nn.Conv1d or nn.Conv2d
+    roles        the labels that it answers to, in LABELS' order; several for a fused layer, none when unlabelled
+    feedforward  whether it is a feed-forward's output layer ("down"), where IA3 scales inputs, not outputs
+    aliases      further paths that hold the same module object; whoever replaces the layer replaces it there too
+    """
+
+    name: str
+    module: nn.Module
+    roles: tuple[str, ...]
+    feedforward: bool
+    aliases: tuple[str, ...] = ()
+
+
+def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) -> list[Target]:
+    """The layers of `model` that `targets` names, each once, in module order.
+
+    model    any nn.Module
+    targets  a label of LABELS; "all-linear"; a glob over module paths, which also fits the end of a path ("q_proj",
+             "layers.0.*"); or several of these, as a sequence or separated by commas
+
+    "all-linear" is every nn.Linear and transformers Conv1D outside the heads, without those that can't be changed on
+    their own (weights shared with another module, or not stored as one floating-point parameter). Convolutions are
+    found only when a glob names them. A model that isn't a PreTrainedModel, nor holds one, has no known head.
+    Experts that a model keeps as three-dimensional parameters (Mixtral and others in transformers 5) are not layers
+    and can't be targets; `fused_experts` lists them.
+
+    Raises TargetError when a target matches nothing, or asks by label or glob for a layer that can't be changed alone.
+    """
+    asked = _split(targets)
+    layers = _layers(model)
+    where = f"targets {', '.join(asked)!r} in {type(model).__name__}"
+    if not asked:
+        raise TargetError(where, found="no target", rule="name at least one layer", fix=ALL_LINEAR)
+    if not any(_is_linear(layer.module) for layer in layers) and (ALL_LINEAR in asked or not layers):
+        raise TargetError(
+            where,
+            found=_describe(model, layers),
+            rule="a chain needs linear layers to stand on",
+            fix="name convolutions by a glob" if layers else "choose a model that has nn.Linear or Conv1D layers",
+        )
+    refusals = _refusals(model, layers)
+    chosen: set[str] = set()
+    for target in asked:
+        if target == ALL_LINEAR:
+            chosen.update(_all_linear(where, layers, refusals, heads(model)))
+            continue
+        matched = [layer.name for layer in layers if _matches(layer, target)]
+        if not matched:
+            raise _nothing_matches(model, target, layers)
+        for name in matched:
+            if name in refusals:
+                rule = "a layer is adapted only where its weight is its own floating-point parameter"
+                fix = "leave it out, or give it a weight of its own first (an output head: tie_word_embeddings=False)"
+                raise TargetError(f"target {target!r} at {name}", found=refusals[name], rule=rule, fix=fix)
+        chosen.update(matched)
+    return [layer for layer in layers if layer.name in chosen]
+
+
+def roles_of(path: str) -> tuple[str, ...]:
+    """The labels that a layer of this path answers to, by ROLES; none for a path that isn't in the table.
+
+    >>> roles_of("model.layers.0.self_attn.qkv_proj")
+    ('query', 'key', 'value')
+    """
+    return next((roles for pattern, roles in ROLES if _path_matches(path, pattern)), ())
+
+
+def labels(model: nn.Module) -> dict[str, list[str]]:
+    """Label -> paths of the layers that answer to it, in module order; labels without a layer are left out."""
+    layers = _layers(model)
+    found = {label: [layer.name for layer in layers if label in layer.roles] for label in LABELS}
+    return {label: names for label, names in found.items() if names}
+
+
+def heads(model: nn.Module) -> list[str]:
+    """Paths of the output head and the task heads (poolers with them), in module order; [] where none is known.
+
+    A head is the output embedding of a PreTrainedModel, or a direct child of one whose name is in HEADS.
+    """
+    paths: set[str] = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            output = module.get_output_embeddings()
+            for path, child in module.named_modules():
+                if (path and child is output) or path in HEADS:
+                    paths.add(f"{prefix}.{path}".removeprefix("."))
+    return [path for path, _ in model.named_modules() if path in paths]
+
+
+def new_heads(model: nn.Module) -> list[str]:
+    """Paths of the heads that a sequence classifier may bring untrained, the pooler too; [] for other models."""
+    return heads(model) if type(model).__name__.endswith("ForSequenceClassification") else []
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """Paths of modules that hold all experts in three-dimensional parameters: no layers, so never targets."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "experts" in name.rpartition(".")[2] and any(p.ndim == 3 for p in module.parameters(recurse=False))
+    ]
+
+
+def _split(targets: str | Sequence[str]) -> list[str]:
+    parts = targets.split(",") if isinstance(targets, str) else [part for text in targets for part in text.split(",")]
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _layers(model: nn.Module) -> list[Target]:
+    """Every layer that could be a target, convolutions and heads included, in module order."""
+    paths: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name and isinstance(module, (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)):
+            paths.setdefault(module, []).append(name)
+    head_paths = heads(model)
+    layers = []
+    for module, (name, *aliases) in paths.items():
+        roles = () if not _is_linear(module) or _inside(name, head_paths) else roles_of(name)
+        layers.append(Target(name, module, roles, "down" in roles, tuple(aliases)))
+    return layers
+
+
+def _path_matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def _matches(layer: Target, target: str) -> bool:
+    if target in LABELS:
+        return target in layer.roles
+    return any(_path_matches(name, target) for name in (layer.name, *layer.aliases))
+
+
+def _inside(name: str, paths: Iterable[str]) -> bool:
+    return any(name == path or name.startswith(f"{path}.") for path in paths)
+
+
+def _all_linear(where: str, layers: list[Target], refusals: dict[str, str], head_paths: list[str]) -> list[str]:
+    body = [layer.name for layer in layers if _is_linear(layer.module) and not _inside(layer.name, head_paths)]
+    free = [name for name in body if name not in refusals]
+    if free:
+        return free
+    raise TargetError(
+        where,
+        found=f"{body[0]}: {refusals[body[0]]}" if body else f"linear layers only in {', '.join(head_paths)}",
+        rule=f"{ALL_LINEAR} is every linear layer outside the heads whose weight is its own floating-point parameter",
+        fix="load the model unquantized and untied" if body else "name the layers by a glob, such as " + layers[0].name,
+    )
+
+
+def _refusals(model: nn.Module, layers: list[Target]) -> dict[str, str]:
+    """Layer name -> why it can't be changed on its own."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append((f"{path}.{parameter_name}".removeprefix("."), module))
+    refusals = {}
+    for layer in layers:
+        parameters = dict(layer.module.named_parameters(recurse=False))
+        shared = [
+            f"{name} shared with {path}"
+            for name, parameter in parameters.items()
+            for path, owner in owners[id(parameter)]
+            if owner is not layer.module
+        ]
+        if isinstance(layer.module, NonDynamicallyQuantizableLinear):
+            # nn.MultiheadAttention reads this layer's weight and never calls it: a replacement would do nothing.
+            refusals[layer.name] = "the output layer of nn.MultiheadAttention, which is never called as a layer"
+        elif "weight" not in parameters:
+            refusals[layer.name] = "weight is computed from others (a parametrization), not stored"
+        elif not parameters["weight"].dtype.is_floating_point:
+            refusals[layer.name] = f"weight stored as {parameters['weight'].dtype}, already quantized elsewhere"
+        elif shared:
+            refusals[layer.name] = "; ".join(shared)
+    return refusals
+
+
+def _nothing_matches(model: nn.Module, target: str, layers: list[Target]) -> TargetError:
+    present = [label for label in LABELS if any(label in layer.roles for layer in layers)]
+    ends = list(dict.fromkeys(layer.name.rpartition(".")[2] for layer in layers if not layer.name[-1].isdigit()))
+    inside = [layer for layer in layers if any(_path_matches(layer.name, f"{target}{end}") for end in (".*", "*"))]
+    close = difflib.get_close_matches(target, [*present, ALL_LINEAR, *ends, *(layer.name for layer in layers)], n=3)
+    if target in LABELS and any(_path_matches(layer.name, target) for layer in layers):
+        fix = f"*{target} for the layer of that name"
+    elif inside and target not in LABELS:
+        fix = f"{target}.* for the layers in it" if _path_matches(inside[0].name, f"{target}.*") else f"{target}*"
+    else:
+        fix = " or ".join(close) or f"{ALL_LINEAR}, or one of the names above"
+    return TargetError(
+        f"target {target!r} in {type(model).__name__}",
+        found=_describe(model, layers),
+        rule=f"a target is a label ({', '.join(LABELS)}), {ALL_LINEAR}, or a glob that fits the path of a layer",
+        fix=fix,
+    )
+
+
+def _describe(model: nn.Module, layers: list[Target], *, most: int = 12) -> str:
+    """The layers there are, in one line: path with numbers starred, how often, roles."""
+    kinds: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for layer in layers:
+        # Only the last two names: enough to tell attn.c_proj from mlp.c_proj, short enough to read.
+        end = ".".join("*" if part.isdigit() else part for part in layer.name.split(".")[-2:])
+        counts[end] += 1
+        kinds[end] = "/".join(layer.roles)
+    shown = [f"{end} x{counts[end]}" + (f" ({kinds[end]})" if kinds[end] else "") for end in list(counts)[:most]]
+    text = f"{len(layers)} layers: {', '.join(shown)}" if layers else "no linear layer and no convolution"
+    if len(counts) > most:
+        text += f" and {len(counts) - most} more kinds"
+    experts = fused_experts(model)
+    if experts:
+        text += f"; experts in three-dimensional parameters, which are no layers: {experts[0]} and its like"
+    return text

@@ -1,0 +1,263 @@
+"""A dry run: legality, stages, exact bytes and the memory that training will need, from a configuration alone.
+
+Nothing is computed and no weight is read. Bytes are counted on tensors without storage (device "meta"), which are made
+by the same code that makes the real ones; the peak of memory on fake tensors, by one real training step's operations.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dovetail.compression.apply import chain_layers, restore
+from dovetail.tasks.tokens import Collator, encode, length_limit, pad_id
+from dovetail.chains.layer import bits
+from dovetail.chains.check import check, check_merge
+from dovetail.models.layouts import layout_of
+from dovetail.chains.link import Adapter, Constraint, Link, Pruner, Quantizer, Site
+from dovetail.chains.link import Chain
+from dovetail.chains.notation import chain
+from dovetail.chains.stages import stages
+from dovetail.errors import CannotMerge, DovetailError
+from dovetail.checkpoint.footprint import stored_nbytes, weight_nbytes
+from dovetail.checkpoint.load import HEAD_KINDS, empty_model, load_config, load_tokenizer
+from dovetail.training.optimizer import TrainSettings, cast_frozen, make_optimizer, trained_parts
+from dovetail.training.peak_memory import training_step_peak
+from dovetail.links.quantize import nearest
+from dovetail.chains import packing
+from dovetail.models.targets import find_targets, fused_experts
+from dovetail.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage as it will stand: links, then exact sizes, then the peak while it trains (0 where nothing is)."""
+
+    applied: list[str]
+    trained: list[str]
+    bits_per_weight: float
+    nbytes: int
+    trainable_parameters: int
+    predicted_peak_memory_nbytes: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a chain will do to a model.
+
+    chain                         canonical notation
+    legal                         whether it can run on this model
+    problem                       why not, in full; "" for a legal chain
+    mergeable                     whether it merges without loss
+    merge_advice                  what to add so that it does; where it does, what is rounded, or ""
+    layers, weights               target layers, and weights in them
+    stages                        one after the other
+    bits_per_weight, nbytes       of the model under its last stage, adapters included in nbytes: what
+                                  `dovetail.footprint` counts then, exactly
+    trainable_parameters          of the last stage
+    predicted_peak_memory_nbytes  while training, over all stages, for batches of batch_size x length tokens
+    """
+
+    chain: str
+    legal: bool
+    problem: str
+    mergeable: bool
+    merge_advice: str
+    layers: int
+    weights: int
+    stages: list[StagePlan]
+    bits_per_weight: float
+    nbytes: int
+    trainable_parameters: int
+    predicted_peak_memory_nbytes: int | None
+    batch_size: int
+    length: int
+
+
+def plan(
+    chain_: str | Chain | Link,
+    model: str | Path | PreTrainedConfig = "playground",
+    *,
+    targets: str | Sequence[str] = "all-linear",
+    task: Task | None = None,
+    task_kind: str = "generation",
+    num_labels: int | None = None,
+    dtype: str | None = None,
+    batch_size: int = 32,
+    length: int = 128,
+    max_length: int = 512,
+    bf16: bool = False,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+    memory: bool = True,
+) -> Plan:
+    """Plans a chain on a model without running it.
+
+    model       as for `dovetail.load`, of which only config.json is read; or a configuration
+    task        to train on: its kind and its longest records decide the batch, and the tokenizer is read too
+    task_kind   where no task is given
+    batch_size, length   rows and tokens of the widest batch; length is the longest record's with a task
+    max_length, bf16, gradient_checkpointing   as in `dovetail.train`
+    memory      predict the peak, which takes seconds for small models and minutes for large ones; else it is None, as
+                it is for experts in three-dimensional parameters of float32, on which torch can't be asked
+
+    An illegal chain gives a plan that isn't `legal`; other errors are raised: LoadError for the model, DataError for
+    records that don't suit it.
+    """
+    config = model if isinstance(model, PreTrainedConfig) else load_config(model, trust_remote_code=trust_remote_code)
+    kind = task.kind if task is not None else task_kind
+    empty = empty_model(config, task_kind=kind, num_labels=num_labels, dtype=dtype)
+    batch = _synthetic(empty, kind, batch_size, length)
+    if task is not None:
+        assert not isinstance(model, PreTrainedConfig), "a task is tokenized: name the model"
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        batch = widest_batch(empty, tokenizer, task, batch_size=batch_size, max_length=max_length)
+    rows, tokens = batch["input_ids"].shape
+    nothing = Plan("", False, "", False, "", 0, 0, [], 0.0, 0, 0, 0, rows, tokens)
+    try:
+        the_chain = chain(chain_)
+        nothing = replace(nothing, chain=str(the_chain))
+        apply_on_meta(empty, the_chain, targets)
+    except DovetailError as error:
+        text = chain_ if isinstance(chain_, str) else str(chain_)
+        return replace(nothing, chain=nothing.chain or text, problem=f"{type(error).__name__}: {error}")
+    mergeable, advice = True, _rounding(the_chain, empty)
+    try:
+        check_merge(the_chain)
+    except CannotMerge as error:
+        mergeable, advice = False, error.fix
+    settings = TrainSettings(batch_size=batch_size, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
+    parts = []
+    for number, stage in enumerate(stages(the_chain)):
+        model_here = empty_model(config, task_kind=kind, num_labels=num_labels, dtype=dtype)
+        layers = chain_layers(apply_on_meta(model_here, the_chain, targets, number))
+        weights = sum(layer.base.shape[0] * layer.base.shape[1] for layer in layers.values())
+        parts.append(
+            StagePlan(
+                applied=[str(link) for link in stage.applied],
+                trained=[str(link) for link in stage.trained],
+                bits_per_weight=8 * sum(map(weight_nbytes, layers.values())) / weights,
+                nbytes=stored_nbytes(model_here),
+                trainable_parameters=sum(p.numel() for p in model_here.parameters() if p.requires_grad),
+                predicted_peak_memory_nbytes=_peak(model_here, batch, settings) if memory else None,
+            )
+        )
+        nothing = replace(nothing, layers=len(layers), weights=weights)
+    peaks = [part.predicted_peak_memory_nbytes for part in parts]
+    return replace(
+        nothing,
+        legal=True,
+        mergeable=mergeable,
+        merge_advice=advice,
+        stages=parts,
+        bits_per_weight=parts[-1].bits_per_weight,
+        nbytes=parts[-1].nbytes,
+        trainable_parameters=parts[-1].trainable_parameters,
+        predicted_peak_memory_nbytes=None if None in peaks else max(peak or 0 for peak in peaks),
+    )
+
+
+def _rounding(the_chain: Chain, model: PreTrainedModel) -> str:
+    """What merging rounds: adapters behind which nothing closes, on a dense half-precision model."""
+    last = stages(the_chain)[-1].trained
+    open_ = any(isinstance(link, Adapter) for link in last) and not any(isinstance(link, Constraint) for link in last)
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    return f"sums are rounded once to the model's {str(model.dtype).removeprefix('torch.')}" if open_ and half else ""
+
+
+def apply_on_meta(
+    model: PreTrainedModel, chain_: Chain, targets: str | Sequence[str] = "all-linear", stage: int = 0
+) -> PreTrainedModel:
+    """Puts a chain on a model without storage, in place, as it stands in a stage: every check, no computing.
+
+    model   of `dovetail.load.empty_model`
+    errors  what `dovetail.apply` raises before it changes anything
+    """
+    check(chain_)
+    parts = stages(chain_)
+    applied = [link for part in parts[: stage + 1] for link in part.applied]
+    quantizers = [link for link in applied if isinstance(link, Quantizer)]
+    pruned = any(isinstance(link, Pruner) for link in applied)
+    constraints = [link for part in parts[stage:] for link in part.trained if isinstance(link, Constraint)]
+    keep_mask = pruned and any(constraint.restores == "zeros" for constraint in constraints)
+    from_start = any(not constraint.from_codes for constraint in constraints if constraint in parts[stage].trained)
+    keep_start = from_start and any(isinstance(link, Quantizer) for link in parts[stage].applied)
+    bases: dict[str, dict[str, Tensor]] = {}
+    with torch.device("meta"):
+        for target in find_targets(model, targets):
+            layout, weight = layout_of(target.name, target.module), target.module.get_parameter("weight").detach()
+            o, i = layout.out_features, layout.in_features
+            has_bias = getattr(target.module, "bias", None) is not None
+            for link in chain_:
+                link.check(Site(target.name, o, i, has_bias, target.feedforward))
+            kept = {"dense": weight}
+            if quantizers:
+                kept = {f"quantized.{name}": t for name, t in quantizers[0].empty((o, i)).state_dict().items()}
+            if keep_start:
+                kept["start"] = weight
+            if keep_mask:
+                kept["mask_bits"] = torch.empty(o, -(-i // 8), dtype=torch.uint8)
+            bases[target.name] = kept
+        restore(model, chain_, targets=targets, seed=0, stage=stage, bases=bases)
+    return model
+
+
+def widest_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, *, batch_size: int, max_length: int
+) -> dict[str, Tensor]:
+    """The widest batch that training on the task sees: as many rows, each as wide as the task's longest."""
+    config: Any = model.config
+    rows = encode(
+        task.kind,
+        task.split("train"),
+        tokenizer,
+        encoder_decoder=config.is_encoder_decoder,
+        max_length=length_limit(model, tokenizer, max_length),
+    )
+    rows.sort(key=lambda row: len(row["input_ids"]), reverse=True)
+    return Collator(pad_id(tokenizer))(rows[:batch_size])
+
+
+def _synthetic(model: PreTrainedModel, kind: str, batch_size: int, length: int) -> dict[str, Tensor]:
+    """A batch of that size, values of no account."""
+    ids = torch.ones(batch_size, length, dtype=torch.int64)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.ones_like(ids)}
+    if kind in HEAD_KINDS:
+        batch["labels"] = torch.zeros(batch_size, dtype=torch.float32 if kind == "regression" else torch.int64)
+    return batch
+
+
+def _peak(model: PreTrainedModel, batch: Mapping[str, Tensor], settings: TrainSettings) -> int | None:
+    """The peak of memory of training steps on this batch: 0 where nothing is trained, None where it can't be told."""
+    if not trained_parts(model):
+        return 0
+    if fused_experts(model) and not settings.bf16 and model.dtype != torch.bfloat16:
+        return None  # torch's grouped product takes no fake tensors of another dtype
+    if settings.bf16:
+        cast_frozen(model)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, warnings.catch_warnings():
+            # A fake tensor's address is asked for where a copy can be saved; that it has none is an answer too.
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            model.to_empty(device="cpu")
+            model.tie_weights()
+            if settings.gradient_checkpointing:
+                model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            return training_step_peak(
+                model,
+                {name: fake.from_tensor(tensor) for name, tensor in batch.items()},
+                make_optimizer=lambda model: make_optimizer(model, settings),
+                bf16=settings.bf16,
+                max_grad_norm=settings.max_grad_norm,
+            )
+    finally:
+        for table in (bits._table, packing._kept_table, nearest._tables):
+            table.cache_clear()  # what fake tensors put there is no good to real ones

@@ -1,0 +1,174 @@
+"""Recipes: everything that fixes a run, in one YAML file; what isn't known is an error, what isn't said has a default.
+
+    model: playground
+    chain: wanda(0.5) >> int(bits=4, group=64) >> lora(r=16) >> remask >> regrid
+    data: {task: word_problems}
+
+A recipe comes from outside: it is read with a size limit, without YAML's anchors and tags, and every key is checked.
+`docs/recipes.md` lists all keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from dovetail.chains.notation import chain
+from dovetail.errors import RecipeError
+from dovetail.runs.yaml import read_yaml, refusal
+from dovetail.tasks.spec import Data, Limit, Part, Positive, at_folder
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Training(Part):
+    """How to train: the arguments of `dovetail.train` with the same names."""
+
+    epochs: PositiveFloat = 3.0
+    max_steps: Positive | None = None
+    batch_size: Positive = 32
+    gradient_accumulation: Positive = 1
+    lr_scale: PositiveFloat = 1.0
+    head_learning_rate: PositiveFloat = 1e-3
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    max_length: Annotated[int, Field(ge=2)] = 512
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    group_by_length: bool = True
+    evaluate_every: Positive | None = None
+    evaluate_limit: Positive | None = None
+    checkpoint_every: Positive = 200
+
+
+class Calibration(Part):
+    """What links that look at activations look at: so many records of a split, or passages of a text file.
+
+    text    a UTF-8 file, one passage a line, relative to the recipe; then `split` doesn't count
+    inputs  what a block is calibrated on: the outputs of the "compressed" blocks before it, or of the "original" ones
+    """
+
+    samples: Positive = 128
+    split: Literal["train", "validation", "test"] = "train"
+    text: Path | None = None
+    inputs: Literal["compressed", "original"] = "compressed"
+
+
+class Search(Part):
+    """How to search ranks after training: the arguments of `dovetail.search_ranks` with the same names."""
+
+    turns: Positive = 10
+    neighbours: Positive = 8
+    step: Positive = 2
+    samples: Positive = 100
+    split: Literal["train", "validation"] = "validation"
+
+
+class Evaluation(Part):
+    """What is scored after each stage.
+
+    tasks       further tasks beside the one that is trained: names of the playground, or data parts
+    split       of every task; test where the data has one, else validation
+    limit       only the first so many records
+    """
+
+    tasks: tuple[Data, ...] = ()
+    split: Literal["train", "validation", "test"] | None = None
+    limit: Positive | None = None
+    batch_size: Positive = 64
+
+
+class Recipe(Part):
+    """A run. Build it with `Recipe.load(path)` or `Recipe.parse(mapping)`; both raise RecipeError or ChainError.
+
+    model   playground, a folder (relative to the recipe), a hub id, or package:NAME/FOLDER
+    chain   the notation; kept in its canonical form
+    search  ranks of the elastic adapters, after training; not at all when not given
+    merge   exact: CannotMerge before training starts if the chain can't be merged without loss; lossy: merge anyway
+            and measure the loss; none: keep the adapter apart
+    output  folder of the run, relative to where the command is given
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    chain: Annotated[str, Field(min_length=1)]
+    targets: str | tuple[str, ...] = "all-linear"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    trust_remote_code: bool = False
+    data: Data
+    train: Training = Training()
+    calibration: Calibration = Calibration()
+    evaluate: Evaluation = Evaluation()
+    search: Search | None = None
+    merge: Literal["exact", "lossy", "none"] = "exact"
+    output: Path | None = None
+
+    @pydantic.field_validator("chain")
+    @classmethod
+    def _canonical(cls, text: str) -> str:
+        return str(chain(text))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Reads a recipe file; paths in it are taken relative to its folder."""
+        path = Path(path)
+        return cls.parse(read_yaml(path), where=str(path), folder=path.parent)
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any], *, where: str = "recipe", folder: str | Path = ".") -> Recipe:
+        """A recipe from a mapping as YAML gives it.
+
+        where   what messages call it
+        folder  that relative paths start from
+        """
+        if not isinstance(value, Mapping):
+            raise RecipeError(
+                where, found=f"a {type(value).__name__}", rule="a recipe is a mapping: model, chain, data"
+            )
+        try:
+            return cls.model_validate(dict(value))._resolved(Path(folder))
+        except pydantic.ValidationError as error:
+            raise refusal(where, error, _keys, _HINTS) from None
+
+    def dump(self, path: str | Path) -> None:
+        """Writes the recipe with every default, atomically; the file alone repeats the run from anywhere."""
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        whole = Path(path)
+        part = whole.with_name(f".{whole.name}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(whole)
+
+    def _resolved(self, folder: Path) -> Recipe:
+        """Paths absolute, and what depends on other keys filled in."""
+        model = self.model
+        if not model.startswith("package:") and model != "playground" and (folder / model).expanduser().is_dir():
+            model = str((folder / Path(model).expanduser()).resolve())
+        data = at_folder(self.data, folder)
+        split = self.evaluate.split or ("validation" if data.task is None and data.test is None else "test")
+        tasks = tuple(at_folder(task, folder) for task in self.evaluate.tasks)
+        evaluate = self.evaluate.model_copy(update={"split": split, "tasks": tasks})
+        text = self.calibration.text
+        text = None if text is None else (folder / text.expanduser()).resolve()
+        calibration = self.calibration.model_copy(update={"text": text})
+        changed = {"model": model, "data": data, "evaluate": evaluate, "calibration": calibration}
+        return self.model_copy(update=changed)
+
+
+_HINTS = {"model": "model: playground", "chain": "chain: lora(r=16)", "data": "data: {task: word_problems}"}
+
+
+def _keys(place: Sequence[int | str]) -> list[str]:
+    """The keys that the part of a recipe at this place knows."""
+    parts: dict[str, type[pydantic.BaseModel]] = {
+        "data": Data, "tasks": Data, "limit": Limit, "train": Training, "calibration": Calibration,
+        "evaluate": Evaluation, "search": Search,
+    }  # fmt: skip
+    names = [part for part in place if isinstance(part, str) and part in parts]
+    return list((parts[names[-1]] if names else Recipe).model_fields)

@@ -1,0 +1,202 @@
+"""The report of a run as `report.json` holds it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pydantic
+
+from dovetail.errors import LoadError
+from dovetail.checkpoint.footprint import Footprint
+from dovetail.checkpoint.merge import MergeReport
+from dovetail.searches import RankSearch
+
+REPORT = "report.json"
+MAX_NBYTES = 1 << 28
+"""The most that a report.json may hold: losses of millions of steps."""
+
+
+def finite(scores: Mapping[str, float | None]) -> dict[str, float | None]:
+    """The scores with None for an infinite one: JSON has no word for it."""
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in scores.items()}
+
+
+class _Record(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskInfo(_Record):
+    """The task of the run: name, kind, the metric that stands for it, the split that was scored."""
+
+    name: str
+    kind: str
+    metric: str
+    split: str
+
+
+class Row(_Record):
+    """The model after one stage.
+
+    name       base; pruned, quantized, tuned, searched, merged where the chain has them
+    metrics    task -> metric -> figure, and `n`, the number of records; None where a figure is infinite
+    footprint  what the model took then
+    seconds    of the stage, its evaluation included
+    """
+
+    name: str
+    metrics: dict[str, dict[str, float | None]]
+    footprint: Footprint
+    seconds: float
+
+    @pydantic.field_validator("metrics")
+    @classmethod
+    def _finite(cls, metrics: dict[str, dict[str, float | None]]) -> dict[str, dict[str, float | None]]:
+        return {task: finite(scores) for task, scores in metrics.items()}
+
+
+class Merge(_Record):
+    """What merging did (see `dovetail.MergeReport`); the logits are those of the tuned chain and the merged model."""
+
+    exact: bool
+    max_abs_weight_diff: float
+    max_abs_logit_diff: float | None
+    sparsity_before: float
+    sparsity_after: float
+    off_grid: int
+
+    @classmethod
+    def of(cls, merged: MergeReport) -> Merge:
+        """The part of a MergeReport that a report holds."""
+        return cls(
+            exact=merged.exact,
+            max_abs_weight_diff=merged.max_abs_weight_diff,
+            max_abs_logit_diff=merged.max_abs_logit_diff,
+            sparsity_before=merged.sparsity_before,
+            sparsity_after=merged.sparsity_after,
+            off_grid=merged.off_grid,
+        )
+
+
+class Losses(_Record):
+    """The training loss of one stage: its trained links, (step, loss) pairs, learning rate per link, seconds."""
+
+    links: list[str]
+    losses: list[tuple[int, float]]
+    learning_rates: dict[str, float]
+    seconds: float
+
+
+class Searched(_Record):
+    """What a search over elastic ranks found (`dovetail.search_ranks`): figures of `metric` on a sample of `split`.
+
+    start, best  of the reference ranks, and of those found; None where infinite
+    ranks        group of layers -> rank found
+    """
+
+    metric: str
+    split: str
+    samples: int
+    start: float | None
+    best: float | None
+    evaluations: int
+    ranks: dict[str, int]
+
+    @classmethod
+    def of(cls, found: RankSearch) -> Searched:
+        """The part of a RankSearch that a report holds."""
+        return cls(
+            metric=found.metric,
+            split=found.split,
+            samples=found.samples,
+            evaluations=found.evaluations,
+            ranks=found.ranks,
+            **finite({"start": found.start, "best": found.best}),
+        )
+
+
+class Checkpoint(_Record):
+    """The checkpoint in model/: its bytes, and how far stock transformers' logits are from the merged model's."""
+
+    nbytes: int
+    max_abs_logit_diff: float | None
+
+
+class Packed(_Record):
+    """The packed model in packed/: what it takes on disk, and how far its logits are from the merged model's.
+
+    nbytes           of its one file of tensors
+    bits_per_weight  on disk, of the weights under the chain (`dovetail.PackedSize`)
+    """
+
+    nbytes: int
+    bits_per_weight: float
+    max_abs_logit_diff: float
+
+
+class Report(_Record):
+    """A whole run.
+
+    stages              the model after each stage, `base` first
+    merge               None where the chain was kept apart
+    footprint           of the last row, with the trainable parameters of training
+    peak_memory_nbytes  while training; 0 where nothing was trained
+    seconds             of the whole run
+    verdict             of merging, in words
+    packed              None where nothing was pruned or quantized, or the chain was kept apart
+    search              where the recipe asks for one
+    """
+
+    task: TaskInfo
+    chain: str
+    model: str
+    seed: int
+    stages: list[Row]
+    merge: Merge | None
+    verdict: str
+    footprint: Footprint
+    peak_memory_nbytes: int
+    seconds: float
+    training: list[Losses]
+    checkpoint: Checkpoint | None
+    packed: Packed | None = None
+    environment: dict[str, str]
+    search: Searched | None = None
+
+    def row(self, name: str) -> Row:
+        """The row of that name; KeyError where the run has none."""
+        for row in self.stages:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    def figure(self, row: Row) -> float | None:
+        """The figure that stands for the task, in one row."""
+        return row.metrics[self.task.name][self.task.metric]
+
+    def save(self, directory: Path) -> None:
+        """Writes report.json, atomically."""
+        part = directory / f".{REPORT}.part"
+        part.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        part.replace(directory / REPORT)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Report:
+        """Reads the report.json of a run directory; LoadError where it is none."""
+        path = Path(directory) / REPORT
+        rule, fix = "a run directory holds a report.json that a run wrote", "name the folder given as --output"
+        try:
+            if path.stat().st_size > MAX_NBYTES:
+                raise LoadError(str(path), found=f"more than {MAX_NBYTES} bytes", rule=rule)
+            report = cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise LoadError(str(path), found=error.strerror or str(error), rule=rule, fix=fix) from None
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the file"
+            raise LoadError(str(path), found=f"{place}: {first['msg']}", rule=rule, fix=fix) from None
+        for row in report.stages:
+            if report.task.metric not in row.metrics.get(report.task.name, {}):
+                raise LoadError(str(path), found=f"row {row.name} without {report.task.metric}", rule=rule, fix=fix)
+        return report

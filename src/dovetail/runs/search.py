@@ -1,0 +1,41 @@
+"""The search over ranks as a step of a run: what it found is remembered in the run's folder until the run is done."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dovetail.chains.layer.elastic import set_ranks
+from dovetail.runs.recipe import Recipe, Search
+from dovetail.runs.report.record import Searched, finite
+from dovetail.runs.folder import RunFolder, write_whole
+from dovetail.searches.ranks import search_ranks
+from dovetail.tasks.task import Task
+
+
+def search_in_run(
+    folder: RunFolder,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    recipe: Recipe,
+    *,
+    progress: bool,
+) -> Searched:
+    """Searches as the recipe says, or takes what an earlier start of this run found; each evaluation is logged.
+
+    The model is left at the best ranks.
+    """
+    path = folder.training / "ranks.json"
+    if path.exists():
+        searched = Searched.model_validate_json(path.read_bytes())
+        set_ranks(model, searched.ranks)
+        return searched
+    found = search_ranks(
+        model, tokenizer, task, batch_size=recipe.evaluate.batch_size, seed=recipe.seed, progress=progress,
+        **(recipe.search or Search()).model_dump(),
+    )  # fmt: skip
+    for turn, ranks, score in found.history:
+        folder.log("search", turn=turn, ranks=ranks, **finite({found.metric: score}))
+    searched = Searched.of(found)
+    write_whole(path, searched.model_dump_json())
+    return searched

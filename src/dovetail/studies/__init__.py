@@ -1,0 +1,7 @@
+"""Studies: many runs beside each other, as tables of quality and cost, and as curves."""
+
+from dovetail.studies.matrix import Study
+from dovetail.studies.report import StudyReport
+from dovetail.studies.runner import study
+
+__all__ = ["Study", "StudyReport", "study"]

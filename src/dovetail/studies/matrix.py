@@ -1,0 +1,298 @@
+"""A study file, and the matrix of runs that it stands for: rows x points of the axes x seeds.
+
+    title: Sparse and tuned
+    common: {model: playground, data: {task: word_problems}}
+    seeds: [0, 1, 2]
+    vary: {sparsity: [0.3, 0.5]}
+    rows:
+      - {name: LoRA, chain: "wanda({sparsity}) >> lora(r=16)", with: {merge: lossy}}
+      - {name: without tuning, of: LoRA, stage: pruned}
+
+A row with a chain runs at every point of the axes that its chain names in braces; a row with `of` runs nothing: it
+shows another row's model at an earlier stage. `docs/study.md` lists the keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+import yaml
+from pydantic import Field, StrictFloat, StrictInt, StrictStr
+
+from dovetail.chains.notation import chain
+from dovetail.errors import ChainError, RecipeError
+from dovetail.runs.flow import row_names
+from dovetail.runs.recipe import Recipe
+from dovetail.runs.yaml import read_yaml
+
+Value = StrictInt | StrictFloat | StrictStr
+Name = Annotated[str, Field(min_length=1, max_length=100)]
+_HELD = ("chain", "seed", "output")
+"""Keys of a recipe that the study itself sets."""
+_AXIS = re.compile(r"\{(\w+)\}")
+
+
+class _Part(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Row(_Part):
+    """A line of the table: a recipe or a chain that is run, or a stage of another row's runs.
+
+    recipe   a recipe file, relative to the study file
+    chain    a chain; {axis} stands for a value of that axis
+    changes  (key `with`) recipe keys that hold in this row alone
+    of       another row's name, whose runs this row shows
+    stage    at which stage: base, pruned, quantized, tuned, merged
+    """
+
+    name: Name
+    recipe: Path | None = None
+    chain: str | None = None
+    changes: dict[str, Any] = Field(default={}, alias="with")
+    of: str | None = None
+    stage: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one_source(self) -> Row:
+        named = [key for key in ("recipe", "chain", "of") if getattr(self, key) is not None]
+        if len(named) != 1:
+            raise ValueError("a row has one of recipe (a file), chain (its text) and of (another row)")
+        if (self.of is None) != (self.stage is None):
+            raise ValueError("of and stage go together: {of: LoRA, stage: pruned}")
+        if self.of is not None and self.changes:
+            raise ValueError("a row with of shows another row's runs, and changes nothing of them")
+        return self
+
+
+class Study(_Part):
+    """A study file. Build it with `Study.load(path)` or `Study.parse(mapping)`; both raise RecipeError.
+
+    title    of the page
+    common   recipe keys that hold in every row, whatever its recipe file says
+    seeds    every row is run with each
+    vary     axis -> its values; each row runs at all combinations of the axes that its chain names
+    rows     the lines of the table, in order
+    compare  pairs of row names: the first one's figure minus the second one's
+    cost     names of the rows whose storage, tuning and inference are measured
+    """
+
+    title: Annotated[str, Field(min_length=1)]
+    common: dict[str, Any] = {}
+    seeds: Annotated[tuple[Annotated[StrictInt, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (0,)
+    vary: dict[str, Annotated[tuple[Value, ...], Field(min_length=1)]] = {}
+    rows: Annotated[tuple[Row, ...], Field(min_length=1)]
+    compare: tuple[tuple[str, str], ...] = ()
+    cost: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Study:
+        """Reads a study file; paths in it are taken relative to its folder."""
+        path = Path(path)
+        return cls.parse(read_yaml(path), where=str(path), folder=path.parent)
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any], *, where: str = "study", folder: str | Path = ".") -> Study:
+        """A study from a mapping as YAML gives it.
+
+        where   what messages call it
+        folder  that relative paths start from
+        """
+        if not isinstance(value, Mapping):
+            raise RecipeError(where, found=f"a {type(value).__name__}", rule="a study is a mapping: title, rows, ...")
+        try:
+            found = cls.model_validate(dict(value))
+        except pydantic.ValidationError as error:
+            raise _refusal(where, error) from None
+        _check_names(found, where)
+        rows = tuple(_resolved(row, found, where, Path(folder)) for row in found.rows)
+        return found.model_copy(update={"rows": rows, "common": {}})
+
+    def dump(self, path: Path) -> None:
+        """Writes the study with every row's recipe in full, atomically; the file alone repeats it from anywhere."""
+        values = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the matrix; several lines may show it.
+
+    slug  its folder's name
+    """
+
+    slug: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row at one point of the axes: a line of the table.
+
+    point  axis -> value, of the axes that the row's chain names
+    stage  whose figures the line shows; None: merged where merging is exact, else the one before
+    runs   one for each seed, in order
+    """
+
+    row: str
+    point: dict[str, Value]
+    stage: str | None
+    runs: tuple[Run, ...]
+
+
+def expand(study: Study) -> list[Line]:
+    """The lines of a study, in order: rows, and the points of each. Equal recipes are one run.
+
+    errors  RecipeError, ChainError where a row at some point is no recipe; a stage that the row's chain hasn't
+    """
+    known: dict[str, Run] = {}
+    found: dict[str, list[Line]] = {row.name: _lines(study, row, known) for row in study.rows if row.of is None}
+    for row in study.rows:
+        if row.of is None:
+            continue
+        source = found[row.of]
+        for line in source:
+            recipe = line.runs[0].recipe
+            stages = ["base", *row_names(chain(recipe.chain)), *(["searched"] if recipe.search else []),
+                      *(["merged"] if recipe.merge != "none" else [])]  # fmt: skip
+            if row.stage not in stages:
+                rule = f"stages of {row.of}: " + ", ".join(stages)
+                raise RecipeError(f"row {row.name}", found=f"stage: {row.stage}", rule=rule)
+        # The base is the same at every point.
+        taken = [Line(row.name, {}, row.stage, source[0].runs)] if row.stage == "base" else source
+        found[row.name] = [Line(row.name, line.point, row.stage, line.runs) for line in taken]
+    return [line for row in study.rows for line in found[row.name]]
+
+
+def label(row: str, point: Mapping[str, Value]) -> str:
+    """A line's name in words: `LoRA (sparsity 0.5)`."""
+    where = ", ".join(f"{axis} {value}" for axis, value in point.items())
+    return f"{row} ({where})" if where else row
+
+
+def _lines(study: Study, row: Row, known: dict[str, Run]) -> list[Line]:
+    text = row.chain or ""
+    axes = [axis for axis in study.vary if axis in _AXIS.findall(text)]
+    lines = []
+    for values in itertools.product(*(study.vary[axis] for axis in axes)):
+        point = dict(zip(axes, values, strict=True))
+        filled = _AXIS.sub(lambda match, point=point: str(point[match[1]]), text)
+        runs = []
+        for seed in study.seeds:
+            keys = row.changes | {"chain": filled, "seed": seed, "output": None}
+            recipe = _parse(keys, f"row {label(row.name, point)}", Path())
+            slug = "-".join([row.name, *(f"{axis}-{value}" for axis, value in point.items()), f"s{seed}"])
+            run = Run(re.sub(r"[^a-z0-9.]+", "-", slug.lower()).strip("-."), recipe)
+            runs.append(known.setdefault(recipe.model_dump_json(), run))
+        lines.append(Line(row.name, point, None, tuple(runs)))
+    slugs = [run.slug for run in known.values()]
+    if len(set(slugs)) < len(slugs):
+        twice = next(slug for slug in slugs if slugs.count(slug) > 1)
+        raise RecipeError(
+            f"row {row.name}", found=f"a second run called {twice}", rule="folders of runs differ in letters and digits"
+        )
+    return lines
+
+
+def _check_names(study: Study, where: str) -> None:
+    names = [row.name for row in study.rows]
+    own = [row.name for row in study.rows if row.of is None]
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f"{where}, rows", found=f"two rows {name!r}", rule="each row has its own name")
+    if len(set(study.seeds)) < len(study.seeds):
+        raise RecipeError(f"{where}, seeds", found=str(list(study.seeds)), rule="each seed once")
+    asked = [(f"rows, {row.name}, of", row.of, own) for row in study.rows if row.of is not None]
+    asked += [("compare", name, names) for pair in study.compare for name in pair]
+    asked += [("cost", name, own) for name in study.cost]
+    for place, name, known in asked:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            rule = "rows with runs of their own: " if known is own else "rows: "
+            fix = f"did you mean {near[0]}?" if near else ""
+            raise RecipeError(f"{where}, {place}", found=repr(name), rule=rule + ", ".join(known), fix=fix)
+    named = [axis for row in study.rows for axis in _AXIS.findall(row.chain or "")]
+    for axis in [*named, *study.vary]:
+        if axis not in study.vary:
+            rule = "axes: " + (", ".join(study.vary) or "none; name it under vary")
+            raise RecipeError(f"{where}, rows", found=f"{{{axis}}} in a chain", rule=rule)
+        if axis not in named:
+            rule = "an axis is named in the chain of some row"
+            raise RecipeError(f"{where}, vary", found=axis, rule=rule, fix=f"write {{{axis}}} where its values go")
+
+
+def _resolved(row: Row, study: Study, where: str, folder: Path) -> Row:
+    """The row with its chain, and all other keys in `changes`: its file's, under the common ones, under its own."""
+    if row.of is not None:
+        return row
+    for place, keys in (("common", study.common), (f"rows, {row.name}, with", row.changes)):
+        for key in keys:
+            if key in _HELD:
+                rule = "seeds and chains are said by the study itself, and outputs follow from names"
+                raise RecipeError(f"{where}, {place}", found=f"key {key!r}", rule=rule)
+    recipe = {} if row.recipe is None else Recipe.load(folder / row.recipe).model_dump(mode="json", exclude_unset=True)
+    text = row.chain if row.chain is not None else recipe["chain"]
+    # Read once, at the first point of the axes, for absolute paths.
+    filled = _AXIS.sub(lambda match: str(study.vary[match[1]][0]), text)
+    merged = _over(_over(recipe, study.common), row.changes) | {"chain": filled}
+    whole = _parse(merged, f"{where}, row {row.name}", folder)
+    values = whole.model_dump(mode="json", exclude_unset=True)
+    changes = {key: value for key, value in values.items() if key not in _HELD}
+    return Row.model_validate({"name": row.name, "chain": text, "with": changes})
+
+
+def _parse(keys: Mapping[str, Any], where: str, folder: Path) -> Recipe:
+    """The recipe, or what is wrong with it and in which row."""
+    try:
+        return Recipe.parse(keys, where=where, folder=folder)
+    except ChainError as error:
+        said = {"found": error.found, "rule": error.rule, "fix": error.fix}
+        raise ChainError(f"{where}, {error.where}", **said) from None
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of both, the upper one's where both have them; mappings key by key."""
+    found = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+        found[key] = _over(found[key], value) if both else value
+    return found
+
+
+def _refusal(where: str, error: pydantic.ValidationError) -> RecipeError:
+    """The first thing that pydantic objects to, in the project's form."""
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda e: e["type"] != "extra_forbidden")
+    place = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        part = Row if place[0] == "rows" else Study
+        known = [field.alias or name for name, field in part.model_fields.items()]
+        near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
+        fix = f"did you mean {near[0]}?" if near else ""
+        kind = "row" if part is Row else "study"
+        return RecipeError(
+            where, found=f"key {'.'.join(place)!r}", rule=f"keys of a {kind}: {', '.join(known)}", fix=fix
+        )
+    message = first["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(first["input"], Mapping) else repr(first["input"])[:300]
+    return RecipeError(f"{where}, {'.'.join(place)}", found=found, rule=message[0].lower() + message[1:])
+
+
+def unique_runs(lines: list[Line]) -> Iterator[Run]:
+    """Every run once, in the order of the table, all rows with the first seed before the second."""
+    seen: set[str] = set()
+    for runs in itertools.zip_longest(*(line.runs for line in lines)):
+        for run in runs:
+            if run is not None and run.slug not in seen:
+                seen.add(run.slug)
+                yield run

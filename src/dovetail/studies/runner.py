@@ -1,0 +1,294 @@
+"""Runs a study: every run of its matrix once, what is finished kept; then the tables, the cost and the curve.
+
+DIR/study.yaml       the study with every row's recipe in full
+DIR/runs/SLUG/       a run directory each (`dovetail.run`)
+DIR/merging/         what verifying each merge gave
+DIR/cost.json        the cost table, measured once
+DIR/study.json, table.md, study.html, curve.png
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from dovetail.checkpoint.load import empty_model, load_config
+from dovetail.errors import DovetailError, RecipeError
+from dovetail.runs.flow import legal_chain, run
+from dovetail.runs.folder import RECIPE, write_whole
+from dovetail.runs.plan import apply_on_meta
+from dovetail.runs.recipe import Recipe
+from dovetail.runs.report.record import REPORT, Report
+from dovetail.studies.cost import measure
+from dovetail.studies.matrix import Line, Run, Study, expand, unique_runs
+from dovetail.studies.page import page
+from dovetail.studies.plots import CURVE, curve
+from dovetail.studies.report import Cost, Difference, Event, Failure, Result, Spread, StudyReport
+from dovetail.studies.tables import markdown
+from dovetail.studies.verify import MERGED, check_mergeable, last_stage, precision
+from dovetail.tasks.find import load_task, number_of_labels
+
+STUDY, TABLE, PAGE = "study.yaml", "table.md", "study.html"
+
+
+def study(
+    recipe: Study | str | Path | Mapping[str, Any],
+    *,
+    output: str | Path,
+    resume: bool = True,
+    jobs: int = 1,
+    progress: bool = True,
+    on_run: Callable[[Event], None] | None = None,
+) -> StudyReport:
+    """Runs a study file's matrix and writes its tables (`docs/study.md`).
+
+    recipe    a Study, the path of one, or a mapping with its keys
+    output    folder for everything; an earlier start's finished runs are kept, its unfinished one goes on
+    resume    False throws away what an earlier start left
+    jobs      runs at a time, each in its own process with one thread; 1: here, one after the other
+    progress  bars for what takes long
+    on_run    called when a run begins and when it ends
+
+    Raises a DovetailError for a bad study before anything runs. A run that fails later is told in the table.
+    """
+    if isinstance(recipe, Study):
+        asked = recipe
+    else:
+        asked = Study.load(recipe) if isinstance(recipe, str | Path) else Study.parse(recipe)
+    if jobs < 1:
+        raise RecipeError("study", found=f"jobs={jobs}", rule="jobs, the runs at a time, is at least 1")
+    lines, folder = expand(asked), Path(output)
+    _check(lines)
+    _claim(folder, resume)
+    runs = list(unique_runs(lines))
+    todo = [run for run in runs if not _finished(run, folder)]
+    for one in todo:  # what was found out of an earlier run of that name
+        (folder / "merging" / f"{one.slug}.json").unlink(missing_ok=True)
+    asked.dump(folder / STUDY)
+    failed: dict[str, str] = {}
+    for event in _events(runs, todo, folder, jobs, progress):
+        if event.state == "failed":
+            failed[event.name] = event.problem
+        if on_run is not None:
+            on_run(event)
+    results = [_result(line, folder, failed) for line in lines]
+    if on_run is not None and asked.cost:
+        on_run(Event("measures", "storage, tuning and inference", len(runs), len(runs)))
+    report = _report(asked, lines, results, folder, _cost(asked, lines, results, folder, progress))
+    report.save(folder)
+    write_whole(folder / TABLE, markdown(report))
+    drawn = curve(report)
+    if drawn is not None:
+        (folder / CURVE).write_bytes(drawn)
+    write_whole(folder / PAGE, page(report, drawn))
+    return report
+
+
+def _check(lines: list[Line]) -> None:
+    """Everything that shows before a model is loaded: legality, the merge that is asked for, sizes, the task."""
+    seen: set[str] = set()
+    tasks: set[tuple[str, str]] = set()
+    for line in lines:
+        recipe = line.runs[0].recipe
+        if recipe.model_dump_json() in seen:
+            continue
+        seen.add(recipe.model_dump_json())
+        task = load_task(recipe.data)
+        tasks.add((task.name, task.metric))
+        if len(tasks) > 1:
+            found = " and ".join(sorted(f"{name} ({metric})" for name, metric in tasks))
+            raise RecipeError(f"row {line.row}", found=found, rule="all rows are scored on one task")
+        links = legal_chain(recipe)
+        config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
+        labels = number_of_labels(task, recipe.data.num_labels)
+        apply_on_meta(empty_model(config, task_kind=task.kind, num_labels=labels), links, recipe.targets)
+
+
+def _claim(folder: Path, resume: bool) -> None:
+    """Makes the folder, or takes up one that a study was begun in."""
+    where, fix = f"output {folder}", "another --output, or remove it first"
+    rule = "a study is written to a folder of its own: new, empty, or that of an earlier start"
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(where, found="a file", rule=rule, fix=fix)
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if names and STUDY not in names:
+        raise RecipeError(where, found=f"{len(names)} files or folders, {names[0]} among them", rule=rule, fix=fix)
+    if not resume:
+        for name in ("runs", "merging"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / "cost.json").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _finished(run: Run, folder: Path) -> bool:
+    """Whether the run is there; RecipeError where what is there was made with another recipe."""
+    place = folder / "runs" / run.slug
+    if not (place / REPORT).is_file():
+        return False
+    made = Recipe.load(place / RECIPE).model_dump(mode="json") | {"output": None}
+    mine = run.recipe.model_dump(mode="json")
+    if made != mine:
+        key = next(key for key in mine if mine[key] != made[key])
+        found = f"{run.slug}, made with {key}: {str(made[key])[:200]}, now {str(mine[key])[:200]}"
+        fix = "another --output, or --no-resume to throw all runs away"
+        raise RecipeError(f"output {folder}", found=found, rule="a study goes on with the runs that it began", fix=fix)
+    return True
+
+
+def _events(runs: list[Run], todo: list[Run], folder: Path, jobs: int, progress: bool) -> Iterator[Event]:
+    """Does the runs that are left, and says how each ends."""
+    total, number = len(runs), {run.slug: place for place, run in enumerate(runs, 1)}
+    waiting = {run.slug for run in todo}
+
+    def ended(slug: str, problem: str) -> Event:
+        if problem:
+            return Event("failed", slug, number[slug], total, problem=problem)
+        report = Report.load(folder / "runs" / slug)
+        figure = report.figure(report.row(last_stage(report)))
+        state = "done" if slug in waiting else "kept"
+        return Event(state, slug, number[slug], total, report.task.metric, figure, report.seconds)
+
+    for one in runs:
+        if one.slug not in waiting:
+            yield ended(one.slug, "")
+    if jobs == 1:
+        for one in todo:
+            yield Event("begins", one.slug, number[one.slug], total)
+            yield ended(one.slug, _run(one, folder, progress))
+        return
+    # Fresh processes: a forked one would share the state of torch's threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(todo)) or 1, mp_context=context, initializer=_begin_process) as pool:
+        futures = {pool.submit(_run, one, folder, False): one.slug for one in todo}
+        try:
+            for future in as_completed(futures):
+                yield ended(futures[future], _problem(future))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _problem(future: Future[str]) -> str:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return "its process, or one beside it, was ended: perhaps for memory; a later start goes on with it"
+
+
+def _begin_process() -> None:
+    """One thread, and nothing of other libraries on the terminal, where several processes would write at a time."""
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+
+
+def _run(one: Run, folder: Path, progress: bool) -> str:
+    """Does one run; what went wrong, or ""."""
+    try:
+        run(one.recipe, output=folder / "runs" / one.slug, progress=progress)
+    except RecipeError:  # what lies in the folder isn't this study's
+        raise
+    except (DovetailError, RuntimeError, MemoryError) as error:  # torch tells a full memory by a RuntimeError
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _result(line: Line, folder: Path, failed: Mapping[str, str]) -> Result:
+    """A line of the table, from its runs' folders."""
+    done = [one for one in line.runs if one.slug not in failed]
+    reports = {one.slug: Report.load(folder / "runs" / one.slug) for one in done}
+    tried = done if line.stage is None else []
+    verdicts = [check_mergeable(folder / "runs" / one.slug, folder / "merging" / f"{one.slug}.json") for one in tried]
+    mergeable = None
+    if verdicts and verdicts[0].mergeable is not None:
+        mergeable = all(verdict.mergeable for verdict in verdicts)
+    stage, where, lossy = line.stage or "", "", None
+    if done:
+        first = reports[done[0].slug]
+        merged = mergeable is not False and any(row.name == MERGED for row in first.stages)
+        stage = line.stage or (MERGED if merged else last_stage(first))
+        where = precision(folder / "runs" / done[0].slug, first, stage)
+        if mergeable is False and any(row.name == MERGED for row in first.stages):
+            lossy = Spread.of(_figures(reports, MERGED))
+    zeros = [1 - report.row(stage).footprint.nonzero_fraction for report in reports.values()]
+    return Result(
+        row=line.row,
+        point=line.point,
+        chain=line.runs[0].recipe.chain,
+        stage=stage,
+        sparsity=sum(zeros) / len(zeros) if zeros else None,
+        mergeable=mergeable,
+        why=next((verdict.why for verdict in verdicts if verdict.why), ""),
+        precision=where,
+        figure=Spread.of(_figures(reports, stage)),
+        merged_lossy=lossy,
+        failed=[Failure(seed=one.recipe.seed, problem=failed[one.slug]) for one in line.runs if one.slug in failed],
+        runs=[one.slug for one in line.runs],
+    )
+
+
+def _figures(reports: Mapping[str, Report], stage: str) -> list[float]:
+    found = [report.figure(report.row(stage)) for report in reports.values()]
+    return [float("inf") if value is None else value for value in found]
+
+
+def _cost(asked: Study, lines: list[Line], results: list[Result], folder: Path, progress: bool) -> list[Cost]:
+    """The cost table of the rows that ask for it, with the first seed; measured again only when a run is new."""
+    chosen = [
+        (line, result.mergeable is True)
+        for line, result in zip(lines, results, strict=True)
+        if line.row in asked.cost and line.stage is None and not result.failed
+    ]
+    return measure(chosen, folder, progress=progress)
+
+
+def _report(
+    asked: Study, lines: list[Line], results: list[Result], folder: Path, cost: list[Cost]
+) -> StudyReport:  # fmt: skip
+    recipe = lines[0].runs[0].recipe
+    task = load_task(recipe.data)
+    seconds, around = 0.0, {}
+    for one in unique_runs(lines):
+        with suppress(DovetailError):  # a failed run has no report
+            found = Report.load(folder / "runs" / one.slug)
+            seconds, around = seconds + found.seconds, found.environment
+    return StudyReport(
+        title=asked.title,
+        task=task.name,
+        metric=task.metric,
+        split=recipe.evaluate.split or "test",
+        model=", ".join(dict.fromkeys(line.runs[0].recipe.model for line in lines)),
+        seeds=list(asked.seeds),
+        vary={axis: list(values) for axis, values in asked.vary.items()},
+        results=results,
+        cost=cost,
+        compare=_differences(asked, results),
+        seconds=seconds,
+        environment=around,
+    )
+
+
+def _differences(asked: Study, results: list[Result]) -> list[Difference]:
+    """Row minus row, point by point, seeds paired where all runs have a figure."""
+    found = []
+    for first, second in asked.compare:
+        for ours in (result for result in results if result.row == first):
+            for theirs in (result for result in results if result.row == second):
+                same = all(ours.point.get(axis, value) == value for axis, value in theirs.point.items())
+                a, b = ours.figure, theirs.figure
+                if same and a.n == b.n > 0 and not ours.failed and not theirs.failed:
+                    values = [x - y for x, y in zip(a.values, b.values, strict=True)]
+                    found.append(Difference(row=first, minus=second, point=ours.point | theirs.point,
+                                            figure=Spread.of(values)))  # fmt: skip
+    return found

@@ -1,0 +1,100 @@
+"""What a finished run shows of a line: whether it merges, verified by merging, and the model's precision and zeros."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pydantic
+from safetensors import safe_open
+
+from dovetail.chains.link import Adapter, Quantizer, arguments
+from dovetail.chains.notation import chain
+from dovetail.checkpoint.merge import MergeReport, merge
+from dovetail.errors import CannotMerge
+from dovetail.runs.folder import ADAPTER, RECIPE, write_whole
+from dovetail.runs.recipe import Recipe
+from dovetail.runs.report.record import Merge, Report
+from dovetail.studies.shipped import tuned
+
+MERGED = "merged"
+_PRECISION = {"float64": "FP64", "float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
+_STORED = {"F64": "FP64", "F32": "FP32", "BF16": "BF16", "F16": "FP16"}
+
+
+class Judgement(pydantic.BaseModel, extra="forbid", frozen=True):
+    """Whether a run's model merges without loss (None: nothing was tuned), and why it doesn't."""
+
+    mergeable: bool | None
+    why: str
+
+
+def check_mergeable(folder: Path, kept: Path) -> Judgement:
+    """Verifies by merging: in the run itself where its recipe asks for an exact merge, else now, from its adapter.
+
+    folder  a run directory
+    kept    file where the answer is kept, read where it is there
+    """
+    if kept.exists():
+        return Judgement.model_validate_json(kept.read_bytes())
+    found = _judge(folder)
+    kept.parent.mkdir(exist_ok=True)
+    write_whole(kept, found.model_dump_json(indent=2) + "\n")
+    return found
+
+
+def _judge(folder: Path) -> Judgement:
+    report, recipe = Report.load(folder), Recipe.load(folder / RECIPE)
+    if not any(isinstance(link, Adapter) for link in chain(report.chain)):
+        return Judgement(mergeable=None, why="")
+    if recipe.merge == "exact" and report.merge is not None:
+        before, after = report.figure(report.row(last_stage(report))), report.figure(report.row(MERGED))
+        if before != after:
+            return Judgement(mergeable=False, why=f"the figure changed from {before} to {after}")
+        return _lossless(report.merge)
+    model, _ = tuned(folder)
+    try:
+        return _lossless(merge(model))
+    except CannotMerge as error:
+        return Judgement(mergeable=False, why=error.found)
+
+
+def _lossless(merged: Merge | MergeReport) -> Judgement:
+    """Exact in every weight, every logit of the probe, and every zero."""
+    if not merged.exact:
+        return Judgement(mergeable=False, why=f"merging changes weights by up to {merged.max_abs_weight_diff:.2g}")
+    if merged.max_abs_logit_diff != 0:
+        return Judgement(mergeable=False, why=f"merging changes logits by up to {merged.max_abs_logit_diff}")
+    if merged.sparsity_before != merged.sparsity_after:
+        why = f"zeros change from {merged.sparsity_before:.2%} to {merged.sparsity_after:.2%}"
+        return Judgement(mergeable=False, why=why)
+    return Judgement(mergeable=True, why="")
+
+
+def last_stage(report: Report) -> str:
+    """The last stage before merging."""
+    return [row.name for row in report.stages if row.name != MERGED][-1]
+
+
+def precision(folder: Path, report: Report, stage: str) -> str:
+    """Of the target layers at that stage, and of the adapter beside them: FP32 + FP32, INT4 + FP32, INT4."""
+    names = [row.name for row in report.stages]
+    reached = names[: names.index(stage) + 1]
+    links = chain(report.chain)
+    base = _PRECISION[report.environment["dtype"]]
+    if any(name.startswith("quantized") for name in reached):
+        base = next(_grid(link) for link in links if isinstance(link, Quantizer))
+    if stage == MERGED or not any(name.startswith("tuned") for name in reached):
+        return base
+    return f"{base} + {_adapter(folder / ADAPTER)}"
+
+
+def _grid(link: Quantizer) -> str:
+    bits = arguments(link).get("bits")
+    return link.name.upper() if bits is None else f"INT{bits}"
+
+
+def _adapter(directory: Path) -> str:
+    """The dtype of an adapter's parameters, as stored."""
+    with safe_open(directory / "adapter.safetensors", framework="pt") as file:
+        found = {str(file.get_slice(key).get_dtype()) for key in file.keys() if key.startswith("link/")}  # noqa: SIM118
+    return "/".join(sorted(_STORED.get(dtype, dtype) for dtype in found))

@@ -1,0 +1,153 @@
+"""From a recipe's `data` to a task: the playground's, or records read from JSON Lines files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dovetail.errors import DataError
+from dovetail.tasks import playground
+from dovetail.tasks.spec import Data
+from dovetail.tasks.task import FIELDS, METRICS, Record, Task
+
+MAX_LINE = 1 << 24
+"""Characters that a line of a file may have."""
+MAX_LABELS = 1000
+"""The most labels that are taken from the records: a larger one is rather a mistake, unless num_labels says so."""
+
+
+def as_task(data: Task | str | Iterable[Record], split: str = "train") -> Task:
+    """A task as it is, one of the playground by its name, or plain records under the name "data".
+
+    split   the split that plain records become; their kind is the one whose fields they have
+    errors  DataError for an unknown name, for no records, or for records of no one kind
+    """
+    if isinstance(data, Task):
+        return data
+    if isinstance(data, str):
+        from dovetail.tasks import playground  # built on this module
+
+        return playground.task(data)
+    fix = "a list of dictionaries, or a dovetail.Task that names its splits"
+    # A generator could be read only once, and a Mapping is one record or several splits.
+    if isinstance(data, Mapping | Iterator) or not isinstance(data, Iterable):
+        raise DataError("data", found=f"a {type(data).__name__}", rule="data is a list of records", fix=fix)
+    data = list(data)
+    if not data:
+        raise DataError("data", found="no records", rule="data holds at least one record")
+    for index, record in enumerate(data):
+        if not isinstance(record, Mapping):
+            found, rule = f"a {type(record).__name__}", "records are dictionaries"
+            raise DataError(f"data, record {index}", found=found, rule=rule, fix=fix)
+    kinds = [kind for kind, fields in FIELDS.items() if set(fields) <= set(data[0])]
+    # A labelled text is also a text; labels that aren't all integers are values.
+    if "classification" in kinds:
+        whole = all(isinstance(record.get("label"), int) for record in data)
+        kinds = ["classification" if whole else "regression"]
+    if len(kinds) != 1:
+        raise DataError(
+            "data, record 0",
+            found="fields " + ", ".join(map(str, data[0])),
+            rule="fields are those of one kind: " + "; ".join(f"{k}: {', '.join(f)}" for k, f in FIELDS.items()),
+            fix="rename the fields, or make a dovetail.Task and name its kind",
+        )
+    return Task("data", kinds[0], METRICS[kinds[0]][0], {split: data})
+
+
+def load_task(data: Data) -> Task:
+    """The task that a recipe's data part means, every record checked; DataError names file, line and column."""
+    if data.task is not None:
+        task = playground.task(data.task)
+        splits = {split: records[: data.limit.of(split)] for split, records in task.splits.items()}
+        return Task(task.name, task.kind, task.metric, splits)
+    assert data.kind is not None
+    assert data.metric is not None
+    columns = {name: data.fields.get(name, name) for name in (*FIELDS[data.kind], "pair")}
+    splits = {
+        split: read_records(path, data.kind, columns, pair="pair" in data.fields, limit=data.limit.of(split))
+        for split, path in data.files.items()
+    }
+    return Task(data.name or "data", data.kind, data.metric, splits)
+
+
+def read_records(
+    path: Path, kind: str, columns: Mapping[str, str], *, pair: bool = False, limit: int | None = None
+) -> list[Record]:
+    """Records of a JSON Lines file.
+
+    columns  field of the record -> column of the file
+    pair     the column of "pair" must be there; else it is taken where it is
+    limit    only the first so many
+    """
+    records: list[Record] = []
+    try:
+        with path.open(encoding="utf-8-sig") as file:  # Windows puts a byte-order mark first
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    records.append(_record(f"{path}, line {number}", line, kind, columns, pair))
+                if len(records) == limit:
+                    break
+    except OSError as error:
+        rule = "data files are JSON Lines, one record a line; paths are relative to the recipe"
+        raise DataError(str(path), found=error.strerror or str(error), rule=rule, fix="check the path") from None
+    except UnicodeDecodeError as error:
+        raise DataError(str(path), found=f"byte {error.start} is no UTF-8", rule="data files are UTF-8 text") from None
+    if not records:
+        raise DataError(str(path), found="no records", rule="a split holds at least one record")
+    return records
+
+
+def _record(where: str, line: str, kind: str, columns: Mapping[str, str], pair: bool) -> Record:
+    if len(line) > MAX_LINE:
+        raise DataError(where, found=f"{len(line)} characters", rule=f"a record has at most {MAX_LINE}")
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(where, found=str(error)[:200], rule="a line holds one JSON object") from None
+    if not isinstance(row, dict):
+        raise DataError(where, found=f"a JSON {type(row).__name__}", rule="a line holds one JSON object")
+    wanted = [*FIELDS[kind], *(["pair"] if pair or columns["pair"] in row else [])]
+    for name in wanted:
+        if columns[name] not in row:
+            raise DataError(
+                where,
+                found="columns " + ", ".join(map(str, row)),
+                rule=f"a {kind} record has a field {name!r}, looked for in column {columns[name]!r}",
+                fix=f"data.fields of the recipe: {{{name}: COLUMN}}",
+            )
+    record = {name: row[columns[name]] for name in wanted}
+    for name, rule, right in (
+        ("pair", "pair is of type str", lambda value: isinstance(value, str)),
+        (
+            "choices",
+            "choices is a list of str",
+            lambda value: isinstance(value, list) and all(isinstance(choice, str) for choice in value),
+        ),
+        ("label", "label is finite", lambda value: not isinstance(value, float) or math.isfinite(value)),
+    ):
+        if name in record and not right(record[name]):
+            raise DataError(where, found=f"{columns[name]}={record[name]!r}"[:200], rule=rule)
+    return record
+
+
+def number_of_labels(task: Task, stated: int | None = None) -> int | None:
+    """Outputs of the head that the task needs: as stated, or as many as its labels; None for a task without labels."""
+    if task.kind == "regression":
+        return 1
+    if task.kind != "classification":
+        return None
+    labels = [record["label"] for records in task.splits.values() for record in records]
+    found = stated or min(max(2, max(labels) + 1), MAX_LABELS)
+    for split, records in task.splits.items():
+        for index, record in enumerate(records):
+            if not 0 <= record["label"] < found:
+                raise DataError(
+                    f"task {task.name}, split {split}, record {index}",
+                    found=f"label={record['label']}, num_labels={found}",
+                    rule="labels are 0 to num_labels - 1",
+                    fix="number the labels from 0; data.num_labels says how many there are",
+                )
+    return found

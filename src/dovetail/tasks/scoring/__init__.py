@@ -1,0 +1,105 @@
+"""Quality of a model on tasks: each kind of task is scored by its own file here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dovetail.errors import DataError
+from dovetail.tasks.find import as_task
+from dovetail.tasks.scoring.choice import score_choices
+from dovetail.tasks.scoring.classification import score_labels, score_values
+from dovetail.tasks.scoring.generation import score_generation
+from dovetail.tasks.scoring.pairs import score_pairs
+from dovetail.tasks.scoring.perplexity import score_text
+from dovetail.tasks.scoring.runner import Runner
+from dovetail.tasks.task import Record, Task
+from dovetail.tasks.tokens import length_limit
+
+METHODS: Mapping[str, Callable[[Runner, Sequence[Record]], dict[str, float]]] = {
+    "generation": score_generation,
+    "choice": score_choices,
+    "pairs": score_pairs,
+    "text": score_text,
+    "classification": score_labels,
+    "regression": score_values,
+}
+"""Kind of task -> what scores its records."""
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Task | str | Sequence[Task | str] | Sequence[Record],
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    batch_size: int = 64,
+    max_length: int = 1024,
+    progress: bool = True,
+) -> dict[str, dict[str, float]]:
+    """The scores of a model on tasks: task name -> metric -> figure, and `n`, the number of records.
+
+    tasks        tasks, playground tasks by their names, or records as `dovetail.train` takes them
+    split        the split to score
+    limit        only the first `limit` records
+    batch_size   rows at a time; records are sorted by length, so that little is spent on padding
+    max_length   tokens of a row, or fewer where the model's positions end earlier
+    progress     a bar for what takes longer than 3 s
+
+    Metrics per kind: generation exact_match; choice accuracy, accuracy_norm; pairs accuracy; text perplexity,
+    nats_per_token; classification accuracy, matthews; regression pearson, spearman.
+
+    Decoder-only and encoder-decoder language models, and models with a classification or regression head, on the
+    device where they are. Nothing is drawn by chance, and the model is left in the mode it was in. Raises DataError
+    for a missing split, a label without a place in the head, or a task that the model has no head for.
+    """
+    tasks = _tasks(tasks, split)
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise DataError("evaluate", found="tasks " + ", ".join(names), rule="each task has its own name")
+    if limit is not None and limit < 1:
+        raise DataError("evaluate", found=f"limit={limit}", rule="at least one record")
+    if batch_size < 1:
+        raise DataError("evaluate", found=f"batch_size={batch_size}", rule="at least one row")
+    scores: dict[str, dict[str, float]] = {}
+    with in_evaluation(model), torch.inference_mode():
+        for task in tasks:
+            records = task.split(split)[:limit]
+            runner = Runner(
+                model,
+                tokenizer,
+                name=task.name,
+                batch_size=batch_size,
+                max_length=length_limit(model, tokenizer, max_length),
+                progress=progress,
+            )
+            scores[task.name] = {**METHODS[task.kind](runner, records), "n": len(records)}
+    return scores
+
+
+def _tasks(tasks: Task | str | Sequence[Task | str] | Sequence[Record], split: str) -> list[Task]:
+    if isinstance(tasks, Task | str):
+        return [as_task(tasks)]
+    records = [record for record in tasks if isinstance(record, Mapping)]
+    if records and len(records) == len(tasks):
+        return [as_task(records, split)]
+    if records:
+        raise DataError("evaluate", found="tasks and records in one list", rule="all are tasks, or all are records")
+    return [as_task(task) for task in tasks if not isinstance(task, Mapping)]
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module is put back into the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,57 @@
+"""Classification and regression by a head: the likeliest label, or the value.
+
+Where a score isn't defined because the model says the same for every record, it is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, matthews_corrcoef
+from torch import Tensor
+
+from dovetail.errors import DataError
+from dovetail.tasks.scoring.runner import Runner
+from dovetail.tasks.task import Record
+from dovetail.tasks.tokens import check_labels, label_rows
+
+
+def score_labels(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
+    """accuracy, and matthews, Matthews' correlation (one for several labels too)."""
+    check_labels(runner.name, "classification", records, runner.model)
+    said = outputs(runner, records).argmax(1).numpy()
+    labels = np.array([record["label"] for record in records])
+    return {"accuracy": float(accuracy_score(labels, said)), "matthews": float(matthews_corrcoef(labels, said))}
+
+
+def score_values(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
+    """The correlations pearson and spearman of the head's values with the labels."""
+    check_labels(runner.name, "regression", records, runner.model)
+    said = outputs(runner, records)[:, 0].double().numpy()
+    labels = np.array([record["label"] for record in records], dtype=np.float64)
+    if len(labels) < 2 or np.ptp(said) == 0 or np.ptp(labels) == 0:
+        return {"pearson": 0.0, "spearman": 0.0}
+    # pearsonr and spearmanr answer with (coefficient, p-value), which their annotations don't tell.
+    pearson, spearman = np.asarray(pearsonr(said, labels)), np.asarray(spearmanr(said, labels))
+    return {"pearson": float(pearson[0]), "spearman": float(spearman[0])}
+
+
+def outputs(runner: Runner, records: Sequence[Record]) -> Tensor:
+    """The head's outputs, float32 (records, labels)."""
+    rows = label_rows(records, runner.tokenizer, max_length=runner.max_length)
+    results = torch.zeros(len(rows), runner.config.num_labels)
+    for chosen, batch in runner.batches(rows):
+        del batch["labels"]
+        logits = runner.model(**batch).logits
+        if logits.ndim != 2:
+            raise DataError(
+                f"task {runner.name}",
+                found=f"a {type(runner.model).__name__}",
+                rule="the task needs a head over texts",
+                fix="load the model with a classification head",
+            )
+        results[chosen] = logits.float().cpu()
+    return results

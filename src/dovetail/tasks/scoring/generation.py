@@ -1,0 +1,74 @@
+"""Generation: the greedy continuation of the prompt, compared with the answer (exact match).
+
+Batched with padding on the left, stopped at the end token. A continuation may run a few tokens past the longest
+answer of the task, so that one that says too much isn't taken for right; spaces around it don't count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+
+from dovetail.errors import DataError
+from dovetail.tasks.scoring.runner import Runner
+from dovetail.tasks.task import Record
+from dovetail.tasks.tokens import end_id, pad_id, prompt_rows
+
+MORE = 4
+"""Tokens that a continuation may have beyond the longest answer."""
+
+
+def score_generation(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
+    """exact_match: the share of records whose greedy continuation is the answer."""
+    said = continuations(runner, records)
+    right = [text.strip() == record["answer"].strip() for text, record in zip(said, records, strict=True)]
+    return {"exact_match": sum(right) / len(right)}
+
+
+def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
+    """The greedy continuation of each record's prompt, without special tokens, up to the end token."""
+    model, tokenizer = runner.model, runner.tokenizer
+    if not (isinstance(model, GenerationMixin) and isinstance(model, PreTrainedModel) and model.can_generate()):
+        raise DataError(
+            f"task {runner.name}",
+            found=f"a {type(model).__name__}",
+            rule="the task needs a model that generates",
+            fix="load the model without a classification head",
+        )
+    answers = tokenizer([record["answer"] for record in records], add_special_tokens=False)["input_ids"]
+    new_tokens = max(map(len, answers)) + MORE
+    room = runner.max_length if runner.encoder_decoder else runner.max_length - new_tokens
+    if room < 1:
+        raise DataError(
+            f"task {runner.name}",
+            found=f"an answer of {new_tokens - MORE} tokens",
+            rule=f"prompt and answer fit in {runner.max_length} tokens",
+        )
+    rows = prompt_rows(
+        [record["prompt"] for record in records], tokenizer, encoder_decoder=runner.encoder_decoder, max_length=room
+    )
+    own = model.generation_config
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    # The model's own settings (sampling, penalties) are put aside: generate() would mix them into ours.
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=new_tokens,
+        use_cache=True,
+        pad_token_id=pad_id(tokenizer),
+        eos_token_id=sorted({at for at in (end_id(tokenizer), *ends) if at is not None}) or None,
+        decoder_start_token_id=own.decoder_start_token_id,
+        bos_token_id=own.bos_token_id,
+    )
+    said = [""] * len(rows)
+    try:
+        for chosen, batch in runner.batches(rows, side="left"):
+            tokens_bt = model.generate(**batch)  # pyright: ignore[reportAttributeAccessIssue]
+            if not runner.encoder_decoder:
+                tokens_bt = tokens_bt[:, batch["input_ids"].shape[1] :]
+            for row, text in zip(chosen, tokenizer.batch_decode(tokens_bt, skip_special_tokens=True), strict=True):
+                said[row] = text
+    finally:
+        model.generation_config = own
+    return said

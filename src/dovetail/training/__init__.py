@@ -1,0 +1,1 @@
+"""Training of a chain's adapters in stages, on the Hugging Face Trainer."""

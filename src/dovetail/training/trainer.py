@@ -1,0 +1,289 @@
+"""One stage of training on the Hugging Face Trainer, with what Dovetail needs otherwise.
+
+Different from the Trainer as it comes: one learning rate per link; the loss is the mean over the counted tokens of
+the whole step, however many batches are accumulated, for every model; batches of like length come in random order,
+the longest row early; elastic adapters run at ranks drawn for each step; a checkpoint holds the trained parameters
+only, as safetensors, and counts once it is whole; a loss that isn't finite ends the run; the peak of memory is
+measured over the first steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from dovetail.chains.layer.elastic import Group, draw_ranks, groups, use_reference
+from dovetail.errors import TrainError
+from dovetail.progress import Bar
+from dovetail.tasks.tokens import IGNORED, Collator, Example
+from dovetail.training.checkpoints import TRAINED, load_trained, mark_complete, save_trained
+from dovetail.training.optimizer import TrainSettings
+from dovetail.training.peak_memory import PeakMemory
+
+_MEASURED_STEPS = 3
+_BATCHES_SORTED_TOGETHER = 50
+
+
+class Rows(Dataset[Example]):
+    """Examples as a dataset."""
+
+    def __init__(self, rows: Sequence[Example]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.rows[index]
+
+
+class BatchOrder(Sampler[int]):
+    """The order of rows: another one each epoch, fixed by the seed, whatever was drawn elsewhere.
+
+    lengths      tokens of each row
+    batch_size   consecutive rows that make a batch
+    step_rows    rows of a step, all its batches
+    grouped      rows of a batch are of like length; the longest row comes in the second step, when the optimizer has
+                 its state: what doesn't fit into memory fails at once, and the first steps show the peak
+    """
+
+    def __init__(self, lengths: Sequence[int], *, batch_size: int, step_rows: int, grouped: bool, seed: str) -> None:
+        self.lengths, self.batch_size, self.step_rows = lengths, batch_size, step_rows
+        self.grouped, self.seed = grouped, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        random = Random(f"{self.seed} epoch {self.epoch}")
+        order = random.sample(range(len(self.lengths)), len(self.lengths))
+        if not self.grouped:
+            return iter(order)
+        together = _BATCHES_SORTED_TOGETHER * self.batch_size
+        batches: list[list[int]] = []
+        for at in range(0, len(order), together):
+            rows = sorted(order[at : at + together], key=lambda row: -self.lengths[row])
+            batches += [rows[b : b + self.batch_size] for b in range(0, len(rows), self.batch_size)]
+        last = batches.pop()  # perhaps a short one, which must stay the last
+        random.shuffle(batches)
+        order = [row for batch in [*batches, last] for row in batch]
+        longest = max(range(len(order)), key=lambda place: self.lengths[order[place]])
+        early = self.step_rows if self.step_rows < len(order) else 0
+        order[early], order[longest] = order[longest], order[early]
+        return iter(order)
+
+
+class StageTrainer(Trainer):
+    """Trains one stage.
+
+    make_optimizer   from the model
+    order            of the rows
+    bf16             the forward pass runs under autocast to bfloat16
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arguments: TrainingArguments,
+        rows: Sequence[Example],
+        collator: Collator,
+        *,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        order: BatchOrder,
+        bf16: bool,
+        callback: TrainerCallback,
+    ) -> None:
+        self.elastic = groups(model)
+        draws = [RankDraws(self.elastic, order.seed)] if self.elastic else []
+        # Draws first: at the end of a step the reference ranks are back before the watch evaluates.
+        super().__init__(model, arguments, collator, Rows(rows), callbacks=[*draws, callback])
+        self.remove_callback(PrinterCallback)
+        self.make_optimizer, self.order, self.bf16 = make_optimizer, order, bf16
+        self.model_accepts_loss_kwargs = True  # so that the Trainer counts the labels; `compute_loss` scales by them
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Leaves elastic adapters at their reference ranks, however it ends."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            use_reference(self.elastic)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = self.make_optimizer(self.model)  # pyright: ignore[reportArgumentType]
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self.order
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: the Trainer would walk over all parameters at every step."""
+        return 0
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        return torch.autocast(self.args.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The batch's share of the mean loss over all labels of the step."""
+        outputs = model(**inputs)
+        loss = outputs.loss
+        if self.args.gradient_accumulation_steps > 1:
+            loss = loss * (inputs["labels"].ne(IGNORED).sum() / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    # Checkpoints.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        assert output_dir is not None
+        assert isinstance(self.model, nn.Module)
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_trained(self.model, Path(output_dir) / TRAINED)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        mark_complete(Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        assert isinstance(self.model, nn.Module)
+        load_trained(self.model, Path(resume_from_checkpoint) / TRAINED)
+
+
+class RankDraws(TrainerCallback):
+    """At each optimizer step draws a rank for every group of elastic adapters, for all of the step's batches and for
+    what gradient checkpointing computes again. It depends on seed and step alone, so that a resumed run repeats it.
+    """
+
+    def __init__(self, elastic: Sequence[Group], seed: str) -> None:
+        self.elastic, self.seed = elastic, seed
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        draw_ranks(self.elastic, f"{self.seed} step {state.global_step} ranks")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        use_reference(self.elastic)
+
+
+class Watch(TrainerCallback):
+    """Shows the progress, measures memory, evaluates now and then, and ends a run whose loss isn't finite.
+
+    title            what the bar says
+    evaluate         called every `evaluate_every` steps; its result is put into the log as "validation"
+    """
+
+    def __init__(
+        self, title: str, *, shown: bool, evaluate_every: int | None, evaluate: Callable[[], dict[str, float]]
+    ) -> None:
+        self.title, self.shown, self.evaluate_every, self.evaluate = title, shown, evaluate_every, evaluate
+        self.peak_memory_nbytes = 0
+        self._bar: Bar | None = None
+        self._memory: PeakMemory | None = None
+        self._steps_done = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        self._bar = Bar(self.title, state.max_steps, shown=self.shown, delay=1.0)
+        self._bar.advance(state.global_step)
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
+        else:
+            self._memory = PeakMemory([*model.parameters(), *model.buffers()])
+            self._memory.__enter__()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._steps_done += 1
+        due = self.evaluate_every is not None and state.global_step % self.evaluate_every == 0
+        if due or self._steps_done == _MEASURED_STEPS:
+            self._stop_measuring()
+        if due:
+            state.log_history.append({"step": state.global_step, "validation": self.evaluate()})  # pyright: ignore
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" not in logs:
+            return
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise TrainError(
+                    f"{self.title}, step {state.global_step}",
+                    found=f"{name}={logs[name]}",
+                    rule="loss and gradient stay finite",
+                    fix="lower lr_scale, or add warmup",
+                )
+        if self._bar is not None:
+            self._bar.advance(1, f"loss {logs['loss']:.3f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.device.type == "cuda":
+            self.peak_memory_nbytes = torch.cuda.max_memory_allocated(args.device)
+
+    def close(self) -> None:
+        """Ends measuring and the bar, however training ended."""
+        self._stop_measuring()
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+
+    def _stop_measuring(self) -> None:
+        if self._memory is not None:
+            self._memory.__exit__(None, None, None)
+            self.peak_memory_nbytes = self._memory.peak_nbytes
+            self._memory = None
+
+
+def trainer_arguments(
+    model: PreTrainedModel, settings: TrainSettings, directory: Path, checkpoint_every: int | None
+) -> TrainingArguments:
+    """The Trainer's arguments for a stage: quiet, on the model's device, checkpoints only where asked for."""
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        num_train_epochs=settings.epochs,
+        max_steps=-1 if settings.max_steps is None else settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        use_cpu=model.device.type == "cpu",
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no" if checkpoint_every is None else "steps",
+        save_steps=checkpoint_every or 1,
+        save_total_limit=2,
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+    if arguments.n_gpu > 1:  # one model on one device: no DataParallel
+        arguments._n_gpu = 1
+    return arguments

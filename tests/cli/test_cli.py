@@ -1,0 +1,140 @@
+"""Commands as a user types them: output, JSON, exit codes, and how fast the help answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dovetail.chains.registry import links
+from dovetail.checkpoint.footprint import footprint
+from dovetail.checkpoint.load import load
+from dovetail.cli.main import main
+from small_runs import MAIN, save_model, save_sums, small_recipe
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `dovetail ARGUMENTS` in this process; returns exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dovetail", *map(str, arguments)])
+        monkeypatch.setattr("dovetail.cli.main.quiet", lambda: None)  # it changes this process for good
+        monkeypatch.setenv("COLUMNS", "160")
+        with pytest.raises(SystemExit) as done:
+            main()
+        out, err = capsys.readouterr()
+        return int(done.value.code or 0), out, err
+
+    return call
+
+
+def test_help_has_examples_and_loads_nothing_heavy(command):
+    code, out, _ = command("--help")
+    assert code == 0
+    for name in ("quickstart", "run", "plan", "methods", "evaluate", "report"):
+        assert name in out
+        code, page, _ = command(name, "--help")
+        assert code == 0
+        assert f"Example: dovetail {name}" in page
+        assert "--json" in page
+    check = "import sys, dovetail.cli; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_usage_errors(command):
+    for arguments in (["run"], ["plan"], ["fly"], ["plan", "lora", "--batch-size", "0"], ["evaluate", "playground"]):
+        code, out, err = command(*arguments)
+        assert (code, out) == (2, "")
+        assert "Traceback" not in err
+
+
+def test_stopping_is_no_error_message(monkeypatch, command):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dovetail.cli.main.print_json", interrupted)
+    code, _, err = command("methods", "--json")
+    assert code == 130
+    assert "Traceback" not in err
+
+
+def test_methods(command):
+    code, out, _ = command("methods", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert code == 0
+    assert set(rows) == set(links())
+    assert rows["lora"]["arguments"]["alpha"] is None
+    assert rows["lora"]["learning_rate"] == 4e-4
+    assert rows["remask"]["keeps_zeros"]
+    assert not rows["bottleneck"]["mergeable"]
+    assert all(row["kind"] and row["summary"] for row in rows.values())
+    code, out, _ = command("methods")
+    assert code == 0
+    assert "lora(r=8, alpha=none, dropout=" in out
+
+
+def test_plan(command, tmp_path):
+    model = save_model(tmp_path / "base")
+    (model / "model.safetensors").unlink()  # a config is enough
+    code, out, _ = command("plan", MAIN, "--model", model, "--batch-size", 4, "--length", 8, "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["legal"]
+    assert set(plan) >= {"chain", "legal", "stages", "bits_per_weight", "nbytes", "trainable_parameters",
+                         "predicted_peak_memory_nbytes"}  # fmt: skip
+    code, out, _ = command("plan", MAIN, "--model", model, "--batch-size", 4, "--length", 8)
+    assert code == 0
+    assert f"{plan['nbytes']:,}" in out
+    assert "merges without loss" in out
+    code, out, err = command("plan", "nf4 >> int", "--model", model)
+    assert (code, out) == (2, "")
+    assert "a chain quantizes at most once" in err
+    code, out, _ = command("plan", "nf4 >> int", "--model", model, "--json")
+    assert code == 2
+    assert json.loads(out)["legal"] is False
+
+
+def test_run_report_evaluate(command, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(small_recipe(tmp_path, train={"max_steps": 1, "batch_size": 4})))
+    code, out, err = command("run", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert code == 0
+    assert "Merged without loss" in out
+    assert "report.html" in out
+    assert [line.split()[0] for line in err.splitlines() if "bits a weight" in line] == [
+        "base", "pruned", "quantized", "tuned", "merged"
+    ]  # fmt: skip
+    page = tmp_path / "run" / "report.html"
+    whole = page.read_text()
+    page.unlink()
+    code, out, _ = command("report", tmp_path / "run")
+    assert code == 0
+    assert "merged" in out
+    assert page.read_text() == whole
+    code, out, _ = command("report", tmp_path / "run", "--json")
+    report = json.loads(out)
+    assert report["merge"]["exact"]
+    code, out, _ = command("evaluate", tmp_path / "run" / "model", "--task", tmp_path / "recipe.yaml", "--json")
+    assert code == 0
+    assert json.loads(out) == report["stages"][-1]["metrics"]
+    code, out, _ = command("evaluate", tmp_path / "base", "--task", tmp_path / "recipe.yaml", "--adapter",
+                           tmp_path / "run" / "adapter")  # fmt: skip
+    assert code == 0
+    assert "exact match" in out
+    model, _ = load(tmp_path / "run" / "model")
+    assert footprint(model).nonzero_fraction == pytest.approx(report["footprint"]["nonzero_fraction"])
+
+
+def test_quickstart_and_json(command, tmp_path, monkeypatch):
+    small = json.dumps(small_recipe(tmp_path, train={"max_steps": 1, "batch_size": 4}, data=save_sums(tmp_path)))
+    monkeypatch.setattr("dovetail.runs.quickstart.RECIPE", small)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command("quickstart", "--json")
+    assert code == 0
+    assert json.loads(out)["stages"][0]["name"] == "base"
+    assert "bits a weight" not in err
+    code, _, _ = command("quickstart")
+    assert code == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["quickstart", "quickstart-2"]

@@ -1,0 +1,234 @@
+"""Whole runs: the run directory, rows, resuming, merging as asked, and what a dry run says of them before."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import dovetail.runs.flow as flow
+from dovetail.chains.layer.linear import chain_layers
+from dovetail.chains.notation import chain
+from dovetail.checkpoint.adapter import load_adapter
+from dovetail.checkpoint.load import load
+from dovetail.errors import CannotMerge, RecipeError, TrainError
+from dovetail.runs.flow import row_names, run
+from dovetail.runs.plan import plan
+from dovetail.runs.recipe import Recipe
+from dovetail.runs.report.record import Report
+from dovetail.tasks.playground import task
+from dovetail.training.trainer import StageTrainer
+from small_runs import MAIN, save_labels, save_model, small_recipe
+
+FIELDS = {
+    "chain", "model", "seed", "stages", "merge", "footprint", "peak_memory_nbytes", "seconds", "environment", "task",
+    "verdict", "training", "checkpoint", "packed", "search",
+}  # fmt: skip
+
+
+def quiet(recipe, output, **arguments):
+    return run(recipe, output=output, progress=False, **arguments)
+
+
+def left_in(folder, output):
+    """What a refused run left beside the folder that it was to write."""
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(output))
+
+
+def test_a_run_directory(tmp_path):
+    seen = []
+    report = quiet(small_recipe(tmp_path), tmp_path / "new" / "run", on_row=lambda row: seen.append(row.name))
+    folder = tmp_path / "new" / "run"
+    assert seen == ["base", "pruned", "quantized", "tuned", "merged"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter", "log.jsonl", "model", "packed", "recipe.yaml", "report.html", "report.json"
+    ]  # fmt: skip
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["run"]
+    written = json.loads((folder / "report.json").read_text())
+    assert set(written) == FIELDS
+    assert all(set(row) == {"name", "metrics", "footprint", "seconds"} for row in written["stages"])
+    assert [row["name"] for row in written["stages"]] == seen
+    footprints = {row["name"]: row["footprint"] for row in written["stages"]}
+    assert footprints["base"]["bits_per_weight"] == 32
+    assert footprints["base"]["trainable_parameters"] == 0
+    assert footprints["pruned"]["nonzero_fraction"] == 0.5
+    assert footprints["quantized"]["bits_per_weight"] < 6
+    assert footprints["tuned"]["trainable_parameters"] == written["footprint"]["trainable_parameters"] > 0
+    assert footprints["merged"]["bits_per_weight"] == written["footprint"]["bits_per_weight"] < 5
+    merge = written["merge"]
+    assert merge["exact"]
+    assert merge["max_abs_logit_diff"] == merge["max_abs_weight_diff"] == merge["off_grid"] == 0
+    assert merge["sparsity_after"] >= 0.5
+    assert written["checkpoint"]["max_abs_logit_diff"] == 0
+    assert written["packed"]["max_abs_logit_diff"] == 0
+    assert written["packed"]["nbytes"] == (folder / "packed" / "packed.safetensors").stat().st_size
+    assert written["packed"]["bits_per_weight"] < written["footprint"]["bits_per_weight"]
+    assert [step for step, _ in written["training"][0]["losses"]] == [1, 2, 3, 4]
+    assert report.row("tuned").metrics == report.row("merged").metrics
+    assert Report.load(folder) == report
+    assert Recipe.load(folder / "recipe.yaml").chain == str(chain(MAIN))
+    events = [json.loads(line)["event"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert events.count("row") == 5
+    assert events.count("loss") == 4
+    stock = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert type(stock.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    weights = load_file(folder / "model" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert (weights == 0).float().mean() >= 0.5
+
+
+def test_a_killed_run_goes_on(tmp_path, monkeypatch):
+    recipe = small_recipe(tmp_path)
+    expected = quiet(recipe, tmp_path / "whole")
+    step, count = StageTrainer.training_step, itertools.count(1)
+
+    def killed(*args, **kwargs):
+        if next(count) == 4:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quiet(recipe, tmp_path / "run")
+    assert left_in(tmp_path, "run") == ["run.partial"]
+    progress = tmp_path / "run.partial" / "progress.jsonl"
+    progress.write_text(progress.read_text() + '{"name": "tun')  # half a line
+    with pytest.raises(RecipeError, match="another chain"):
+        quiet(recipe | {"chain": "lora(r=2)"}, tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"another evaluate\.batch_size: 64"):
+        quiet(recipe | {"evaluate": {**recipe.get("evaluate", {}), "batch_size": 7}}, tmp_path / "run")
+    assert left_in(tmp_path, "run") == ["run.partial"]
+    evaluated, evaluate = [], flow.evaluate
+
+    def counted(*args, **kwargs):
+        evaluated.append(1)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(flow, "evaluate", counted)
+    report = quiet(recipe, tmp_path / "run")
+    assert len(evaluated) == 2  # tuned and merged
+    assert left_in(tmp_path, "run") == ["run"]
+    for ours, theirs in zip(report.stages, expected.stages, strict=True):
+        assert (ours.name, ours.metrics, ours.footprint) == (theirs.name, theirs.metrics, theirs.footprint)
+    assert report.training[0].losses == expected.training[0].losses
+    assert report.merge == expected.merge
+    (tmp_path / "again.partial").mkdir()
+    (tmp_path / "again.partial" / "file").touch()
+    with pytest.raises(RecipeError, match="no run"):
+        quiet(recipe, tmp_path / "again")
+    quiet(recipe, tmp_path / "again", resume=False)
+    assert left_in(tmp_path, "again") == ["again"]
+
+
+def test_names_of_rows():
+    def names(text, **more):
+        return row_names(chain(text), **more)
+
+    assert names(MAIN) == ["pruned", "quantized", "tuned"]
+    assert names("lora") == ["tuned"]
+    assert names("wanda(0.5) >> nf4") == ["pruned", "quantized"]
+    assert names("wanda(0.5) >> nf4", head=True) == ["pruned", "quantized", "tuned"]
+    assert names("lora >> nf4 >> lora") == ["tuned, stage 1", "quantized", "tuned"]
+    assert names("lora >> wanda(0.5)") == ["tuned", "pruned"]
+    assert names("wanda(0.2) >> lora >> remask >> wanda(0.5) >> ia3") == [
+        "pruned, stage 1", "tuned, stage 1", "pruned", "tuned"
+    ]  # fmt: skip
+
+
+def test_stages(tmp_path):
+    recipe = small_recipe(tmp_path, chain="ia3 >> magnitude(0.5) >> lora(r=2) >> remask")
+    report = quiet(recipe, tmp_path / "run")
+    assert [row.name for row in report.stages] == ["base", "tuned, stage 1", "pruned", "tuned", "merged"]
+    assert [stage.links for stage in report.training] == [["ia3"], ["lora(r=2)"]]
+    assert report.row("pruned").footprint.nonzero_fraction == 0.5
+
+
+def test_nothing_is_trained(tmp_path):
+    report = quiet(small_recipe(tmp_path, chain="magnitude(0.5) >> nf4"), tmp_path / "run")
+    assert [row.name for row in report.stages] == ["base", "pruned", "quantized", "merged"]
+    assert report.merge is not None
+    assert report.merge.exact
+    assert (report.training, report.peak_memory_nbytes) == ([], 0)
+
+
+def test_kept_apart(tmp_path):
+    recipe = small_recipe(tmp_path, chain="nf4(block=32) >> lora(r=2) >> bottleneck(r=4)", merge="none")
+    report = quiet(recipe, tmp_path / "run")
+    assert report.merge is None
+    assert report.stages[-1].name == "tuned"
+    assert not (tmp_path / "run" / "model").exists()
+    model, tokenizer = load(tmp_path / "base")
+    load_adapter(model, tmp_path / "run" / "adapter")
+    task_ = flow.load_task(Recipe.parse(recipe).data)
+    assert flow.evaluate(model, tokenizer, task_, progress=False) == report.row("tuned").metrics
+
+
+def test_merging_as_asked(tmp_path):
+    open_chain = "wanda(0.5) >> nf4(block=32) >> lora(r=4) >> ia3"
+    recipe = small_recipe(tmp_path, chain=open_chain)
+    with pytest.raises(CannotMerge, match="remask >> regrid"):
+        quiet(recipe | {"model": "there/is/none"}, tmp_path / "run")  # refused before anything is loaded
+    with pytest.raises(CannotMerge, match="bottleneck"):
+        quiet(recipe | {"chain": "bottleneck", "merge": "lossy"}, tmp_path / "run")
+    assert left_in(tmp_path, "run") == []
+    report = quiet(recipe | {"merge": "lossy"}, tmp_path / "run")
+    assert report.merge is not None
+    assert not report.merge.exact
+    assert report.merge.sparsity_after >= 0.5
+    assert report.merge.off_grid == 0
+    assert report.verdict.startswith("Merged with loss, as the recipe asks")
+
+
+def test_a_head_from_files(tmp_path):
+    recipe = {
+        "model": str(save_model(tmp_path / "base", labels=2)), "chain": "wanda(0.5) >> lora(r=2) >> remask",
+        "data": save_labels(tmp_path), "train": {"max_steps": 2, "batch_size": 8}, "calibration": {"samples": 8},
+    }  # fmt: skip
+    report = quiet(recipe, tmp_path / "run")
+    assert (report.task.metric, report.task.split) == ("matthews", "validation")
+    assert set(report.row("base").metrics["labels"]) == {"accuracy", "matthews", "n"}
+    assert list(report.training[0].learning_rates) == ["lora(r=2)", "heads"]
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+
+
+def test_divergence_leaves_nothing(tmp_path):
+    recipe = small_recipe(tmp_path, train={"max_steps": 4, "lr_scale": 1e30}, chain="ia3")
+    with pytest.raises(TrainError, match="stay finite"):
+        quiet(recipe, tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()
+
+
+def test_memory_is_predicted(tmp_path):
+    data = task("word_problems")
+    planned = plan(MAIN, "playground", task=data, batch_size=16)
+    report = quiet({
+        "model": "playground", "chain": MAIN, "data": "word_problems", "train": {"max_steps": 3, "batch_size": 16},
+        "evaluate": {"limit": 8},
+    }, tmp_path / "run")  # fmt: skip
+    assert planned.predicted_peak_memory_nbytes == pytest.approx(report.peak_memory_nbytes, rel=0.1)
+    tuned = report.row("tuned").footprint
+    assert planned.nbytes == tuned.nbytes
+    assert planned.bits_per_weight == tuned.bits_per_weight
+    assert planned.trainable_parameters == tuned.trainable_parameters == report.footprint.trainable_parameters
+
+
+def test_a_packed_model_is_loaded_scored_and_adapted_like_any_other(tmp_path):
+    report = quiet(small_recipe(tmp_path), tmp_path / "run")
+    model, _ = load(tmp_path / "run" / "packed")
+    assert chain_layers(model)
+    again = quiet(small_recipe(tmp_path, model=str(tmp_path / "run" / "packed"), chain="lora(r=2)"), tmp_path / "more")
+    assert again.row("base").metrics == report.row("merged").metrics
+    assert again.packed is None
+    assert not (tmp_path / "more" / "packed").exists()
+
+
+def test_a_packed_classifier_keeps_its_head(tmp_path):
+    recipe = small_recipe(tmp_path, chain=MAIN, data=save_labels(tmp_path), evaluate={"split": "validation"})
+    recipe["model"] = str(save_model(tmp_path / "bert", labels=2))
+    report = quiet(recipe, tmp_path / "run")
+    assert report.packed is not None
+    assert report.packed.max_abs_logit_diff == 0

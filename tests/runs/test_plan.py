@@ -1,0 +1,111 @@
+"""Plans against what really happens: bytes exactly, legality by name, no trace left of fake tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dovetail.checkpoint.footprint import footprint
+from dovetail.checkpoint.load import load
+from dovetail.compression.apply import advance, apply, stages_left
+from dovetail.runs.plan import plan
+from dovetail.tasks.task import Task
+from families import CONFIGS
+from test_evaluate import bert, llama, make_tokenizer, t5
+
+CHAINS = [
+    "lora(r=4) >> ia3",
+    "nf4 >> lora(r=4) >> dora(r=2)",
+    "fp4(block=32, double=true) >> vera(r=4) >> regrid",
+    "wanda(0.5) >> int(bits=3, group=32) >> lora(r=4) >> remask >> regrid",
+    "int(bits=2, group=0, symmetric=true) >> magnitude(0.5) >> loha(r=2) >> remask >> regrid(start=codes)",
+    "fp8 >> lora(r=4) >> bottleneck(r=4)",
+    "ia3 >> wanda(0.5) >> nf4 >> lora(r=2) >> remask >> regrid",
+]
+IDS = torch.arange(4, 16).view(2, 6)
+
+
+@pytest.mark.parametrize("text", CHAINS)
+@pytest.mark.parametrize("make", [llama, lambda: bert(3), t5], ids=["llama", "bert", "t5"])
+def test_sizes_are_exact(make, text):
+    model = make()
+    kind = "classification" if model.config.model_type == "bert" else "generation"
+    planned = plan(text, model.config, task_kind=kind, num_labels=3 if kind == "classification" else None,
+                   batch_size=2, length=8, memory=make is llama)  # fmt: skip
+    assert planned.legal
+    calibration = [{"input_ids": IDS, **({"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {})}]
+    apply(model, text, calibration=calibration)
+    for number, stage in enumerate(planned.stages):
+        found = footprint(model)
+        assert stage.nbytes == found.nbytes
+        assert stage.bits_per_weight == found.bits_per_weight
+        assert stage.trainable_parameters == found.trainable_parameters
+        if stage.predicted_peak_memory_nbytes is not None:
+            assert stage.predicted_peak_memory_nbytes > stage.nbytes
+        if stages_left(model):
+            advance(model, calibration=calibration)
+        else:
+            assert number == len(planned.stages) - 1
+    out = model(**calibration[0], **({"labels": IDS} if kind == "generation" else {}))  # after fake ones, real tensors
+    assert torch.isfinite(out.logits).all()
+
+
+def test_the_playground_is_planned_exactly():
+    text = "wanda(0.5) >> int(bits=4, group=64) >> lora(r=16) >> remask >> regrid"
+    planned = plan(text, "playground", targets="query,up", length=16, batch_size=2)
+    model, _ = load("playground")
+    apply(model, text, targets="query,up", calibration=[{"input_ids": IDS}])
+    found = footprint(model)
+    assert (planned.nbytes, planned.bits_per_weight) == (found.nbytes, found.bits_per_weight)
+    assert planned.trainable_parameters == found.trainable_parameters
+    assert planned.mergeable
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lorra", "did you mean lora"),
+        ("nf4 >> int", "quantizes at most once"),
+        ("lora >> remask", "no pruner before it"),
+        ("int(bits=4, group=48) >> lora", "int at model.layers.0.self_attn.q_proj"),
+        ("lora >> nf4 >> regrid >> lora >> int", "quantizes at most once"),
+    ],
+)
+def test_illegal_chains_say_why(text, said):
+    planned = plan(text, llama().config)
+    assert not planned.legal
+    assert said in planned.problem
+    assert (planned.stages, planned.nbytes) == ([], 0)
+
+
+def test_a_layer_that_is_no_target_is_named():
+    planned = plan("lora", llama().config, targets="quary")
+    assert "target 'quary'" in planned.problem
+    assert "query" in planned.problem
+
+
+def test_what_to_add_for_merging():
+    planned = plan("wanda(0.5) >> nf4 >> lora(r=4)", llama().config, batch_size=2, length=8)
+    assert planned.legal
+    assert not planned.mergeable
+    assert "remask >> regrid" in planned.merge_advice
+
+
+def test_the_longest_record_sets_the_batch(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    records = [{"prompt": "one plus " * n + "is", "answer": " two"} for n in (1, 2, 7)]
+    task = Task("sums", "generation", "exact_match", {"train": records})
+    planned = plan("lora(r=2)", tmp_path, task=task, batch_size=2)
+    assert (planned.batch_size, planned.length) == (2, 17)
+    wider = plan("lora(r=2)", tmp_path, task=task, batch_size=2, bf16=True, gradient_checkpointing=True)
+    assert (wider.predicted_peak_memory_nbytes or 0) < (planned.predicted_peak_memory_nbytes or 0)
+
+
+def test_memory_of_float32_experts_is_not_told():
+    """Torch runs no grouped product on fake tensors of float32: a plan without the memory, not a traceback."""
+    planned = plan("lora(r=4)", CONFIGS["mixtral"](), batch_size=2, length=8)
+    assert planned.legal
+    assert planned.predicted_peak_memory_nbytes is None
+    assert plan("lora(r=4)", CONFIGS["mixtral"](), batch_size=2, length=8, bf16=True).predicted_peak_memory_nbytes

@@ -1,0 +1,432 @@
+"""Studies: the matrix, what is refused before anything runs, resuming, failures, and tables that tell the truth."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM
+
+import dovetail
+from dovetail.chains.layer.linear import chain_layers
+from dovetail.checkpoint.adapter import load_adapter
+from dovetail.checkpoint.load import load
+from dovetail.checkpoint.merge import merge
+from dovetail.cli.main import main
+from dovetail.errors import CannotMerge, ChainError, RecipeError, TrainError
+from dovetail.runs.report.record import Report
+from dovetail.runs.yaml import read_yaml
+from dovetail.studies import cost, runner, verify
+from dovetail.studies.matrix import Study, expand, unique_runs
+from dovetail.studies.report import Spread, StudyReport
+from dovetail.studies.tables import spread
+from dovetail.training.trainer import StageTrainer
+from places import ROOT
+from small_runs import MAIN, small_recipe
+
+OPEN = "wanda({sparsity}) >> lora(r=2)"
+CLOSED = "wanda(0.5) >> int(bits=4, group=32) >> lora(r=2) >> remask >> regrid"
+
+
+def small_study(folder, **changes):
+    """A pipeline at two sparsities and one at a single one, with two seeds; and two rows without runs of their own."""
+    common = {key: value for key, value in small_recipe(folder).items() if key != "chain"}
+    common["train"] = {"max_steps": 2, "batch_size": 8, "checkpoint_every": 1}
+    return {
+        "title": "A <small> study",
+        "common": common,
+        "seeds": [0, 1],
+        "vary": {"sparsity": [0.25, 0.5]},
+        "rows": [
+            {"name": "dense", "of": "open", "stage": "base"},
+            {"name": "sparse", "of": "open", "stage": "pruned"},
+            {"name": "open", "chain": OPEN, "with": {"merge": "lossy"}},
+            {"name": "closed", "chain": CLOSED},
+        ],
+        **changes,
+    }  # fmt: skip
+
+
+def plain(folder, *rows, **changes):
+    """A study without axes, of these rows and one seed."""
+    return small_study(folder, rows=list(rows), vary={}, seeds=[0], **changes)
+
+
+def done(asked, output, **arguments):
+    return dovetail.study(asked, output=output, progress=False, **arguments)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The small study done, with costs; its folder and report."""
+    folder = tmp_path_factory.mktemp("study")
+    asked = small_study(folder, compare=[["closed", "open"], ["closed", "dense"]], cost=["open", "closed"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ROUNDS", "TRAINING_ROUNDS", "FEW_STEPS"):
+            patch.setattr(cost, name, 1)
+        patch.setattr(cost, "MORE_STEPS", 2)
+        patch.setattr(cost, "NEW_TOKENS", 4)
+        report = done(asked, folder / "out")
+    return folder / "out", report, asked
+
+
+def test_rows_times_points_times_seeds(tmp_path):
+    lines = expand(Study.parse(small_study(tmp_path)))
+    assert [(line.row, line.point, line.stage) for line in lines] == [
+        ("dense", {}, "base"),
+        ("sparse", {"sparsity": 0.25}, "pruned"), ("sparse", {"sparsity": 0.5}, "pruned"),
+        ("open", {"sparsity": 0.25}, None), ("open", {"sparsity": 0.5}, None),
+        ("closed", {}, None),
+    ]  # fmt: skip
+    runs = list(unique_runs(lines))
+    assert len(runs) == 6
+    assert [run.recipe.seed for run in runs] == [0, 0, 0, 1, 1, 1]
+    assert runs[1].slug == "open-sparsity-0.5-s0"
+    assert runs[1].recipe.chain == "wanda(0.5) >> lora(r=2)"
+    assert runs[1].recipe.merge == "lossy"
+    assert runs[2].recipe.merge == "exact"
+
+
+def test_axes_of_text_make_a_matrix_and_equal_recipes_run_once(tmp_path):
+    rows = [
+        {"name": "grid", "chain": "{quantizer} >> {adapter}", "with": {"merge": "none"}},
+        {"name": "half", "chain": "nf4 >> {adapter}", "with": {"merge": "none"}},
+    ]
+    vary = {"quantizer": ["nf4", "int(bits=4, group=32)"], "adapter": ["lora(r=2)", "ia3"]}
+    lines = expand(Study.parse(small_study(tmp_path, rows=rows, vary=vary, seeds=[3])))
+    assert [line.runs[0].recipe.chain for line in lines] == [
+        "nf4 >> lora(r=2)", "nf4 >> ia3", "int(bits=4, group=32) >> lora(r=2)", "int(bits=4, group=32) >> ia3",
+        "nf4 >> lora(r=2)", "nf4 >> ia3",
+    ]  # fmt: skip
+    assert [line.point for line in lines][4:] == [{"adapter": "lora(r=2)"}, {"adapter": "ia3"}]
+    assert len(list(unique_runs(lines))) == 4
+    assert lines[4].runs == lines[0].runs
+
+
+def test_recipe_files_under_common_under_the_row(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    whole = small_recipe(tmp_path, train={"max_steps": 7, "batch_size": 4, "warmup": 0.5}, seed=9, model="../base")
+    (tmp_path / "recipes" / "one.yaml").write_text(json.dumps(whole))
+    asked = {
+        "title": "files", "common": {"train": {"max_steps": 2, "batch_size": 8}}, "seeds": [4],
+        "rows": [{"name": "a", "recipe": "recipes/one.yaml"},
+                 {"name": "b", "recipe": "recipes/one.yaml", "with": {"train": {"max_steps": 1}, "merge": "lossy"}}],
+    }  # fmt: skip
+    (tmp_path / "study.yaml").write_text(json.dumps(asked))
+    found = Study.load(tmp_path / "study.yaml")
+    a, b = (line.runs[0].recipe for line in expand(found))
+    assert (a.train.max_steps, a.train.batch_size, a.train.warmup, a.seed, a.merge) == (2, 8, 0.5, 4, "exact")
+    assert (b.train.max_steps, b.train.batch_size, b.train.warmup, b.merge) == (1, 8, 0.5, "lossy")
+    assert a.model == str(tmp_path / "base")
+    found.dump(tmp_path / "recipes" / "resolved.yaml")
+    assert expand(Study.load(tmp_path / "recipes" / "resolved.yaml")) == expand(found)
+
+
+ROW = {"name": "a", "chain": "lora(r=2)"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"sedes": [1]}, "did you mean seeds"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [True]}, "seeds"),
+        ({"seeds": [1, 1]}, "each seed once"),
+        ({"rows": [{**ROW, "chian": "x"}]}, "did you mean chain"),
+        ({"rows": [{"name": "a"}]}, "one of recipe"),
+        ({"rows": [{**ROW, "of": "b"}]}, "one of recipe"),
+        ({"rows": [ROW, {"name": "b", "of": "a"}]}, "go together"),
+        ({"rows": [ROW, {"name": "b", "of": "c", "stage": "base"}]}, "'c'"),
+        ({"rows": [ROW, {"name": "b", "of": "a", "stage": "pruned"}]}, "stages of a: base, tuned, merged"),
+        ({"rows": [ROW, ROW]}, "two rows"),
+        ({"rows": [ROW, {"name": "A", "chain": "ia3"}]}, "second run called a-s0"),
+        ({"rows": [{**ROW, "with": {"seed": 1}}]}, "key 'seed'"),
+        ({"rows": [{**ROW, "with": {"trian": {}}}]}, "did you mean train"),
+        ({"rows": [{**ROW, "with": {"train": {"epochs": -1}}}]}, "epochs"),
+        ({"rows": [{**ROW, "chain": "wanda({x}) >> lora"}]}, "{x}"),
+        ({"vary": {"x": [1]}}, "named in the chain of some row"),
+        ({"compare": [["a", "z"]]}, "'z'"),
+        ({"cost": ["z"]}, "'z'"),
+        ({"common": {"output": "x"}}, "key 'output'"),
+        ({"rows": [{"name": "a", "recipe": "gone.yaml"}]}, "gone.yaml"),
+    ],
+)  # fmt: skip
+def test_a_bad_study_is_one_message(tmp_path, changes, told):
+    with pytest.raises(RecipeError, match=re.escape(told)):
+        done(plain(tmp_path, ROW) | changes, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "error", "told"),
+    [
+        ({"chain": "wanda(0.5) >> laro(r=2)"}, ChainError, "row bad"),
+        ({"chain": "remask"}, ChainError, "no pruner"),
+        ({"chain": "int(bits=4, group=48) >> lora(r=2) >> regrid"}, ChainError, "group must divide"),
+        ({"chain": "wanda(0.5) >> lora(r=2)"}, CannotMerge, "zeros"),
+        ({"chain": "lora(r=2)", "with": {"data": {"task": "word_problems"}}}, RecipeError, "row bad"),
+    ],
+)  # fmt: skip
+def test_no_row_runs_when_one_is_bad(tmp_path, monkeypatch, row, error, told):
+    monkeypatch.setattr(runner, "run", lambda *args, **kwargs: pytest.fail("it ran"))
+    with pytest.raises(error, match=told):
+        done(plain(tmp_path, ROW, {"name": "bad", **row}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_job_at_all_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="jobs=0"):
+        done(plain(tmp_path, {"name": "one", "chain": "lora"}), tmp_path / "out", jobs=0)
+
+
+def test_the_files(finished):
+    folder, report, _ = finished
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "cost.json", "curve.png", "merging", "runs", "study.html", "study.json", "study.yaml", "table.md"
+    ]  # fmt: skip
+    assert StudyReport.model_validate_json((folder / "study.json").read_bytes()) == report
+    assert len(list((folder / "runs").iterdir())) == 6
+    table = (folder / "table.md").read_text()
+    for result in report.results:
+        told = spread("exact_match", result.figure)
+        line = next(line for line in table.splitlines() if line.startswith(f"| {result.row} |") and told in line)
+        assert f"| {result.precision} |" in line
+    with Image.open(folder / "curve.png") as picture:
+        assert picture.width > 600
+
+
+def test_figures_are_those_of_the_runs(finished):
+    folder, report, _ = finished
+    stages = {"dense": "base", "sparse": "pruned", "open": "tuned", "closed": "merged"}
+    for result in report.results:
+        runs = [Report.load(folder / "runs" / slug) for slug in result.runs]
+        assert result.stage == stages[result.row]
+        assert result.figure.values == [run.figure(run.row(result.stage)) for run in runs]
+        assert result.figure.n == 2
+        zeros = [1 - run.row(result.stage).footprint.nonzero_fraction for run in runs]
+        assert result.sparsity == pytest.approx(sum(zeros) / 2)
+        assert (result.merged_lossy is not None) == (result.row == "open")
+    assert [result.precision for result in report.results] == [
+        "FP32", "FP32", "FP32", "FP32 + FP32", "FP32 + FP32", "INT4"
+    ]  # fmt: skip
+    pairs = [(found.row, found.minus, found.point) for found in report.compare]
+    assert pairs == [
+        ("closed", "open", {"sparsity": 0.25}), ("closed", "open", {"sparsity": 0.5}),
+        ("closed", "dense", {}),
+    ]  # fmt: skip
+    ours, theirs = report.results[5].figure.values, report.results[3].figure.values
+    assert report.compare[0].figure.values == [a - b for a, b in zip(ours, theirs, strict=True)]
+
+
+def test_mergeable_is_the_truth(finished):
+    folder, report, _ = finished
+    assert [result.mergeable for result in report.results] == [None, None, None, False, False, True]
+    for result in report.results[3:]:
+        run = folder / "runs" / result.runs[0]
+        model, _ = load(folder.parent / "base")
+        load_adapter(model, run / "adapter")
+        if result.mergeable:
+            used = {name: layer.used_weight().clone() for name, layer in chain_layers(model).items()}
+            merged = AutoModelForCausalLM.from_pretrained(run / "model")
+            assert all(torch.equal(merged.get_submodule(name).weight, weight) for name, weight in used.items())
+            assert not result.why
+        else:
+            with pytest.raises(CannotMerge):
+                merge(model)
+            assert "zeros" in result.why
+
+
+def test_costs_are_there_and_kept(finished, monkeypatch):
+    folder, report, asked = finished
+    assert [(line.row, line.point.get("sparsity"), line.shipped) for line in report.cost] == [
+        ("open", 0.25, "base and adapter"), ("open", 0.5, "base and adapter"),
+        ("closed", None, "merged, packed"), ("closed", None, "merged, stock"),
+    ]  # fmt: skip
+    for line in report.cost:
+        assert min(line.storage_nbytes, line.prefill_tokens_a_second, line.decode_tokens_a_second) > 0
+        assert line.tuning_nbytes > line.inference_nbytes > 0
+    packed, stock = report.cost[2:]
+    assert packed.storage_nbytes < report.cost[1].storage_nbytes < report.cost[0].storage_nbytes
+    checkpoint = folder / "runs" / "closed-s0" / "model" / "model.safetensors"
+    assert packed.storage_nbytes < stock.storage_nbytes == checkpoint.stat().st_size
+    assert packed.inference_nbytes < stock.inference_nbytes
+    assert packed.step_seconds == stock.step_seconds
+    monkeypatch.setattr(runner, "run", lambda *args, **kwargs: pytest.fail("it ran again"))
+    monkeypatch.setattr(cost, "_medians", lambda *args: pytest.fail("it measured again"))
+    monkeypatch.setattr(verify, "_judge", lambda *args: pytest.fail("it merged again"))
+    events = []
+    assert done(asked, folder, on_run=events.append) == report
+    assert [event.state for event in events] == ["kept"] * 6 + ["measures"]
+
+
+def test_the_page_needs_nothing_from_outside(finished):
+    folder, report, _ = finished
+    page = (folder / "study.html").read_text()
+    assert "http" not in page.replace("http-equiv", "")
+    assert "<script" not in page
+    assert "A &lt;small&gt; study" in page
+    assert [source[:22] for source in re.findall(r'src="([^"]*)"', page)] == ["data:image/png;base64,"]
+    assert "default-src 'none'" in page
+    assert spread("exact_match", report.results[-1].figure) in page
+
+
+def test_a_killed_study_goes_on(tmp_path, monkeypatch):
+    rows = [{"name": "one", "chain": MAIN}, {"name": "two", "chain": "lora(r=2)"}]
+    asked = plain(tmp_path, *rows)
+    step, count, seen = StageTrainer.training_step, itertools.count(1), []
+
+    def killed(*args, **kwargs):
+        if next(count) == 4:  # the second step of the second run
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            done(asked, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out" / "runs").iterdir()) == ["one-s0", "two-s0.partial"]
+    first = (tmp_path / "out" / "runs" / "one-s0" / "report.json").stat().st_mtime_ns
+
+    def counted(*args, **kwargs):
+        seen.append(1)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(StageTrainer, "training_step", counted)
+    events = []
+    report = done(asked, tmp_path / "out", on_run=events.append)
+    assert len(seen) == 1  # from its checkpoint
+    assert [(event.state, event.name) for event in events] == [
+        ("kept", "one-s0"), ("begins", "two-s0"), ("done", "two-s0")
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "runs" / "one-s0" / "report.json").stat().st_mtime_ns == first
+    assert [result.mergeable for result in report.results] == [True, False]  # the second is rounded
+    assert "changes logits" in report.results[1].why
+    whole = done(asked, tmp_path / "whole")
+    assert [r.figure for r in whole.results] == [r.figure for r in report.results]
+
+    more = plain(tmp_path, *rows, {"name": "three", "chain": "ia3"})
+    assert [r.row for r in done(more, tmp_path / "out").results] == ["one", "two", "three"]
+    changed = plain(tmp_path, {"name": "one", "chain": "lora(r=3)"})
+    with pytest.raises(RecipeError, match="one-s0, made with chain"):
+        done(changed, tmp_path / "out")
+    assert done(changed, tmp_path / "out", resume=False).results[0].chain == "lora(r=3)"
+    assert [path.name for path in (tmp_path / "out" / "runs").iterdir()] == ["one-s0"]
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").touch()
+    with pytest.raises(RecipeError, match=r"thesis\.txt"):
+        done(plain(tmp_path, ROW), tmp_path / "out", resume=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_failed_run_is_told_and_tried_again(tmp_path, monkeypatch):
+    asked = small_study(tmp_path, vary={}, rows=[{"name": "weak", "chain": "ia3"}, ROW], cost=["weak", "a"])
+    real, measured = runner.run, []
+
+    def measures(lines, folder, **arguments):
+        measured.append([line.row for line, _ in lines])
+        return []
+
+    monkeypatch.setattr(runner, "measure", measures)
+
+    def diverges(recipe, **arguments):
+        if recipe.chain == "ia3" and recipe.seed == 1:
+            raise TrainError("train", found="loss nan at step 3", rule="finite", fix="a smaller lr_scale")
+        return real(recipe, **arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "run", diverges)
+        events = []
+        report = done(asked, tmp_path / "out", on_run=events.append)
+    weak, fine = report.results
+    assert [event.state for event in events if event.name == "weak-s1"] == ["begins", "failed"]
+    assert (weak.figure.n, weak.figure.sd, fine.figure.n) == (1, None, 2)
+    assert weak.failed[0].seed == 1
+    for name in ("table.md", "study.html"):
+        assert "weak, seed 1 failed: TrainError: train found: loss nan" in (tmp_path / "out" / name).read_text()
+    again = done(asked, tmp_path / "out")
+    assert again.results[0].figure.n == 2
+    assert not again.results[0].failed
+    assert measured == [["a"], ["weak", "a"]]
+
+
+def test_runs_at_a_time_give_the_same(tmp_path, monkeypatch):
+    """In threads here: starting processes takes longer than all other tests together."""
+    asked = plain(tmp_path, {"name": "one", "chain": MAIN}, {"name": "two", "chain": "ia3"})
+    made = {}
+
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, workers, *, mp_context, initializer):
+            made.update(workers=workers, start=mp_context.get_start_method())
+            pickle.dumps(initializer)
+            super().__init__(1)
+
+        def submit(self, function, *arguments):
+            return super().submit(*pickle.loads(pickle.dumps((function, *arguments))))
+
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Threads)
+    here, events = done(asked, tmp_path / "1"), []
+    there = done(asked, tmp_path / "2", jobs=4, on_run=events.append)
+    assert here.results == there.results
+    assert made == {"workers": 2, "start": "spawn"}
+    assert sorted((event.state, event.name) for event in events) == [("done", "one-s0"), ("done", "two-s0")]
+    assert done(asked, tmp_path / "2", jobs=4) == there
+
+
+def test_spread():
+    assert Spread.of([1.0, 2.0, 3.0]) == Spread(values=[1, 2, 3], mean=2, sd=1)
+    assert Spread.of([1.0]).sd is None
+    assert Spread.of([1.0, float("inf")]).mean is None
+    assert spread("exact_match", Spread.of([0.5, 0.25])) == "37.5 ± 17.7 %"
+    assert spread("exact_match", Spread.of([0.015]), signed=True) == "+1.5 points"
+    assert spread("perplexity", Spread.of([2.0, 3.0])) == "2.500 ± 0.707"
+    assert spread("accuracy", Spread.of([])) == "–"
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "study.yaml").write_text(json.dumps(plain(tmp_path, {"name": "one", "chain": MAIN})))
+    (tmp_path / "bad.yaml").write_text(json.dumps(plain(tmp_path, {"name": "one", "chain": "nope"})))
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dovetail", "study", *map(str, arguments)])
+        monkeypatch.setattr("dovetail.cli.main.quiet", lambda: None)
+        monkeypatch.setenv("COLUMNS", "160")
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    code, out, _ = call("--help")
+    assert code == 0
+    assert "Example: dovetail study" in out
+    code, out, err = call(tmp_path / "bad.yaml", "--output", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"ChainError: {tmp_path / 'bad.yaml'}, row one")
+    code, out, err = call(tmp_path / "study.yaml", "--output", tmp_path / "out")
+    assert code == 0
+    assert "[1 of 1]" in err
+    assert "exact match" in err
+    assert "mergeable" in out
+    assert "INT4" in out
+    code, out, _ = call(tmp_path / "study.yaml", "--output", tmp_path / "out", "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads((tmp_path / "out" / "study.json").read_text())
+
+
+def test_the_examples_are_whole():
+    folder = ROOT / "examples" / "sqft"
+    table = expand(Study.load(folder / "table.yaml"))
+    curve = expand(Study.load(folder / "curve.yaml"))
+    used = {row["recipe"] for row in read_yaml(folder / "table.yaml")["rows"] if "recipe" in row}
+    others = {path.name for path in folder.glob("*.yaml")} - used
+    assert others == {"table.yaml", "curve.yaml", "without_tuning.yaml"}
+    assert len(list(unique_runs(table))) == 9 * 3
+    assert len(list(unique_runs(curve))) == 4 * 4 * 3
