@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dovetail.tasks.playground import held_out
 from dovetail.tasks.playground.generator import documents, pages
-from dovetail.tasks.playground.tasks import held_out
 
 VOCABULARY = 768
 LENGTH = 128

@@ -13,9 +13,9 @@ from .checkpoint.load import load as load
 from .checkpoint.merge import MergeReport as MergeReport
 from .checkpoint.merge import merge as merge
 from .checkpoint.merge import to_stock as to_stock
+from .checkpoint.packed import PackedSize as PackedSize
+from .checkpoint.packed import packed_size as packed_size
 from .checkpoint.packed import save_packed as save_packed
-from .checkpoint.packed_file import PackedSize as PackedSize
-from .checkpoint.packed_file import packed_size as packed_size
 from .compression.apply import advance as advance
 from .compression.apply import apply as apply
 from .errors import DovetailError as DovetailError

@@ -29,7 +29,7 @@ import dovetail
 from dovetail.chains.layer.bits import join_zeros, split_zeros
 from dovetail.chains.layer.fingerprint import packed_fingerprint
 from dovetail.chains.layer.linear import chain_layers
-from dovetail.checkpoint.packed_file import HEADER, PACKED
+from dovetail.checkpoint.packed import HEADER, PACKED
 from dovetail.errors import ChainError, DovetailError, LoadError
 from dovetail.models.fingerprint import fingerprint
 from families import VOCABULARY, batch, logits, make

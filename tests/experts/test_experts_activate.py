@@ -13,8 +13,7 @@ from torch import Tensor, nn
 import families
 from dovetail import experts
 from dovetail.chains.layer.linear import chain_layers
-from dovetail.checkpoint.adapter import describe, load_adapter, save_adapter
-from dovetail.checkpoint.adapter_state import parameters_of
+from dovetail.checkpoint.adapter import describe, load_adapter, parameters_of, save_adapter
 from dovetail.checkpoint.merge import merge
 from dovetail.compression.apply import advance, apply, initial_values
 from dovetail.errors import DataError, LoadError

@@ -11,7 +11,7 @@ from test_evaluate import bert, llama, make_tokenizer, t5
 from torch import Tensor, nn
 
 from dovetail import experts
-from dovetail.checkpoint.adapter_state import parameters_of
+from dovetail.checkpoint.adapter import parameters_of
 from dovetail.compression.apply import apply
 from dovetail.errors import DataError
 from dovetail.experts.baselines import bitdelta, dare, prune, stc, train_scales

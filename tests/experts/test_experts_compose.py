@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dovetail import experts
-from dovetail.checkpoint.adapter_state import parameters_of
+from dovetail.checkpoint.adapter import parameters_of
 from dovetail.compression.apply import apply, initial_values
 from dovetail.errors import DataError, DovetailError
 from dovetail.experts.composition import compose, search

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 import dovetail
 from dovetail import experts
 from dovetail.chains.layer.applied import applied
-from dovetail.checkpoint.adapter import save_adapter
-from dovetail.checkpoint.adapter_state import parameters_of
+from dovetail.checkpoint.adapter import parameters_of, save_adapter
 from dovetail.errors import ChainError, LoadError
 from dovetail.experts.vectors import specs_of
 from families import batch, logits, make

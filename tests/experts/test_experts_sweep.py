@@ -11,7 +11,7 @@ from test_evaluate import llama, make_tokenizer
 from torch import Tensor
 
 from dovetail import experts
-from dovetail.checkpoint.adapter_state import parameters_of
+from dovetail.checkpoint.adapter import parameters_of
 from dovetail.compression.apply import apply
 from dovetail.errors import DataError
 from dovetail.experts.live.activate import activate, deactivate

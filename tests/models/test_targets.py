@@ -9,8 +9,7 @@ from transformers import AlbertConfig, AutoModel, AutoModelForMaskedLM, BertConf
 from transformers.pytorch_utils import Conv1D
 
 from dovetail.errors import TargetError
-from dovetail.models.roles import LABELS
-from dovetail.models.targets import find_targets, fused_experts, heads, labels
+from dovetail.models.targets import LABELS, find_targets, fused_experts, heads, labels
 from families import FAMILIES, HIDDEN, LAYERS, batch, logits, make
 
 LLAMA = {

@@ -9,10 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dovetail.errors import DataError
-from dovetail.tasks.playground import MODEL_DIR, TASKS, task
+from dovetail.tasks.playground import MODEL_DIR, TASKS, TEXT_FIELDS, held_out, task
 from dovetail.tasks.playground.generator import documents, parts
 from dovetail.tasks.playground.grammar import PHENOMENA
-from dovetail.tasks.playground.tasks import TEXT_FIELDS, held_out
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Task
 

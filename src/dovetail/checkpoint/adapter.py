@@ -17,10 +17,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Literal
 
+import pydantic
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -32,13 +36,82 @@ from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.chains.link import Adapter, Chain, Pruner
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import stages
-from dovetail.checkpoint.adapter_file import AdapterFile, read_json, read_tensors
-from dovetail.checkpoint.adapter_state import Before, beside, parameters_of
 from dovetail.compression.apply import apply, restore
 from dovetail.errors import ChainError, LoadError
 from dovetail.models.fingerprint import model_fingerprint
 from dovetail.models.layouts import layout_of
+from dovetail.models.targets import new_heads
 from dovetail.training.optimizer import cast_frozen
+
+JSON_NBYTES = 1 << 20
+"""The most that adapter.json may hold."""
+_KEY = re.compile(r"link/[^/]+/\d+/\w+|base/[^/]+/[\w.]+|(mask|head)/[^/]+")
+
+
+class AdapterFile(pydantic.BaseModel, extra="forbid"):
+    """What adapter.json holds.
+
+    base_fingerprint   of the whole model before the chain
+    chain_fingerprint  of the bases that the links sit on: after pruning, quantizing and merging earlier stages
+    quantizer          identity of the base's grid, or its dtype
+    dtype              of the weights: another one than the base was loaded in, where training rounded it (bf16)
+    ranks              LAYER/PLACE -> the rank that an elastic adapter runs at
+    extracted          whether elastic adapters were made plain ones of those ranks
+    """
+
+    format: Literal["dovetail-adapter"] = "dovetail-adapter"
+    version: Literal[1] = 1
+    chain: str
+    targets: str | list[str]
+    seed: Annotated[int, pydantic.Field(ge=-(2**63), lt=2**64)]
+    stage: Annotated[int, pydantic.Field(ge=0)]
+    base_fingerprint: str
+    chain_fingerprint: str
+    quantizer: str
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
+    ranks: dict[str, int] = {}
+    extracted: bool = False
+
+
+def read_json(path: Path) -> AdapterFile:
+    """What adapter.json says. Raises LoadError."""
+    where = str(path)
+    try:
+        if path.stat().st_size > JSON_NBYTES:
+            raise LoadError(where, found=f"{path.stat().st_size} bytes", rule=f"at most {JSON_NBYTES}")
+        return parse_json(where, path.read_bytes())
+    except OSError as error:
+        raise LoadError(
+            where, found=error.strerror or str(error), rule="an adapter directory holds adapter.json"
+        ) from None
+
+
+def parse_json(where: str, text: bytes | str) -> AdapterFile:
+    """What the text of an adapter.json says. Raises LoadError."""
+    try:
+        return AdapterFile.model_validate_json(text)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise LoadError(where, found=f"{place}: {first['msg']}", rule="adapter.json as Dovetail writes it") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of adapter.safetensors, by keys of the known forms. Raises LoadError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise LoadError(
+            str(path),
+            found=str(error),
+            rule="an adapter directory holds a whole adapter.safetensors",
+            fix="copy the directory again",
+        ) from None
+    for key in tensors:
+        if not _KEY.fullmatch(key):
+            raise LoadError(str(path), found=f"a tensor {key[:80]!r}", rule="link/…, mask/…, base/… and head/… tensors")
+    return tensors
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> Path:
@@ -263,3 +336,56 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 def _expect(key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise LoadError(key, found=f"shape {tuple(tensor.shape)}", rule=f"the model needs {shape}")
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """What an adapter's file holds under link/ and head/: the live tensors by their keys."""
+    found: dict[str, Tensor] = {}
+    for name, layer in chain_layers(model).items():
+        for place, state in enumerate(layer.states):
+            found |= {f"link/{name}/{place}/{key}": p for key, p in state.named_parameters(recurse=False)}
+    return found | {f"head/{name}": parameter for name, parameter in beside(model).items()}
+
+
+def beside(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters outside the chain that belong to its adapter: those that are trained, and a classifier's head
+    and pooler, which the base's fingerprint leaves out."""
+    inside = {id(p) for layer in chain_layers(model).values() for p in layer.parameters()}
+    paths = tuple(f"{path}." for path in new_heads(model))
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in inside and (parameter.requires_grad or name.startswith(paths))
+    }
+
+
+class Before:
+    """A model as it is now: its modules, which tensors its parameters hold, and of a chain that it carries what the
+    adapter's tensors are. Holds weights that a chain lets go."""
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = chain_layers(model)
+        self._modules = [(parent, dict(parent._modules)) for parent in model.modules()]
+        self._parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
+        self._states = [(layer, layer.states, [state.rank for state in layer.states]) for layer in layers.values()]
+        self._values = [(t, t.detach().clone()) for t in parameters_of(model).values()] if layers else []
+        self._record = applied(model) if layers else None
+        self._seed = self._record.seed if self._record is not None else 0
+
+    def put_back(self) -> None:
+        """Undoes whatever chains were put on the model since, and adapters on the chain that it carries."""
+        for parent, children in self._modules:
+            parent._modules.update(children)
+        for parameter, data, requires_grad in self._parameters:
+            parameter.data = data
+            parameter.requires_grad_(requires_grad)
+        for layer, states, ranks in self._states:
+            if layer.states is not states:
+                layer.set_links(states, layer.path)
+            for state, rank in zip(states, ranks, strict=True):
+                if rank is not None:
+                    state.use_rank(rank)
+        for tensor, value in self._values:
+            tensor.data.copy_(value)
+        if self._record is not None:
+            self._record.seed = self._seed

@@ -28,13 +28,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dovetail.checkpoint.packed import load_packed
-from dovetail.checkpoint.packed_file import PACKED
+from dovetail.checkpoint.packed import PACKED, load_packed
 from dovetail.errors import LoadError
 from dovetail.models.fingerprint import check_merged
 from dovetail.models.locate import ask_hub, resolve
-from dovetail.models.roles import HEADS
-from dovetail.models.targets import heads
+from dovetail.models.targets import HEADS, heads
 from dovetail.tasks.task import FIELDS
 
 HEAD_KINDS = ("classification", "regression")  # task kinds that put a head on the model

@@ -16,8 +16,7 @@ from dovetail.chains.layer.linear import ChainLinear
 from dovetail.chains.linalg import times_transposed
 from dovetail.chains.statistics import padding_mask
 from dovetail.models.layouts import Layout
-from dovetail.models.roles import CROSS_ATTENTION
-from dovetail.models.targets import roles_of
+from dovetail.models.targets import CROSS_ATTENTION, roles_of
 
 Batch = Mapping[str, Tensor]
 

@@ -22,8 +22,7 @@ from torch import promote_types as promote
 from transformers import PreTrainedModel
 
 from dovetail.chains.layer.linear import chain_layers
-from dovetail.checkpoint.adapter import describe, load_adapter
-from dovetail.checkpoint.adapter_state import Before, parameters_of
+from dovetail.checkpoint.adapter import Before, describe, load_adapter, parameters_of
 from dovetail.checkpoint.formats.peft.write import CONFIG_FILE, TENSORS_FILE
 from dovetail.compression.apply import initial_values
 from dovetail.errors import LoadError

@@ -23,8 +23,7 @@ from dovetail.chains.layer.elastic import load_ranks
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import stages
-from dovetail.checkpoint.adapter import put_chain, save_adapter
-from dovetail.checkpoint.adapter_state import Before
+from dovetail.checkpoint.adapter import Before, put_chain, save_adapter
 from dovetail.checkpoint.formats.peft.write import write_adapter
 from dovetail.checkpoint.load import load_tokenizer
 from dovetail.errors import ChainError, LoadError

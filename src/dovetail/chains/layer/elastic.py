@@ -23,8 +23,7 @@ from dovetail.chains.layer.linear import LinkState, chain_layers
 from dovetail.chains.link import Adapter, arguments
 from dovetail.chains.stages import stages
 from dovetail.errors import ChainError, LoadError
-from dovetail.models.roles import CROSS_ATTENTION
-from dovetail.models.targets import roles_of
+from dovetail.models.targets import CROSS_ATTENTION, roles_of
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.chains.layer.linear import chain_layers
-from dovetail.checkpoint.adapter_state import parameters_of
+from dovetail.checkpoint.adapter import parameters_of
 from dovetail.errors import LoadError
 from dovetail.experts.vectors import Origin
 

@@ -13,8 +13,7 @@ from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.elastic import check_saved, specs
 from dovetail.chains.layer.fingerprint import base_fingerprint
 from dovetail.chains.layer.linear import chain_layers
-from dovetail.checkpoint.adapter import check_constants
-from dovetail.checkpoint.adapter_file import AdapterFile
+from dovetail.checkpoint.adapter import AdapterFile, check_constants
 from dovetail.compression.apply import initial_values
 from dovetail.errors import LoadError
 from dovetail.experts.live.names import CHAIN_PREFIXES, peft_adapter

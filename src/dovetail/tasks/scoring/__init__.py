@@ -11,11 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dovetail.errors import DataError
 from dovetail.tasks.find import as_task
-from dovetail.tasks.scoring.choice import score_choices
 from dovetail.tasks.scoring.classification import score_labels, score_values
 from dovetail.tasks.scoring.generation import score_generation
-from dovetail.tasks.scoring.pairs import score_pairs
-from dovetail.tasks.scoring.perplexity import score_text
+from dovetail.tasks.scoring.likelihood import score_choices, score_pairs, score_text
 from dovetail.tasks.scoring.runner import Runner
 from dovetail.tasks.task import Record, Task
 from dovetail.tasks.tokens import length_limit

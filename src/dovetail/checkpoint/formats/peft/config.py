@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeVar
 import pydantic
 
 from dovetail.chains.link import Adapter, Site
-from dovetail.checkpoint.adapter_file import JSON_NBYTES
+from dovetail.checkpoint.adapter import JSON_NBYTES
 from dovetail.errors import LoadError
 from dovetail.links.adapt import IA3, DoRA, LoHa, LoRA, VeRA
 

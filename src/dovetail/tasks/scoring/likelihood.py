@@ -6,12 +6,13 @@ evaluation harnesses do) makes up for that, and no longer asks what the model wo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
 from dovetail.tasks.scoring.runner import Runner
 from dovetail.tasks.task import Record
-from dovetail.tasks.tokens import answer_rows
+from dovetail.tasks.tokens import answer_rows, text_rows
 
 
 def score_choices(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
@@ -36,3 +37,27 @@ def score_choices(runner: Runner, records: Sequence[Record]) -> dict[str, float]
         right += max(places, key=sums.__getitem__) == label
         norm_right += max(places, key=per_character.__getitem__) == label
     return {"accuracy": right / len(records), "accuracy_norm": norm_right / len(records)}
+
+
+def score_pairs(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
+    """accuracy: the share of pairs whose good sentence is strictly likelier."""
+    texts = [record["good"] for record in records] + [record["bad"] for record in records]
+    rows = text_rows(
+        texts, runner.tokenizer, encoder_decoder=runner.encoder_decoder, max_length=runner.max_length, split=False
+    )
+    good, bad = runner.log_likelihoods(rows)[0].chunk(2)
+    return {"accuracy": (good > bad).double().mean().item()}
+
+
+def score_text(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
+    """perplexity, and nats_per_token, its logarithm; inf where exp would overflow."""
+    rows = text_rows(
+        [record["text"] for record in records],
+        runner.tokenizer,
+        encoder_decoder=runner.encoder_decoder,
+        max_length=runner.max_length,
+        split=True,
+    )
+    sums, counts = runner.log_likelihoods(rows)
+    nats = -(sums.sum() / counts.sum()).item()
+    return {"perplexity": math.exp(nats) if nats < 700 else math.inf, "nats_per_token": nats}
