@@ -27,6 +27,7 @@ from torch import Tensor
 import dovetail
 from dovetail import experts
 from dovetail.experts import baselines
+from dovetail.tasks import playground
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "experts"
 TASKS = ("word_problems", "multiple_choice", "acceptability", "perplexity")
@@ -85,7 +86,7 @@ def compressed(place: Playground, folder: Path) -> tuple[dict[str, Any], dict[st
             "DARE": baselines.dare(vector, density, seed=0),
             "BitDelta": baselines.bitdelta(vector),
         }
-        records = dovetail.playground.task(task).split("train")[:256]
+        records = playground.task(task).split("train")[:256]
         others["BitDelta, trained scales"] = baselines.train_scales(
             others["BitDelta"], place.model, place.tokenizer, vector, records
         )

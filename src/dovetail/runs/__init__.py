@@ -1,0 +1,1 @@
+"""Runs: one recipe, from loading to the report."""
