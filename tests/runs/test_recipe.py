@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from places import ROOT
 import inspect
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from dovetail.runs.quickstart import RECIPE
 from dovetail.runs.recipe import Recipe, Training
 from dovetail.tasks.find import load_task, number_of_labels
 from dovetail.training.train import train
+from places import ROOT
 from small_runs import write_lines
 
 EXAMPLES = ROOT / "examples"

@@ -14,31 +14,40 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dovetail.checkpoint.adapter import save_adapter
-from dovetail.compression.apply import apply, stages_left
-from dovetail.tasks.tokens import length_limit
-from dovetail.compression.calibration import calibration_batches, text_task
 from dovetail.chains.check import check, check_merge
-from dovetail.chains.link import Adapter, Pruner, Quantizer
-from dovetail.chains.link import Chain
+from dovetail.chains.link import Adapter, Chain, Pruner, Quantizer
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import stages
-from dovetail.tasks.find import load_task, number_of_labels
-from dovetail.runs.export import deliver_packed, deliver_stock
-from dovetail.errors import RecipeError
-from dovetail.tasks.scoring import evaluate
+from dovetail.checkpoint.adapter import save_adapter
 from dovetail.checkpoint.footprint import Footprint, footprint
 from dovetail.checkpoint.load import HEAD_KINDS, empty_model, load, load_config
 from dovetail.checkpoint.merge import MergeReport, merge, to_stock
-from dovetail.training.optimizer import trained_parts
+from dovetail.compression.apply import apply, stages_left
+from dovetail.compression.calibration import calibration_batches, text_task
+from dovetail.errors import RecipeError
+from dovetail.runs.export import deliver_packed, deliver_stock
+from dovetail.runs.folder import (
+    ADAPTER,
+    MODEL,
+    PACKED,
+    PAGE,
+    RunFolder,
+    check_free,
+    choose_output,
+    run_folder,
+    write_whole,
+)
 from dovetail.runs.plan import apply_on_meta
 from dovetail.runs.recipe import Recipe
-from dovetail.runs.report.record import Losses, Merge, Report, Row, TaskInfo
 from dovetail.runs.report.page import page
+from dovetail.runs.report.record import Losses, Merge, Report, Row, TaskInfo
 from dovetail.runs.report.verdict import verdict
-from dovetail.runs.folder import ADAPTER, MODEL, PACKED, PAGE, RunFolder, check_free, choose_output, run_folder, write_whole
 from dovetail.runs.search import search_in_run
+from dovetail.tasks.find import load_task, number_of_labels
+from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Task
+from dovetail.tasks.tokens import length_limit
+from dovetail.training.optimizer import trained_parts
 from dovetail.training.train import TrainReport, train
 
 PROBE_ROWS = 16

@@ -17,24 +17,23 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dovetail.compression.apply import chain_layers, restore
-from dovetail.tasks.tokens import Collator, encode, length_limit, pad_id
-from dovetail.chains.layer import bits
+from dovetail.chains import packing
 from dovetail.chains.check import check, check_merge
-from dovetail.models.layouts import layout_of
-from dovetail.chains.link import Adapter, Constraint, Link, Pruner, Quantizer, Site
-from dovetail.chains.link import Chain
+from dovetail.chains.layer import bits
+from dovetail.chains.link import Adapter, Chain, Constraint, Link, Pruner, Quantizer, Site
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import stages
-from dovetail.errors import CannotMerge, DovetailError
 from dovetail.checkpoint.footprint import stored_nbytes, weight_nbytes
 from dovetail.checkpoint.load import HEAD_KINDS, empty_model, load_config, load_tokenizer
-from dovetail.training.optimizer import TrainSettings, cast_frozen, make_optimizer, trained_parts
-from dovetail.training.peak_memory import training_step_peak
+from dovetail.compression.apply import chain_layers, restore
+from dovetail.errors import CannotMerge, DovetailError
 from dovetail.links.quantize import nearest
-from dovetail.chains import packing
+from dovetail.models.layouts import layout_of
 from dovetail.models.targets import find_targets, fused_experts
 from dovetail.tasks.task import Task
+from dovetail.tasks.tokens import Collator, encode, length_limit, pad_id
+from dovetail.training.optimizer import TrainSettings, cast_frozen, make_optimizer, trained_parts
+from dovetail.training.peak_memory import training_step_peak
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.chains.layer.elastic import set_ranks
+from dovetail.runs.folder import RunFolder, write_whole
 from dovetail.runs.recipe import Recipe, Search
 from dovetail.runs.report.record import Searched, finite
-from dovetail.runs.folder import RunFolder, write_whole
 from dovetail.searches.ranks import search_ranks
 from dovetail.tasks.task import Task
 

@@ -10,11 +10,11 @@ import yaml
 from dovetail.chains.link import Adapter, Constraint, Link, Pruner, arguments
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import stages
+from dovetail.display.format import duration, figure, metric_name, size
+from dovetail.display.style import STYLE
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.charts import bar, loss_curve
 from dovetail.runs.report.record import Merge, Packed, Report, Row, Searched
-from dovetail.display.style import STYLE
-from dovetail.display.format import duration, figure, metric_name, size
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """What a browser may load for the page: nothing."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pydantic
 
-from dovetail.errors import LoadError
 from dovetail.checkpoint.footprint import Footprint
 from dovetail.checkpoint.merge import MergeReport
+from dovetail.errors import LoadError
 from dovetail.searches import RankSearch
 
 REPORT = "report.json"

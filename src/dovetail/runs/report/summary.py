@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dovetail.runs.report.record import Report, Row
 from dovetail.display.format import duration, figure, metric_name, size
+from dovetail.runs.report.record import Report, Row
 
 
 def row_line(row: Row) -> str:
