@@ -228,19 +228,19 @@ def test_prefetch(folder: Path) -> None:
 
 
 class Gate:
-    """A place whose reads wait, and fail when told."""
+    """A backend whose reads wait, and fail when told."""
 
     def __init__(self, store: Store) -> None:
-        self.place, self.open, self.reads, self.fails = store._place, threading.Event(), 0, False
-        self.close, self.stamp, self.names = self.place.close, self.place.stamp, self.place.names
-        store._place = self  # type: ignore[assignment]
+        self.backend, self.open, self.reads, self.fails = store._backend, threading.Event(), 0, False
+        self.close, self.stamp, self.names = self.backend.close, self.backend.stamp, self.backend.names
+        store._backend = self  # type: ignore[assignment]
 
     def read(self, name: str) -> tuple[experts.Expert, int]:
         self.reads += 1
         assert self.open.wait(10)
         if self.fails:
             raise LoadError(name, found="a failure")
-        return self.place.read(name)
+        return self.backend.read(name)
 
 
 def test_one_loads_and_the_others_wait(folder: Path) -> None:

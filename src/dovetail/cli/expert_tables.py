@@ -21,8 +21,7 @@ from dovetail.errors import LoadError
 from dovetail.experts.codec.codec import counts_of
 from dovetail.experts.expert import Expert, load, similarity
 from dovetail.experts.file import read_header
-from dovetail.experts.store.folder import Folder
-from dovetail.experts.store.http import Web
+from dovetail.experts.store.backends import LocalFolder
 
 _MODES = {0: "empty", 1: "Rice", 2: "Rice/4096", 3: "full"}
 _BARS = 40
@@ -115,11 +114,13 @@ def print_expert(console: Console, path: Path, expert: Expert, rows: int) -> Non
 def listed(place: str) -> list[dict[str, Any]]:
     """The experts of a folder, by their headers, or of an HTTP origin, by its index: name, nbytes and what is known."""
     if "://" in place:
-        web = Web(place, timeout=30.0, max_nbytes=1, retries=2)  # its index alone
+        from dovetail.experts.store.http import HttpFolder  # imports httpx
+
+        web = HttpFolder(place, timeout=30.0, max_nbytes=1, retries=2)  # its index alone
         return [{"name": name, "nbytes": web.stamp(name)[0], "values": None, "kept": None, "of": "", "base": None}
                 for name in web.names()]  # fmt: skip
     rows = []
-    folder = Folder(Path(place))
+    folder = LocalFolder(Path(place))
     for path in (folder.path / f"{name}.dvt" for name in folder.names()):
         row: dict[str, Any] = {"name": path.stem, "nbytes": path.stat().st_size}
         try:

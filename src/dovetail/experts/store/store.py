@@ -24,8 +24,8 @@ from torch import nn
 from dovetail.errors import DataError, DovetailError, LoadError
 from dovetail.experts.expert import Expert
 from dovetail.experts.live.activate import activate, verify
-from dovetail.experts.store.folder import SUFFIX, Folder, Place, Stamp, good_name, write_index
-from dovetail.experts.store.http import Web
+from dovetail.experts.store.backends import SUFFIX, Backend, LocalFolder, Stamp, good_name, write_index
+from dovetail.experts.store.http import HttpFolder
 from dovetail.models.fingerprint import model_fingerprint
 
 __all__ = ["Stats", "Store"]
@@ -94,7 +94,7 @@ class Store:
                           those in use by models, or on their way, don't count
         base              the model that all of them are for, or its fingerprint: an expert for another is refused
         prefetch_threads  how many experts `prefetch` loads at a time
-        timeout, max_nbytes, retries  of downloads (`web.Web`): seconds to wait for the next bytes, and for each MiB
+        timeout           of downloads, with max_nbytes and retries (`http.HttpFolder`)
         errors            LoadError for a place that isn't there; DataError for numbers out of range
         """
         for name, value, least in (("budget_nbytes", budget_nbytes, 0), ("prefetch_threads", prefetch_threads, 1),
@@ -105,10 +105,10 @@ class Store:
             raise DataError("Store", found=f"timeout={timeout!r}"[:200], rule="seconds, more than 0")
         self._base = model_fingerprint(base) if isinstance(base, nn.Module) else base
         url = isinstance(place, str) and "://" in place
-        self._place: Place = (
-            Web(str(place), timeout=timeout, max_nbytes=max_nbytes, retries=retries)
+        self._backend: Backend = (
+            HttpFolder(str(place), timeout=timeout, max_nbytes=max_nbytes, retries=retries)
             if url
-            else Folder(Path(place).expanduser())
+            else LocalFolder(Path(place).expanduser())
         )
         self._lock = threading.Lock()
         self._held: OrderedDict[str, _Held] = OrderedDict()
@@ -124,7 +124,7 @@ class Store:
 
     def names(self) -> list[str]:
         """Names of all experts, sorted."""
-        return self._place.names()
+        return self._backend.names()
 
     def get(self, name: str) -> Expert:
         """An expert, verified; from memory, or loaded now. Its name, or its file's.
@@ -174,14 +174,14 @@ class Store:
 
     def refresh(self) -> None:
         """Reads a server's index again."""
-        self._place.refresh()
+        self._backend.refresh()
 
     def close(self) -> None:
         """Lets go of all experts; downloads under way end as errors. What is active stays active."""
         with self._lock:
             self._closed = True
             self._held.clear()
-        self._place.close()
+        self._backend.close()
         self._pool.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Store:
@@ -195,7 +195,7 @@ class Store:
     def _get(self, name: str, *, ahead: bool = False, check: Callable[[Expert], None] = verify) -> Expert:
         """`check` is called with an expert that is loaded now, before it is shared: LoadError for changed bytes."""
         name = good_name(name).removesuffix(SUFFIX)
-        stamp = self._place.stamp(name)
+        stamp = self._backend.stamp(name)
         with self._lock:
             self._check_open()
             held, coming = self._held.get(name), self._coming.get(name)
@@ -228,7 +228,7 @@ class Store:
 
     def _load(self, name: str, stamp: Stamp, ahead: bool, check: Callable[[Expert], None]) -> Expert:
         start = time.perf_counter()
-        expert, nbytes = self._place.read(name)
+        expert, nbytes = self._backend.read(name)
         if self._base is not None:
             expert.check_base(self._base)
         check(expert)

@@ -1,4 +1,4 @@
-"""Where a store's experts lie: a folder of .dvt files, or (`web.py`) a server of one, which has an index.json:
+"""Where a store's experts lie: a folder of .dvt files, or (`http.py`) a server of one, which has an index.json:
 
     {"format": "dovetail-experts", "version": 1, "experts": {NAME: {"nbytes": 6012345, "sha256": "ab12…" or null}}}
 
@@ -36,7 +36,7 @@ def good_name(name: str) -> str:
     return name
 
 
-class Place(Protocol):
+class Backend(Protocol):
     """Where a store gets its experts from."""
 
     def names(self) -> list[str]:
@@ -58,7 +58,7 @@ class Place(Protocol):
         """Ends what is under way, as an error there."""
 
 
-class Folder:
+class LocalFolder:
     """A folder of .dvt files; what lies deeper isn't looked at."""
 
     def __init__(self, path: Path) -> None:
@@ -115,8 +115,8 @@ class Index(pydantic.BaseModel, extra="forbid", frozen=True, strict=True):
 
 def write_index(folder: Path) -> Path:
     """Writes the folder's index.json, atomically: sizes and SHA-256 of all its experts."""
-    place, entries = Folder(folder), {}
-    for name in place.names():
+    entries = {}
+    for name in LocalFolder(folder).names():
         with open(folder / f"{name}{SUFFIX}", "rb") as file:
             digest = hashlib.sha256()
             while chunk := file.read(_CHUNK):
