@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from dovetail.compression.passes import Batch
 from dovetail.errors import DataError
 from dovetail.tasks.task import METRICS, Task
 from dovetail.tasks.tokens import IGNORED, Collator, encode, pad_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Batch", "calibration_batches", "checked", "text_task"]
 

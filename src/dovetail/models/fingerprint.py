@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dovetail.errors import LoadError
 from dovetail.models.targets import new_heads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _CHUNK = 1 << 24  # elements hashed at a time: what a fingerprint needs beside the model
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.checkpoint.load import load
 from dovetail.checkpoint.merge import to_stock
 from dovetail.checkpoint.packed import save_packed
 from dovetail.runs.report.record import Checkpoint, Packed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def deliver_packed(

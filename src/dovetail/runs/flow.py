@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.chains.check import check, check_merge
 from dovetail.chains.link import Adapter, Chain, Pruner, Quantizer
@@ -49,6 +48,9 @@ from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import length_limit
 from dovetail.training.optimizer import trained_parts
 from dovetail.training.train import TrainReport, train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROBE_ROWS = 16
 """Rows on which the logits before and after merging, and after loading the saved checkpoint, are compared."""

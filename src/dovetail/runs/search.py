@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from dovetail.chains.layer.elastic import set_ranks
 from dovetail.runs.folder import RunFolder, write_whole
@@ -10,6 +10,9 @@ from dovetail.runs.recipe import Recipe, Search
 from dovetail.runs.report.record import Searched, finite
 from dovetail.searches.ranks import search_ranks
 from dovetail.tasks.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def search_in_run(

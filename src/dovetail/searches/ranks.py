@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from random import Random
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from dovetail.chains.layer.elastic import Group, groups
 from dovetail.errors import SearchError
@@ -20,6 +20,9 @@ from dovetail.searches.hill_climb import Evaluation, hill_climb
 from dovetail.tasks.find import as_task
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import LOWER_IS_BETTER, Record, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Ranks = tuple[int, ...]
 """A configuration: a rank for each group, in the order of `groups`."""

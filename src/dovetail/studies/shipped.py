@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.elastic import extract, groups
@@ -27,6 +27,9 @@ from dovetail.runs import folder as run_folder
 from dovetail.runs.folder import ADAPTER, MODEL, RECIPE
 from dovetail.runs.recipe import Recipe
 from dovetail.tasks.find import load_task, number_of_labels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 APART, PACKED, STOCK = "base and adapter", "merged, packed", "merged, stock"
 

@@ -14,12 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.compression.apply import advance, stages_left
@@ -41,6 +40,9 @@ from dovetail.training.optimizer import (
     trained_parts,
 )
 from dovetail.training.trainer import BatchOrder, StageTrainer, Watch, trainer_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _REPORT = "report.json"
 

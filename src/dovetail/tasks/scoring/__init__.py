@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from dovetail.errors import DataError
 from dovetail.tasks.find import as_task
@@ -17,6 +17,9 @@ from dovetail.tasks.scoring.likelihood import score_choices, score_pairs, score_
 from dovetail.tasks.scoring.runner import Runner
 from dovetail.tasks.task import Record, Task
 from dovetail.tasks.tokens import length_limit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 METHODS: Mapping[str, Callable[[Runner, Sequence[Record]], dict[str, float]]] = {
     "generation": score_generation,
