@@ -12,21 +12,11 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from dovetail.checkpoint.packed import PACKED, load_packed
 from dovetail.errors import LoadError
@@ -34,6 +24,9 @@ from dovetail.models.fingerprint import check_merged
 from dovetail.models.locate import ask_hub, resolve
 from dovetail.models.targets import HEADS, heads
 from dovetail.tasks.task import FIELDS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HEAD_KINDS = ("classification", "regression")  # task kinds that put a head on the model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -128,6 +121,8 @@ def empty_model(
 
 
 def _config(name: str | Path, source: str | Path, trust_remote_code: bool) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
     if isinstance(source, str):
         ask_hub(source)
     elif not (source / "config.json").is_file():
@@ -158,6 +153,8 @@ def _check_weights(folder: Path) -> None:
 
 
 def _tokenizer(name: str | Path, source: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exception
@@ -167,6 +164,8 @@ def _tokenizer(name: str | Path, source: str | Path, trust_remote_code: bool) ->
 
 def _for_task(config: PreTrainedConfig, task_kind: str, num_labels: int | None) -> tuple[PreTrainedConfig, Any]:
     """A copy of the config with the head that the task kind needs, and the auto class that makes the model."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
     where = f"task kind {task_kind}"
     if task_kind not in FIELDS:
         raise LoadError(where, found=task_kind, rule="kinds: " + ", ".join(FIELDS))

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dovetail.chains.check import check_merge, closing, lost
 from dovetail.chains.layer.applied import applied, stages_left
@@ -72,6 +71,8 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
     A Hugging Face model's config says what was merged, under "dovetail": the chain, the quantizer's identity, and the
     fingerprints of the base and of the merged (or packed) weights, which `dovetail.load` checks.
     """
+    from transformers import PreTrainedModel
+
     record = applied(model)
     if left := stages_left(model):
         raise ChainError(
@@ -140,6 +141,8 @@ def to_stock(model: nn.Module) -> nn.Module:
     returns  the same model, nothing frozen, as `from_pretrained` gives it
     errors   ChainError where the chain isn't merged yet
     """
+    from transformers import PreTrainedModel
+
     layers = chain_layers(model)
     if layers and all(layer.record is not None for layer in layers.values()):
         raise ChainError(
@@ -221,6 +224,8 @@ def _stock(layer: ChainLinear) -> nn.Module:
 
 def _probe(model: nn.Module) -> dict[str, Tensor] | None:
     """A small batch of token ids from a fixed seed, for Hugging Face models."""
+    from transformers import PreTrainedModel
+
     if not isinstance(model, PreTrainedModel):
         return None
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)

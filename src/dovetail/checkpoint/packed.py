@@ -12,15 +12,13 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.chains.layer.base import Base, Scratch
 from dovetail.chains.layer.bits import INTEGERS, join_zeros, split_zeros
@@ -32,6 +30,9 @@ from dovetail.chains.packing import pack, packed_nbytes, unpack
 from dovetail.compression.apply import replace_module
 from dovetail.errors import ChainError, DovetailError, LoadError
 from dovetail.models.layouts import layout_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PACKED = "packed.safetensors"
 HEADER = "dovetail"
@@ -192,6 +193,8 @@ def save_packed(
     returns    what it takes on disk
     errors     ChainError for a model that isn't packed, DovetailError where the folder holds something
     """
+    from transformers import PreTrainedModel
+
     layers, directory = chain_layers(model), Path(directory).absolute()
     if not isinstance(model, PreTrainedModel) or not layers or any(m.record is not None for m in layers.values()):
         raise ChainError(
@@ -248,6 +251,9 @@ def load_packed(folder: Path, config: PreTrainedConfig, auto: Any, dtype: torch.
     errors  LoadError, naming what is missing, too much, of another shape, not finite, or changed since it was saved;
             OSError and the like for a file that can't be read at all
     """
+    from accelerate import init_empty_weights
+    from transformers import GenerationConfig
+
     where, made = f"packed model {folder}", config.dtype or torch.float32
     with safe_open(folder / PACKED, framework="pt") as file:
         header = read_header(where, file)

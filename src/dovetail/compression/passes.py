@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dovetail.chains.layer.linear import ChainLinear
 from dovetail.chains.linalg import times_transposed
@@ -29,6 +28,8 @@ _ROWS = {"input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "
 
 def split(model: nn.Module, batches: Sequence[Batch], most: int = TOKENS) -> list[Batch]:
     """The batches, joined and cut by rows to about `most` tokens where they are token ids; others as they are."""
+    from transformers import PreTrainedModel
+
     pieces: list[Batch] = []
     for batch in _joined(batches, most) if isinstance(model, PreTrainedModel) else batches:
         tokens = max((tensor.shape[1] for tensor in batch.values() if tensor.dim() == 2), default=0)
@@ -59,6 +60,8 @@ def _joined(batches: Sequence[Batch], most: int) -> Iterator[Batch]:
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Decoders keep no keys and values: a block that is run twice would find its own. T5's parts have own configs."""
+    from transformers import PreTrainedModel
+
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     caching = [config for config in configs.values() if config.to_dict().get("use_cache")]
     for config in caching:
@@ -113,6 +116,8 @@ def input_rows(x: Tensor, layout: Layout, mask: Tensor | None) -> Tensor:
 
 def read_by_decoder(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Those of the layers that an encoder-decoder feeds with its decoder's tokens."""
+    from transformers import PreTrainedModel
+
     if not isinstance(model, PreTrainedModel) or not model.config.is_encoder_decoder:
         return set()
     inside = {id(module) for module in model.get_decoder().modules()}

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 from dovetail.errors import TargetError
 
@@ -108,8 +107,12 @@ class Conv1DLayout(Layout):
         return x.reshape(-1, self.in_features)
 
     def build(self, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
+        from transformers.pytorch_utils import Conv1D
+
         with torch.device("meta"):
             module = Conv1D(self.out_features, self.in_features)
+        if bias_o is None:  # Conv1D always has a bias
+            bias_o = weight.new_zeros(self.out_features)
         return _fill(module, weight, bias_o)
 
 
@@ -185,6 +188,8 @@ def layout_of(name: str, module: nn.Module) -> Layout:
     """
     if isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter and _is_plain(type(module)):
         return LinearLayout(module.out_features, module.in_features, kind=type(module))
+    from transformers.pytorch_utils import Conv1D
+
     if type(module) is Conv1D:
         in_features, out_features = module.weight.shape
         return Conv1DLayout(out_features, in_features)
@@ -222,6 +227,4 @@ def _fill(module: nn.Module, weight: Tensor, bias_o: Tensor | None) -> nn.Module
     module.weight = nn.Parameter(weight)
     if bias_o is not None:
         module.bias = nn.Parameter(bias_o)
-    elif isinstance(module, Conv1D):  # Conv1D always has a bias
-        module.bias = nn.Parameter(torch.zeros(module.nf, dtype=weight.dtype, device=weight.device))
     return module

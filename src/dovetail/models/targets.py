@@ -20,8 +20,6 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from dovetail.errors import TargetError
 
@@ -196,6 +194,8 @@ def heads(model: nn.Module) -> list[str]:
 
     A head is the output embedding of a PreTrainedModel, or a direct child of one whose name is in HEADS.
     """
+    from transformers import PreTrainedModel
+
     paths: set[str] = set()
     for prefix, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
@@ -226,11 +226,15 @@ def _split(targets: str | Sequence[str]) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
     return isinstance(module, (nn.Linear, Conv1D))
 
 
 def _layers(model: nn.Module) -> list[Target]:
     """Every layer that could be a target, convolutions and heads included, in module order."""
+    from transformers.pytorch_utils import Conv1D
+
     paths: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if name and isinstance(module, (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)):

@@ -10,12 +10,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.chains import packing
 from dovetail.chains.check import check, check_merge
@@ -34,6 +33,9 @@ from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import Collator, encode, length_limit, pad_id
 from dovetail.training.optimizer import TrainSettings, cast_frozen, make_optimizer, trained_parts
 from dovetail.training.peak_memory import training_step_peak
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ def plan(
     An illegal chain gives a plan that isn't `legal`; other errors are raised: LoadError for the model, DataError for
     records that don't suit it.
     """
+    from transformers import PreTrainedConfig
+
     config = model if isinstance(model, PreTrainedConfig) else load_config(model, trust_remote_code=trust_remote_code)
     kind = task.kind if task is not None else task_kind
     empty = empty_model(config, task_kind=kind, num_labels=num_labels, dtype=dtype)

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pydantic
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.compression.calibration import calibration_batches
 from dovetail.progress import Bar
@@ -32,6 +32,9 @@ from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import length_limit, pad_id
 from dovetail.training.peak_memory import PeakMemory
 from dovetail.training.train import train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROUNDS, TRAINING_ROUNDS = 7, 5
 ROWS, NEW_TOKENS = 16, 32
@@ -118,6 +121,8 @@ class _Pipeline:
 
     @classmethod
     def of(cls, folder: Path, form: str) -> _Pipeline:
+        from transformers import GenerationMixin
+
         recipe = Recipe.load(folder / RECIPE)
         task = load_task(recipe.data)
         model, tokenizer, storage = shipped(folder, form, task.kind)
@@ -148,6 +153,8 @@ class _Pipeline:
     @torch.no_grad()
     def decode(self) -> float:
         """Processor seconds of continuing every row greedily by NEW_TOKENS, the prompt's forward pass included."""
+        from transformers import GenerationConfig
+
         if not self.new_tokens:
             return 0.0
         settings = GenerationConfig(

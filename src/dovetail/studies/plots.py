@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING
 
 from dovetail.display.format import figure, metric_name
 from dovetail.display.plots import empty, frame_lines, png
 from dovetail.display.style import COLOURS
 from dovetail.studies.matrix import label
 from dovetail.studies.report import Result, StudyReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CURVE = "curve.png"
 

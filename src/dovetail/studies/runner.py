@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from dovetail.checkpoint.load import empty_model, load_config
 from dovetail.errors import DovetailError, RecipeError
@@ -187,6 +186,8 @@ def _problem(future: Future[str]) -> str:
 
 def _begin_process() -> None:
     """One thread, and nothing of other libraries on the terminal, where several processes would write at a time."""
+    from transformers.utils import logging as transformers_logging
+
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

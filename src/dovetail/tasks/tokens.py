@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.errors import DataError
 from dovetail.tasks.task import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Example = dict[str, Any]
 """One row before padding: input_ids, and where there is a loss labels, lists of ints; or a label, int or float."""
@@ -216,6 +218,8 @@ def length_limit(model: nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: i
 
 def check_head(name: str, kind: str, model: nn.Module) -> None:
     """DataError for a task of labels on a language model, or one of language on a model with a head over texts."""
+    from transformers import PreTrainedModel
+
     generates = isinstance(model, PreTrainedModel) and model.can_generate()
     if kind in ("classification", "regression") and generates:
         rule, fix = "the task needs a head over texts", f'load the model with a head: task_kind="{kind}"'

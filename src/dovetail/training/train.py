@@ -39,10 +39,11 @@ from dovetail.training.optimizer import (
     make_optimizer,
     trained_parts,
 )
-from dovetail.training.trainer import BatchOrder, StageTrainer, Watch, trainer_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dovetail.training.trainer import StageTrainer, Watch
 
 _REPORT = "report.json"
 
@@ -142,6 +143,9 @@ def train(
     Raises TrainError for settings out of range, when nothing is to be trained, or when the loss isn't finite; DataError
     for records that don't suit the model.
     """
+    # Imported here: the Trainer takes seconds to import.
+    from dovetail.training.trainer import BatchOrder, StageTrainer, Watch, trainer_arguments
+
     settings = TrainSettings(
         epochs=epochs, max_steps=max_steps, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
         lr_scale=lr_scale, learning_rate=learning_rate, head_learning_rate=head_learning_rate, schedule=schedule,

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, matthews_corrcoef
 from torch import Tensor
 
 from dovetail.errors import DataError
@@ -21,6 +19,8 @@ from dovetail.tasks.tokens import check_labels, label_rows
 
 def score_labels(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
     """accuracy, and matthews, Matthews' correlation (one for several labels too)."""
+    from sklearn.metrics import accuracy_score, matthews_corrcoef
+
     check_labels(runner.name, "classification", records, runner.model)
     said = outputs(runner, records).argmax(1).numpy()
     labels = np.array([record["label"] for record in records])
@@ -29,6 +29,8 @@ def score_labels(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
 
 def score_values(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
     """The correlations pearson and spearman of the head's values with the labels."""
+    from scipy.stats import pearsonr, spearmanr
+
     check_labels(runner.name, "regression", records, runner.model)
     said = outputs(runner, records)[:, 0].double().numpy()
     labels = np.array([record["label"] for record in records], dtype=np.float64)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-
 from dovetail.errors import DataError
 from dovetail.tasks.scoring.runner import Runner
 from dovetail.tasks.task import Record
@@ -28,6 +26,8 @@ def score_generation(runner: Runner, records: Sequence[Record]) -> dict[str, flo
 
 def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
     """The greedy continuation of each record's prompt, without special tokens, up to the end token."""
+    from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+
     model, tokenizer = runner.model, runner.tokenizer
     if not (isinstance(model, GenerationMixin) and isinstance(model, PreTrainedModel) and model.can_generate()):
         raise DataError(

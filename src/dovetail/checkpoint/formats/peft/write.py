@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dovetail.chains.layer.applied import AppliedChain, applied
 from dovetail.chains.layer.linear import ChainLinear, LinkState, chain_layers
@@ -131,6 +130,7 @@ def _config(
     """adapter_config.json of the installed peft, without task and modules_to_save."""
     # Here, not above: peft's import takes seconds.
     from peft import IA3Config, LoHaConfig, LoraConfig, VeraConfig
+    from transformers import PreTrainedModel
 
     links = {name: state.running for name, state in states.items()}
     others = [name for name in stock_modules(model) if name not in layers]
@@ -241,6 +241,8 @@ def _trained_beside(model: nn.Module, layers: Mapping[str, ChainLinear]) -> list
 
 def _task(model: nn.Module) -> str | None:
     """peft's name for what the model does, where it has its own class for it."""
+    from transformers import PreTrainedModel
+
     if not isinstance(model, PreTrainedModel):
         return None
     name = type(model).__name__
