@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -163,3 +163,12 @@ def batch(model: PreTrainedModel, *, rows: int = 2, tokens: int = 12, seed: int 
 def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """The model's logits: (rows, tokens, vocabulary), or (rows, labels) where it carries a classification head."""
     return model(**inputs).logits
+
+
+def move(model: nn.Module, by: float = 0.05, seed: int = 3) -> None:
+    """Adds noise to every adapter parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".links." in name:
+                parameter += by * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)

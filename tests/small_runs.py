@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from test_evaluate import bert, llama, make_tokenizer
+from small_models import bert, llama, make_tokenizer
 
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 MAIN = "wanda(0.5) >> int(bits=4, group=32) >> lora(r=4) >> remask >> regrid"

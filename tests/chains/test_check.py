@@ -93,7 +93,7 @@ def test_cannot_merge_names_the_links_to_add(text: str, add: str) -> None:
     check(chain(text))
     with pytest.raises(CannotMerge) as caught:
         check_merge(chain(text))
-    fixed = re.match(r"train with (.*) at the end: (.*); or merge\(lossy=True\)", caught.value.fix)
+    fixed = re.match(r"train with (.*) at the end: (.*); or call merge\(lossy=True\)", caught.value.fix)
     assert fixed[1] == add
     assert chain(fixed[2]) == chain(f"{text} >> {add}")
     check_merge(chain(fixed[2]))

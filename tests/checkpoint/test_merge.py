@@ -12,16 +12,7 @@ from torch import Tensor, nn
 import dovetail
 from dovetail.compression.apply import chain_layers
 from dovetail.errors import CannotMerge, ChainError
-from families import batch, logits, make
-
-
-def move(model: nn.Module, by: float = 0.05, seed: int = 3) -> None:
-    """Adds noise to every adapter parameter."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".links." in name:
-                parameter += by * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+from families import batch, logits, make, move
 
 
 def chained(text: str, dtype: torch.dtype = torch.float32, family: str = "llama") -> nn.Module:

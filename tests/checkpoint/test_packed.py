@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_merge import move
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from dovetail.chains.layer.linear import chain_layers
 from dovetail.checkpoint.packed import HEADER, PACKED
 from dovetail.errors import ChainError, DovetailError, LoadError
 from dovetail.models.fingerprint import fingerprint
-from families import VOCABULARY, batch, logits, make
+from families import VOCABULARY, batch, logits, make, move
 
 MAIN = "wanda(0.5) >> int(bits=4, group=32) >> lora(r=4) >> remask >> regrid"
 CHAINS = [

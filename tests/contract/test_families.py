@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples import move
 from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertForSequenceClassification, LlamaForCausalLM, PreTrainedModel
 
 import dovetail
 from dovetail.compression.apply import chain_layers
 from families import FAMILIES, batch, logits, make
+from samples import move
 
 CLOSED = [
     "wanda(0.5) >> int(bits=4, group=32) >> lora(r=4) >> remask >> regrid",

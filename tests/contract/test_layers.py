@@ -10,6 +10,12 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import dovetail
+from dovetail.chains.layer.linear import ChainLinear
+from dovetail.chains.link import Constraint
 from samples import (
     ADAPTERS,
     BASES,
@@ -29,12 +35,6 @@ from samples import (
     joined,
     model_of,
 )
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-import dovetail
-from dovetail.chains.layer.linear import ChainLinear
-from dovetail.chains.link import Constraint
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2}

@@ -10,13 +10,13 @@ from itertools import product
 
 import pytest
 import torch
-from samples import ADAPTERS, PRUNERS, QUANTIZERS, SAMPLES, chained, input_of, model_of
 
 import dovetail
 from dovetail.chains.link import Adapter, Constraint, Link, OutputAdapter, Pruner, Quantizer
 from dovetail.chains.registry import links
 from dovetail.compression.apply import stages_left
 from dovetail.errors import CannotMerge, ChainError
+from samples import ADAPTERS, PRUNERS, QUANTIZERS, SAMPLES, chained, input_of, model_of
 
 KINDS: dict[str, type[Link]] = {
     "prune": Pruner, "quantize": Quantizer, "adapt": Adapter, "output": OutputAdapter, "close": Constraint

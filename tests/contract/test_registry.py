@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from samples import ADAPTERS, PRUNERS, QUANTIZERS, SAMPLES, WEIGHT_ADAPTERS, chained, input_of, zeros
 
 from dovetail import chain
 from dovetail.chains.link import Adapter, Constraint, OutputAdapter, Pruner, Quantizer, Site
 from dovetail.chains.registry import links
+from samples import ADAPTERS, PRUNERS, QUANTIZERS, SAMPLES, WEIGHT_ADAPTERS, chained, input_of, zeros
 
 
 @pytest.mark.parametrize("name", links())
 def test_every_link_has_samples_and_describes_itself(name: str) -> None:
-    assert name in SAMPLES, f"give {name} a line in tests/contract/samples.py"
+    assert name in SAMPLES, f"give {name} a line in tests/samples.py"
     cls = links()[name]
     kinds = [kind for kind in (Pruner, Quantizer, Adapter, Constraint) if issubclass(cls, kind)]
     assert len(kinds) == 1

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from samples import move
 
 import dovetail
 from dovetail.compression.apply import chain_layers
 from families import batch, logits, make
+from samples import move
 
 FAMILIES = ["llama", "qwen2", "qwen3", "phi3", "gpt2", "t5", "bert"]
 ADAPTERS = [

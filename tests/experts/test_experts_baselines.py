@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from peft.utils.merge_utils import random_pruning
-from test_evaluate import bert, llama, make_tokenizer, t5
 from torch import Tensor, nn
 
 from dovetail import experts
@@ -19,6 +18,7 @@ from dovetail.experts.live.activate import activate, deactivate, put
 from dovetail.experts.sources import task_vector
 from dovetail.tasks.task import Record, Task
 from dovetail.tasks.tokens import Collator, encode
+from small_models import bert, llama, make_tokenizer, t5
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 

@@ -8,7 +8,6 @@ import threading
 
 import pytest
 import torch
-from test_evaluate import llama, make_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,6 +20,7 @@ from dovetail.experts.live.activate import put
 from dovetail.experts.sources import task_vector
 from dovetail.tasks.playground import task
 from dovetail.tasks.task import Task
+from small_models import llama, make_tokenizer
 
 
 def some(number: int) -> list[experts.Expert]:

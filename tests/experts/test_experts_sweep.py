@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_evaluate import llama, make_tokenizer
 from torch import Tensor
 
 from dovetail import experts
@@ -19,6 +18,7 @@ from dovetail.experts.sources import task_vector
 from dovetail.experts.sweeping import ALPHAS, DENSITIES, Score, Sweep, behind, default_alpha, scorer, sweep
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Task
+from small_models import llama, make_tokenizer
 
 
 def vector() -> dict[str, Tensor]:

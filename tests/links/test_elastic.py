@@ -9,9 +9,6 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from samples import by_definition, chained, closed_chains, input_of, move
-from test_evaluate import llama, make_tokenizer
-from test_train import SUMS, parameters, quiet, same
 from torch import Tensor, nn
 
 import dovetail
@@ -21,6 +18,8 @@ from dovetail.checkpoint.adapter import load_adapter, save_adapter
 from dovetail.errors import ChainError, LoadError, TrainError
 from dovetail.training.trainer import StageTrainer
 from families import batch, logits, make
+from samples import by_definition, chained, closed_chains, input_of, move
+from small_models import SUMS, llama, make_tokenizer, parameters, quiet, same
 
 ELASTIC = [
     "lora(r=5, elastic=[5, 3, 2])",

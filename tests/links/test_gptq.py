@@ -8,31 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from calibrated import error, gram_of, sample
 from dovetail.chains.statistics import InputStatistics
 from dovetail.errors import CalibrationWarning, ChainError
 from dovetail.links.quantize.affine import affine_range
 from dovetail.links.quantize.gptq import GPTQ
 from dovetail.links.quantize.integer import Int
-
-
-def sample(o: int, i: int, *, tokens: int = 2000, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight (o, i) and correlated inputs (tokens, i) of uneven size, float32."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = 0.3 * torch.randn(i, i, generator=generator) + torch.eye(i)
-    x = torch.randn(tokens, i, generator=generator) @ mix * (3 * torch.rand(i, generator=generator) + 0.1)
-    return torch.randn(o, i, generator=generator), x
-
-
-def gram_of(x: Tensor, dtype: torch.dtype = torch.float64) -> InputStatistics:
-    statistics = InputStatistics(x.shape[1], gram=True, dtype=dtype, device=x.device)
-    for part in x.to(dtype).split(700):
-        statistics.add(part)
-    statistics.finish()
-    return statistics
-
-
-def error(weight: Tensor, new: Tensor, x: Tensor) -> float:
-    return float((x.double() @ (weight.double() - new.double()).t()).norm())
 
 
 def values(quantizer: GPTQ | Int, weight: Tensor, statistics: InputStatistics | None = None) -> Tensor:

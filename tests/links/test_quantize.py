@@ -41,14 +41,6 @@ each_quantizer = pytest.mark.parametrize("quantizer", CONFIGURATIONS, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def a_weight(shape: tuple[int, int] = SHAPE, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Half zeros, a row of zeros, an outlier; nothing else on a grid."""
     generator = torch.Generator().manual_seed(seed)

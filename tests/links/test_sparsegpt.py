@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_gptq import error, gram_of, sample
 from torch import Tensor
 
+from calibrated import error, gram_of, sample
 from dovetail.errors import DovetailError
 from dovetail.links.prune import SparseGPT, Wanda
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_evaluate import bert, llama, make_tokenizer, t5
 
 from dovetail.checkpoint.footprint import footprint
 from dovetail.checkpoint.load import load
@@ -12,6 +11,7 @@ from dovetail.compression.apply import advance, apply, stages_left
 from dovetail.runs.plan import plan
 from dovetail.tasks.task import Task
 from families import CONFIGS
+from small_models import bert, llama, make_tokenizer, t5
 
 CHAINS = [
     "lora(r=4) >> ia3",

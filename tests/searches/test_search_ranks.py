@@ -9,8 +9,6 @@ from random import Random
 
 import pytest
 import torch
-from test_evaluate import llama, make_tokenizer
-from test_train import SUMS, quiet
 
 import dovetail
 import dovetail.runs.search as in_run
@@ -25,6 +23,7 @@ from dovetail.searches import hill_climb, proxy_task, search_ranks
 from dovetail.searches.ranks import sample_neighbours
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Task
+from small_models import SUMS, llama, make_tokenizer, quiet
 from small_runs import small_recipe
 
 CHOICES = [(8, 6, 4, 2), (3, 2, 1), (5,), (9, 7, 5, 3, 1)]

@@ -6,70 +6,13 @@ import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 from dovetail.compression.calibration import calibration_batches
 from dovetail.errors import DataError
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import IGNORED, Collator, encode, prompt_rows
-
-torch.set_num_threads(1)
-
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "plus", "is", "the", "sum", "of"]
-PAD, BEGIN, END, UNKNOWN = range(4)
-
-
-def make_tokenizer(*, begin: bool = False, end: bool = False) -> PreTrainedTokenizerFast:
-    """Words at spaces; a begin or end token around texts on request."""
-    vocabulary = {word: at for at, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if begin or end:
-        form = ("<s> " if begin else "") + "$A" + (" </s>" if end else "")
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=form, pair=form + " $B", special_tokens=[("<s>", BEGIN), ("</s>", END)]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-SIZES = {"vocab_size": 4 + len(WORDS), "pad_token_id": PAD, "bos_token_id": BEGIN, "eos_token_id": END}
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3,
-        max_position_embeddings=64, **SIZES,
-    ))  # fmt: skip
-
-
-def t5() -> T5ForConditionalGeneration:
-    torch.manual_seed(0)
-    return T5ForConditionalGeneration(T5Config(
-        d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=PAD, initializer_factor=3.0,
-        **SIZES,
-    ))  # fmt: skip
-
-
-def bert(labels: int) -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_labels=labels,
-        initializer_range=0.5, **SIZES,
-    ))  # fmt: skip
-
+from small_models import BEGIN, END, PAD, bert, llama, make_tokenizer, t5
 
 PROMPTS = ["the sum of one plus two is", "two plus two is", "is", "the sum of the sum of one plus three plus four is"]
 CHOICES = Task("choices", "choice", "accuracy", {"test": [

@@ -15,8 +15,6 @@ from dovetail.tasks.playground.grammar import PHENOMENA
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Task
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def tokenizer():

@@ -11,7 +11,6 @@ from random import Random
 
 import pytest
 import torch
-from test_evaluate import BEGIN, END, bert, llama, make_tokenizer, t5
 from torch import nn
 
 from dovetail.chains.layer.linear import chain_layers
@@ -25,43 +24,23 @@ from dovetail.training.optimizer import TrainSettings, make_optimizer
 from dovetail.training.peak_memory import PeakMemory, predict_peak_memory
 from dovetail.training.train import train
 from dovetail.training.trainer import BatchOrder, StageTrainer
+from small_models import (
+    BEGIN,
+    END,
+    LABELS,
+    SUMS,
+    VALUES,
+    bert,
+    llama,
+    make_tokenizer,
+    parameters,
+    quiet,
+    same,
+    sum_records,
+    t5,
+)
 
-torch.set_num_threads(1)
 gc.freeze()  # the Trainer collects garbage at every start: not all that torch and transformers have loaded
-
-NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-
-
-def _sum(random: Random) -> dict[str, str]:
-    a, b = random.randint(1, 4), random.randint(1, 4)
-    more = "the sum of " * random.randint(1, 3)
-    return {"prompt": f"{more}{NUMBERS[a - 1]} plus {NUMBERS[b - 1]} is", "answer": " " + NUMBERS[a + b - 1]}
-
-
-def _records(rows: int) -> list[dict[str, str]]:
-    random = Random(0)
-    return [_sum(random) for _ in range(rows)]
-
-
-SUMS = Task("sums", "generation", "exact_match", {"train": _records(72), "validation": _records(20)})
-LABELS = Task("labels", "classification", "accuracy", {
-    "train": [{"text": r["prompt"], "label": int("three" in r["prompt"])} for r in _records(72)],
-})  # fmt: skip
-VALUES = Task("values", "regression", "pearson", {
-    "train": [{"text": r["prompt"], "label": NUMBERS.index(r["answer"].strip()) / 8} for r in _records(72)],
-})  # fmt: skip
-
-
-def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def quiet(model, data, tokenizer=None, **settings):
-    return train(model, tokenizer or make_tokenizer(), data, **{"batch_size": 8, "progress": False, **settings})
 
 
 def test_a_whole_model_learns(tmp_path, monkeypatch):
@@ -279,13 +258,13 @@ def test_refusals():
     with pytest.raises(DataError, match="num_labels"):
         quiet(bert(2), Task("labels", "classification", "accuracy", {"train": [{"text": "one", "label": 2}]}))
     with pytest.raises(DataError, match="split"):
-        quiet(llama(), Task("sums", "generation", "exact_match", {"test": _records(2)}))
+        quiet(llama(), Task("sums", "generation", "exact_match", {"test": sum_records(2)}))
     with pytest.raises(DataError, match="the task needs a language model"):
         quiet(bert(2), SUMS)
     for label in (1, 0.5):  # a causal model's config has num_labels too
         with pytest.raises(DataError, match="the task needs a head over texts"):
             quiet(llama(), [{"text": "one", "label": label}])
-    for data in ({"train": _records(2)}, (record for record in _records(2)), 5, ["one two"]):
+    for data in ({"train": sum_records(2)}, (record for record in sum_records(2)), 5, ["one two"]):
         with pytest.raises(DataError, match="records"):
             quiet(llama(), data)
     records = [{"prompt": "one", "answer": "two"}, {"prompt": "one", "answer": "two " * 80}]
