@@ -80,12 +80,35 @@ class Merge(_Record):
 
 
 class Losses(_Record):
-    """The training loss of one stage: its trained links, (step, loss) pairs, learning rate per link, seconds."""
+    """The losses of one stage.
+
+    links           trained in the stage
+    losses          (step, loss on the batch)
+    learning_rates  link -> learning rate
+    seconds         of training
+    validation      (step, loss on the validation records); empty where the recipe does not evaluate during training
+    """
 
     links: list[str]
     losses: list[tuple[int, float]]
     learning_rates: dict[str, float]
     seconds: float
+    validation: list[tuple[int, float]] = []
+
+
+class Example(_Record):
+    """A record of the task with the model's output before and after tuning.
+
+    prompt    the text that the model is given
+    expected  the record's target
+    before    output of the base
+    after     output of the last stage
+    """
+
+    prompt: str
+    expected: str
+    before: str
+    after: str
 
 
 class Searched(_Record):
@@ -146,6 +169,7 @@ class Report(_Record):
     verdict             of merging, in words
     packed              None where nothing was pruned or quantized, or the chain was kept apart
     search              where the recipe asks for one
+    examples            the first records of the scored split, before and after tuning
     """
 
     task: TaskInfo
@@ -163,6 +187,7 @@ class Report(_Record):
     packed: Packed | None = None
     environment: dict[str, str]
     search: Searched | None = None
+    examples: list[Example] = []
 
     def row(self, name: str) -> Row:
         """The row of that name; KeyError where the run has none."""
