@@ -46,7 +46,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dovetail import experts
 from dovetail.experts.live.activate import activate
-from dovetail.experts.live.names import slots
+from dovetail.experts.live.placement import slots
 from timing import Row, medians, show
 
 RATE = 100e6 / 8  # bytes a second

@@ -18,7 +18,7 @@ from dovetail.checkpoint.merge import merge
 from dovetail.compression.apply import advance, apply, initial_values
 from dovetail.errors import DataError, LoadError
 from dovetail.experts.live.activate import activate, deactivate, put
-from dovetail.experts.live.names import slots
+from dovetail.experts.live.placement import slots
 from dovetail.models.fingerprint import model_fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it
@@ -238,7 +238,7 @@ def peft_model(seed: int = 0, **config):
 def test_stock_peft(dora: bool) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    from dovetail.experts.peft_initial import peft_initial
+    from dovetail.experts.sources import peft_initial
 
     model, other = peft_model(use_dora=dora).eval(), peft_model(use_dora=dora).eval()
     config = {key: value for key, value in model.peft_config["default"].to_dict().items() if key != "auto_mapping"}

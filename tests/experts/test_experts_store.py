@@ -151,7 +151,7 @@ def test_wrong_base(folder: Path) -> None:
     made.save(folder / "of-base.dvt")
     with Store(folder, 1 << 20, base=base) as store:
         store.get("of-base")
-        with pytest.raises(LoadError, match="says which base"):
+        with pytest.raises(LoadError, match="name the base"):
             store.get("expert-0")
     with Store(folder, 1 << 20, base=other) as store, pytest.raises(LoadError, match="for the base"):
         store.get("of-base")

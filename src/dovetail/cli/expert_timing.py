@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dovetail.display.format import size
-from dovetail.experts.expert import load
-from dovetail.experts.live.activate import verify
+from dovetail.experts.expert import load, verify
 
 
 def measure(path: Path, rounds: int = 5, threads: int = 1) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def compose(
     _check_output(output)
     quiet()
     from dovetail import experts
-    from dovetail.experts.bases import base_of
+    from dovetail.experts.sources import base_of
     from dovetail.experts.unpacking import ready
 
     found = find_task(task)

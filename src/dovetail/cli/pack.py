@@ -109,7 +109,7 @@ def _sweep(
 ) -> Sweep:
     from dovetail import experts
     from dovetail.checkpoint.adapter import load_adapter
-    from dovetail.experts.bases import base_of
+    from dovetail.experts.sources import base_of
     from dovetail.experts.sweeping import ALPHAS, DENSITIES
     from dovetail.experts.unpacking import ready
 
@@ -148,7 +148,7 @@ def unpack(
     quiet()
     from dovetail import experts
     from dovetail.checkpoint.adapter import load_adapter
-    from dovetail.experts.bases import base_of
+    from dovetail.experts.sources import base_of
 
     loaded = experts.load(expert)
     model = base

@@ -1,4 +1,4 @@
-"""Experts: adapters and fine-tuned models as ternary task vectors, near the entropy limit."""
+"""Task experts: adapters and fine-tuned models as ternary task vectors, near the entropy limit."""
 
 import lazy_loader
 

@@ -6,10 +6,10 @@ from .expert import compress as compress
 from .expert import from_masks as from_masks
 from .expert import load as load
 from .expert import similarity as similarity
+from .expert import verify as verify
 from .live.activate import activate as activate
 from .live.activate import deactivate as deactivate
 from .live.activate import put as put
-from .live.activate import verify as verify
 from .masks import Masks as Masks
 from .masks import elect as elect
 from .masks import scaled_sum as scaled_sum

@@ -1,21 +1,26 @@
-"""What ComPEFT is compared with (§4.1, App. C.1), in the forms that it has itself: experts, and sparse vectors.
+"""Baselines of ComPEFT (§4.1, App. C.1), as experts and as sparse vectors.
 
-  stc         top-k by magnitude, signs, scale = mean |τ| of what is kept           (Sattler et al. 2019)
-  prune       top-k by magnitude, values as they are                                (the paper's "Pruned")
+  stc         top-k by magnitude, signs, scale = mean |τ| of the kept values         (Sattler et al. 2019)
+  prune       top-k by magnitude, values unchanged                                  (the paper's "Pruned")
   dare        each value dropped with chance 1 - density, the rest / density        (Yu et al. 2023)
   bitdelta    all signs, scale = mean |τ| of each tensor                            (Liu et al. 2024)
   train_scales  of any expert: argmin over its scales of |logits(τ) - logits(τ~)|²  (Liu et al. 2024, §3.1)
 
-Where ComPEFT chooses its scale by a sweep, STC and BitDelta compute it; BitDelta keeps every sign, which is 1 bit a
-value at least. Training scales needs gradients of the whole model. An exact zero has no sign in any of them.
+ComPEFT chooses its scale by a sweep, while STC and BitDelta compute it. BitDelta keeps every sign, at least 1 bit per
+value. Training scales needs gradients of the whole model. An exact zero has no sign in any of them.
+
+A sparse vector (pruning, DARE) holds some values unchanged. Its positions are coded as an expert's (`codec`), so sizes
+are comparable; a value takes 16 or 32 bits, where an expert has one bit for the sign.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,11 +28,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dovetail.errors import DataError
 from dovetail.experts import ternary
-from dovetail.experts.codec.codec import Coded, code, decode_indices
+from dovetail.experts.codec.codec import Coded, code, counts_of, decode_indices
 from dovetail.experts.expert import Expert, assemble
 from dovetail.experts.live.activate import deactivate, put
-from dovetail.experts.live.names import slots
-from dovetail.experts.sparse import SparseVector, sparse
+from dovetail.experts.live.placement import slots
+from dovetail.experts.merging import packed
 from dovetail.experts.vectors import Origin, TaskVector, specs_of
 from dovetail.progress import Bar
 from dovetail.tasks.find import as_task
@@ -37,17 +42,68 @@ from dovetail.tasks.task import Record, Task
 from dovetail.tasks.tokens import IGNORED, check_labels, encode, length_limit
 
 
-def stc(vector: Mapping[str, Tensor], density: float, per: Literal["vector", "tensor"] = "vector") -> Expert:
-    """Sparse ternary compression: signs of the largest values, and their mean magnitude (Sattler et al. 2019, Alg. 1).
+@dataclass(frozen=True)
+class SparseVector:
+    """Some values of a task vector.
 
-    vector   a task vector, as `compress` takes it
-    density  the share of values to keep, 0..1
-    per      "vector": the largest of all tensors, and one scale; "tensor": the largest of each tensor, and its own
+    coded    their positions, by tensor; all signs are plus
+    values   the values, by tensor, in row-major order and in the tensor's dtype; on the CPU
+    density  requested share to keep
+    origin   of the task vector
+    """
+
+    coded: Mapping[str, Coded] = field(repr=False)
+    values: Mapping[str, Tensor] = field(repr=False)
+    density: float
+    origin: Origin
+
+    @property
+    def kept(self) -> int:
+        """Number of values."""
+        return sum(values.numel() for values in self.values.values())
+
+    @property
+    def numel(self) -> int:
+        return sum(coded.numel for coded in self.coded.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Size of positions, without the codec's sign bits, and of values, which hold their own signs."""
+        signs = sum(int(-(-counts_of(coded.directory) // 8).sum()) for coded in self.coded.values())
+        return sum(c.nbytes for c in self.coded.values()) - signs + sum(v.nbytes for v in self.values.values())
+
+    def dense(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Return the task vector, 0 where no value was kept. dtype: of all tensors; None: that of each before."""
+        result = {}
+        for name, coded in self.coded.items():
+            values = self.values[name] if dtype is None else self.values[name].to(dtype)
+            result[name] = torch.zeros(coded.shape, dtype=values.dtype)
+            result[name].view(-1)[torch.from_numpy(decode_indices(coded, name)[0])] = values
+        return result
+
+
+def sparse(tensors: Iterable[tuple[str, Tensor]], density: float, origin: Origin) -> SparseVector:
+    """Return the nonzero values of tensors on the CPU, passed one by one with their names."""
+    coded, values = {}, {}
+    for name, tensor in tensors:
+        flat = tensor.reshape(-1)
+        plus = packed(flat)
+        coded[name] = code(np.stack([plus, np.zeros_like(plus)]), tuple(tensor.shape))
+        values[name] = flat[flat != 0]
+    return SparseVector(coded, values, density, origin)
+
+
+def stc(vector: Mapping[str, Tensor], density: float, per: Literal["vector", "tensor"] = "vector") -> Expert:
+    """Keep the signs of the largest values, with their mean magnitude (STC; Sattler et al. 2019, Alg. 1).
+
+    vector   a task vector, as for `compress`
+    density  share of values to keep, 0..1
+    per      "vector": the largest of all tensors, and one scale; "tensor": the largest of each tensor, and a scale each
     errors   DataError as of `compress`
     """
     _check_density("stc", density)
     if per not in ("vector", "tensor"):
-        raise DataError("stc", found=f"per={per!r}", rule='"vector" or "tensor"')
+        raise DataError("stc", found=f"per={per!r}", rule='per must be "vector" or "tensor"')
     coded = {}
     for names in [list(vector)] if per == "vector" else [[name] for name in vector]:
         coded |= _top_k({name: vector[name] for name in names}, density)
@@ -55,9 +111,9 @@ def stc(vector: Mapping[str, Tensor], density: float, per: Literal["vector", "te
 
 
 def prune(vector: Mapping[str, Tensor], density: float) -> SparseVector:
-    """The largest values by magnitude, over all tensors together, as they are; the others 0.
+    """Keep the largest values by magnitude, over all tensors together, unchanged; set the others to 0.
 
-    density  the share of values to keep, 0..1
+    density  share of values to keep, 0..1
     errors   DataError as of `compress`
     """
     _check_density("prune", density)
@@ -74,16 +130,16 @@ def prune(vector: Mapping[str, Tensor], density: float) -> SparseVector:
 
 
 def dare(vector: Mapping[str, Tensor], density: float, seed: int = 0) -> SparseVector:
-    """Values kept by chance, and divided by it (drop and rescale).
+    """Keep values at random and divide them by the probability (drop and rescale).
 
-    density  chance of keeping a value, above 0
-    seed     Bernoulli tensors are drawn for the tensors in the order of their names, in their dtypes: what peft's
-             `random_pruning` draws in this order after torch.manual_seed(seed)
+    density  probability of keeping a value, above 0
+    seed     Bernoulli tensors are drawn for the tensors in the order of their names, in their dtypes, as peft's
+             `random_pruning` does in this order after torch.manual_seed(seed)
     errors   DataError for a density out of range, NaN, infinity or integers
     """
     _check_density("dare", density)
     if density == 0:
-        raise DataError("dare", found="density=0", rule="above 0: what is kept is divided by it")
+        raise DataError("dare", found="density=0", rule="density must be above 0, since kept values are divided by it")
     generator = torch.Generator().manual_seed(seed)
 
     def kept() -> Iterator[tuple[str, Tensor]]:
@@ -91,14 +147,14 @@ def dare(vector: Mapping[str, Tensor], density: float, seed: int = 0) -> SparseV
             tensor = vector[name].detach().cpu()
             if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                 found = "NaN or infinity" if tensor.is_floating_point() else str(tensor.dtype)
-                raise DataError(f"task vector at {name}", found=found, rule="its values are finite floats")
+                raise DataError(f"task vector at {name}", found=found, rule="all values must be finite floats")
             yield name, tensor * torch.bernoulli(torch.full_like(tensor, density), generator=generator) / density
 
     return sparse(kept(), density, _origin(vector))
 
 
 def bitdelta(vector: Mapping[str, Tensor]) -> Expert:
-    """One bit a value: all signs, and each tensor's mean magnitude (Liu et al. 2024, eq. 2 and 4), zeros and all.
+    """Keep all signs, one bit per value, and each tensor's mean magnitude with zeros (Liu et al. 2024, eq. 2 and 4).
 
     errors  DataError as of `compress`
     """
@@ -119,22 +175,24 @@ def train_scales(
     max_length: int = 128,
     progress: bool = True,
 ) -> Expert:
-    """An expert whose scales are learnt, one a tensor: its logits come to be those of the uncompressed task vector.
+    """Train one scale per tensor, so that the logits approach those of the uncompressed task vector.
 
-    expert         any; its signs stay as they are
-    model          that carries what expert and vector are of (`dovetail.experts.put`); left as `deactivate` leaves it
-    vector         the task vector that the expert was made of
-    records        texts to compare logits on; of a task, the training split. BitDelta takes 800 of 128 tokens
-    learning_rate  of Adam, over the scales' factors, which begin at 1. BitDelta's 1e-4 is over the scales themselves
-    returns        scale "tensor"; alpha 1
-    errors         DataError for settings out of range, and where a loss isn't finite; LoadError as of `put`
+    expert         any; its signs stay unchanged
+    model          that can carry expert and vector (`dovetail.experts.put`); afterwards as after `deactivate`
+    vector         the task vector of the expert
+    records        texts to compare logits on; of a task, the training split. BitDelta uses 800 with 128 tokens
+    learning_rate  of Adam, for factors of the scales, which start at 1. BitDelta's 1e-4 is for the scales themselves
+    returns        an expert with scale "tensor" and alpha 1
+    errors         DataError for settings out of range, and for a loss that is not finite; LoadError as of `put`
 
-    A step writes one vector and then the other to the model, so that no logits are kept and no second model is needed.
+    Each step writes one vector and then the other to the model, so no logits are kept and no second model is needed.
     The gradient of a factor is the sum of gradient · scale · sign over its tensor.
     """
     if not (epochs >= 1 and batch_size >= 1 and math.isfinite(learning_rate) and learning_rate > 0):
         found = f"epochs={epochs}, batch_size={batch_size}, learning_rate={learning_rate}"
-        raise DataError("train_scales", found=found, rule="epochs and batch_size from 1, learning_rate above 0")
+        raise DataError(
+            "train_scales", found=found, rule="epochs and batch_size must be at least 1, learning_rate above 0"
+        )
     task = as_task(records)
     if task.kind in ("classification", "regression"):
         check_labels(task.name, task.kind, task.split("train"), model)
@@ -142,7 +200,7 @@ def train_scales(
     rows = encode(
         task.kind, task.split("train"), tokenizer, encoder_decoder=runner.encoder_decoder, max_length=runner.max_length
     )
-    units = expert.dense(torch.float32)  # what a tensor's gradient is multiplied by to be that of its factor
+    units = expert.dense(torch.float32)  # times a tensor's gradient: that of its factor
     live = slots(model, expert.shapes, expert.origin)
     factors = torch.ones(len(units), requires_grad=True)
     optimizer = torch.optim.Adam([factors], lr=learning_rate)
@@ -169,8 +227,9 @@ def train_scales(
                         for name, gradient in zip(units, gradients, strict=True)
                     ])  # fmt: skip
                     if not math.isfinite(loss.item()) or not bool(torch.isfinite(factors.grad).all()):
-                        raise DataError("train_scales", found=f"a loss of {loss.item():g}", rule="it is finite",
-                                        fix="a smaller learning_rate")  # fmt: skip
+                        found = f"a loss of {loss.item():g}"
+                        raise DataError("train_scales", found=found, rule="the loss must be finite",
+                                        fix="pass a smaller learning_rate")  # fmt: skip
                     optimizer.step()
                     bar.advance(len(chosen), note=f"loss {loss.item():.4g}")
     finally:
@@ -183,7 +242,7 @@ def train_scales(
 
 
 def _logits(runner: Runner, batch: Mapping[str, Tensor]) -> Tensor:
-    """Of a batch's tokens that aren't padding, float32 (tokens, vocabulary); of a head (rows, labels)."""
+    """Return logits without padding, float32 (tokens, vocabulary), or those of a head (rows, labels)."""
     if runner.encoder_decoder:
         return runner.model(**batch).logits[batch["labels"] != IGNORED].float()
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -193,7 +252,7 @@ def _logits(runner: Runner, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _top_k(vector: Mapping[str, Tensor], density: float) -> dict[str, Coded]:
-    """Signs of the largest values, coded, by name in sorted order."""
+    """Return the coded signs of the largest values, by name in sorted order."""
     masks = ternary.top_k(vector, density).masks
     return {name: code(masks.pop(name), spec.shape) for name, spec in specs_of(vector).items()}
 
@@ -201,7 +260,7 @@ def _top_k(vector: Mapping[str, Tensor], density: float) -> dict[str, Coded]:
 def _expert(
     vector: Mapping[str, Tensor], coded: dict[str, Coded], density: float, per: Literal["vector", "tensor"], method: str
 ) -> Expert:
-    """Scales are mean magnitudes: over the kept values, or (BitDelta) over all of a tensor."""
+    """Return an expert with mean magnitudes as scales: over the kept values, or (BitDelta) over all of a tensor."""
     coded = {name: coded[name] for name in sorted(coded)}
     sums, counts = [], []
     for name, each in coded.items():
@@ -221,4 +280,4 @@ def _origin(vector: Mapping[str, Tensor]) -> Origin:
 
 def _check_density(where: str, density: float) -> None:
     if not (isinstance(density, (int, float)) and 0 <= density <= 1):
-        raise DataError(where, found=f"density={density}", rule="the share of values to keep, from 0 to 1")
+        raise DataError(where, found=f"density={density}", rule="density must be from 0 to 1")

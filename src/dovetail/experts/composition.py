@@ -1,13 +1,13 @@
-"""Experts composed for a task with a few examples: LoraHub (Huang et al. 2023; ComPEFT §3.6, eq. 1).
+"""Composition of experts for a task with a few examples: LoraHub (Huang et al. 2023; ComPEFT §3.6, eq. 1).
 
   A = Σ w_i A_i,  B = Σ w_i B_i,   w = argmin  nll(examples; A, B) + l1 · mean |w_i|,   |w_i| <= bound
 
-The parameters themselves are summed, A's and B's apart, so that what is composed is an adapter of the same rank; its
-product has terms of two experts, which a sum of merged weights hasn't. No gradients: the loss is asked for at `budget`
-points, which Shiwa (Liu et al. 2020) chooses, nevergrad's rules for choosing an optimiser; among few experts that is
-COBYLA, from w = 0 on. An expert stays two bits a value until it is added.
+The parameters themselves are summed, A's and B's separately, so the composition is an adapter of the same rank. Its
+product has terms of two experts, which a sum of merged weights does not have. The search uses no gradients: the loss is
+evaluated at `budget` points, which nevergrad's Shiwa (Liu et al. 2020) chooses; for few experts this is COBYLA, from
+w = 0. An expert takes two bits per value until it is added.
 
-Beside `merging`, which needs no data, this needs examples and budget + 1 evaluations of them.
+Unlike `merging`, which needs no data, a composition needs examples and budget + 1 evaluations of them.
 """
 
 from __future__ import annotations
@@ -37,17 +37,16 @@ from dovetail.tasks.task import Record, Task
 from dovetail.tasks.tokens import check_head, encode, length_limit
 
 _HOPELESS = 1e4
-"""What the optimiser is told of a loss above it, or of none: the composition overflowed."""
+"""Loss reported to the optimiser in place of a larger one, or of one that is not finite."""
 _SPAN = 1.5
-"""LoraHub's bound. Others are scaled to it: the optimiser takes steps of 1."""
+"""LoraHub's bound. Other bounds are scaled to it, since the optimiser takes steps of 1."""
 
 Loss = Callable[[TaskVector], float]
 
 
 @dataclass(frozen=True)
 class Tried:
-    """Weights that were tried: `loss` is the mean negative log-likelihood (nats a token), `objective` that and the
-    penalty."""
+    """Weights of one try, their loss (mean negative log-likelihood, nats per token), and loss plus penalty."""
 
     weights: tuple[float, ...]
     loss: float
@@ -56,13 +55,13 @@ class Tried:
 
 @dataclass(frozen=True)
 class Composition:
-    """What a search found.
+    """The result of a search.
 
-    weights      one for each expert
+    weights      one per expert
     task_vector  Σ weight · expert, float32
-    loss         mean negative log-likelihood of the examples' labelled tokens, nats a token
-    objective    loss + l1 · mean |weight|: what the search made small
-    history      everything that was tried, in order
+    loss         mean negative log-likelihood of the examples' labelled tokens, nats per token
+    objective    loss + l1 · mean |weight|, which the search minimizes
+    history      all tries, in order
     """
 
     weights: tuple[float, ...]
@@ -88,28 +87,29 @@ def compose(
     max_length: int = 1024,
     progress: bool = True,
 ) -> Composition:
-    """Weights of experts for a task, from a few of its examples; the model carries the best composition afterwards.
+    """Find weights of experts for a task from a few of its examples, and put the best composition on the model.
 
-    experts   of one kind (as `merge` takes them), such as the model can carry (`dovetail.experts.put`)
-    data      a task, the name of one of the playground, or records, of a kind that language models learn
-    budget    compositions to try; the paper's LoraHub takes 40
+    experts   of one kind (as for `merge`), which the model can carry (`dovetail.experts.put`)
+    data      a task, the name of a playground task, or records, of a kind that language models learn
+    budget    compositions to try; 40 in the paper's LoraHub
     bound     largest |weight|
-    l1        of the mean |weight|, added to the loss
-    seed      of the optimiser: the same weights every time, on the same machine
-    split     of a task, `limit`: its first examples only; None: all of them
-    progress  a bar for what takes longer than 3 s
-    returns   the best of all that was tried, whereas LoraHub takes what the optimiser recommends, tried or not
-    errors    DataError for what `merge` refuses, a task that needs a head, a setting out of range; DovetailError where
-              nevergrad isn't installed; what `put` refuses. The model then carries what was tried last, if anything
+    l1        factor of the mean |weight| in the objective
+    seed      of the optimiser; the weights are deterministic on one machine
+    split     of a task
+    limit     number of its first examples to use; None: all of them
+    progress  show a bar if the search takes longer than 3 s
+    returns   the best of all tries, whereas LoraHub takes the optimiser's recommendation, tried or not
+    errors    DataError as of `merge`, for a task that needs a head, and for a setting out of range; DovetailError if
+              nevergrad is not installed; errors of `put`. The model then carries the last try, if any
     """
     check_together(experts)
     task = as_task(data, split)
     if task.kind in ("classification", "regression"):
-        rule = "the loss is that of tokens: generation, choice, pairs or text"
+        rule = "the task must be of kind generation, choice, pairs or text"
         raise DataError(f"compose for task {task.name}", found=f"a {task.kind} task", rule=rule)
     check_head(task.name, task.kind, model)
     if limit is not None and limit < 1:
-        raise DataError("compose", found=f"limit={limit}", rule="at least one example")
+        raise DataError("compose", found=f"limit={limit}", rule="limit must be at least 1")
     length = length_limit(model, tokenizer, max_length)
     runner = Runner(model, tokenizer, task.name, batch_size, length, progress=False)
     rows = encode(
@@ -137,11 +137,11 @@ def search(
     seed: int = 0,
     progress: bool = True,
 ) -> Composition:
-    """The search of `compose` for any loss of a composed task vector; lower is better."""
+    """Run the search of `compose` for any loss of a composed task vector; lower is better."""
     check_together(experts)
     if not (math.isfinite(bound) and bound > 0 and budget >= 1 and math.isfinite(l1) and l1 >= 0):
         found = f"budget={budget}, bound={bound}, l1={l1}"
-        raise DataError("compose", found=found, rule="budget from 1, bound above 0, l1 from 0 on")
+        raise DataError("compose", found=found, rule="budget must be at least 1, bound above 0, l1 at least 0")
     nevergrad = _nevergrad()
     parts = {name: [masks_of(expert, name) for expert in experts] for name in experts[0].coded}
     space = nevergrad.p.Array(init=np.zeros(len(experts))).set_bounds(-_SPAN, _SPAN)
@@ -151,7 +151,7 @@ def search(
     best = None
     try:
         with warnings.catch_warnings(), Bar("compose", budget, shown=progress) as bar:
-            for library in ("scipy", "cma", "nevergrad"):  # tell what nevergrad asks of them, a user can't mend it
+            for library in ("scipy", "cma", "nevergrad"):  # warn of nevergrad's own use of them
                 warnings.filterwarnings("ignore", module=rf"{library}\.")
             for _ in range(budget):
                 asked = optimizer.ask()
@@ -165,15 +165,20 @@ def search(
                     best = tried
                 bar.advance(note=f"loss {best.loss:.3f}")
     finally:
-        del optimizer  # ends its thread, for which the interpreter would wait
+        del optimizer  # ends its thread, which would keep the interpreter alive
     if best is None or not math.isfinite(best.objective):
-        raise DataError("compose", found=f"no finite loss in {budget} tries", rule="some composition has one")
+        raise DataError(
+            "compose",
+            found=f"no finite loss in {budget} tries",
+            rule="at least one composition must have a finite loss",
+            fix="pass a smaller bound",
+        )
     vector = _composed(parts, best.weights, experts[0])
     return Composition(best.weights, vector, best.loss, best.objective, tuple(history))
 
 
 def _composed(parts: Mapping[str, Sequence[Masks]], weights: Sequence[float], first: Expert) -> TaskVector:
-    """Σ weight · expert; what has no weight isn't added."""
+    """Return Σ weight · expert, without the experts of weight 0."""
     kept = [place for place, weight in enumerate(weights) if weight]
     tensors: dict[str, Tensor] = {}
     for name, masks in parts.items():
@@ -193,7 +198,7 @@ def _nevergrad() -> ModuleType:
         import nevergrad
     except ImportError:
         raise DovetailError(
-            "compose", found="no nevergrad", rule="its optimiser chooses the weights",
-            fix='pip install "dovetail[compose]"',
+            "compose", found="no nevergrad", rule="the package nevergrad must be installed",
+            fix='run `pip install "dovetail[compose]"`',
         ) from None  # fmt: skip
     return nevergrad

@@ -1,7 +1,7 @@
-"""Experts: task vectors of adapters, compressed to signs of their largest values and one scale (ComPEFT).
+"""Task experts: task vectors, compressed to the signs of their largest values and one scale (ComPEFT).
 
-`compress` makes one, `load` reads one, `Expert.dense` gives its numbers back. In memory an expert is what it is in its
-file: a fiftieth of a bf16 task vector at density 0.05.
+`compress` makes an expert, `load` reads one, and `Expert.dense` returns its values. In memory an expert stays
+compressed, as in its file: a fiftieth of a bf16 task vector at density 0.05.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from dovetail.files import writing
 class Expert:
     """A compressed task vector.
 
-    header  what its file says about it (`file.Header`)
-    coded   its tensors by name, still compressed
+    header  the header of its file (`file.Header`)
+    coded   the compressed tensors by name
     """
 
     header: file.Header
@@ -47,18 +47,18 @@ class Expert:
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """What the tensors were before they were compressed."""
+        """Dtypes of the tensors before compression."""
         return {entry.name: getattr(torch, entry.dtype) for entry in self.header.tensors}
 
     @property
     def scales(self) -> dict[str, float]:
-        """What a one of each tensor is worth: alpha times the standard deviation."""
+        """Scale of each tensor: alpha times the standard deviation."""
         scales = self.header.scales
         return {name: scales[0 if self.header.scale == "vector" else at] for at, name in enumerate(self.coded)}
 
     @property
     def origin(self) -> Origin:
-        """What the task vector is of."""
+        """Origin of the task vector."""
         said = self.header
         return Origin(said.initial, said.base, said.chain, said.adapter, said.peft)
 
@@ -68,7 +68,7 @@ class Expert:
 
     @property
     def density(self) -> float:
-        """The share of values that was to be kept. `kept` over `numel` is less where values were zero."""
+        """Requested share of values to keep. `kept` over `numel` is smaller where values were zero."""
         return self.header.density
 
     @property
@@ -77,18 +77,18 @@ class Expert:
 
     @property
     def kept(self) -> int:
-        """How many values aren't zero."""
+        """Number of nonzero values."""
         return sum(coded.kept for coded in self.coded.values())
 
     @property
     def nbytes(self) -> int:
-        """Size of its file."""
+        """Size of the file."""
         directory = b"".join(coded.directory.tobytes() for coded in self.coded.values())
         blocks = sum(len(coded.blocks) for coded in self.coded.values())
         return len(file.header_bytes(self.header, directory, blocks)) + len(directory) + blocks
 
     def save(self, path: str | Path) -> Path:
-        """Writes it, atomically, into a folder made if need be; DovetailError where it can't be written."""
+        """Write the file atomically and create its folder if needed; DovetailError if it cannot be written."""
         path = Path(path).absolute()
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,13 +102,13 @@ class Expert:
         into: Mapping[str, Tensor] | None = None,
         threads: int | None = None,
     ) -> dict[str, Tensor]:
-        """The task vector: scale times sign where a value was kept, 0 elsewhere.
+        """Return the task vector: scale times sign where a value was kept, 0 elsewhere.
 
-        dtype    of all tensors; None: what each was
-        into     tensors to write to, by name, of the same shapes; their dtypes and devices count. What isn't
-                 contiguous or isn't on the CPU is decoded beside and copied
+        dtype    of all tensors; None: the original dtype of each
+        into     tensors to write to, by name, of the same shapes. They take precedence over `dtype`. A tensor that is
+                 not contiguous or not on the CPU is decoded to a buffer and copied
         threads  None: torch's number of threads
-        returns  tensors by name, those of `into` where given
+        returns  tensors by name, those of `into` if given
         errors   LoadError for changed bytes, and for a tensor that `into` lacks or has in another shape
         """
         result, scales, dtypes = {}, self.scales, self.dtypes
@@ -127,14 +127,15 @@ class Expert:
         return result
 
     def indices(self, name: str) -> tuple[Tensor, Tensor]:
-        """Row-major positions (int64, rising) of a tensor's values that aren't zero, and their signs (int8)."""
+        """Return row-major positions (int64, rising) of the nonzero values of a tensor, and their signs (int8)."""
         if name not in self.coded:
-            raise LoadError(f"expert at {name}", found="no such tensor", rule=f"it holds {', '.join(self.coded)[:300]}")
+            rule = f"the name must be one of {', '.join(self.coded)[:300]}"
+            raise LoadError(f"expert at {name}", found="no such tensor", rule=rule)
         at, signs = decode_indices(self.coded[name], name)
         return torch.from_numpy(at), torch.from_numpy(signs)
 
     def masks(self, *, threads: int | None = None) -> Masks:
-        """Two bits a value, for arithmetic without decoding (`dovetail.experts.masks`)."""
+        """Return two bits per value, for arithmetic without decoding (`dovetail.experts.masks`)."""
         words = sum(word_count(coded.numel) for coded in self.coded.values())
         masks = Masks(np.empty((2, words), np.uint64), self.shapes, self.scales)
         for name, first, _ in masks.spans():
@@ -142,23 +143,23 @@ class Expert:
         return masks
 
     def with_alpha(self, alpha: float) -> Expert:
-        """The same signs with scales of another alpha; shares the compressed bytes."""
+        """Return an expert with the same signs and scales of another alpha. It shares the compressed bytes."""
         _check_alpha(alpha)
         scales = tuple(scale / self.alpha * alpha for scale in self.header.scales)
         return replace(self, header=self.header.model_copy(update={"alpha": float(alpha), "scales": scales}))
 
     def check_base(self, base: nn.Module | str) -> None:
-        """LoadError unless it was made for this model, or for the model of this fingerprint."""
+        """Raise LoadError unless the expert was made for this model, or for a model with this fingerprint."""
         found = _fingerprint(base)
         if self.header.base is None:
-            rule = "an expert says which base it is for"
-            raise LoadError("expert", found="one that doesn't", rule=rule, fix="compress(…, base=model)")
+            rule = "the expert must name the base that it is for"
+            raise LoadError("expert", found="no base", rule=rule, fix="compress it again with base=model")
         if found != self.header.base:
             raise LoadError(
                 "expert",
                 found=f"a base with fingerprint {found}",
                 rule=f"this expert is for the base {self.header.base}",
-                fix="load the very checkpoint and dtype that it was trained on",
+                fix="load the checkpoint and the dtype that the expert was trained on",
             )
 
 
@@ -172,22 +173,22 @@ def compress(
     origin: Origin | None = None,
     provenance: dict[str, pydantic.JsonValue] | None = None,
 ) -> Expert:
-    """A task vector's signs where it is largest, and a scale (`ternary`; ComPEFT, Algorithm 1).
+    """Compress a task vector to the signs of its largest values and a scale (`ternary`; ComPEFT, Algorithm 1).
 
-    task_vector  fine-tuned less initial parameters, by name; float64, float32, float16 or bfloat16, any shapes
-    density      the share of all values to keep, 0..1: round(density · n), counted over all tensors together
-    alpha        scale = alpha · standard deviation. 1 does for bases of 13B and more at densities up to 0.2; for
-                 smaller ones choose it on a validation set, over 0.5 to 10 (§4.2): `Expert.with_alpha` is free
-    scale        "vector": one standard deviation, of all values; "tensor": each tensor's own
-    base         the model that it adapts, or its fingerprint; None: as the origin says
-    origin       what the task vector is of; None: as a `TaskVector` says, or else values that stand for themselves
-    provenance   whatever else is to be known, kept in the file
+    task_vector  fine-tuned minus initial parameters, by name; float64, float32, float16 or bfloat16, any shapes
+    density      share of all values to keep, 0..1: round(density · n), counted over all tensors together
+    alpha        scale = alpha · standard deviation. 1 suffices for bases of 13B and more at densities up to 0.2. For
+                 smaller bases choose it on a validation set, from 0.5 to 10 (§4.2); `Expert.with_alpha` costs nothing
+    scale        "vector": one standard deviation, of all values; "tensor": one for each tensor
+    base         the base model, or its fingerprint; None: as in the origin
+    origin       origin of the task vector; None: that of a `TaskVector`, or initial values of zero
+    provenance   further facts to store in the file
     errors       DataError for NaN, infinity, another dtype, density or alpha out of range
     """
     if not (isinstance(density, (int, float)) and 0 <= density <= 1):
-        raise DataError("compress", found=f"density={density}", rule="the share of values to keep, from 0 to 1")
+        raise DataError("compress", found=f"density={density}", rule="density must be from 0 to 1")
     if scale not in ("vector", "tensor"):
-        raise DataError("compress", found=f"scale={scale!r}", rule='"vector" or "tensor"')
+        raise DataError("compress", found=f"scale={scale!r}", rule='scale must be "vector" or "tensor"')
     _check_alpha(alpha)
     selection = ternary.top_k(task_vector, density, per_tensor=scale == "tensor")
     specs = specs_of(task_vector)
@@ -204,7 +205,7 @@ def compress(
 
 
 def from_masks(masks: Masks, like: Expert, *, provenance: dict[str, pydantic.JsonValue] | None = None) -> Expert:
-    """An expert of ternary values made on masks: a merged one, say. Base, chain and dtypes are those of `like`."""
+    """Return an expert of the ternary values in masks, with base, chain and dtypes of the expert `like`."""
     coded = {}
     for name, first, last in masks.spans():
         coded[name] = code(np.ascontiguousarray(masks.words[:, first:last]), masks.shapes[name])
@@ -215,11 +216,11 @@ def from_masks(masks: Masks, like: Expert, *, provenance: dict[str, pydantic.Jso
 
 
 def load(path: str | Path, *, base: nn.Module | str | None = None, tensors: Sequence[str] | None = None) -> Expert:
-    """Reads an expert, which stays compressed until it is asked for numbers.
+    """Read an expert. It stays compressed until its values are requested.
 
-    base     the model that it is for, or its fingerprint: another is refused
+    base     the model that it must be for, or its fingerprint
     tensors  names to read, without the blocks of the others; None: all
-    errors   LoadError for a file that isn't whole or isn't an expert, and for another base
+    errors   LoadError for an incomplete file, for a file that is no expert, and for another base
     """
     header, coded = file.read(Path(path), tensors)
     expert = Expert(header, coded)
@@ -229,15 +230,28 @@ def load(path: str | Path, *, base: nn.Module | str | None = None, tensors: Sequ
 
 
 def similarity(a: Expert | Masks, b: Expert | Masks) -> dict[str, float]:
-    """How alike two experts of the same tensors are, counted on masks.
+    """Compare two experts with the same tensors, on their masks.
 
-    returns  dot, cosine: of the decoded vectors, scales included (cosine 0 where one is zero)
-             hamming: number of values that aren't the same of -1, 0, 1
-             sign_agreement: of the values that both keep, the share with the same sign (0 where there are none)
-             kept_a, kept_b, kept_both, numel: how many
+    returns  dot, cosine: of the decoded vectors, scales included (cosine 0 if one is zero)
+             hamming: number of values with different signs of -1, 0, 1
+             sign_agreement: share of equal signs among the values that both keep (0 if there are none)
+             kept_a, kept_b, kept_both, numel: numbers of values
     errors   DataError for experts of different tensors
     """
     return compare(a.masks() if isinstance(a, Expert) else a, b.masks() if isinstance(b, Expert) else b)
+
+
+def verify(expert: Expert, *, threads: int | None = None) -> None:
+    """Raise LoadError unless every block has its CRC-32C and decodes.
+
+    This costs less than decoding: two bits per value are written, each tensor over the one before.
+
+    threads  None: torch's number of threads
+    """
+    most = max((word_count(coded.numel) for coded in expert.coded.values()), default=0)
+    scratch = np.empty((2, most), np.uint64)
+    for name, coded in expert.coded.items():
+        decode_masks(coded, scratch, 0, name, threads or torch.get_num_threads())
 
 
 def assemble(
@@ -250,7 +264,7 @@ def assemble(
     origin: Origin,
     provenance: dict[str, pydantic.JsonValue],
 ) -> Expert:
-    """An expert of coded tensors; DataError where its header can't be written."""
+    """Return an expert of coded tensors. DataError if its header cannot be written."""
     entries = [
         {
             "name": name,
@@ -272,7 +286,7 @@ def assemble(
         header = file.Header.model_validate_json(json.dumps(said, allow_nan=False))
     except (pydantic.ValidationError, ValueError, TypeError) as error:
         found = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else str(error)
-        rule = "an expert's header holds finite numbers, JSON and names of at most 500 characters"
+        rule = "the header must hold finite numbers, JSON and names of at most 500 characters"
         raise DataError("compress", found=found[:300], rule=rule) from None
     return Expert(header, coded)
 
@@ -281,18 +295,20 @@ def _given(into: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Ten
     out = into.get(name)
     if out is None or tuple(out.shape) != shape or not out.dtype.is_floating_point or out.dtype.itemsize < 2:
         found = "nothing" if out is None else f"{list(out.shape)}, {out.dtype}"
-        raise LoadError(f"buffer for {name}", found=found, rule=f"a float tensor of shape {list(shape)}")
+        raise LoadError(
+            f"buffer for {name}", found=found, rule=f"a buffer must be a float tensor of shape {list(shape)}"
+        )
     return out
 
 
 def _fingerprint(base: nn.Module | str) -> str:
     if isinstance(base, str):
         return base
-    from dovetail.models.fingerprint import model_fingerprint  # transformers: seconds, which most don't need
+    from dovetail.models.fingerprint import model_fingerprint  # imports transformers, which takes seconds
 
     return model_fingerprint(base)
 
 
 def _check_alpha(alpha: float) -> None:
     if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
-        raise DataError("alpha", found=str(alpha), rule="a finite number above 0")
+        raise DataError("alpha", found=str(alpha), rule="alpha must be a finite number above 0")

@@ -1,8 +1,8 @@
-"""An expert's file: a safetensors container of two byte tensors, directory and blocks, and a header as JSON.
+"""The file of an expert: a safetensors container of two byte tensors, directory and blocks, and a header as JSON.
 
-docs/format.md is the format. Everything that the header declares is checked against the file's size before a tensor is
-allocated; the header and the directory are under one CRC-32C, and each block under the one that the directory says, so
-that a changed bit is found in whatever is read. A tensor is found without reading the others' blocks.
+docs/format.md defines the format. All sizes in the header are checked against the size of the file before a tensor is
+allocated. One CRC-32C covers header and directory, and the directory holds the CRC-32C of each block, so a changed bit
+is detected in everything that is read. A tensor is read without the blocks of the others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dovetail.experts.codec.native import crc32c
 from dovetail.experts.vectors import Initial
 
 HEADER_NBYTES = 1 << 24
-"""The most that the container's header may take."""
+"""Largest header of the container."""
 MAX_NUMEL = 1 << 48
 
 _Size = Annotated[int, pydantic.Field(ge=0, le=MAX_NUMEL, strict=True)]
@@ -55,7 +55,7 @@ class _Container(pydantic.BaseModel, extra="forbid", frozen=True, strict=True):
 
 
 class TensorEntry(pydantic.BaseModel, extra="forbid", frozen=True, strict=True):
-    """A tensor: its name, shape, the dtype that it had, and whether a matrix is stored row after row or by columns."""
+    """A tensor: its name, shape, original dtype, and whether a matrix is stored by rows or by columns."""
 
     name: _Text
     shape: Annotated[tuple[_Size, ...], pydantic.Field(max_length=64)]
@@ -67,18 +67,19 @@ class TensorEntry(pydantic.BaseModel, extra="forbid", frozen=True, strict=True):
         if math.prod(max(size, 1) for size in self.shape) > MAX_NUMEL:
             raise ValueError(f"at most 2^48 values in {self.name[:80]}")
         if self.order == "columns" and len(self.shape) != 2:
-            raise ValueError(f"columns are a matrix's, and {self.name[:80]} is none")
+            raise ValueError(f"only a matrix has columns, and {self.name[:80]} is not one")
         return self
 
 
 class Header(pydantic.BaseModel, extra="forbid", frozen=True, strict=True):
-    """What the file says about its expert.
+    """The header of an expert's file.
 
     tensors     in the sorted order of their names
-    scale       "vector": `scales` has one, for all; "tensor": one for each
-    density     that was asked for; alpha: that the scales were made with
-    initial, base, chain, adapter, peft   what it is of (`task_vector.Origin`)
-    provenance  whatever else is to be known
+    scale       "vector": `scales` has one number for all; "tensor": one for each
+    density     as requested
+    alpha       of the scales
+    initial, base, chain, adapter, peft   origin (`vectors.Origin`)
+    provenance  further facts
     """
 
     format: Literal["dovetail-expert"] = "dovetail-expert"
@@ -99,14 +100,14 @@ class Header(pydantic.BaseModel, extra="forbid", frozen=True, strict=True):
     def _goes_together(self) -> Header:
         names = [entry.name for entry in self.tensors]
         if any(first >= second for first, second in pairwise(names)):
-            raise ValueError("names of tensors rise, and none is there twice")
+            raise ValueError("names of tensors must rise, without repetition")
         if len(self.scales) != (1 if self.scale == "vector" else len(names)):
-            raise ValueError(f"{len(self.scales)} scales for {len(names)} tensors, one {self.scale} each")
+            raise ValueError(f"{len(self.scales)} scales for {len(names)} tensors, with one per {self.scale}")
         return self
 
 
 def header_bytes(header: Header, directory: bytes, blocks_nbytes: int) -> bytes:
-    """What stands before the directory and the blocks."""
+    """Return the bytes before the directory and the blocks."""
     text = header.model_dump_json()
     end = len(directory) + blocks_nbytes
     container = {
@@ -120,13 +121,12 @@ def header_bytes(header: Header, directory: bytes, blocks_nbytes: int) -> bytes:
 
 
 def write(path: Path, header: Header, coded: Sequence[Coded]) -> None:
-    """Writes beside the file, to the disk, and renames: it is whole, or what was there before. DataError for a header
-    that no reader takes."""
+    """Write to a temporary file, sync it and rename it. DataError for a header that is too large to be read."""
     directory = b"".join(each.directory.tobytes() for each in coded)
     head = header_bytes(header, directory, sum(len(each.blocks) for each in coded))
     if len(head) - 8 > HEADER_NBYTES:
-        rule = f"at most {HEADER_NBYTES}"
-        raise DataError(str(path), found=f"a header of {len(head) - 8} bytes", rule=rule, fix="less provenance")
+        rule = f"a header may have at most {HEADER_NBYTES} bytes"
+        raise DataError(str(path), found=f"a header of {len(head) - 8} bytes", rule=rule, fix="store less provenance")
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -150,16 +150,18 @@ def _umask() -> int:
 
 
 def read(path: Path, names: Sequence[str] | None = None) -> tuple[Header, dict[str, Coded]]:
-    """Header and coded tensors of a file; of `names` alone where they are given, without reading the others' blocks.
+    """Return header and coded tensors of a file; only those in `names`, if given, without the blocks of the others.
 
-    errors  LoadError for a file that isn't whole, isn't an expert, or lacks a name
+    errors  LoadError for an incomplete file, a file that is no expert, or a missing name
     """
     with _opened(path) as file:
         header, entries, first = _head(str(path), file)
         there = {entry.name for entry in header.tensors}
         wanted = there if names is None else set(names)
         if missing := wanted - there:
-            raise LoadError(str(path), found=f"no tensor {min(missing)}", rule="the file holds what is asked for")
+            raise LoadError(
+                str(path), found=f"no tensor {min(missing)}", rule="the file must hold the requested tensors"
+            )
         starts, coded, kept = _starts(header, entries), {}, []
         for place, entry in enumerate(header.tensors):
             if entry.name not in wanted:
@@ -168,7 +170,7 @@ def read(path: Path, names: Sequence[str] | None = None) -> tuple[Header, dict[s
             blocks = np.empty(offset_end - offset, np.uint8)
             file.seek(first + offset)
             if file.readinto(blocks.data) != len(blocks):
-                raise LoadError(str(path), found="a file that became shorter", rule="it is there whole")
+                raise LoadError(str(path), found="file truncated while reading", rule="the file must be complete")
             coded[entry.name] = Coded(entry.shape, entry.order == "columns", entries[block:block_end], blocks)
             kept.append(place)
     if len(kept) < len(header.tensors):
@@ -180,7 +182,7 @@ def read(path: Path, names: Sequence[str] | None = None) -> tuple[Header, dict[s
 
 
 def read_header(path: Path) -> tuple[Header, list[int]]:
-    """Header of a file, and how many values of each tensor are kept, without reading a block. Raises LoadError."""
+    """Return the header of a file and the number of kept values of each tensor, without reading a block."""
     with _opened(path) as file:
         header, entries, _ = _head(str(path), file)
     counts = counts_of(entries)
@@ -190,36 +192,40 @@ def read_header(path: Path) -> tuple[Header, list[int]]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BufferedReader]:
-    """The file; whatever is wrong with it or in it is a LoadError."""
+    """Open the file. Report every fault of the file or in it as LoadError."""
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-            raise LoadError(str(path), found="no regular file", rule="an expert is a file")
+        if path.exists() and not path.is_file():  # opening a pipe would block
+            raise LoadError(str(path), found="not a regular file", rule="an expert must be a file")
         with open(path, "rb") as file:
             yield file
     except OSError as error:
-        raise LoadError(str(path), found=error.strerror or str(error), rule="an expert is a file") from None
+        raise LoadError(str(path), found=error.strerror or str(error), rule="an expert must be a file") from None
     except pydantic.ValidationError as error:
         first_error = error.errors(include_input=False)[0]
         place = ".".join(map(str, first_error["loc"]))[:200] or "header"
-        found, rule = f"{place}: {first_error['msg'][:200]}", "an expert, as in docs/format.md"
-        raise LoadError(str(path), found=found, rule=rule, fix="dovetail pack makes one") from None
+        found, rule = (
+            f"not an expert; {place}: {first_error['msg'][:200]}",
+            "an expert must be as docs/format.md defines",
+        )
+        raise LoadError(str(path), found=found, rule=rule, fix="make one with `dovetail pack`") from None
 
 
 def _head(where: str, file: BufferedReader) -> tuple[Header, np.ndarray, int]:
-    """Header, directory entries and where the blocks begin, all checked against each other and the file's size."""
+    """Return header, directory entries and start of the blocks, checked against each other and the file's size."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, HEADER_NBYTES):
-        rule = f"a safetensors header within the file, of at most {HEADER_NBYTES} bytes"
-        raise LoadError(where, found=f"{size} bytes, {length} of them header", rule=rule)
+        found = f"not an expert: {size} bytes, and a header of {length}"
+        rule = f"an expert must have a safetensors header within the file, of at most {HEADER_NBYTES} bytes"
+        raise LoadError(where, found=found, rule=rule, fix="make one with `dovetail pack`")
     container = _Container.model_validate_json(file.read(length))
     _check_parts(where, container, size - 8 - length)
     file.seek(8 + length + container.directory.data_offsets[0])
     directory = file.read(container.directory.shape[0])
     text = container.metadata.dovetail
     if f"{crc32c(text.encode() + directory):08x}" != container.metadata.crc32c:
-        rule = "header and directory have the CRC-32C that the metadata says"
-        raise LoadError(where, found="another", rule=rule, fix="copy the file again")
+        rule = "header and directory must have the CRC-32C in the metadata"
+        raise LoadError(where, found="another CRC-32C", rule=rule, fix="copy the file again")
     header = Header.model_validate_json(text)
     entries = np.frombuffer(directory, dtype=ENTRY)
     _check_entries(where, header, entries, container.blocks.shape[0])
@@ -227,24 +233,24 @@ def _head(where: str, file: BufferedReader) -> tuple[Header, np.ndarray, int]:
 
 
 def _check_parts(where: str, container: _Container, size: int) -> None:
-    """The two tensors are as long as they say, and take the rest of the file, one behind the other."""
+    """Check that the two tensors have their declared lengths and fill the rest of the file without gaps."""
     ends = sorted((part.data_offsets for part in (container.directory, container.blocks)), key=lambda ends: ends)
     right = all(p.data_offsets[1] - p.data_offsets[0] == p.shape[0] for p in (container.directory, container.blocks))
     if not right or ends[0][0] != 0 or ends[0][1] != ends[1][0] or ends[1][1] != size:
         found = f"parts at {list(ends[0])} and {list(ends[1])} of {size} bytes"
-        raise LoadError(where, found=found, rule="the parts fill the file", fix="copy the file again")
+        raise LoadError(where, found=found, rule="the parts must fill the file", fix="copy the file again")
 
 
 def _check_entries(where: str, header: Header, entries: np.ndarray, nbytes: int) -> None:
-    """An entry for every block that the shapes ask for, and lengths that add up."""
+    """Check that every block of the shapes has an entry, and that the lengths add up."""
     wanted, total = sum(block_count(math.prod(e.shape)) for e in header.tensors), int(entries["length"].sum(dtype="i8"))
     if wanted != len(entries) or total != nbytes:
-        found = f"{len(entries)} blocks of {total} bytes; shapes ask for {wanted}, and there are {nbytes} bytes"
-        raise LoadError(where, found=found, rule="an entry for each 65,536 values, lengths that add up")
+        found = f"{len(entries)} blocks of {total} bytes; the shapes need {wanted}, and there are {nbytes} bytes"
+        raise LoadError(where, found=found, rule="each 65,536 values must have an entry, and lengths must add up")
 
 
 def _starts(header: Header, entries: np.ndarray) -> list[tuple[int, int]]:
-    """Of each tensor, and behind the last, the first block's number and offset."""
+    """Return number and offset of the first block of each tensor, and those after the last."""
     ends = np.concatenate([[0], np.cumsum(entries["length"].astype(np.int64))])
     numbers = accumulate((block_count(math.prod(entry.shape)) for entry in header.tensors), initial=0)
     return [(number, int(ends[number])) for number in numbers]

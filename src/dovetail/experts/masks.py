@@ -1,9 +1,9 @@
 """Arithmetic on experts as bit masks, 64 values at a time, without decoding (ComPEFT §2.2).
 
-A value is in the mask of plus, in that of minus, or in neither. With p, m and q, n the masks of two experts:
+A value is in the mask of plus, in the mask of minus, or in neither. With the masks p, m and q, n of two experts:
 
   agree = |p q ∪ m n|,  disagree = |p n ∪ m q|,  dot of signs = agree - disagree,
-  Hamming distance (values that aren't the same) = kept_a + kept_b - 2 agree - disagree.
+  Hamming distance (number of different signs) = kept_a + kept_b - 2 agree - disagree.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dovetail.errors import DataError
 from dovetail.experts.codec.codec import word_count
 from dovetail.experts.codec.native import compiled, get, popcount, put, trailing_zeros
 
-_FEW = 4  # experts that an election takes bit-parallel
+_FEW = 4  # experts in a bit-parallel election
 _CHUNK = 1 << 14  # words whose sums are held at a time
 
 
@@ -31,9 +31,9 @@ _CHUNK = 1 << 14  # words whose sums are held at a time
 class Masks:
     """Ternary values of many tensors.
 
-    words   uint64, (2, words): row 0 is plus, row 1 minus; each tensor starts at a word of its own
-    shapes  of the tensors, in the order in which they lie; value v, row-major, is bit v mod 64 of word v div 64
-    scales  what one of a tensor is worth
+    words   uint64, (2, words): row 0 is plus, row 1 minus; each tensor starts at a new word
+    shapes  of the tensors, in their order in `words`; value v, row-major, is bit v mod 64 of word v div 64
+    scales  of the tensors
     """
 
     words: np.ndarray
@@ -41,7 +41,7 @@ class Masks:
     scales: dict[str, float]
 
     def spans(self) -> Iterator[tuple[str, int, int]]:
-        """Each tensor's name, first word and the one behind its last."""
+        """Yield the name, the first word and the end of each tensor."""
         first = 0
         for name, shape in self.shapes.items():
             last = first + word_count(math.prod(shape))
@@ -58,14 +58,7 @@ class Masks:
 
 
 def compare(a: Masks, b: Masks) -> dict[str, float]:
-    """How alike two experts are (`dovetail.experts.similarity`).
-
-    returns  dot, cosine: of the decoded vectors, scales included (cosine 0 where one is zero)
-             hamming: number of values that aren't the same of -1, 0, 1
-             sign_agreement: of the values that both keep, the share with the same sign (0 where there are none)
-             kept_a, kept_b, kept_both, numel: how many
-    errors   DataError for experts of different tensors
-    """
+    """Compare two experts; `dovetail.experts.similarity` documents the result."""
     agree = disagree = 0
     dot = squares_a = squares_b = 0.0
     for first, last, (scale_a, scale_b) in _stretches(a, b):
@@ -89,7 +82,7 @@ def compare(a: Masks, b: Masks) -> dict[str, float]:
 
 
 def dot(a: Masks, b: Masks) -> float:
-    """Dot product of the decoded vectors."""
+    """Return the dot product of the decoded vectors."""
     total = 0.0
     for first, last, (scale_a, scale_b) in _stretches(a, b):
         agree, disagree = _agreement(*(words[first:last] for words in (*a.words, *b.words)))
@@ -98,9 +91,9 @@ def dot(a: Masks, b: Masks) -> float:
 
 
 def scaled_sum(experts: Sequence[Masks], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
-    """Sum of weight times decoded vector, float32; added in float32 in the order of the experts.
+    """Return the sum of weight times decoded vector, float32, added in float32 in the order of the experts.
 
-    weights  one each; None: all 1
+    weights  one per expert; None: all 1
     """
     _check(experts)
     factors = [1.0] * len(experts) if weights is None else list(weights)
@@ -113,7 +106,7 @@ def scaled_sum(experts: Sequence[Masks], weights: Sequence[float] | None = None)
 
 
 def sign_sum(experts: Sequence[Masks]) -> dict[str, Tensor]:
-    """Sum of the signs alone, int16: how many experts raise a value, less how many lower it."""
+    """Return the sum of the signs, int16: the number of experts with plus minus the number with minus."""
     _check(experts)
     sums = {name: torch.zeros(shape, dtype=torch.int16) for name, shape in experts[0].shapes.items()}
     for masks in experts:
@@ -125,10 +118,10 @@ def sign_sum(experts: Sequence[Masks]) -> dict[str, Tensor]:
 def elect(
     experts: Sequence[Masks], weights: Sequence[float] | None = None, by: Literal["value", "count"] = "value"
 ) -> Masks:
-    """TIES' elected signs (Yadav et al. 2023, §3): of each value, the sign of the sum over the experts; scales are 1.
+    """Elect signs as TIES (Yadav et al. 2023, §3): for each value, the sign of the sum over the experts; scales are 1.
 
-    weights  one for each expert; None: all 1
-    by       "value" sums weight · scale · sign in float64, in the order of the experts; "count" weight · sign
+    weights  one per expert; None: all 1
+    by       "value" sums weight · scale · sign in float64, in the order of the experts; "count" sums weight · sign
     """
     _check(experts)
     factors = [1.0] * len(experts) if weights is None else list(weights)
@@ -145,17 +138,17 @@ def elect(
                 _signs(sums, out[0, start:stop], out[1, start:stop])
             continue
         votes = known.setdefault(tuple(units), _votes(units))
-        padded = [*experts, *[experts[0]] * (_FEW - len(experts))]  # whose votes count nothing
+        padded = [*experts, *[experts[0]] * (_FEW - len(experts))]  # with votes of weight 0
         parts = [words[first:last] for masks in padded for words in masks.words]
         _elect_few(*parts, votes, out[0, first:last], out[1, first:last])
     return Masks(out, experts[0].shapes, dict.fromkeys(experts[0].shapes, 1.0))
 
 
 def _votes(units: Sequence[float]) -> np.ndarray:
-    """(2, 27): how each way of the first three to vote leaves it to the fourth whether plus wins, or minus.
+    """Return a table (2, 27): for the votes of three experts, the votes of the fourth with which plus or minus wins.
 
-    Ways are in base 3, the first expert's digit the highest; 0, 1, 2 is no vote, +, -. Bit d says that the fourth's
-    vote d makes it win.
+    Votes are digits in base 3, the first expert's the highest: 0, 1, 2 are no vote, +, -. Bit d of an entry is set if
+    the vote d of the fourth expert makes that sign win.
     """
     padded = [*units, *[0.0] * (_FEW - len(units))]
     table = np.zeros((2, 3 ** (_FEW - 1)), np.int64)
@@ -170,14 +163,14 @@ def _votes(units: Sequence[float]) -> np.ndarray:
 
 def _check(experts: Sequence[Masks]) -> None:
     if not experts:
-        raise DataError("masks", found="no expert", rule="there is at least one")
+        raise DataError("masks", found="no expert", rule="at least one expert is needed")
     for masks in experts[1:]:
         if masks.shapes == experts[0].shapes and list(masks.shapes) == list(experts[0].shapes):
             continue
         both = masks.shapes.keys() | experts[0].shapes.keys()
         odd = sorted(name for name in both if masks.shapes.get(name) != experts[0].shapes.get(name))
         found = f"{odd[0]}: {_shape(experts[0].shapes, odd[0])} and {_shape(masks.shapes, odd[0])}" if odd else "orders"
-        raise DataError("experts that don't go together", found=found, rule="they hold the same tensors, in one order")
+        raise DataError("masks", found=found, rule="all experts must hold the same tensors in the same order")
 
 
 def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
@@ -185,7 +178,7 @@ def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
 
 
 def _stretches(*experts: Masks) -> Iterator[tuple[int, int, tuple[float, ...]]]:
-    """First and last word of stretches over which no expert's scale changes, and the scales."""
+    """Yield first word and end of stretches in which no expert's scale changes, and the scales."""
     _check(experts)
     start, end, held = 0, 0, None
     for name, first, last in experts[0].spans():
@@ -239,7 +232,7 @@ def _signs(sums, plus, minus):
 
 @numba.njit(nogil=True)
 def _choose(plus, minus, first, n, held, none, up, down, out, to):
-    """Into out: of three answers in `held`, that of what an expert votes."""
+    """Write to out, of three answers in `held`, the one for the vote of an expert."""
     for i in range(n):
         p, m = get(plus, first + i), get(minus, first + i)
         put(out, to + i, (get(held, none + i) & ~(p | m)) | (get(held, up + i) & p) | (get(held, down + i) & m))
@@ -247,7 +240,7 @@ def _choose(plus, minus, first, n, held, none, up, down, out, to):
 
 @numba.njit(nogil=True)
 def _answer(plus, minus, first, n, kind, out, to):
-    """Into out: whether bit d of `kind` is set, d = 0, 1, 2 for no vote, +, -."""
+    """Write to out whether bit d of `kind` is set, d = 0, 1, 2 for no vote, +, -."""
     none, up = np.uint64(0) - np.uint64(kind & 1), np.uint64(0) - np.uint64(kind >> 1 & 1)
     down = np.uint64(0) - np.uint64(kind >> 2)
     for i in range(n):
@@ -257,7 +250,7 @@ def _answer(plus, minus, first, n, kind, out, to):
 
 @compiled
 def _elect_few(p0, m0, p1, m1, p2, m2, p3, m3, votes, plus, minus):
-    """Who wins for each way of the first three to vote, then of two, of one; in chunks that stay in the cache."""
+    """Decide for all votes of the first three experts, then of two, then of one; in chunks that fit the cache."""
     size = 128
     fourth, held = np.empty(8 * size, np.uint64), np.empty(12 * size, np.uint64)
     for start in range(0, len(plus), size):

@@ -1,4 +1,4 @@
-"""Experts merged into one task vector, on their masks; each way is a small function of one tensor's masks.
+"""Merging of experts into one task vector, on their masks; each method is a small function of one tensor's masks.
 
   average          Σ x_i / n, or Σ w_i x_i / Σ w_i                            (Choshen et al. 2022)
   task_arithmetic  Σ w_i x_i                                                  (Ilharco et al. 2023)
@@ -6,13 +6,13 @@
   dare             Σ w_i drop(x_i) / density                                  (Yu et al. 2023)
   dare_ties        the same, with TIES' election and mean in place of the sum        (peft)
 
-An expert's tensor is one number and two masks, before trimming and dropping as well as after, so no method decodes: it
-moves bits, and adds ± that number where a bit is set. Sums are float32, added in the order of the experts; so they are
-those of `peft.utils.merge_utils` on decoded float32 tensors, up to the order in which torch adds more than four.
+A tensor of an expert is one number and two masks, before and after trimming and dropping. No method decodes: it moves
+bits, and adds ± that number where a bit is set. Sums are float32, added in the order of the experts. They equal those
+of `peft.utils.merge_utils` on decoded float32 tensors, up to the order in which torch adds more than four.
 
-Average and task arithmetic keep everything, and their result is dense where experts overlap little; TIES discards what
-disagrees, which helps most with many experts; DARE needs nothing but a seed, and adds noise. A new method is a function
-with `@merge_method("name")` here or anywhere.
+Average and task arithmetic keep all values, and their result is dense where experts overlap little. TIES discards
+values that disagree, which helps most with many experts. DARE needs only a seed, and adds noise. A new method is a
+function with `@merge_method("name")`, in any module.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ _NO_MATTER = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "module_dropout", "peft_version",
     "rank_dropout", "revision", "target_modules", "task_type", "vera_dropout",
 }  # fmt: skip
-"""Keys of a peft config that change nothing about what its tensors mean."""
+"""Keys of a peft config that do not change the meaning of its tensors."""
 _WHOLE = {"chain", "targets", "stage", "base_fingerprint", "chain_fingerprint", "quantizer", "ranks", "extracted"}
-"""Keys of an adapter.json that do; and the seed, where values are differences to what it draws."""
+"""Keys of an adapter.json that change it; also the seed, if values are differences to what it draws."""
 
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """What a method is told.
+    """The settings of a method.
 
-    weights    one for each expert; None: not given
+    weights    one per expert; None: not given
     density    share to keep; None: not given
-    election   how TIES elects
-    generator  for what is drawn by chance: seeded once, used by one tensor after the other
+    election   of TIES
+    generator  for random draws: seeded once, used by one tensor after the other
     """
 
     weights: tuple[float, ...] | None
@@ -59,12 +59,12 @@ class MergeSettings:
 
 
 Method = Callable[[Sequence[Masks], MergeSettings], Tensor]
-"""One tensor's masks, one for each expert -> the merged tensor, float32. `Masks` here hold a single tensor."""
+"""Masks of one tensor, one per expert -> the merged tensor, float32. `Masks` hold a single tensor here."""
 METHODS: dict[str, Method] = {}
 
 
 def merge_method(name: str) -> Callable[[Method], Method]:
-    """Registers a method of `merge`."""
+    """Register a method of `merge`."""
 
     def register(function: Method) -> Method:
         METHODS[name] = function
@@ -83,31 +83,33 @@ def merge(
     election: Election = "total",
     dtype: torch.dtype = torch.float32,
 ) -> TaskVector:
-    """Several experts of one kind as one task vector.
+    """Merge several experts of one kind into one task vector.
 
-    experts   of the same tensors, base and origin
-    method    "average", "task_arithmetic", "ties", "dare", "dare_ties", or what else is registered
-    weights   one for each expert. None: 1 each, which for average is the plain mean. A factor for all of them (λ, of
-              task arithmetic) is multiplied into the weights. TIES' election doesn't look at weights, as in peft
-    density   ties: share of each tensor's values to keep, by magnitude, None: all that the expert keeps. Kept values of
-              an expert's tensor are equal, so that above the expert's own density this trims nothing, and below it
-              `torch.topk` chooses among equals, as in peft. dare, dare_ties: chance of keeping a value, above 0
-    seed      dare: what is drawn are Bernoulli tensors, for the tensors in the order of their names, of each for one
-              expert after the other: what peft draws when it is called in this order after torch.manual_seed(seed)
-    election  ties: sign of the sum of the values ("total") or of their signs ("frequency"); + where that is 0
+    experts   with the same tensors, base and origin
+    method    "average", "task_arithmetic", "ties", "dare", "dare_ties", or another registered method
+    weights   one per expert; None: 1 each, which is the plain mean for average. Multiply a factor for all of them (λ of
+              task arithmetic) into the weights. The election of TIES ignores weights, as in peft
+    density   ties: share of each tensor's values to keep, by magnitude; None: all that the expert keeps. The kept
+              values of an expert's tensor are equal: above the expert's own density nothing is trimmed, and below it
+              `torch.topk` chooses among equals, as in peft. dare, dare_ties: probability of keeping a value, above 0
+    seed      dare: Bernoulli tensors are drawn for the tensors in the order of their names, for each in the order of
+              the experts, as peft does if it is called in this order after torch.manual_seed(seed)
+    election  ties: sign of the sum of the values ("total") or of their signs ("frequency"); + if the sum is 0
     dtype     of the result; computed in float32
     returns   tensors by name, with the first expert's origin
-    errors    DataError for no expert, experts of different tensors, bases or origins, an unknown method, weights that
-              are too many, too few or no numbers, a density out of range, a scale that float32 can't hold; LoadError
-              for changed bytes
+    errors    DataError for no expert, experts of different tensors, bases or origins, an unknown method, invalid
+              weights or another number of them, a density out of range, a scale beyond float32; LoadError for changed
+              bytes
     """
     check_together(experts)
     if method not in METHODS:
-        raise DataError("merge", found=f"method={method!r}", rule="one of " + ", ".join(METHODS))
+        raise DataError("merge", found=f"method={method!r}", rule="method must be one of " + ", ".join(METHODS))
     if election not in get_args(Election):
-        raise DataError("merge", found=f"election={election!r}", rule="one of " + ", ".join(get_args(Election)))
+        raise DataError(
+            "merge", found=f"election={election!r}", rule="election must be one of " + ", ".join(get_args(Election))
+        )
     if density is not None and not 0 <= density <= 1:
-        raise DataError("merge", found=f"density={density}", rule="the share of values to keep, from 0 to 1")
+        raise DataError("merge", found=f"density={density}", rule="density must be from 0 to 1")
     given = None if weights is None else checked_weights(weights, len(experts))
     settings = MergeSettings(given, density, election, torch.Generator().manual_seed(seed))
     merged = {}
@@ -120,23 +122,23 @@ def merge(
 
 @merge_method("average")
 def average(parts: Sequence[Masks], settings: MergeSettings) -> Tensor:
-    """The mean; with weights, their sum is 1 after dividing by it."""
+    """Return the mean; weights are divided by their sum."""
     total = float(len(parts)) if settings.weights is None else math.fsum(settings.weights)
     if total == 0:
-        raise DataError("merge, average", found="weights that add up to 0", rule="they are divided by their sum",
-                        fix='method="task_arithmetic"')  # fmt: skip
+        raise DataError("merge, average", found="weights that add up to 0", rule="the sum of the weights must not be 0",
+                        fix='pass method="task_arithmetic"')  # fmt: skip
     return weighted_sum(parts, settings.weights).div_(total)
 
 
 @merge_method("task_arithmetic")
 def task_arithmetic(parts: Sequence[Masks], settings: MergeSettings) -> Tensor:
-    """The weighted sum."""
+    """Return the weighted sum."""
     return weighted_sum(parts, settings.weights)
 
 
 @merge_method("ties")
 def ties(parts: Sequence[Masks], settings: MergeSettings) -> Tensor:
-    """Trimmed, elected, and the mean of what agrees with the election."""
+    """Trim, elect, and return the mean of the values that agree with the election."""
     if settings.density is not None and settings.density < 1:
         parts = [trimmed(part, settings.density) for part in parts]
     return disjoint_mean(parts, settings.weights, settings.election)
@@ -144,26 +146,28 @@ def ties(parts: Sequence[Masks], settings: MergeSettings) -> Tensor:
 
 @merge_method("dare")
 def dare(parts: Sequence[Masks], settings: MergeSettings) -> Tensor:
-    """Values dropped by chance, the rest scaled up; the weighted sum."""
+    """Drop values at random, scale the rest up, and return the weighted sum."""
     return weighted_sum(_dropped(parts, settings), settings.weights)
 
 
 @merge_method("dare_ties")
 def dare_ties(parts: Sequence[Masks], settings: MergeSettings) -> Tensor:
-    """Values dropped by chance, the rest scaled up; then as TIES."""
+    """Drop values at random, scale the rest up, and continue as TIES."""
     return disjoint_mean(_dropped(parts, settings), settings.weights, settings.election)
 
 
 def weighted_sum(parts: Sequence[Masks], weights: Sequence[float] | None) -> Tensor:
-    """Sum of weight · decoded tensor, float32, in the order of the experts; None: weights of 1."""
+    """Return the sum of weight · decoded tensor, float32, in the order of the experts; None: weights of 1."""
     (name,) = parts[0].shapes
     factors = [1.0] * len(parts) if weights is None else weights
     return scaled_sum([_weighted(part, factor) for part, factor in zip(parts, factors, strict=True)])[name]
 
 
 def disjoint_mean(parts: Sequence[Masks], weights: Sequence[float] | None, election: Election) -> Tensor:
-    """TIES' election and merge: of every value, Σ w_i x_i over the experts that have the elected sign, divided by their
-    number; 0 where none has (Yadav et al. 2023, Algorithm 1)."""
+    """Return, for every value, Σ w_i x_i over the experts with the elected sign, divided by their number.
+
+    0 if no expert has the elected sign (Yadav et al. 2023, Algorithm 1).
+    """
     (name,) = parts[0].shapes
     minus = elect(parts, by="count").words[1] if election == "frequency" else packed(scaled_sum(parts)[name] < 0)
     agreeing = [Masks(np.stack([p.words[0] & ~minus, p.words[1] & minus]), p.shapes, p.scales) for p in parts]
@@ -173,7 +177,7 @@ def disjoint_mean(parts: Sequence[Masks], weights: Sequence[float] | None, elect
 
 
 def trimmed(part: Masks, density: float) -> Masks:
-    """An expert's tensor with at most int(density · n) values, chosen by `torch.topk` of the decoded magnitudes."""
+    """Return an expert's tensor with at most int(density · n) values: `torch.topk` of the decoded magnitudes."""
     ((name, shape),) = part.shapes.items()
     most = int(density * math.prod(shape))
     if part.kept <= most:
@@ -188,13 +192,13 @@ def trimmed(part: Masks, density: float) -> Masks:
 def _dropped(parts: Sequence[Masks], settings: MergeSettings) -> list[Masks]:
     density = settings.density
     if not density:
-        raise DataError("merge, dare", found=f"density={density}", rule="above 0: the chance of keeping a value",
-                        fix="density=0.5")  # fmt: skip
+        raise DataError("merge, dare", found=f"density={density}", rule="it must be above 0 for dare",
+                        fix="pass density=0.5")  # fmt: skip
     return list(parts) if density == 1 else [dropped(part, density, settings.generator) for part in parts]
 
 
 def dropped(part: Masks, density: float, generator: torch.Generator) -> Masks:
-    """An expert's tensor of which each value is kept with a chance of `density`, and divided by it."""
+    """Return an expert's tensor with each value kept with probability `density` and divided by it."""
     ((name, shape),) = part.shapes.items()
     drawn = torch.bernoulli(torch.full(shape, density), generator=generator)
     scale = torch.tensor(part.scales[name], dtype=torch.float32) / density
@@ -202,7 +206,7 @@ def dropped(part: Masks, density: float, generator: torch.Generator) -> Masks:
 
 
 def packed(tensor: Tensor) -> np.ndarray:
-    """Where a tensor isn't 0, as words of a mask: uint64, (words,)."""
+    """Return the mask of the nonzero values of a tensor: uint64, (words,)."""
     bits = np.packbits(tensor.reshape(-1).bool().numpy(), bitorder="little")
     words = np.zeros(word_count(tensor.numel()), np.uint64)
     words.view(np.uint8)[: len(bits)] = bits
@@ -210,43 +214,50 @@ def packed(tensor: Tensor) -> np.ndarray:
 
 
 def masks_of(expert: Expert, name: str) -> Masks:
-    """One tensor's masks, its scale not below 0. LoadError for changed bytes, DataError for a scale beyond float32."""
+    """Return the masks of one tensor, with a scale of at least 0.
+
+    errors  LoadError for changed bytes, DataError for a scale beyond float32
+    """
     coded, scale = expert.coded[name], expert.scales[name]
     single = torch.tensor(scale, dtype=torch.float32).item()
     if not math.isfinite(single):
-        raise DataError(f"expert at {name}", found=f"scale {scale:g}", rule="experts are merged in float32")
+        raise DataError(
+            f"expert at {name}", found=f"scale {scale:g}", rule="a scale must fit float32, in which experts are merged"
+        )
     words = np.zeros((2, word_count(coded.numel)), np.uint64)
-    if single:  # of scale 0, nothing has a sign
+    if single:  # with scale 0, no value has a sign
         decode_masks(coded, words, 0, name, torch.get_num_threads())
     return Masks(words if single >= 0 else words[::-1], {name: coded.shape}, {name: abs(scale)})
 
 
 def check_together(experts: Sequence[Expert]) -> None:
-    """DataError unless there are experts, of the same tensors, base and origin; says which expert and what differs."""
+    """Raise DataError, naming the expert and the difference, unless all have the same tensors, base and origin."""
     if not experts:
-        raise DataError("experts", found="none", rule="there is at least one")
+        raise DataError("experts", found="none", rule="at least one expert is needed")
     first = experts[0]
     for number, expert in enumerate(experts):
         where = f"expert {number + 1} of {len(experts)}"
         if not isinstance(expert, Expert):
-            raise DataError(where, found=f"a {type(expert).__name__}", rule="all are experts",
-                            fix="experts.compress, or experts.load")  # fmt: skip
+            raise DataError(where, found=f"a {type(expert).__name__}", rule="all must be experts",
+                            fix="make it with experts.compress or experts.load")  # fmt: skip
         for name in sorted(first.shapes.keys() | expert.shapes.keys()):
             one, two = first.shapes.get(name), expert.shapes.get(name)
             if one != two:
-                found, rule = _shape(two), f"the first expert's: {_shape(one)}"
+                found, rule = _shape(two), f"it must be as in the first expert: {_shape(one)}"
                 raise DataError(f"{where}, at {name}"[:600], found=found, rule=rule)
         _check_origins(where, first.origin, expert.origin)
 
 
 def checked_weights(weights: Sequence[float], number: int) -> tuple[float, ...]:
-    """One finite number for each expert, or DataError."""
+    """Return the weights as floats. DataError unless there is one finite number per expert."""
     given = list(weights)
     if len(given) != number:
-        raise DataError("weights", found=f"{len(given)} for {number} experts", rule="one for each expert")
+        raise DataError("weights", found=f"{len(given)} for {number} experts", rule="each expert must have one weight")
     for place, weight in enumerate(given):
         if isinstance(weight, bool) or not isinstance(weight, (int, float, np.number)) or not math.isfinite(weight):
-            raise DataError(f"weight {place + 1} of {number}", found=repr(weight)[:100], rule="a finite number")
+            raise DataError(
+                f"weight {place + 1} of {number}", found=repr(weight)[:100], rule="a weight must be a finite number"
+            )
     return tuple(float(weight) for weight in given)
 
 
@@ -261,12 +272,12 @@ def _check_origins(where: str, one: Origin, two: Origin) -> None:
                 parts[f"{label}'s {key}"] = ((a or {}).get(key), (b or {}).get(key))
     for label, (here, there) in parts.items():
         if _plain(here) != _plain(there):
-            raise DataError(where, found=f"{label} {there!r}"[:300], rule=f"the first expert's is {here!r}"[:300],
-                            fix="experts that go together are of one base and one kind of adapter")  # fmt: skip
+            raise DataError(where, found=f"{label} {there!r}"[:300], rule=f"the first expert has {here!r}"[:300],
+                            fix="merge experts of one base and one kind of adapter")  # fmt: skip
 
 
 def _plain(value: Any) -> Any:
-    """peft leaves out or empties what isn't there."""
+    """Return None for an empty value, which peft stores as empty or leaves out."""
     return None if isinstance(value, (Mapping, list)) and not value else value
 
 
@@ -275,11 +286,11 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def _weighted(part: Masks, weight: float) -> Masks:
-    """Scales rounded to float32 before and after they are multiplied, as those of a decoded tensor are."""
+    """Multiply scales by a weight, rounded to float32 before and after as in a decoded tensor."""
     with np.errstate(over="ignore"):
         scales = {name: float(np.float32(scale) * np.float32(weight)) for name, scale in part.scales.items()}
     for name, scale in scales.items():
         if not math.isfinite(scale):
             raise DataError(f"experts at {name}", found=f"weight {weight:g}, scale {part.scales[name]:g}",
-                            rule="their product is a float32")  # fmt: skip
+                            rule="their product must fit float32")  # fmt: skip
     return Masks(part.words, part.shapes, scales)

@@ -1,12 +1,12 @@
-"""Which density and alpha: every pair is scored on validation records, hopeless ones only on some (ComPEFT §2.1, §3.1).
+"""Choice of density and alpha: pairs are scored on validation records, poor ones only on some (ComPEFT §2.1, §3.1).
 
-The task vector is compressed once for each density; its alphas share the bytes (`Expert.with_alpha`). Where the score
-comes in parts, the points race: all are scored on the first few parts, then on twice as many, and so on, and between
-rounds those fall out that are behind the best by more than chance explains. What is compared are differences on the
-same parts, d_1 … d_m: mean(d) + t(m) · sd(d) / sqrt(m + 1) < 0, Student's t at the wanted certainty, with one more
-difference of 0 taken into mean and sd, so that a few alike ones aren't taken for proof.
+The task vector is compressed once per density; its alphas share the bytes (`Expert.with_alpha`). If the score comes in
+parts, the points race: all are scored on the first few parts, then on twice as many, and so on. After each round a
+point is stopped if it is significantly behind the best. The test uses differences on the same parts, d_1 … d_m:
+mean(d) + t(m) · sd(d) / sqrt(m + 1) < 0, with Student's t at the given certainty. One more difference of 0 enters mean
+and sd, so that a few equal differences are not significant.
 
-On bases of 13 B parameters and more, at densities up to 0.2, alpha = 1 does without a sweep (§4.2; `default_alpha`).
+For bases of 13 B parameters and more, at densities up to 0.2, alpha = 1 needs no sweep (§4.2; `default_alpha`).
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from dovetail.tasks.task import LOWER_IS_BETTER, Task
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
 ALPHAS = (0.5, 1, 2, 3, 4, 5, 6, 8, 10)
-"""The paper's grids (§3.1)."""
+"""Grids of the paper (§3.1)."""
 _FIRST = 4  # parts of the first round
-_PART, _MOST_PARTS = 16, 16  # records of a part at least; parts at most
+_PART, _MOST_PARTS = 16, 16  # least records of a part; most parts
 _MEANS = ("accuracy", "exact_match")
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score that comes in parts, each of the mean of some records; higher is better.
+    """A score in parts, each the mean over some records; higher is better.
 
-    of       scores an expert on the parts from one number to below another: a float for each
+    of       function of an expert, a first and a last part (exclusive); returns one float per part
     sizes    records of each part
-    metric   what it is, for tables and plots
+    metric   name for tables and plots
     """
 
     of: Callable[[Expert, int, int], Sequence[float]]
@@ -57,11 +57,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Point:
-    """A density and an alpha, as they scored.
+    """A density and an alpha, with their score.
 
-    score    mean over the records seen
-    records  how many were seen; stopped: it fell out of the race before it had seen all
-    nbytes   size of its file
+    score    mean over the scored records
+    records  number of scored records
+    stopped  whether the point was stopped before it was scored on all records
+    nbytes   size of the expert's file
     """
 
     density: float
@@ -74,12 +75,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep found.
+    """The result of a sweep.
 
-    points   all of them, by density and alpha
-    best     of those that saw all records: the highest score, the lowest density, the middle one of the alphas
-    expert   the task vector compressed so
-    metric   what the scores are
+    points   all points, by density and alpha
+    best     of those scored on all records: the highest score, then the lowest density, then the middle alpha
+    expert   the task vector, compressed with the best density and alpha
+    metric   name of the score
     """
 
     points: tuple[Point, ...]
@@ -88,11 +89,11 @@ class Sweep:
     metric: str = "score"
 
     def plot(self, path: str | Path, *, original: float | None = None) -> Path:
-        """Score against alpha, a line for each density, as PNG (Figure 6). Hollow: fell out of the race; ringed: best.
+        """Plot score against alpha as PNG, one line per density (Figure 6), stopped points hollow, the best ringed.
 
         original  score of the uncompressed task vector, drawn as a dashed line
         """
-        from dovetail.display.plots import empty, frame_lines, png  # half a second, and only here
+        from dovetail.display.plots import empty, frame_lines, png  # imports matplotlib
 
         share = 100 if figure(self.metric, 0.0).endswith("%") else 1
         drawing, axes = empty()
@@ -108,7 +109,7 @@ class Sweep:
             axes.scatter(self.best.alpha, share * self.best.score, s=120, facecolors="none", edgecolors=INK, zorder=4,
                          label=f"best: {said}")  # fmt: skip
         if any(point.stopped for point in self.points):
-            axes.scatter([], [], s=22, facecolors="white", edgecolors=SOFT, linewidths=1.2, label="not seen to the end")
+            axes.scatter([], [], s=22, facecolors="white", edgecolors=SOFT, linewidths=1.2, label="stopped early")
         if original is not None:
             axes.axhline(share * original, color=SOFT, linestyle="--", linewidth=1.2, label="uncompressed")
         alphas = sorted({point.alpha for point in self.points})
@@ -121,7 +122,7 @@ class Sweep:
 
 @dataclass
 class _Racer:
-    """A point in the race: scores of the parts that it has seen."""
+    """A point in the race, with its scores so far."""
 
     density: float
     expert: Expert
@@ -140,18 +141,22 @@ def sweep(
     certainty: float = 0.99,
     progress: bool = True,
 ) -> Sweep:
-    """Scores every density with every alpha, and says which is best.
+    """Score every density with every alpha, and return all scores and the best point.
 
-    vector     a task vector, as `compress` takes it
-    score      of an expert, higher is better; a `Score` (`scorer` makes one of a task) lets points race
-    certainty  with which a point must be worse than the best before it falls out, 0.5 to 1; 1: none does
-    progress   a bar for what takes longer than 3 s
-    errors     DataError for empty grids, a density, alpha or certainty out of range, and what `compress` refuses
+    vector     a task vector, as for `compress`
+    score      function of an expert, higher is better; a `Score` (`scorer` makes one of a task) lets points race
+    certainty  confidence with which a point must be worse than the best to be stopped, 0.5 to 1; 1: none is stopped
+    progress   show a bar if the sweep takes longer than 3 s
+    errors     DataError for empty grids, a density, alpha or certainty out of range, and as of `compress`
     """
     if not densities or not alphas:
-        raise DataError("sweep", found="no densities" if alphas else "no alphas", rule="at least one of each")
+        raise DataError(
+            "sweep",
+            found="no densities" if alphas else "no alphas",
+            rule="a sweep needs at least one density and one alpha",
+        )
     if not 0.5 <= certainty <= 1:
-        raise DataError("sweep", found=f"certainty={certainty}", rule="from 0.5 to 1")
+        raise DataError("sweep", found=f"certainty={certainty}", rule="certainty must be from 0.5 to 1")
     parts = score if isinstance(score, Score) else Score(lambda expert, first, last: [score(expert)], (1,))
     racers = []
     for density in sorted(set(densities)):
@@ -164,14 +169,14 @@ def sweep(
     finished = [racer for racer in racers if not racer.stopped]
     top = max(_mean(racer.scores, parts.sizes) for racer in finished)
     equal = [racer for racer in finished if _mean(racer.scores, parts.sizes) == top]
-    lowest = min(racer.density for racer in equal)  # a file's size also depends on how many digits its numbers have
+    lowest = min(racer.density for racer in equal)  # the size also depends on the digits in the header
     plateau = sorted((r for r in equal if r.density == lowest), key=lambda racer: racer.expert.alpha)
-    best = plateau[(len(plateau) - 1) // 2]  # the middle: at its ends the score is about to fall
+    best = plateau[(len(plateau) - 1) // 2]  # the middle: beyond the ends the score falls
     return Sweep(tuple(points.values()), points[id(best)], best.expert, parts.metric)
 
 
 def _race(racers: list[_Racer], score: Score, certainty: float, progress: bool) -> None:
-    """Scores all of them, on more and more parts, and stops those that fall behind."""
+    """Score all points on more and more parts, and stop those that are significantly behind."""
     total, last = len(score.sizes), 0
     with Bar("sweep", len(racers) * sum(score.sizes), shown=progress) as bar:
         while last < total:
@@ -191,9 +196,9 @@ def _race(racers: list[_Racer], score: Score, certainty: float, progress: bool) 
 
 
 def behind(scores: Sequence[float], best: Sequence[float], certainty: float) -> bool:
-    """Whether scores are below others on the same parts by more than chance explains (top of this file).
+    """Return whether scores are significantly below others on the same parts (test in the module's docstring).
 
-    certainty  of being right, where differences are normal; 1 never says yes
+    certainty  confidence of the test for normal differences; 1 always returns False
     """
     if not np.isfinite(scores).all():
         return bool(np.isfinite(best).all()) and certainty < 1
@@ -214,19 +219,20 @@ def scorer(
     batch_size: int = 64,
     max_length: int = 1024,
 ) -> Score:
-    """A score for `sweep`: an expert is activated in the model, evaluated on a task, and taken out again.
+    """Return a score for `sweep`: activate an expert in the model, evaluate it on a task, and deactivate it.
 
-    model    that carries what the expert is of: a chain, a peft adapter, or the base of a fully fine-tuned model. Left
-             as `deactivate` leaves it: a chain's links at their initial values
-    task     or the name of one of the playground; its metric is the score, where lower is better minus that
-    split    of the task; `limit`: only its first records
-    returns  parts of 16 records or more, at most 16 of them, where the score is a mean over records (for perplexity, of
-             minus nats a token, by parts); one part for correlations
-    errors   DataError for a missing split, or a limit below 1; then those of `activate` and `evaluate`
+    model    that can carry the expert: with its chain, with its peft adapter, or the base of a fully fine-tuned model.
+             Afterwards as after `deactivate`: a chain's links have their initial values
+    task     or the name of a playground task; the score is its metric, negated if lower is better
+    split    of the task
+    limit    number of its first records to use; None: all of them
+    returns  up to 16 parts of at least 16 records if the score is a mean over records (for perplexity, minus nats per
+             token, by parts); one part for correlations
+    errors   DataError for a missing split, or a limit below 1; later those of `activate` and `evaluate`
     """
     task = as_task(task)
     if limit is not None and limit < 1:
-        raise DataError("scorer", found=f"limit={limit}", rule="at least one record")
+        raise DataError("scorer", found=f"limit={limit}", rule="limit must be at least 1")
     records = task.split(split)[:limit]
     pooled = task.metric in _MEANS or task.metric in LOWER_IS_BETTER
     number = min(_MOST_PARTS, max(1, len(records) // _PART)) if pooled else 1
@@ -234,7 +240,7 @@ def scorer(
     sign, key = (-1, "nats_per_token") if task.metric in LOWER_IS_BETTER else (1, task.metric)
 
     def of(expert: Expert, first: int, last: int) -> list[float]:
-        activate(model, expert, verified=True)  # just coded; what was changed since is found while it is decoded
+        activate(model, expert, verified=True)  # just coded; decoding detects later changes
         try:
             found = [
                 evaluate(model, tokenizer, each, split=split, batch_size=batch_size, max_length=max_length,
@@ -245,12 +251,15 @@ def scorer(
             deactivate(model)
         return [sign * value for value in found]
 
-    return Score(of, tuple(len(each.split(split)) for each in tasks), task.metric if sign > 0 else "minus nats a token")
+    return Score(
+        of, tuple(len(each.split(split)) for each in tasks), task.metric if sign > 0 else "minus nats per token"
+    )
 
 
 def default_alpha(parameters: int, density: float) -> float | None:
-    """1.0 where the paper found that alpha = 1 does without a sweep: bases of 13 B parameters and more, at densities up
-    to 0.2 (ComPEFT §4.2). None: a sweep is advised.
+    """Return 1.0 if alpha = 1 needs no sweep, else None.
+
+    In the paper this holds for bases of 13 B parameters and more, at densities up to 0.2 (ComPEFT §4.2).
 
     >>> default_alpha(13_000_000_000, 0.2), default_alpha(7_000_000_000, 0.05)
     (1.0, None)
@@ -259,7 +268,7 @@ def default_alpha(parameters: int, density: float) -> float | None:
 
 
 def _mean(scores: Sequence[float], sizes: Sequence[int]) -> float:
-    """Over records; minus infinity where it isn't a number."""
+    """Return the mean over records; minus infinity if it is not a number."""
     seen = sizes[: len(scores)]
     mean = sum(score * size for score, size in zip(scores, seen, strict=True)) / max(1, sum(seen))
     return mean if not math.isnan(mean) else -math.inf

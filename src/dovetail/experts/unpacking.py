@@ -1,10 +1,10 @@
-"""An expert, or a merged task vector, as what it was made from: an adapter or checkpoint that needs no expert file.
+"""Conversion of an expert or a merged task vector back to an adapter or a checkpoint.
 
-origin.initial   what is written
+origin.initial   output
 chain            a Dovetail adapter directory: `dovetail.load_adapter`
 peft             a peft adapter directory: stock peft loads it
 base             a Hugging Face checkpoint: stock transformers loads it
-zero             task_vector.safetensors, the tensors alone
+zero             task_vector.safetensors, only the tensors
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from dovetail.checkpoint.adapter import Before, put_chain, save_adapter
 from dovetail.checkpoint.formats.peft.write import write_adapter
 from dovetail.checkpoint.load import load_tokenizer
 from dovetail.errors import ChainError, LoadError
-from dovetail.experts.bases import base_of
 from dovetail.experts.expert import Expert
 from dovetail.experts.live.activate import borrowed, put
-from dovetail.experts.live.origins import adapter_file, check_fingerprint
-from dovetail.experts.peft_initial import peft_initial
+from dovetail.experts.live.placement import adapter_file, check_fingerprint
+from dovetail.experts.sources import base_of, peft_initial
 from dovetail.experts.vectors import Origin, TaskVector
 from dovetail.models.fingerprint import model_fingerprint
 
@@ -39,13 +38,13 @@ TENSORS = "task_vector.safetensors"
 
 
 def unpack(source: Expert | TaskVector, directory: str | Path, base: nn.Module | str | Path | None = None) -> Path:
-    """Writes θ_init + τ into a directory, made if need be.
+    """Write θ_init + τ into a directory, which is created if needed.
 
-    base     the model, or where `dovetail.load` finds it. Needed for "chain" and "base", and for "peft" where DoRA or
-             saved modules start from its weights. For a chain that calibrates, or has merged a stage: a model
-             that carries this very chain, since an expert doesn't hold its masks and bases. It is as it was afterwards
+    base     the model, or where `dovetail.load` finds it. Needed for "chain" and "base", and for "peft" if DoRA or
+             saved modules start from its weights. For a chain that calibrates, or that has merged a stage, a model that
+             carries the same chain, since an expert does not hold its masks and bases. The model stays unchanged
     returns  the directory
-    errors   LoadError for another base or a missing one; ChainError for a chain that can't be made again from the base
+    errors   LoadError for another base or a missing one; ChainError for a chain that the base alone cannot reproduce
     """
     directory, origin = Path(directory), source.origin
     vector: Mapping[str, Tensor] = source.dense() if isinstance(source, Expert) else source
@@ -60,8 +59,9 @@ def unpack(source: Expert | TaskVector, directory: str | Path, base: nn.Module |
         _unpack_peft(vector, origin, directory, model)
         return directory
     if base is None:
-        rule = f"it is added to {'the base' if origin.initial == 'base' else 'what its chain on the base starts with'}"
-        raise LoadError("unpack", found="no base", rule=rule, fix="base=model, or where it is (--base)")
+        initial = "weights" if origin.initial == "base" else "chain's initial values"
+        rule = f"the base is needed, since the expert is added to its {initial}"
+        raise LoadError("unpack", found="no base", rule=rule, fix="pass base=MODEL (--base MODEL)")
     model = base if isinstance(base, nn.Module) else base_of(source, base)[0]
     if origin.initial == "chain":
         before = Before(model)
@@ -72,7 +72,9 @@ def unpack(source: Expert | TaskVector, directory: str | Path, base: nn.Module |
                 before.put_back()
         return directory
     if not isinstance(model, PreTrainedModel):
-        raise LoadError("unpack", found=type(model).__name__, rule="a checkpoint is of a transformers model")
+        raise LoadError(
+            "unpack", found=type(model).__name__, rule="the base of a checkpoint must be a transformers model"
+        )
     _unpack_checkpoint(vector, origin, directory, model)
     if not isinstance(base, nn.Module):
         load_tokenizer(base).save_pretrained(directory)
@@ -82,7 +84,7 @@ def unpack(source: Expert | TaskVector, directory: str | Path, base: nn.Module |
 def _unpack_peft(vector: Mapping[str, Tensor], origin: Origin, directory: Path, model: nn.Module | None) -> None:
     config = dict(origin.peft or {})
     if config.get("save_projection"):
-        config["save_projection"] = False  # stock peft draws them again from projection_prng_key
+        config["save_projection"] = False  # stock peft draws the projections from projection_prng_key
     initial = peft_initial(config, {name: tuple(tensor.shape) for name, tensor in vector.items()}, model)
     tensors = {n: t + initial[n].to(t.dtype) if n in initial else t for n, t in vector.items()}
     write_adapter(directory, config, tensors)
@@ -95,10 +97,10 @@ def _unpack_chain(vector: Mapping[str, Tensor], origin: Origin, directory: Path,
 
 
 def ready(model: nn.Module, source: Expert | TaskVector) -> nn.Module:
-    """A model that such an expert can be put on: the base under its chain, under its peft adapter, or by itself.
+    """Return a model that can carry the expert: the base with its chain, with its peft adapter, or by itself.
 
-    model    the untouched base; it is changed in place
-    returns  the model; peft's own around it for a peft adapter, which must be installed then
+    model    the unmodified base; changed in place
+    returns  the model; for a peft adapter, the model of peft around it (peft must be installed)
     """
     if source.origin.initial == "chain":
         begin_chain(model, source.origin)
@@ -111,10 +113,10 @@ def ready(model: nn.Module, source: Expert | TaskVector) -> nn.Module:
 
 
 def begin_chain(model: nn.Module, origin: Origin) -> None:
-    """Puts the expert's chain on its untouched base, with initial values; a model that carries it is checked."""
+    """Put the expert's chain with initial values on the unmodified base, or check a model that carries it."""
     file = adapter_file(origin)
     if file is None:
-        rule = 'what starts as "chain" says of which adapter it is'
+        rule = 'an expert with initial="chain" must hold its adapter.json'
         raise LoadError("expert", found="no adapter", rule=rule, fix="pack the adapter again")
     links = chain(file.chain)
     fitted = [str(link) for link in stages(links)[0].applied if link.calibrated]
@@ -122,9 +124,9 @@ def begin_chain(model: nn.Module, origin: Origin) -> None:
     if fresh and (fitted or file.stage):
         raise ChainError(
             f"{file.chain} from an expert",
-            found=f"{fitted[0]}, fitted to data" if fitted else f"stage {file.stage + 1}, on bases that were trained",
-            rule="an expert holds what training changed, not masks and bases",
-            fix="base= a model that carries this chain: the base with an adapter of it loaded (--adapter)",
+            found=f"{fitted[0]}, fitted to data" if fitted else f"stage {file.stage + 1}, on trained bases",
+            rule="the base must carry the chain, since an expert does not hold masks and bases",
+            fix="load an adapter of the chain on the base first (--adapter ADAPTER)",
         )
     put_chain(model, file, {}, "expert")
     if fresh:
@@ -140,7 +142,11 @@ def _unpack_checkpoint(vector: Mapping[str, Tensor], origin: Origin, directory: 
         names.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
     for name, change in vector.items():
         if name not in state or state[name].shape != change.shape:
-            raise LoadError(f"expert at {name}", found="no such tensor in the base", rule="both have the same tensors")
+            raise LoadError(
+                f"expert at {name}",
+                found="no such tensor in the base",
+                rule="the base must contain every tensor of the expert",
+            )
         start = state[name]
         tuned = (start.float() + change.float()).to(start.dtype) if start.dtype.itemsize < 8 else start + change
         for other in names[start.data_ptr(), start.shape] if start.numel() else [name]:  # tied weights

@@ -1,6 +1,6 @@
-"""Task vectors: fine-tuned less initial parameters, τ = θ_ft - θ_init, with what is needed to put them back.
+"""Task vectors: fine-tuned minus initial parameters, τ = θ_ft - θ_init, and their origin.
 
-`sources.py` makes them from adapters and checkpoints, `ternary.py` compresses them, `merging.py` adds them up.
+`sources.py` makes them from adapters and checkpoints, `ternary.py` compresses them, `merging.py` merges them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ Initial = Literal["zero", "chain", "peft", "base"]
 
 @dataclass(frozen=True)
 class Origin:
-    """What a task vector is of.
+    """The origin of a task vector.
 
-    initial  θ_init: "zero" (the values are the parameters themselves), "chain" (what `adapter` starts with, drawn from
+    initial  θ_init: "zero" (the values are the parameters themselves), "chain" (initial values of `adapter`, drawn from
              its seed), "peft" (`peft_initial`) or "base" (the base model's weights)
     base     fingerprint of the base model (`dovetail.fingerprint`)
-    chain    of a Dovetail adapter, as text; adapter: its adapter.json
+    chain    of a Dovetail adapter, as text
+    adapter  adapter.json of a Dovetail adapter
     peft     adapter_config.json of a peft adapter
     """
 
@@ -36,7 +37,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor that need not be there yet."""
+    """Shape and dtype of a tensor that may not exist yet."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -44,11 +45,11 @@ class Spec:
 
 @dataclass(frozen=True, eq=False)
 class TaskVector(Mapping[str, Tensor]):
-    """Tensors by name, and what they are of.
+    """Tensors by name, and their origin.
 
-    tensors  may make a tensor anew whenever it is asked for one: a checkpoint's difference is read tensor by tensor
-    origin   what it is of
-    specs    shape and dtype of every tensor, known without making it; None: taken from the tensors
+    tensors  a mapping that may compute a tensor at each access: a checkpoint's difference is read tensor by tensor
+    origin   of the task vector
+    specs    shape and dtype of every tensor, known without computing it; None: taken from the tensors
     """
 
     tensors: Mapping[str, Tensor] = field(repr=False)
@@ -66,7 +67,7 @@ class TaskVector(Mapping[str, Tensor]):
 
 
 def specs_of(vector: Mapping[str, Tensor]) -> dict[str, Spec]:
-    """Shape and dtype of every tensor, in the sorted order of their names."""
+    """Return shape and dtype of every tensor, in the sorted order of their names."""
     known = vector.specs if isinstance(vector, TaskVector) else None
     if known is None:
         known = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in vector.items()}

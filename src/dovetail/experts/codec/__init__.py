@@ -1,1 +1,1 @@
-"""The codec of task experts: ternary values to bytes near the entropy limit, and back."""
+"""Codec of task experts: ternary values as bytes near the entropy limit."""

@@ -1,11 +1,11 @@
-"""From coded blocks to numbers or masks (`blocks`).
+"""From coded blocks to numbers or masks (`encoding` has the form of a block).
 
-The three parts of a block lie in streams of their own, so that each is taken in a simple loop, eight values at a time:
-first the positions of the set bits of the unary stream, then everything together, without a branch:
+Each of the three parts of a block is a stream of its own and is read in a simple loop, eight values at a time: first
+the positions of the set bits of the unary stream, then all parts together, without a branch:
 
   position(i) = (one(i) - i) 2^k + low(0) + … + low(i) + i.
 
-In these functions `kept` is uint32: the position in the block, and the sign (1 is minus) in bit 31.
+In these functions `kept` is uint32: the position in the block, with the sign (1 is minus) in bit 31.
 """
 
 from __future__ import annotations
@@ -13,22 +13,20 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from dovetail.experts.codec.constants import BLOCK, EMPTY, FULL, KEPT, MAX_K, PAYLOAD, RAW, RICE, SUB, SUBS
-from dovetail.experts.codec.native import compiled, crc32c_of, get, load64, place8, popcount, put, trailing_zeros
-
-CHANGED, WRONG = 1, 2
+from dovetail.experts.codec.encoding import BLOCK, EMPTY, FULL, KEPT, MAX_K, PAYLOAD, RAW, RICE, SUB, SUBS
+from dovetail.experts.codec.native import compiled, get, load64, place8, popcount, put, trailing_zeros
 
 
 @numba.njit(nogil=True)
 def decode_block(raw, length, mode, k, count, values, kept, ones, counts, ks):
-    """Decodes a payload of `length` bytes. False where it isn't one that codes `count` of `values` values.
+    """Decode a payload of `length` bytes. Return False if it does not code `count` of `values` values.
 
-    raw         uint8, RAW long, zeros behind the payload; length <= PAYLOAD
-    kept, ones  uint32, KEPT long: what is decoded, and scratch; counts and ks are scratch, int64, 16 each
+    raw         uint8, RAW long, zeros after the payload; length <= PAYLOAD
+    kept, ones  uint32, KEPT long: the result, and scratch; counts and ks are scratch, int64, 16 each
 
-    Whatever the bytes are, nothing outside these arrays is read or written: streams are checked to lie within the
-    payload, and the unary one to have `count` bits set, before positions are read; a position that isn't in the block
-    is found by the last one of its segment, since they rise.
+    For any bytes, no access leaves these arrays. Before positions are read, the streams are checked to lie within the
+    payload, and the unary stream to have `count` set bits. Positions rise, so the last one of each segment shows
+    whether all of them lie within the block.
     """
     if count < 0 or count > values or values > BLOCK or length > PAYLOAD:
         return False
@@ -85,7 +83,7 @@ def decode_block(raw, length, mode, k, count, values, kept, ones, counts, ks):
 
 @numba.njit(nogil=True)
 def _ones(raw, at, count, ones):
-    """Positions of the set bits: eight at a time, as many too many as don't matter."""
+    """Write the positions of the set bits, eight at a time, with up to seven more than there are."""
     i = base = 0
     while i < count:
         word = load64(raw, at)
@@ -101,7 +99,7 @@ def _ones(raw, at, count, ones):
 
 @numba.njit(nogil=True)
 def _repeated(bits, every):
-    """A word of so many ones at the start of every so many bits."""
+    """Return a word with `bits` ones at the start of every `every` bits."""
     word, step = (np.uint64(1) << np.uint64(bits)) - np.uint64(1), every
     while step < 64:
         word |= word << np.uint64(step)
@@ -111,9 +109,9 @@ def _repeated(bits, every):
 
 @numba.njit(nogil=True)
 def _join_small(ones, first, n, raw, bit, k, sign_at, start, kept):
-    """Positions and signs of n values of one segment, up to 7 too many, and the sum of their low bits; k <= 5.
+    """Write positions and signs of n values of one segment, and up to 7 more; return the sum of their low bits; k <= 5.
 
-    Eight numbers of k bits are moved apart to bytes, by halves. A product adds to each byte those below it: up to 248.
+    Eight numbers of k bits are spread to bytes by halving. A product adds to each byte those below it, up to 248.
     """
     halves, quarters, eighths = _repeated(4 * k, 64), _repeated(2 * k, 32), _repeated(k, 16)
     total = 0
@@ -134,7 +132,7 @@ def _join_small(ones, first, n, raw, bit, k, sign_at, start, kept):
 
 @numba.njit(nogil=True)
 def _join_large(ones, first, n, raw, bit, k, sign_at, start, kept):
-    """The same for any k, one at a time: gaps are as wide then as values are few."""
+    """Do the same for any k, one value at a time; with large gaps there are few values."""
     mask, total = np.uint64((1 << k) - 1), 0
     for i in range(first, first + n):
         total += np.int64(load64(raw, bit >> 3) >> np.uint64(bit & 7) & mask)
@@ -146,30 +144,29 @@ def _join_large(ones, first, n, raw, bit, k, sign_at, start, kept):
 
 
 @numba.njit(nogil=True)
-def _fetch(blocks, starts, lengths, counts, modes, crcs, block, values, raw, kept, ones, sub_counts, sub_ks):
-    """Checks and decodes one block into kept; 0, or what is wrong with it. Bounds were checked (`codec`)."""
+def _fetch(blocks, starts, lengths, counts, modes, block, values, raw, kept, ones, sub_counts, sub_ks):
+    """Decode one block, whose bounds `codec` has checked, into kept. Return False if no encoder writes such bytes."""
     start, length = starts[block], lengths[block]
     for i in range(length):
         put(raw, i, get(blocks, start + i))
     raw[length : length + 64] = 0
-    if np.int64(crc32c_of(raw, length)) != crcs[block]:
-        return CHANGED
     mode, k = modes[block] & 15, modes[block] >> 4
-    right = decode_block(raw, length, mode, k, counts[block], values, kept, ones, sub_counts, sub_ks)
-    return 0 if right else WRONG
+    return decode_block(raw, length, mode, k, counts[block], values, kept, ones, sub_counts, sub_ks)
 
 
 @compiled
-def dense_blocks(blocks, starts, lengths, counts, modes, crcs, first, last, numel, height, plus, minus, out):
-    """Blocks [first, last) as numbers into the tensor; `height`: rows of a zeroed matrix that lies by columns, or 0."""
+def dense_blocks(blocks, starts, lengths, counts, modes, first, last, numel, height, plus, minus, out):
+    """Write blocks [first, last) as numbers into the tensor. Return the first invalid block, or -1.
+
+    height  number of rows of a zeroed matrix that is stored by columns, or 0
+    """
     raw, kept, ones = np.zeros(RAW, np.uint8), np.zeros(KEPT, np.uint32), np.zeros(KEPT, np.uint32)
     sub_counts, sub_ks = np.zeros(16, np.int64), np.zeros(16, np.int64)
     for block in range(first, last):
         start = block * BLOCK
         values = min(BLOCK, numel - start)
-        wrong = _fetch(blocks, starts, lengths, counts, modes, crcs, block, values, raw, kept, ones, sub_counts, sub_ks)
-        if wrong != 0:
-            return block, wrong
+        if not _fetch(blocks, starts, lengths, counts, modes, block, values, raw, kept, ones, sub_counts, sub_ks):
+            return block
         if height == 0:
             out[start : start + values] = 0
             for i in range(counts[block]):
@@ -181,20 +178,22 @@ def dense_blocks(blocks, starts, lengths, counts, modes, crcs, first, last, nume
             for i in range(counts[block]):
                 at = start + np.int64(kept[i] & np.uint32(0xFFFF))
                 out[at % height * width + at // height] = minus if kept[i] >> np.uint32(31) else plus
-    return -1, 0
+    return -1
 
 
 @compiled
-def mask_blocks(blocks, starts, lengths, counts, modes, crcs, first, last, numel, height, masks, offset, words):
-    """Blocks [first, last) as bits: of plus from word `offset` on, of minus `words` further on; by columns, zeroed."""
+def mask_blocks(blocks, starts, lengths, counts, modes, first, last, numel, height, masks, offset, words):
+    """Write blocks [first, last) as bits. Return the first invalid block, or -1.
+
+    Bits of plus begin at word `offset`, those of minus `words` later; with `height`, all of them are zero before.
+    """
     raw, kept, ones = np.zeros(RAW, np.uint8), np.zeros(KEPT, np.uint32), np.zeros(KEPT, np.uint32)
     sub_counts, sub_ks = np.zeros(16, np.int64), np.zeros(16, np.int64)
     for block in range(first, last):
         start = block * BLOCK
         values = min(BLOCK, numel - start)
-        wrong = _fetch(blocks, starts, lengths, counts, modes, crcs, block, values, raw, kept, ones, sub_counts, sub_ks)
-        if wrong != 0:
-            return block, wrong
+        if not _fetch(blocks, starts, lengths, counts, modes, block, values, raw, kept, ones, sub_counts, sub_ks):
+            return block
         if height == 0:
             to = offset + (start >> 6)
             masks[to : to + ((values + 63) >> 6)] = 0
@@ -206,12 +205,12 @@ def mask_blocks(blocks, starts, lengths, counts, modes, crcs, first, last, numel
                 at = at % height * (numel // height) + at // height
             to = offset + (at >> 6) + np.int64(entry >> np.uint32(31)) * words
             put(masks, to, get(masks, to) | np.uint64(1) << np.uint64(at & 63))
-    return -1, 0
+    return -1
 
 
 @compiled
 def indices_of(plus, minus):
-    """Positions of the bits set in either mask, and 1 or -1."""
+    """Return the positions of the bits set in either mask, and 1 or -1 for each."""
     count = 0
     for w in range(len(plus)):
         count += popcount(plus[w] | minus[w])

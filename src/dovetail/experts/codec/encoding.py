@@ -1,6 +1,11 @@
-"""From masks to coded blocks: of each block the shortest of its forms (`blocks`).
+"""The form of one block, and its encoder: up to 65,536 values, of which some are kept with a sign (`docs/format.md`).
 
-In these functions `kept` is uint32: the position in the block, and the sign (1 is minus) in bit 31.
+Kept values are numbered by their position in the block. A gap g is the number of values between two neighbouring kept
+ones. Golomb's code for geometric gaps with a power of two (Rice 1979) writes g div 2^k in unary and g mod 2^k in k
+bits. At density p it takes k + 1 + q/(1-q) + 1 bits per kept value with its sign, q = (1-p)^(2^k): 1.009 times the
+entropy at 5 %. With k = 0 it is the bitmap of the kept values. The encoder writes each block in its shortest form.
+
+In these functions `kept` is uint32: the position in the block, with the sign (1 is minus) in bit 31.
 """
 
 from __future__ import annotations
@@ -8,13 +13,20 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from dovetail.experts.codec.constants import BLOCK, EMPTY, FULL, KEPT, MAX_K, RAW, RICE, SUB, SUBS
-from dovetail.experts.codec.native import compiled, crc32c_of, get, put, trailing_zeros
+from dovetail.experts.codec.native import compiled, get, put, trailing_zeros
+
+BLOCK, SUB = 65536, 4096
+EMPTY, RICE, SUBS, FULL = 0, 1, 2, 3
+PAYLOAD = BLOCK // 8 * 2
+"""The largest payload in bytes: a bitmap, and a sign for each value."""
+RAW, KEPT = PAYLOAD + 64, BLOCK + 64
+"""Lengths of the arrays in which a block is coded. The bytes after the payload are zero."""
+MAX_K = 15
 
 
 @compiled
-def encode_blocks(plus, minus, numel, out, lengths, counts, modes, crcs):
-    """Codes masks into `out`, and fills in the directory's fields, one a block; returns the bytes used."""
+def encode_blocks(plus, minus, numel, out, lengths, counts, modes):
+    """Encode masks into `out` and fill in the fields of the directory. Return the number of bytes used."""
     raw, kept, gaps = np.zeros(RAW, np.uint8), np.zeros(KEPT, np.uint32), np.zeros(KEPT, np.uint32)
     sub_counts, sub_ks = np.zeros(16, np.int64), np.zeros(16, np.int64)
     used = 0
@@ -32,14 +44,14 @@ def encode_blocks(plus, minus, numel, out, lengths, counts, modes, crcs):
                 count += 1
         mode, k, length = encode(kept, count, values, raw, gaps, sub_counts, sub_ks)
         out[used : used + length] = raw[:length]
-        lengths[block], counts[block], modes[block], crcs[block] = length, count, mode | k << 4, crc32c_of(raw, length)
+        lengths[block], counts[block], modes[block] = length, count, mode | k << 4
         used += length
     return used
 
 
 @compiled
 def transposed(mask, rows, columns):
-    """The mask of the transposed matrix."""
+    """Return the mask of the transposed matrix."""
     out = np.zeros(len(mask), np.uint64)
     for w in range(len(mask)):
         word = mask[w]
@@ -53,7 +65,7 @@ def transposed(mask, rows, columns):
 
 @numba.njit(nogil=True)
 def _quotients(gaps, first, last, k):
-    """Sum of the quotients of gaps[first:last]."""
+    """Return the sum of the quotients of gaps[first:last]."""
     total = np.uint64(0)
     for i in range(first, last):
         total += np.uint64(get(gaps, i) >> np.uint32(k))
@@ -62,7 +74,7 @@ def _quotients(gaps, first, last, k):
 
 @numba.njit(nogil=True)
 def _parameter(gaps, first, last, span):
-    """The k that makes gaps[first:last], over `span` values, shortest; and the bits of low and unary stream."""
+    """Return the k for which gaps[first:last], over `span` values, are shortest, and the bits of both streams."""
     count = last - first
     if count == 0:
         return 0, 0
@@ -87,9 +99,9 @@ def _parameter(gaps, first, last, span):
 
 @numba.njit(nogil=True)
 def encode(kept, count, values, raw, gaps, counts, ks):
-    """Codes a block into raw (uint8, RAW long) in the shortest way; returns mode, k and the number of bytes.
+    """Encode a block into raw (uint8, RAW long) in its shortest form. Return mode, k and the number of bytes.
 
-    kept, gaps  uint32, KEPT long; gaps and counts and ks (int64, 16 each) are scratch
+    kept, gaps  uint32, KEPT long; gaps, counts and ks (int64, 16 each) are scratch
     """
     if count == 0:
         return EMPTY, 0, 0
@@ -151,8 +163,8 @@ def _write_signs(kept, count, raw, at):
 
 @numba.njit(nogil=True)
 def _write_gaps(kept, segments, counts, ks, raw, low_at, unary_at):
-    """Low bits and unary stream of kept values whose gaps are counted anew in each segment."""
-    held, filled = np.uint64(0), 0  # low bits not yet written
+    """Write low bits and unary stream of kept values. The gaps restart in each segment."""
+    held, filled = np.uint64(0), 0  # low bits that are not yet written
     i = unary = 0
     for s in range(segments):
         before, k = s * SUB - 1, ks[s]

@@ -1,38 +1,82 @@
-"""What compiled loops share: compilation that is kept on disk where it can be, machine instructions on words, CRC-32C.
+"""Shared parts of the compiled loops: their cache on disk, machine instructions on words, and CRC-32C.
 
-Every loop is compiled by numba on first use and kept beside its file, or in the user's cache where the package can't
-be written, or not at all. All of them release the interpreter's lock, so that threads run them side by side. Kept loops
-don't notice a change of this file: who makes one removes `__pycache__`.
+numba compiles each loop on its first call. All loops release the interpreter lock, so threads run them in parallel.
 
-Arrays are read and written here without the check that numba makes for negative positions, which costs a third of the
-decoder's time. Who uses `get`, `put` and `load64` answers for the bounds.
+`get`, `put` and `load64` access arrays without numba's handling of negative positions, which costs a third of the
+decoder's time. The caller must ensure the bounds.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
+import google_crc32c
 import numba
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
-_instruction = cast(Any, intrinsic)  # whose first argument its callers don't give
+_instruction = cast(Any, intrinsic)  # callers do not pass the first argument of an intrinsic
+_config = cast(Any, config)
+
+
+def crc32c(data: bytes | memoryview | np.ndarray) -> int:
+    """Return the CRC-32C (Castagnoli) of contiguous bytes: 0xE3069283 for b"123456789"."""
+    return google_crc32c.value(bytes(data))
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled when it is first called with arguments of some types."""
+    """Return the function, compiled at the first call with arguments of new types, with its cache on disk.
+
+    numba's cache notices a changed time or size of the function's own file only, and not a change in a file of the
+    functions that it calls. The cache therefore lies in a folder named by the contents of all these files.
+    """
+    folder = _cache_folder(Path(function.__code__.co_filename))
+    if folder is None:
+        return numba.njit(function, nogil=True)
+    before, _config.CACHE_DIR = _config.CACHE_DIR, str(folder)  # numba reads it while it decorates
     try:
         return numba.njit(function, cache=True, nogil=True)
-    except RuntimeError:  # neither the package nor the user's cache can be written
-        return numba.njit(function, nogil=True)
+    finally:
+        _config.CACHE_DIR = before
+
+
+@lru_cache
+def _cache_folder(path: Path) -> Path | None:
+    """Return a writable cache folder for the loops in a file, or None.
+
+    The folder is NUMBA_CACHE_DIR, the package's __pycache__ or the user's cache. Its name contains a hash of the file
+    and of all files in this folder. In __pycache__, the folders of earlier contents are removed.
+    """
+    digest = hashlib.sha256()
+    for each in sorted({*Path(__file__).parent.glob("*.py"), path}):
+        digest.update(each.name.encode() + b"\0" + each.read_bytes())
+    own = Path(__file__).parent / "__pycache__"
+    user = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dovetail"
+    for home in [Path(_config.CACHE_DIR)] if _config.CACHE_DIR else [own, user]:
+        folder = home / f"{path.stem}-{digest.hexdigest()[:16]}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK | os.X_OK):
+            for old in own.glob(f"{path.stem}-*") if home == own else ():
+                if old != folder:
+                    shutil.rmtree(old, ignore_errors=True)
+            return folder
+    return None
 
 
 @_instruction
 def popcount(typing_context: Any, word: Any):
-    """How many bits of a uint64 are set, as an int64."""
+    """Return the number of set bits of a uint64, as an int64."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.ctpop(arguments[0])
@@ -42,7 +86,7 @@ def popcount(typing_context: Any, word: Any):
 
 @_instruction
 def trailing_zeros(typing_context: Any, word: Any):
-    """The number of the lowest bit that is set in a uint64, as an int64; 64 where none is."""
+    """Return the position of the lowest set bit of a uint64, as an int64; 64 if no bit is set."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], cgutils.false_bit)
@@ -57,7 +101,7 @@ def _place(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
 
 @_instruction
 def get(typing_context: Any, array: Any, at: Any):
-    """array[at], 0 <= at < len(array)."""
+    """Return array[at], 0 <= at < len(array)."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.load(_place(context, builder, signature, arguments))
@@ -67,7 +111,7 @@ def get(typing_context: Any, array: Any, at: Any):
 
 @_instruction
 def put(typing_context: Any, array: Any, at: Any, value: Any):
-    """array[at] = value, 0 <= at < len(array); the value is of the array's dtype."""
+    """Assign array[at] = value, 0 <= at < len(array); the value has the array's dtype."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         builder.store(arguments[2], _place(context, builder, signature, arguments))
@@ -78,7 +122,7 @@ def put(typing_context: Any, array: Any, at: Any, value: Any):
 
 @_instruction
 def load64(typing_context: Any, data: Any, at: Any):
-    """Eight bytes of a uint8 array from position `at` on, 0 <= at <= len(data) - 8, as a little-endian uint64."""
+    """Return eight bytes of a uint8 array from position `at`, 0 <= at <= len(data) - 8, as a little-endian uint64."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = _place(context, builder, signature, arguments)
@@ -91,7 +135,7 @@ def load64(typing_context: Any, data: Any, at: Any):
 
 @_instruction
 def prefetch(typing_context: Any, array: Any, at: Any):
-    """Asks for the cache line of array[at], which may lie behind the array's end: nothing is read."""
+    """Prefetch the cache line of array[at], which may lie beyond the array's end."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -105,7 +149,7 @@ def prefetch(typing_context: Any, array: Any, at: Any):
 
 
 def _spread(builder: Any, value: Any, lanes: int) -> Any:
-    """A vector of one value."""
+    """Return a vector that repeats one value."""
     vector, number = ir.VectorType(value.type, lanes), ir.IntType(32)
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, number(0))
     return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(number, lanes), [number(0)] * lanes))
@@ -113,7 +157,7 @@ def _spread(builder: Any, value: Any, lanes: int) -> Any:
 
 @_instruction
 def above64(typing_context: Any, array: Any, at: Any, mask: Any, bound: Any):
-    """Bit j of a uint64: array[at + j] & mask > bound, of 64 unsigned integers; 0 <= at <= len(array) - 64."""
+    """Return a uint64 with bit j set if array[at + j] & mask > bound, unsigned; 0 <= at <= len(array) - 64."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         vector = ir.VectorType(context.get_value_type(array.dtype), 64)
@@ -127,9 +171,9 @@ def above64(typing_context: Any, array: Any, at: Any, mask: Any, bound: Any):
 
 @_instruction
 def place8(typing_context: Any, ones: Any, at: Any, k: Any, lows: Any, signs: Any, start: Any, kept: Any):
-    """kept[i] = ((ones[i] - i) << k) + byte j of lows + i + start, and bit j of signs in bit 31; i = at + j, j = 0..7.
+    """Assign kept[i] = ((ones[i] - i) << k) + byte j of lows + i + start, with bit j of signs in bit 31.
 
-    All uint32 but `lows` and `signs`, uint64. As vectors, which the compiler doesn't make of a loop by itself.
+    i = at + j, j = 0..7. `lows` and `signs` are uint64, the rest uint32. LLVM does not vectorize such a loop itself.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -155,77 +199,3 @@ def place8(typing_context: Any, ones: Any, at: Any, k: Any, lows: Any, signs: An
 
     words = types.Array(types.uint32, 1, "C")
     return types.void(words, types.int64, types.uint32, types.uint64, types.uint64, types.uint32, words), generate
-
-
-@_instruction
-def _crc_instruction(typing_context: Any, value: Any, word: Any):
-    """The CRC-32C register after eight more bytes, by the processor (SSE 4.2)."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(64), [ir.IntType(64)] * 2)
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse42.crc32.64.64")
-        return builder.call(function, arguments)
-
-    return types.uint64(types.uint64, types.uint64), generate
-
-
-def _crc_tables() -> np.ndarray:
-    """[j, b]: the CRC register, from 0, after byte b and j bytes of zeros."""
-    tables = np.zeros((8, 256), dtype=np.uint32)
-    for byte in range(256):
-        value = byte
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-        tables[0, byte] = value
-    for j in range(1, 8):
-        tables[j] = tables[j - 1] >> 8 ^ tables[0][tables[j - 1] & 0xFF]
-    return tables
-
-
-_CRC = _crc_tables()
-
-
-@numba.njit(nogil=True)
-def crc_tables_step(value, word):
-    """The CRC-32C register after eight more bytes, by eight tables."""
-    byte, mixed = np.uint64(0xFF), word ^ value
-    return np.uint64(
-        _CRC[7, mixed & byte]
-        ^ _CRC[6, mixed >> np.uint64(8) & byte]
-        ^ _CRC[5, mixed >> np.uint64(16) & byte]
-        ^ _CRC[4, mixed >> np.uint64(24) & byte]
-        ^ _CRC[3, mixed >> np.uint64(32) & byte]
-        ^ _CRC[2, mixed >> np.uint64(40) & byte]
-        ^ _CRC[1, mixed >> np.uint64(48) & byte]
-        ^ _CRC[0, mixed >> np.uint64(56)]
-    )
-
-
-_target = cast(Any, config)  # what numba was told to compile for; by itself it is this processor
-_by_instruction = _target.CPU_NAME is None and _target.CPU_FEATURES is None
-_by_instruction = _by_instruction and binding.get_host_cpu_features().get("sse4.2", False)
-_step = _crc_instruction if _by_instruction else crc_tables_step
-
-
-@numba.njit(nogil=True)
-def crc32c_of(data, length):
-    """CRC-32C (Castagnoli: polynomial 0x1EDC6F41, reflected, from and xor 0xFFFFFFFF) of the first `length` bytes."""
-    value = np.uint64(0xFFFFFFFF)
-    at = 0
-    while at + 8 <= length:
-        value = _step(value, load64(data, at))
-        at += 8
-    while at < length:
-        value = (value >> np.uint64(8)) ^ np.uint64(_CRC[0, (value ^ np.uint64(data[at])) & np.uint64(0xFF)])
-        at += 1
-    return value ^ np.uint64(0xFFFFFFFF)
-
-
-@compiled
-def _crc32c(data):
-    return crc32c_of(data, len(data))
-
-
-def crc32c(data: bytes | np.ndarray) -> int:
-    """CRC-32C of bytes or of a uint8 array: 0xE3069283 of b"123456789"."""
-    return int(_crc32c(np.frombuffer(data, dtype=np.uint8).copy() if isinstance(data, bytes) else data))

@@ -1,1 +1,1 @@
-"""Task experts in a live model: activated, replaced and taken out in place."""
+"""Task experts in a live model: activated, replaced and removed in place."""

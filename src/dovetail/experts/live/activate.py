@@ -1,13 +1,13 @@
-"""Experts in live models: values are written into the tensors that are there, in place, and taken out again.
+"""Experts in live models: values are written in place into the existing tensors, and removed again.
 
-What a tensor holds afterwards, computed in its own dtype:
+A tensor then holds, computed in its own dtype:
 
-    initial value + value        of an adapter whose initial values are known (`Origin.initial` "chain", "peft")
-    value                        of one whose values stand for themselves ("zero")
-    what it held + value         of a fully fine-tuned model ("base"), at kept positions; nothing else is touched
+    initial value + value        for an adapter with known initial values (`Origin.initial` "chain", "peft")
+    value                        for an adapter whose values are the parameters ("zero")
+    previous value + value       for a fully fine-tuned model ("base"), only at kept positions
 
-A switch costs a decode and, where there are initial values, an addition. What is needed to undo it is kept: initial
-values once a model, or the old values at an expert's positions.
+A switch costs a decode and, with initial values, an addition. What undoes it is saved: initial values once per model,
+or the previous values at an expert's positions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,52 +26,90 @@ from dovetail.chains.layer.applied import AppliedChain, applied
 from dovetail.chains.layer.elastic import load_ranks, saved_ranks
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.errors import DataError
-from dovetail.experts.codec.codec import decode_masks, word_count
-from dovetail.experts.expert import Expert
-from dovetail.experts.live.names import check_scales, peft_adapter, slots
-from dovetail.experts.live.origins import (
+from dovetail.experts.expert import Expert, verify
+from dovetail.experts.live.placement import (
     adapter_file,
     base_tensors,
     check_fingerprint,
     check_origin,
+    check_scales,
+    initial_values,
     live_fingerprint,
-    starts,
+    peft_adapter,
+    slots,
 )
-from dovetail.experts.live.undo import Kept, Places, Whole
 from dovetail.experts.vectors import Origin, Spec, TaskVector, specs_of
 
 Content = Expert | Mapping[str, Tensor]
 
 
 @dataclass
-class _Active:
-    """What is in a model.
+class Whole:
+    """All previous values of a tensor."""
 
-    content  an expert, or a task vector's tensors; shapes: by name
-    starts   what its values were added to, by name
-    saved    what undoing it puts back, by name
-    ranks    "LAYER/PLACE" -> rank that elastic adapters ran at before
-    record   of the chain that it was put on: a later one of the same text is another
-    lost     others wrote over it
+    values: Tensor
+
+    def put_back(self, tensor: Tensor) -> bool:
+        """Restore the live tensor in place. Return True."""
+        tensor.copy_(self.values)
+        return True
+
+
+@dataclass
+class Places:
+    """The previous values at some positions (flat, row-major), and the values that replaced them."""
+
+    values: Tensor
+    at: Tensor
+    written: Tensor
+
+    def put_back(self, tensor: Tensor) -> bool:
+        """Restore the live tensor in place.
+
+        Return False and change nothing if other code has written to the tensor since, such as a load of new weights.
+        """
+        flat, at = tensor.reshape(-1), self.at.to(tensor.device, torch.int64)  # a copy if it is not contiguous
+        if not torch.equal(flat[at], self.written.to(tensor)):
+            return False
+        flat[at] = self.values.to(tensor)
+        if not tensor.is_contiguous():
+            tensor.copy_(flat.view(tensor.shape))
+        return True
+
+
+Undo = Whole | Places
+
+
+@dataclass
+class _Active:
+    """The active content of a model.
+
+    content  an expert, or the tensors of a task vector
+    shapes   by name
+    initial  initial values by name
+    saved    what restores the tensors, by name
+    ranks    "LAYER/PLACE" -> previous rank of elastic adapters
+    record   of the chain on the model; a later chain with the same text has another record
+    lost     whether other code has overwritten it
     """
 
     content: Content
     shapes: dict[str, tuple[int, ...]]
     origin: Origin
-    starts: dict[str, Tensor]
+    initial: dict[str, Tensor]
     record: AppliedChain | None
-    saved: dict[str, Kept] = field(default_factory=dict)
+    saved: dict[str, Undo] = field(default_factory=dict)
     ranks: dict[str, int] | None = None
     lost: bool = False
 
 
 class _State:
-    """What is remembered of a model, for as long as it lives."""
+    """The state of a model, for its lifetime."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.active: dict[str, _Active] = {}
-        self.starts: tuple[str, dict[str, Tensor]] = ("", {})
+        self.initial: tuple[str, dict[str, Tensor]] = ("", {})
         self.marks: list[tuple[int, int]] = []
         self.fingerprint = ""
 
@@ -87,12 +124,12 @@ def _state(model: nn.Module) -> _State:
 
 
 def activate(model: nn.Module, expert: Expert, *, verified: bool = False) -> None:
-    """Puts an expert into a live model, in place of the one that is there: no tensor is replaced, none is made anew.
+    """Put an expert into a live model in place of the active one, without replacing or allocating a tensor.
 
-    model     under a chain, a stock peft model, or any model that has the expert's names (`slots.py`)
-    verified  its blocks were checked since it was read, as a `Store` does; otherwise it is decoded twice
-    errors    LoadError for a wrong base, chain, name or shape, and for changed bytes: before anything is written.
-              Whatever else goes wrong, what was active before is put back
+    model     with a chain, a stock peft model, or any model with the expert's names (`placement`)
+    verified  whether the blocks have been checked since reading, as by a `Store`; otherwise the expert is decoded twice
+    errors    LoadError for a wrong base, chain, name or shape, and for changed bytes, before any value is written.
+              After any other error, the previous expert is restored
     """
     if not verified:
         verify(expert)
@@ -101,12 +138,11 @@ def activate(model: nn.Module, expert: Expert, *, verified: bool = False) -> Non
 
 
 def put(model: nn.Module, vector: Mapping[str, Tensor], origin: Origin | None = None) -> None:
-    """The same for a task vector that isn't compressed, or merged.
+    """Put an uncompressed or merged task vector into a live model, like `activate`.
 
-    vector  by name, any floats; made tensor by tensor where it is a `TaskVector` that does so. Kept, not copied, for
-            as long as it is active
-    origin  what it is of; None: as a `TaskVector` says, or else values that stand for themselves
-    errors  as `activate`; DataError for NaN or infinity, in the live tensor's dtype too
+    vector  by name, any float dtypes; read tensor by tensor. Referenced, not copied, while it is active
+    origin  of the vector; None: that of a `TaskVector`, or initial values of zero
+    errors  as `activate`; DataError for NaN or infinity, also in the live tensor's dtype
     """
     if origin is None:
         origin = vector.origin if isinstance(vector, TaskVector) else Origin()
@@ -114,8 +150,11 @@ def put(model: nn.Module, vector: Mapping[str, Tensor], origin: Origin | None = 
 
 
 def deactivate(model: nn.Module) -> None:
-    """Takes out what is active, bit for bit: base weights, and what an adapter's tensors held before the first
-    activation; a chain's links get their initial values. Nothing happens where nothing is active."""
+    """Remove the active expert and restore the previous values bit for bit.
+
+    These are the base weights, or the values of an adapter's tensors before the first activation. A chain's links get
+    their initial values. Without an active expert, nothing changes.
+    """
     state = _state(model)
     with state.lock, torch.no_grad():
         active = state.active.pop(_part(model), None)
@@ -125,7 +164,7 @@ def deactivate(model: nn.Module) -> None:
 
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
-    """What is put on the model meanwhile isn't remembered; who borrows it puts its tensors back (`Before`)."""
+    """Forget what is put on the model in this context. The caller must restore the tensors (`Before`)."""
     state = _state(model)
     with state.lock:
         active = dict(state.active)
@@ -135,26 +174,14 @@ def borrowed(model: nn.Module) -> Iterator[None]:
             state.active = active
 
 
-def verify(expert: Expert, *, threads: int | None = None) -> None:
-    """LoadError unless every block has its CRC-32C and decodes. Costs less than decoding: two bits a value are written,
-    each tensor over the one before.
-
-    threads  None: torch's number of threads
-    """
-    most = max((word_count(coded.numel) for coded in expert.coded.values()), default=0)
-    scratch = np.empty((2, most), np.uint64)
-    for name, coded in expert.coded.items():
-        decode_masks(coded, scratch, 0, name, threads or torch.get_num_threads())
-
-
 def _part(model: nn.Module) -> str:
-    """Which of the adapters that a model may carry, one after the other or beside each other, names mean now."""
+    """Return a key of the adapter that names currently refer to, of several that a model may carry."""
     adapter = peft_adapter(model)
     if adapter is not None:
         return f"peft {adapter}"
     if chain_layers(model):
         record = applied(model)
-        return f"chain {id(record)}, stage {record.stage}"  # `_Active` holds the record, so that no other has its id
+        return f"chain {id(record)}, stage {record.stage}"  # `_Active` holds the record, so its id is unique
     return ""
 
 
@@ -170,7 +197,7 @@ def _switch(model: nn.Module, content: Content, specs: Mapping[str, Spec], origi
         if expected is not None:
             check_fingerprint(_fingerprint(model, state, part), expected)
         record = applied(model) if part.startswith("chain") else None
-        active = _Active(content, shapes, origin, _starts(model, state, origin, live), record)
+        active = _Active(content, shapes, origin, _initial_values(model, state, origin, live), record)
         previous = state.active.pop(part, None)
         try:
             if previous is not None:
@@ -182,14 +209,16 @@ def _switch(model: nn.Module, content: Content, specs: Mapping[str, Spec], origi
                 _write_again(model, previous)
                 state.active[part] = previous
             raise
-        if record is not None:  # those of earlier chains and stages are merged, or gone
+        if record is not None:  # those of earlier chains and stages are merged or removed
             state.active = {key: each for key, each in state.active.items() if not key.startswith("chain")}
         state.active[part] = active
 
 
 def _fingerprint(model: nn.Module, state: _State, part: str) -> str:
-    """Of the base, hashed once and again only when its tensors were replaced or changed, by others than this module
-    (which writes past torch's version counters)."""
+    """Return the fingerprint of the base, hashed again only if other code has replaced or changed its tensors.
+
+    This module writes without changing torch's version counters.
+    """
     marks = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in base_tensors(model).values()]
     if not state.fingerprint or marks != state.marks:
         active = state.active.get(part)
@@ -206,21 +235,21 @@ def _fingerprint(model: nn.Module, state: _State, part: str) -> str:
     return state.fingerprint
 
 
-def _starts(model: nn.Module, state: _State, origin: Origin, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Initial values, made once for all experts that have the same."""
+def _initial_values(model: nn.Module, state: _State, origin: Origin, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return initial values, computed once for all experts that share them."""
     if origin.initial not in ("chain", "peft"):
         return {}
     file = adapter_file(origin)
     kinds = [(name, str(t.dtype), str(t.device)) for name, t in live.items()]
     seed = None if file is None else file.seed
     key = json.dumps([_part(model), origin.initial, seed, origin.peft, kinds, state.fingerprint])
-    if state.starts[0] != key:
-        state.starts = (key, starts(model, origin, live))
-    return state.starts[1]
+    if state.initial[0] != key:
+        state.initial = (key, initial_values(model, origin, live))
+    return state.initial[1]
 
 
 def _carry_over(model: nn.Module, previous: _Active, active: _Active, live: Mapping[str, Tensor]) -> None:
-    """Takes out of the model what `active` won't write over; for the rest, passes on what was saved."""
+    """Undo what `active` will not overwrite, and pass on the saved values of the rest."""
     if "base" in (previous.origin.initial, active.origin.initial):
         _undo(model, previous)
         return
@@ -232,15 +261,15 @@ def _carry_over(model: nn.Module, previous: _Active, active: _Active, live: Mapp
 
 
 def _write(model: nn.Module, active: _Active, live: Mapping[str, Tensor]) -> None:
-    """Values into the model; what they replace goes to `active.saved`, unless it is there."""
+    """Write values into the model, and save those that they replace unless they are saved already."""
     if active.origin.initial == "base":
         scales = active.content.scales if isinstance(active.content, Expert) else {}
         for name, tensor in live.items():
             _add(active, name, tensor.data, scales.get(name, 0.0))
         return
     for name, tensor in live.items():
-        if active.origin.initial == "chain" and name in active.starts:
-            active.saved[name] = Whole(active.starts[name])
+        if active.origin.initial == "chain" and name in active.initial:
+            active.saved[name] = Whole(active.initial[name])
         elif name not in active.saved:
             active.saved[name] = Whole(tensor.detach().clone())
     if isinstance(active.content, Expert):
@@ -248,7 +277,7 @@ def _write(model: nn.Module, active: _Active, live: Mapping[str, Tensor]) -> Non
     else:
         for name, tensor in live.items():
             tensor.data.copy_(_finite(name, active.content[name], tensor.dtype))
-    for name, start in active.starts.items():
+    for name, start in active.initial.items():
         live[name].data.add_(start)
     file = adapter_file(active.origin)
     if file is not None and file.ranks and not file.extracted:
@@ -257,8 +286,8 @@ def _write(model: nn.Module, active: _Active, live: Mapping[str, Tensor]) -> Non
 
 
 def _add(active: _Active, name: str, tensor: Tensor, scale: float) -> None:
-    """Adds values to a tensor where they aren't zero, having saved what was there."""
-    flat = tensor.reshape(-1)  # a copy where it isn't contiguous
+    """Add the nonzero values to a tensor, and save the previous ones."""
+    flat = tensor.reshape(-1)  # a copy if it is not contiguous
     if isinstance(active.content, Expert):
         at, signs = (each.to(tensor.device) for each in active.content.indices(name))
         added = signs.to(tensor.dtype) * torch.tensor(scale, dtype=torch.float64).to(tensor)
@@ -277,19 +306,19 @@ def _add(active: _Active, name: str, tensor: Tensor, scale: float) -> None:
 def _finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     tensor = tensor.to(dtype)
     if not bool(torch.isfinite(tensor).all()):
-        raise DataError(f"task vector at {name}", found=f"NaN or infinity in {dtype}", rule="values are finite")
+        raise DataError(f"task vector at {name}", found=f"NaN or infinity in {dtype}", rule="all values must be finite")
     return tensor
 
 
 def _write_again(model: nn.Module, active: _Active) -> None:
-    """After an interruption: undone first, whatever was of it, so that nothing is added twice."""
+    """Write again after an interruption; undo first, so that no value is added twice."""
     _undo(model, active)
     active.lost = False
     _write(model, active, slots(model, active.shapes, active.origin))
 
 
-def _undo(model: nn.Module, active: _Active, leave: Mapping[str, Kept] | None = None) -> None:
-    """Puts back what was saved, except of names to leave."""
+def _undo(model: nn.Module, active: _Active, leave: Mapping[str, Undo] | None = None) -> None:
+    """Restore the saved values, except for the names in `leave`."""
     saved = {name: each for name, each in active.saved.items() if name not in (leave or {})}
     shapes = {name: shape for name, shape in active.shapes.items() if name in saved}
     for name, tensor in (slots(model, shapes, active.origin) if saved else {}).items():

@@ -1,8 +1,8 @@
-"""Where a store's experts lie: a folder of .dvt files, or (`http.py`) a server of one, which has an index.json:
+"""Backends of a store: a folder of .dvt files, or (`http`) a server of such a folder with an index.json:
 
     {"format": "dovetail-experts", "version": 1, "experts": {NAME: {"nbytes": 6012345, "sha256": "ab12…" or null}}}
 
-A name is a file's stem, and can't lead out of the folder.
+A name is the stem of a file, and cannot refer to another folder.
 """
 
 from __future__ import annotations
@@ -29,42 +29,47 @@ Stamp = tuple[Any, ...]
 
 
 def good_name(name: str) -> str:
-    """The name, if it is one: LoadError for what may lead out of a folder."""
+    """Return a valid name. LoadError for a name that may refer to another folder."""
     if not isinstance(name, str) or _NAME.fullmatch(name) is None:
-        rule = "1 to 200 characters without / \\ : and control characters, the first no dot"
-        raise LoadError("expert's name", found=repr(name)[:250], rule=rule)
+        rule = "a name must have 1 to 200 characters without / \\ : and control characters, and not start with a dot"
+        raise LoadError("name of an expert", found=repr(name)[:250], rule=rule)
     return name
 
 
 class Backend(Protocol):
-    """Where a store gets its experts from."""
+    """The source of a store's experts."""
 
     def names(self) -> list[str]:
-        """All that there are, sorted."""
+        """Return all names, sorted."""
         ...
 
     def stamp(self, name: str) -> Stamp:
-        """Changes when the expert changes; LoadError where there is none of that name. Cheap."""
+        """Return a value that changes with the expert, at low cost. LoadError for an unknown name."""
         ...
 
     def read(self, name: str) -> tuple[Expert, int]:
-        """The expert, not yet verified, and the bytes of its file."""
+        """Return the expert, not yet verified, and the size of its file in bytes."""
         ...
 
     def refresh(self) -> None:
-        """Looks again at what there is."""
+        """Read the list of experts again."""
 
     def close(self) -> None:
-        """Ends what is under way, as an error there."""
+        """End downloads in progress with an error."""
 
 
 class LocalFolder:
-    """A folder of .dvt files; what lies deeper isn't looked at."""
+    """A folder of .dvt files, without its subfolders."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
-            raise LoadError(str(path), found="no such folder", rule="a store is a folder of .dvt files, or a URL")
+            raise LoadError(
+                str(path),
+                found="no such folder",
+                rule="a store must be a folder of .dvt files or a URL",
+                fix="check the path",
+            )
 
     def names(self) -> list[str]:
         found = (path.name.removesuffix(SUFFIX) for path in self.path.glob(f"*{SUFFIX}") if path.is_file())
@@ -75,7 +80,7 @@ class LocalFolder:
         try:
             said = path.stat()
         except OSError as error:
-            raise LoadError(str(path), found=error.strerror or str(error), rule="an expert is a file") from None
+            raise LoadError(str(path), found=error.strerror or str(error), rule="an expert must be a file") from None
         return said.st_mtime_ns, said.st_size, said.st_ino
 
     def read(self, name: str) -> tuple[Expert, int]:
@@ -92,14 +97,14 @@ class LocalFolder:
 
 
 class Entry(pydantic.BaseModel, extra="forbid", frozen=True, strict=True):
-    """What an index says of an expert: the size of its file, and its SHA-256 where that is known."""
+    """Index entry of an expert: the size of its file, and its SHA-256 or None."""
 
     nbytes: Annotated[int, pydantic.Field(ge=0, lt=2**62)]
     sha256: Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")] | None = None
 
 
 class Index(pydantic.BaseModel, extra="forbid", frozen=True, strict=True):
-    """What index.json holds."""
+    """Content of index.json."""
 
     format: Literal["dovetail-experts"] = "dovetail-experts"
     version: Literal[1] = 1
@@ -109,12 +114,12 @@ class Index(pydantic.BaseModel, extra="forbid", frozen=True, strict=True):
     @classmethod
     def _good_names(cls, experts: dict[str, Entry]) -> dict[str, Entry]:
         if wrong := [name for name in experts if _NAME.fullmatch(name) is None]:
-            raise ValueError(f"no name for an expert: {wrong[0]!r}"[:200])
+            raise ValueError(f"not a valid name of an expert: {wrong[0]!r}"[:200])
         return experts
 
 
 def write_index(folder: Path) -> Path:
-    """Writes the folder's index.json, atomically: sizes and SHA-256 of all its experts."""
+    """Write the folder's index.json atomically, with sizes and SHA-256 of all its experts."""
     entries = {}
     for name in LocalFolder(folder).names():
         with open(folder / f"{name}{SUFFIX}", "rb") as file:

@@ -1,10 +1,10 @@
-"""Hundreds of experts at hand: those asked for last stay in memory, compressed, up to a budget of bytes.
+"""A store of many experts: the most recently used ones stay in memory, compressed, up to a budget of bytes.
 
     with Store("experts/", budget_nbytes=300_000_000) as store:      # or "https://…/experts"
         store.activate(model, "french")
         store.prefetch("german", "italian")
 
-An expert is a twentieth to a fiftieth of its adapter: what held a handful of adapters holds a hundred of them, and a
+An expert takes a twentieth to a fiftieth of its adapter, so the memory of a few adapters holds a hundred experts. A
 switch is one decode into the live tensors (`activate`).
 """
 
@@ -22,8 +22,8 @@ from types import TracebackType
 from torch import nn
 
 from dovetail.errors import DataError, DovetailError, LoadError
-from dovetail.experts.expert import Expert
-from dovetail.experts.live.activate import activate, verify
+from dovetail.experts.expert import Expert, verify
+from dovetail.experts.live.activate import activate
 from dovetail.experts.store.backends import SUFFIX, Backend, LocalFolder, Stamp, good_name, write_index
 from dovetail.experts.store.http import HttpFolder
 from dovetail.models.fingerprint import model_fingerprint
@@ -33,14 +33,18 @@ __all__ = ["Stats", "Store"]
 
 @dataclass(frozen=True)
 class Stats:
-    """What a store did so far.
+    """Statistics of a store.
 
-    hits, misses   `get`s answered from memory, and others: loaded, or waited for
-    loads          experts read and verified, by prefetches too (prefetched); load_seconds: in all
-    evictions      experts let go for others
-    swaps          activations; swap_seconds: in all, with what they loaded
-    held, nbytes   experts in memory now, and their files' bytes
-    budget_nbytes  what those may be together
+    hits           `get`s answered from memory
+    misses         other `get`s: loaded, or waited for
+    loads          experts read and verified, including prefetches
+    load_seconds   total time of loads
+    prefetched     loads by `prefetch`
+    evictions      experts dropped for others
+    swaps          activations
+    swap_seconds   total time of swaps, with their loads
+    held, nbytes   experts in memory, and the bytes of their files
+    budget_nbytes  limit of nbytes
     """
 
     hits: int = 0
@@ -57,7 +61,7 @@ class Stats:
 
     @property
     def hit_rate(self) -> float:
-        """Hits over all `get`s; 0 before the first."""
+        """Share of hits among all `get`s; 0 before the first."""
         asked = self.hits + self.misses
         return self.hits / asked if asked else 0.0
 
@@ -70,11 +74,11 @@ class _Held:
 
 
 class Store:
-    """Experts of a folder or server, by name; any number of threads may use it.
+    """Experts of a folder or server, by name, for any number of threads.
 
-    Nobody gets an expert before all of its blocks were checked. Of several threads that ask for the same one, one loads
-    it; a failure is raised in all of them and not remembered. A file that was changed is loaded again when next asked
-    for; on a server, changes show after `refresh`.
+    An expert is returned only after all its blocks have been checked. If several threads request the same expert, one
+    loads it; a failure is raised in all of them and not cached. A changed file is loaded again at the next request. On
+    a server, changes take effect after `refresh`.
     """
 
     def __init__(
@@ -88,21 +92,23 @@ class Store:
         max_nbytes: int = 1 << 32,
         retries: int = 2,
     ) -> None:
-        """Opens it: a folder of .dvt files, or the URL of one with an index.json (`write_index`).
+        """Open a folder of .dvt files, or the URL of one with an index.json (`write_index`).
 
-        budget_nbytes     of compressed experts kept in memory. One that is larger is loaded and used, but not kept;
-                          those in use by models, or on their way, don't count
-        base              the model that all of them are for, or its fingerprint: an expert for another is refused
-        prefetch_threads  how many experts `prefetch` loads at a time
+        budget_nbytes     bytes of compressed experts in memory. A larger expert is loaded and used, but not kept.
+                          Experts in use by models, and loads in progress, do not count
+        base              the model that all experts must be for, or its fingerprint
+        prefetch_threads  number of experts that `prefetch` loads at a time
         timeout           of downloads, with max_nbytes and retries (`http.HttpFolder`)
-        errors            LoadError for a place that isn't there; DataError for numbers out of range
+        errors            LoadError for a missing folder or server; DataError for numbers out of range
         """
         for name, value, least in (("budget_nbytes", budget_nbytes, 0), ("prefetch_threads", prefetch_threads, 1),
                                    ("max_nbytes", max_nbytes, 1), ("retries", retries, 0)):  # fmt: skip
             if not isinstance(value, int) or value < least:
-                raise DataError("Store", found=f"{name}={value!r}"[:200], rule=f"an integer of at least {least}")
+                raise DataError(
+                    "Store", found=f"{name}={value!r}"[:200], rule=f"the value must be an integer of at least {least}"
+                )
         if not timeout > 0:
-            raise DataError("Store", found=f"timeout={timeout!r}"[:200], rule="seconds, more than 0")
+            raise DataError("Store", found=f"timeout={timeout!r}"[:200], rule="the timeout must be above 0 seconds")
         self._base = model_fingerprint(base) if isinstance(base, nn.Module) else base
         url = isinstance(place, str) and "://" in place
         self._backend: Backend = (
@@ -119,25 +125,25 @@ class Store:
 
     @staticmethod
     def write_index(folder: str | Path) -> Path:
-        """Writes index.json beside a folder's experts, atomically, for a server; returns its path."""
+        """Write the index.json of a folder's experts atomically, for a server. Return its path."""
         return write_index(Path(folder))
 
     def names(self) -> list[str]:
-        """Names of all experts, sorted."""
+        """Return the names of all experts, sorted."""
         return self._backend.names()
 
     def get(self, name: str) -> Expert:
-        """An expert, verified; from memory, or loaded now. Its name, or its file's.
+        """Return a verified expert from memory, or load it; by its name, or by the name of its file.
 
-        errors  LoadError where there is none of that name, it isn't whole, or it is for another base
+        errors  LoadError for an unknown name, an incomplete file, and an expert for another base
         """
         return self._get(name)
 
     def activate(self, model: nn.Module, name: str) -> None:
-        """`get`, and `experts.activate` in place of what is active in the model.
+        """Get an expert and activate it in the model (`experts.activate`).
 
-        One that has to be loaded is checked by the decode that writes it: where a block turns out to be wrong, what was
-        active before is put back.
+        If it is loaded first, the decode that writes it checks its blocks. If a block is invalid, the previously active
+        expert is restored.
         """
         start = time.perf_counter()
         failed: list[DovetailError] = []
@@ -149,7 +155,7 @@ class Store:
                 used.append(expert)
             except DovetailError as error:
                 failed.append(error)
-                verify(expert)  # others may wait for an expert that only this model can't take
+                verify(expert)  # other threads may wait for an expert that only this model cannot take
 
         expert = self._get(name, check=use)
         if failed:
@@ -160,7 +166,7 @@ class Store:
             self._add(swaps=1, swap_seconds=time.perf_counter() - start)
 
     def prefetch(self, *names: str) -> None:
-        """Loads experts in the background. What fails there fails when it is asked for."""
+        """Load experts in the background. A failure is raised when the expert is requested."""
         for name in names:
             good_name(name)
             with self._lock:
@@ -168,16 +174,16 @@ class Store:
                 self._pool.submit(self._fetch_ahead, name)
 
     def stats(self) -> Stats:
-        """What it did so far."""
+        """Return statistics of the store."""
         with self._lock:
             return replace(self._stats, held=len(self._held), nbytes=sum(each.nbytes for each in self._held.values()))
 
     def refresh(self) -> None:
-        """Reads a server's index again."""
+        """Read a server's index again."""
         self._backend.refresh()
 
     def close(self) -> None:
-        """Lets go of all experts; downloads under way end as errors. What is active stays active."""
+        """Release all experts and end downloads with errors. Active experts stay active."""
         with self._lock:
             self._closed = True
             self._held.clear()
@@ -193,7 +199,7 @@ class Store:
         self.close()
 
     def _get(self, name: str, *, ahead: bool = False, check: Callable[[Expert], None] = verify) -> Expert:
-        """`check` is called with an expert that is loaded now, before it is shared: LoadError for changed bytes."""
+        """Return an expert. `check` is called with a newly loaded one before it is shared."""
         name = good_name(name).removesuffix(SUFFIX)
         stamp = self._backend.stamp(name)
         with self._lock:
@@ -215,8 +221,8 @@ class Store:
             expert = self._load(name, stamp, ahead, check)
             mine.set_result(expert)
         except BaseException as error:
-            found = f"{type(error).__name__} while it was loaded"
-            interrupted = LoadError(name, found=found, rule="it is loaded whole")
+            found = f"{type(error).__name__} while loading"
+            interrupted = LoadError(name, found=found, rule="loading must not be interrupted", fix="load it again")
             if not mine.done():
                 mine.set_exception(error if isinstance(error, Exception) else interrupted)
             raise
@@ -256,8 +262,8 @@ class Store:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise LoadError("store", found="a closed one", rule="an open store gives experts")
+            raise LoadError("store", found="a closed store", rule="the store must be open", fix="open another Store")
 
     def _add(self, **more: float) -> None:
-        """Adds to the counts; the lock is held."""
+        """Add to the statistics. The caller holds the lock."""
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + each for name, each in more.items()})
