@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from dovetail.checkpoint.packed import PACKED, load_packed
@@ -31,11 +30,6 @@ if TYPE_CHECKING:
 HEAD_KINDS = ("classification", "regression")  # task kinds that put a head on the model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-
-# What transformers raises on a checkpoint that it can't read: no such file, no JSON (OSError, ValueError), a wrong type
-# in config.json (StrictDataclassError), a quantizer that isn't installed (ImportError), tensors that can't be converted
-# (RuntimeError), a field that isn't there (KeyError), a file that is cut off (SafetensorError).
-_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, KeyError, StrictDataclassError, SafetensorError)
 
 
 def load(
@@ -223,9 +217,14 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _unreadable(where: str) -> Iterator[None]:
+    from huggingface_hub.errors import StrictDataclassError
+
+    # What transformers raises on a checkpoint that it cannot read: a missing file or invalid JSON (OSError,
+    # ValueError), a wrong type in config.json (StrictDataclassError), a quantizer that is not installed (ImportError),
+    # tensors that cannot be converted (RuntimeError), a missing field (KeyError), a truncated file (SafetensorError).
     try:
         yield
-    except _UNREADABLE as error:
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, StrictDataclassError, SafetensorError) as error:
         rule = "it must be a complete checkpoint that transformers can read"
         raise LoadError(where, found=_first_line(error), rule=rule, fix="fetch or save it again") from error
 

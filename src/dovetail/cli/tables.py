@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -15,7 +15,9 @@ from dovetail.chains.link import Adapter, Constraint, Link, Pruner, Quantizer
 from dovetail.chains.notation import format_value as format_value
 from dovetail.chains.registry import links
 from dovetail.display.format import figure, metric_name, size
-from dovetail.runs.plan import Plan
+
+if TYPE_CHECKING:
+    from dovetail.runs.plan import Plan
 
 KINDS = {Pruner: "pruner", Quantizer: "quantizer", Adapter: "adapter", Constraint: "constraint"}
 """The kinds of links, in the order in which chains have them."""

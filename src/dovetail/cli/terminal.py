@@ -38,13 +38,12 @@ def print_json(value: Any) -> None:
 
 
 def quiet() -> None:
-    """Keeps other libraries' bars, advice and warnings off the terminal; errors are shown. Before they are imported."""
+    """Keep the bars, advice and warnings of other libraries off the terminal; call this before they are imported."""
     import logging
+    import os
     import warnings
 
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore")

@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
 from dovetail.errors import LoadError
 
 PLAYGROUND = "playground"
@@ -50,7 +47,10 @@ def _package_folder(text: str) -> Path:
 
 
 def ask_hub(name: str) -> None:
-    """Ask once and say so at once: transformers alone retries an unreachable hub for half a minute."""
+    """Raise LoadError at once where the hub cannot be reached: transformers alone retries for half a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
     where = f"model {name}"
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):

@@ -25,7 +25,7 @@ from dovetail.chains.stages import stages
 from dovetail.checkpoint.footprint import stored_nbytes, weight_nbytes
 from dovetail.checkpoint.load import HEAD_KINDS, empty_model, load_config, load_tokenizer
 from dovetail.compression.apply import chain_layers, restore
-from dovetail.errors import CannotMerge, DovetailError
+from dovetail.errors import CannotMerge, ChainError, DovetailError
 from dovetail.links.quantize import nearest
 from dovetail.models.layouts import layout_of
 from dovetail.models.targets import find_targets, fused_experts
@@ -113,6 +113,13 @@ def plan(
     An illegal chain gives a plan that isn't `legal`; other errors are raised: LoadError for the model, DataError for
     records that don't suit it.
     """
+    nothing = Plan(str(chain_), False, "", False, "", 0, 0, [], 0.0, 0, 0, 0, batch_size, length)
+    try:
+        the_chain = chain(chain_)
+        nothing = replace(nothing, chain=str(the_chain))
+        check(the_chain)
+    except ChainError as error:  # before transformers is imported, which takes seconds
+        return replace(nothing, problem=f"{type(error).__name__}: {error}")
     from transformers import PreTrainedConfig
 
     config = model if isinstance(model, PreTrainedConfig) else load_config(model, trust_remote_code=trust_remote_code)
@@ -124,14 +131,11 @@ def plan(
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         batch = widest_batch(empty, tokenizer, task, batch_size=batch_size, max_length=max_length)
     rows, tokens = batch["input_ids"].shape
-    nothing = Plan("", False, "", False, "", 0, 0, [], 0.0, 0, 0, 0, rows, tokens)
+    nothing = replace(nothing, batch_size=rows, length=tokens)
     try:
-        the_chain = chain(chain_)
-        nothing = replace(nothing, chain=str(the_chain))
         apply_on_meta(empty, the_chain, targets)
     except DovetailError as error:
-        text = chain_ if isinstance(chain_, str) else str(chain_)
-        return replace(nothing, chain=nothing.chain or text, problem=f"{type(error).__name__}: {error}")
+        return replace(nothing, problem=f"{type(error).__name__}: {error}")
     mergeable, advice = True, _rounding(the_chain, empty)
     try:
         check_merge(the_chain)
