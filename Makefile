@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUTPUT ?=
 
-.PHONY: demo test tiny check fix bench clean
+.PHONY: demo test tiny check fix docs bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,11 @@ check: $(READY)  ## style, types, imports between rooms, sizes
 fix: $(READY)  ## what style can mend itself
 	$(BIN)/ruff check --fix src tests bench
 	$(BIN)/ruff format src tests bench
+	PYTHONPATH=src $(BIN)/python tests/generated.py
+
+docs: $(READY)  ## the site, in site/; a broken link is an error
+	$(BIN)/python -m pip install --quiet --editable ".[docs]" --constraint constraints.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY)  ## side by side with peers; ratios of medians. PEER=an interpreter that has llm-compressor
 	$(BIN)/python bench/train_step.py
@@ -40,4 +45,4 @@ bench: $(READY)  ## side by side with peers; ratios of medians. PEER=an interpre
 	OMP_NUM_THREADS=1 $(BIN)/python bench/swap.py
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .ruff_cache

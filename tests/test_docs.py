@@ -1,13 +1,16 @@
-"""The documents tell the truth: samples run, the tree is the tree, the table is the registry."""
+"""Documents: samples run, links lead somewhere, and the README's generated parts are up to date."""
 
 import re
-import subprocess
+import shlex
 import sys
 
+import pytest
 import torch
 
 import dovetail
+import generated
 from dovetail.chains.registry import _REGISTERED as REGISTRY
+from dovetail.cli.main import main
 from dovetail.compression.apply import chain_layers
 from families import batch, logits, make
 from places import ROOT
@@ -40,37 +43,98 @@ def test_the_sample_method_stands_in_the_document_and_works():
         del sys.modules["sample_method"]
 
 
-def readme() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"(<!-- not run: .+ -->\n)?^```(\w+)(?: title=\"(.+?)\")?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-def test_the_readmes_example_runs(tmp_path):
-    code = re.search(r"```python\n(.*?)```", readme(), re.DOTALL)
-    assert code is not None
-    assert len([line for line in code.group(1).splitlines() if line.strip()]) <= 12
-    run = subprocess.run(
-        [sys.executable, "-c", code.group(1)], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert "exact" in run.stdout
+def blocks(page) -> list[tuple[str, str, str]]:
+    """Return language, title and text of a page's blocks of code that a test can run."""
+    found = FENCE.findall(page.read_text(encoding="utf-8"))
+    return [(language, title, text) for skipped, language, title, text in found if not skipped]
 
 
-def test_the_readmes_tree_is_the_tree():
-    tree = re.search(r"```\nsrc/dovetail/\n(.*?)\nbench/", readme(), re.DOTALL)
-    assert tree is not None
-    named = set(re.findall(r"[\w/]+\.py|\b\w+/", tree.group(1)))
-    folder = ROOT / "src/dovetail"
-    modules = {p.name for p in folder.glob("*.py") if p.name != "__init__.py"} | {
-        f"{p.name}/" for p in folder.iterdir() if (p / "__init__.py").exists()
-    }
-    missing = modules - named
-    assert not missing, f"not in the README's tree: {sorted(missing)}"
-    inside = {p.name for p in folder.rglob("*.py")} | {f"{p.name}/" for p in folder.rglob("*") if p.is_dir()}
-    gone = {n for n in named if n not in inside}
-    assert not gone, f"in the README's tree alone: {sorted(gone)}"
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a shell line of a page in this process, and return its standard output."""
+
+    def call(line: str) -> str:
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        monkeypatch.setattr("dovetail.cli.main.quiet", lambda: None)  # it changes this process for good
+        with pytest.raises(SystemExit) as done:
+            main()
+        out, err = capsys.readouterr()
+        assert not done.value.code, f"{line}\n{err}"
+        return out
+
+    return call
 
 
-def test_the_readmes_table_is_the_registry():
-    from dovetail.cli.tables import markdown_table
+MESSAGES = ROOT / "docs/troubleshooting.md"
+RUN = [page for page in PAGES if page != MESSAGES and {"python", "bash"} & {block[0] for block in blocks(page)}]
 
-    assert markdown_table() in readme(), "dovetail.cli.tables.markdown_table() gives the table"
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch, command):
+    """Python blocks share their names; a YAML block with a title is written to that file; bash lines are commands."""
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "page"}
+    before = dict(REGISTRY)
+    try:
+        for language, title, text in blocks(page):
+            if language == "python":
+                exec(compile(text, f"{page.name}", "exec"), names)
+            elif language == "yaml" and title:
+                (tmp_path / title).write_text(text, encoding="utf-8")
+            elif language == "bash":
+                for line in text.replace("\\\n", " ").splitlines():
+                    assert command(line)
+    finally:
+        REGISTRY.clear()
+        REGISTRY.update(before)
+
+
+def test_the_readmes_example_is_short():
+    (code,) = [text for language, _, text in blocks(ROOT / "README.md") if language == "python"]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+
+
+def test_the_readmes_tree_and_table_are_up_to_date():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert generated.tree() in text
+    assert generated.written(text) == text, "python tests/generated.py writes them"
+
+
+def test_the_messages_of_troubleshooting_are_those_that_are_raised(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = MESSAGES.read_text(encoding="utf-8")
+    assert generated.with_messages(text) == text, "python tests/generated.py writes them"
+
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def anchors(page) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY"))])
+def test_links_lead_to_files_and_headings(page):
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file), target
+
+
+CONTRACTION = re.compile(
+    r"\b\w+n['’]t\b|\b(?:it|that|there|what|here|let|he|she|who)['’]s\b|\b(?:we|you|they|i)['’](?:ll|re|ve|d|m)\b", re.I
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_contractions(page):
+    assert not CONTRACTION.findall(page.read_text(encoding="utf-8"))
