@@ -157,7 +157,7 @@ BAD = [
     ("lora(scaling=sr)", 14, ["scaling=sr", "'linear' or 'rs'"]),
     ("lora(alpha=[1, 2])", 12, ["alpha=[1, 2]"]),
     ("lora(alpha=[1, 2)", 17, ["']'"]),
-    ("lora(r=0)", 1, ["r=0", "at least 1"]),
+    ("lora(r=0)", 1, ["r=0", "from 1 to 65536"]),
     ("ia3 >> lora(dropout=1.5)", 8, ["dropout=1.5", "[0, 1)"]),
     ("wanda(1.0)", 1, ["sparsity=1.0", "[0, 1)"]),
     ("wanda(50%)", 9, ["'%'"]),

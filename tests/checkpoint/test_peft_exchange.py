@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import pytest
@@ -19,10 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dovetail
+from dovetail.chains import registry
+from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.elastic import groups
+from dovetail.chains.link import always_print
+from dovetail.chains.registry import links
+from dovetail.chains.terms import LowRank
 from dovetail.checkpoint.formats.peft import export_peft, import_peft
 from dovetail.compression.apply import chain_layers
 from dovetail.errors import ChainError, DovetailError, LoadError
+from dovetail.links.adapt import LoRA
+from dovetail.links.adapt.rank import RankAdapter
 from families import batch, logits, make
 from places import ROOT
 
@@ -182,7 +190,7 @@ def test_elastic_vera_at_one_rank_is_written_with_its_projections(tmp_path: Path
     model = under("llama", "vera(r=8, elastic=[8, 6, 4])")
     export_peft(model, tmp_path)
     same(answer(stock(tmp_path)), answer(model), answer(make("llama")))
-    with pytest.raises(LoadError, match="other values than its projection_prng_key draws"):
+    with pytest.raises(LoadError, match="other values than vera"):
         import_peft(make("llama"), tmp_path)
 
 
@@ -274,6 +282,46 @@ def test_a_file_for_the_shorter_path_alone(tmp_path: Path) -> None:
         import_peft(Nested(), tmp_path)
 
 
+@dataclass(frozen=True)
+class RsLoRA(RankAdapter):
+    """A link of another package for one of peft's variants of LoRA: scale alpha / sqrt(r)."""
+
+    r: int = always_print(8)
+    alpha: float | None = None
+    elastic: tuple[int, ...] = ()
+
+    name: ClassVar[str] = "rslora"
+    rank_axes: ClassVar[dict[str, int]] = {"A": 0, "B": 1}
+    peft_type: ClassVar[str] = "LORA"
+    peft_variant: ClassVar[str] = "use_rslora"
+    peft_tensors = LoRA.peft_tensors
+    peft_config = LoRA.peft_config
+    peft_alpha = LoRA.peft_alpha
+    parameter_shapes, init, fold = LoRA.parameter_shapes, LoRA.init, LoRA.fold
+
+    def divisor(self, rank: int) -> float:
+        return rank**0.5
+
+    def lower(self, p: Mapping[str, Tensor]) -> list[Any]:
+        return [LowRank(p["A"], self.scale * p["B"])]
+
+    def peft_fields(self) -> dict[str, Any]:
+        return {"use_rslora": True}
+
+
+def test_an_adapter_of_another_package_declares_its_peft_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links()
+    monkeypatch.setitem(registry._REGISTERED, "rslora", RsLoRA)
+    model = under("llama", "rslora(r=4, alpha=6)")
+    export_peft(model, tmp_path)
+    same(answer(stock(tmp_path)), answer(model), answer(make("llama")))
+    again = import_peft(make("llama"), tmp_path)
+    assert str(applied(again).chain) == "rslora(r=4, alpha=6)"
+    same(answer(again), answer(model), answer(make("llama")))
+
+
 @pytest.mark.parametrize("compressed", ["magnitude(0.5)", "nf4(block=32)", "magnitude(0.5) >> int(bits=4, group=32)"])
 def test_over_a_compressed_base(compressed: str, tmp_path: Path) -> None:
     """The adapter belongs to the compressed base: merged alone, it is a checkpoint that peft takes."""
@@ -325,11 +373,11 @@ def test_a_stage_trained_before_is_part_of_the_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "family", "message"),
     [
-        ("magnitude(0.5) >> lora(r=2) >> remask", "llama", "can't re-impose the base's zeros"),
-        ("nf4(block=32) >> lora(r=2) >> regrid", "llama", "can't re-impose the base's grid"),
-        ("lora(r=2) >> ia3", "llama", "a peft adapter is one link"),
+        ("magnitude(0.5) >> lora(r=2) >> remask", "llama", "cannot re-impose the base's zeros"),
+        ("nf4(block=32) >> lora(r=2) >> regrid", "llama", "cannot re-impose the base's grid"),
+        ("lora(r=2) >> ia3", "llama", "a peft adapter must be one link"),
         ("magnitude(0.5)", "llama", "no adapter"),
-        ("bottleneck(r=2)", "llama", "peft has no such adapter"),
+        ("bottleneck(r=2)", "llama", "peft has no adapter bottleneck"),
         ("loha(r=2)", "gpt2", "not on GPT-2's Conv1D"),
     ],
 )
@@ -429,9 +477,9 @@ def refused(directory: Path, message: str, error: type[DovetailError] = LoadErro
         ({"r": 5}, r"shape \(4, 64\)"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"lora_alpha": "6; import os"}, "lora_alpha"),
-        ({"rank_pattern": {"(a|a)*b": 2}}, "aren't run"),
+        ({"rank_pattern": {"(a|a)*b": 2}}, "are not run"),
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern.q_proj"),
-        ({"target_modules": ["v_proj"]}, "target_modules doesn't name it"),
+        ({"target_modules": ["v_proj"]}, "target_modules must name every adapted layer"),
         ({"target_modules": ["q_proj", "v_proj"]}, "v_proj missing from the file"),
         ({"modules_to_save": ["lm_head"]}, "base_model.model.lm_head.weight missing"),
         ({"modules_to_save": ["self_attn"]}, "missing from the file|in modules_to_save"),
@@ -488,7 +536,7 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
 
 def test_other_projections_than_those_of_the_key_are_refused(tmp_path: Path) -> None:
     change_tensors(written(tmp_path, "vera"), lambda t: t["base_model.vera_A"].add_(1e-3))
-    refused(tmp_path, "other values than its projection_prng_key draws")
+    refused(tmp_path, "other values than vera")
     change_tensors(tmp_path, lambda t: t.pop("base_model.vera_B"))
     refused(tmp_path, "base_model.vera_B missing")
 
@@ -513,7 +561,7 @@ def test_peft_changes_the_base_where_it_loads_what_is_refused(tmp_path: Path) ->
 )
 def test_dropout_that_no_link_has_is_told(method: str, field: str, tmp_path: Path) -> None:
     written(tmp_path, method, **{field: 0.25})
-    with pytest.warns(UserWarning, match=f"{field}=0.25 is left out"):
+    with pytest.warns(UserWarning, match=f"{field}=0.25 is ignored"):
         import_peft(make("llama"), tmp_path)
 
 

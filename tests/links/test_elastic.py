@@ -67,8 +67,8 @@ def test_lists_are_put_in_order_and_bad_ones_refused(method):
     assert dovetail.chain(str(link)).links == (link,)
     assert "elastic" not in str(dovetail.chain(f"{method}(r=8, elastic=[])"))
     for bad, rule, fix in [
-        ("[4, 2]", "the largest elastic rank is r", "r=4, or elastic=\\[8, 4, 2\\]"),
-        ("[8, 9]", "from 1 to r=8", "r=9, or elastic=\\[8\\]"),
+        ("[4, 2]", "the largest elastic rank must be r", "set r=4 or elastic=\\[8, 4, 2\\]"),
+        ("[8, 9]", "from 1 to r=8", "r=9 or elastic=\\[8\\]"),
         ("[8, 0]", "from 1 to r=8", "elastic=\\[8\\]"),
         ("[8, -2]", "from 1 to r=8", "elastic=\\[8\\]"),
         ("[8, 8, 4]", "named once", "elastic=\\[8, 4\\]"),

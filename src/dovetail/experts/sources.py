@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.checkpoint.adapter import Before, describe, load_adapter, parameters_of
-from dovetail.checkpoint.formats.peft.write import CLASSIFIER_HEADS, CONFIG_FILE, PREFIX, PROJECTIONS, TENSORS_FILE
+from dovetail.checkpoint.formats.peft.write import CLASSIFIER_HEADS, CONFIG_FILE, PREFIX, TENSORS_FILE
 from dovetail.checkpoint.load import DTYPES, load
 from dovetail.compression.apply import initial_values
 from dovetail.errors import DovetailError, LoadError
@@ -38,7 +38,7 @@ from dovetail.models.locate import resolve
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _JSON_NBYTES = 1 << 20
-_CONSTANTS = (*PROJECTIONS.values(), "base_model.model.vera_A", "base_model.model.vera_B")
+_CONSTANTS = (*VeRA.peft_constants.values(), "base_model.model.vera_A", "base_model.model.vera_B")
 _PREFIXES = ("head/", "base_model.model.")
 
 

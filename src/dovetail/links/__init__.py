@@ -18,4 +18,6 @@ from dovetail.chains.link import (
 from dovetail.chains.registry import register
 from dovetail.chains.terms import Hadamard, InScale, LowRank, OutScale, RowNorm
 from dovetail.links import adapt, constrain, prune, quantize
+from dovetail.links.adapt.peft import PeftAdapter, PeftConfig, PeftLink
+from dovetail.links.adapt.rank import RankAdapter
 from dovetail.links.prune.scored import scoring

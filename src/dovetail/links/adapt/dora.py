@@ -2,33 +2,41 @@
 
     W' = diag(m / ‖W + c B A‖_row) (W + c B A)        m (o,), starts at ‖W‖_row; the norm takes no gradient
 
-Source: Liu et al. 2024, eq. 5 and §4.3 (norm detached). Usually a little better than LoRA at equal rank; its norm is
-had in closed form from the factors (DESIGN.md §3), so a step costs little more than LoRA's.
+Source: Liu et al. 2024, eq. 5 and §4.3 (norm detached). Usually a little better than LoRA at equal rank. The planner
+computes the norm in closed form from the factors, so a step costs little more than LoRA's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dovetail.chains.link import Adapter, Site, always_print
+from dovetail.chains.link import Site, always_print
 from dovetail.chains.registry import register
 from dovetail.chains.terms import LowRank, RowNorm, Term, nonzero
-from dovetail.links.adapt.rank import check_rank, check_width, elastic_ranks, kaiming_uniform
+from dovetail.links.adapt.lora import LoRA, LoraConfig
+from dovetail.links.adapt.peft import warn_of_dropout
+from dovetail.links.adapt.rank import RankAdapter, kaiming_uniform
+
+
+class DoraConfig(LoraConfig):
+    """peft's fields of LoRA where `use_dora` is true."""
+
+    use_dora: bool
 
 
 @register("dora")
 @dataclass(frozen=True)
-class DoRA(Adapter):
+class DoRA(RankAdapter):
     """Weight-decomposed low-rank update.
 
     r        rank
     alpha    numerator of the scale alpha / r; r when not given
-    elastic  ranks to train for, the largest r (`adapt/elastic.py`)
+    elastic  ranks to train for, of which the largest is r (`chains/layer/elastic.py`)
     """
 
     r: int = always_print(8)
@@ -39,26 +47,11 @@ class DoRA(Adapter):
     rank_axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
     summary: ClassVar[str] = "LoRA on the direction, a trained magnitude per row"
     source: ClassVar[str] = "Liu et al. 2024"
-
-    def __post_init__(self) -> None:
-        check_rank(self.name, self.r, self.alpha)
-        object.__setattr__(self, "elastic", elastic_ranks(self.name, self.r, self.elastic))
-
-    @property
-    def scale(self) -> float:
-        """c in the formula."""
-        return (self.r if self.alpha is None else self.alpha) / self.r
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        return self.elastic
-
-    def plain(self, rank: int) -> DoRA:
-        alpha = self.alpha if rank == self.r else self.scale * rank
-        return replace(self, r=rank, alpha=alpha, elastic=())
-
-    def check(self, site: Site) -> None:
-        check_width(self.name, self.r, site)
+    peft_type: ClassVar[str] = LoRA.peft_type
+    peft_variant: ClassVar[str] = "use_dora"
+    peft_tensors: ClassVar[Mapping[str, str]] = {**LoRA.peft_tensors, "magnitude": "lora_magnitude_vector"}
+    peft_config: ClassVar[type[DoraConfig]] = DoraConfig
+    peft_alpha: ClassVar[str] = LoRA.peft_alpha
 
     def parameter_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         return {
@@ -81,3 +74,11 @@ class DoRA(Adapter):
 
     def lower(self, p: Mapping[str, Tensor]) -> list[Term]:
         return [LowRank(p["A"], self.scale * p["B"]), RowNorm(p["magnitude"])]
+
+    def peft_fields(self) -> dict[str, Any]:
+        return {"use_dora": True}
+
+    @classmethod
+    def peft_arguments(cls, config: LoraConfig, where: str) -> dict[str, Any]:
+        warn_of_dropout(where, cls.name, lora_dropout=config.lora_dropout)
+        return {}

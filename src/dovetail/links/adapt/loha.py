@@ -3,32 +3,40 @@
     W' = W + c (B1 A1) ⊙ (B2 A2)        A (r, i), B (o, r), c = alpha / r
 
 Source: Hyeon-Woo et al. 2021 (FedPara), eq. 2. Reaches rank r² with 2r(o + i) parameters. B2 starts at zero. Where r²
-is small it runs as a Khatri-Rao low rank at about LoRA's price; otherwise the product is recomputed in backward.
+is small, LoHa runs as a Khatri-Rao low rank at about LoRA's cost; otherwise the product is recomputed in backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dovetail.chains.link import Adapter, Site, always_print
+from dovetail.chains.link import Site, always_print
 from dovetail.chains.registry import register
 from dovetail.chains.terms import Hadamard, Term
-from dovetail.links.adapt.rank import check_rank, check_width, elastic_ranks
+from dovetail.links.adapt.peft import Number, warn_of_dropout
+from dovetail.links.adapt.rank import RankAdapter, RankConfig
+
+
+class LohaConfig(RankConfig):
+    """peft's fields of LoHa."""
+
+    rank_dropout: Number = 0.0
+    module_dropout: Number = 0.0
 
 
 @register("loha")
 @dataclass(frozen=True)
-class LoHa(Adapter):
+class LoHa(RankAdapter):
     """Low-rank Hadamard product.
 
     r        rank of each factor
     alpha    numerator of the scale alpha / r; r when not given
-    elastic  ranks to train for, the largest r (`adapt/elastic.py`)
+    elastic  ranks to train for, of which the largest is r (`chains/layer/elastic.py`)
     """
 
     r: int = always_print(8)
@@ -39,26 +47,13 @@ class LoHa(Adapter):
     rank_axes: ClassVar[Mapping[str, int]] = {"A1": 0, "B1": 1, "A2": 0, "B2": 1}
     summary: ClassVar[str] = "Hadamard product of two low ranks: rank r² for 2r(o+i) parameters"
     source: ClassVar[str] = "Hyeon-Woo et al. 2021"
-
-    def __post_init__(self) -> None:
-        check_rank(self.name, self.r, self.alpha)
-        object.__setattr__(self, "elastic", elastic_ranks(self.name, self.r, self.elastic))
-
-    @property
-    def scale(self) -> float:
-        """c in the formula."""
-        return (self.r if self.alpha is None else self.alpha) / self.r
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        return self.elastic
-
-    def plain(self, rank: int) -> LoHa:
-        alpha = self.alpha if rank == self.r else self.scale * rank
-        return replace(self, r=rank, alpha=alpha, elastic=())
-
-    def check(self, site: Site) -> None:
-        check_width(self.name, self.r, site)
+    peft_type: ClassVar[str] = "LOHA"
+    peft_tensors: ClassVar[Mapping[str, str]] = {
+        "B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"
+    }  # fmt: skip
+    peft_config: ClassVar[type[LohaConfig]] = LohaConfig
+    peft_conv1d: ClassVar[bool] = False
+    peft_up: ClassVar[str] = "B1"
 
     def parameter_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         a, b = (self.r, site.in_features), (site.out_features, self.r)
@@ -78,3 +73,8 @@ class LoHa(Adapter):
 
     def lower(self, p: Mapping[str, Tensor]) -> list[Term]:
         return [Hadamard(self.scale * p["B1"], p["A1"], p["B2"], p["A2"])]
+
+    @classmethod
+    def peft_arguments(cls, config: LohaConfig, where: str) -> dict[str, Any]:
+        warn_of_dropout(where, cls.name, rank_dropout=config.rank_dropout, module_dropout=config.module_dropout)
+        return {}

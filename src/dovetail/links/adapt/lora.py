@@ -2,36 +2,66 @@
 
     W' = W + c B A        A (r, i), B (o, r), c = alpha / r, or alpha / sqrt(r) with scaling="rs"
 
-Source: Hu et al. 2021, §4.1; rank-stabilised scaling: Kalajdzievski 2023. B starts at zero, A as a Kaiming-uniform
-linear layer. The workhorse: more capacity than IA3 and VeRA, and cheaper a step than LoHa or DoRA.
+Source: Hu et al. 2021, §4.1; rank-stabilized scaling: Kalajdzievski 2023. B starts at zero, A as a Kaiming-uniform
+linear layer. LoRA has more capacity than IA3 and VeRA, and a step costs less than with LoHa or DoRA.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
+import pydantic
 import torch
 from torch import Tensor
 
-from dovetail.chains.link import Adapter, Site, always_print
+from dovetail.chains.link import Site, always_print
 from dovetail.chains.registry import register
 from dovetail.chains.terms import LowRank, Term
-from dovetail.links.adapt.rank import check_rank, check_width, elastic_ranks, kaiming_uniform
+from dovetail.errors import LoadError
+from dovetail.links.adapt.peft import Number
+from dovetail.links.adapt.rank import RankAdapter, RankConfig, kaiming_uniform
+
+BASE_UNCHANGED = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+"""Values of init_lora_weights with which peft does not change the base when it loads the adapter."""
+
+
+class LoraConfig(RankConfig):
+    """peft's fields of LoRA, rsLoRA and DoRA."""
+
+    alpha: Number = pydantic.Field(default=8, validation_alias="lora_alpha")
+    lora_dropout: Number = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+
+    def divisor(self, rank: int) -> float:
+        return math.sqrt(rank) if self.use_rslora else rank
+
+    def check(self, where: str) -> None:
+        super().check(where)
+        if self.init_lora_weights not in BASE_UNCHANGED:
+            raise LoadError(
+                where,
+                found=f"init_lora_weights={self.init_lora_weights!r}"[:200],
+                rule="peft changes the base's weights again whenever it loads this adapter, so it does not belong to "
+                "the unchanged base",
+                fix="convert it with save_pretrained(…, path_initial_model_for_weight_conversion=…); an adapter from "
+                "LoftQ belongs to the base that LoftQ saved, where init_lora_weights is true",
+            )
 
 
 @register("lora")
 @dataclass(frozen=True)
-class LoRA(Adapter):
+class LoRA(RankAdapter):
     """Low-rank update.
 
     r        rank
     alpha    numerator of the scale; r when not given
-    dropout  probability with which an input of A is dropped while training
+    dropout  probability that an input of A is dropped during training
     scaling  "linear": alpha / r; "rs": alpha / sqrt(r)
-    elastic  ranks to train for, the largest r (`adapt/elastic.py`)
+    elastic  ranks to train for, of which the largest is r (`chains/layer/elastic.py`)
     """
 
     r: int = always_print(8)
@@ -44,27 +74,13 @@ class LoRA(Adapter):
     rank_axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
     summary: ClassVar[str] = "low-rank update W + c·BA"
     source: ClassVar[str] = "Hu et al. 2021"
+    peft_type: ClassVar[str] = "LORA"
+    peft_tensors: ClassVar[Mapping[str, str]] = {"A": "lora_A.weight", "B": "lora_B.weight"}
+    peft_config: ClassVar[type[LoraConfig]] = LoraConfig
+    peft_alpha: ClassVar[str] = "lora_alpha"
 
-    def __post_init__(self) -> None:
-        check_rank(self.name, self.r, self.alpha, self.dropout)
-        object.__setattr__(self, "elastic", elastic_ranks(self.name, self.r, self.elastic))
-
-    @property
-    def scale(self) -> float:
-        """c in the formula."""
-        alpha = self.r if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.r) if self.scaling == "rs" else self.r)
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        return self.elastic
-
-    def plain(self, rank: int) -> LoRA:
-        alpha = self.scale * (math.sqrt(rank) if self.scaling == "rs" else rank)
-        return replace(self, r=rank, alpha=self.alpha if rank == self.r else alpha, elastic=())
-
-    def check(self, site: Site) -> None:
-        check_width(self.name, self.r, site)
+    def divisor(self, rank: int) -> float:
+        return math.sqrt(rank) if self.scaling == "rs" else rank
 
     def parameter_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         return {"A": (self.r, site.in_features), "B": (site.out_features, self.r)}
@@ -80,3 +96,10 @@ class LoRA(Adapter):
 
     def lower(self, p: Mapping[str, Tensor]) -> list[Term]:
         return [LowRank(p["A"], self.scale * p["B"], self.dropout)]
+
+    def peft_fields(self) -> dict[str, Any]:
+        return {"lora_dropout": self.dropout, "use_rslora": self.scaling == "rs"}
+
+    @classmethod
+    def peft_arguments(cls, config: LoraConfig, where: str) -> dict[str, Any]:
+        return {"dropout": config.lora_dropout, "scaling": "rs" if config.use_rslora else "linear"}
