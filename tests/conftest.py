@@ -1,9 +1,23 @@
-"""One thread for every test and the processes that it starts: the models are tiny, and the machines shared."""
+"""One thread for every test and the processes that it starts: the models are tiny, and the machines shared.
+
+Two variables are for `tests/portable.py`: DOVETAIL_TEST_THREADS is the number of threads, and DOVETAIL_TEST_WITHOUT
+names a package that tests must not find, as if it were not installed.
+"""
 
 import os
+from importlib.machinery import PathFinder
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+THREADS = os.environ.get("DOVETAIL_TEST_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = THREADS  # before torch is imported
 
-import torch
+if missing := os.environ.get("DOVETAIL_TEST_WITHOUT"):
+    find_spec = PathFinder.find_spec
 
-torch.set_num_threads(1)
+    def find_other_spec(fullname: str, *arguments, **keywords):
+        return None if fullname.split(".")[0] == missing else find_spec(fullname, *arguments, **keywords)
+
+    PathFinder.find_spec = staticmethod(find_other_spec)
+
+import torch  # noqa: E402
+
+torch.set_num_threads(int(THREADS))

@@ -123,7 +123,9 @@ def test_a_model_without_token_ids_has_no_logits_to_compare_unless_told() -> Non
 def test_logits_are_compared_without_being_told(family: str) -> None:
     report = dovetail.merge(chained("nf4 >> lora(r=4) >> regrid", family=family))
     assert report.max_abs_logit_diff == 0
-    assert dovetail.merge(chained("lora(r=4)", family=family)).max_abs_logit_diff < 1e-4
+    # The norms of a model in float64 still round to float32.
+    model = chained("lora(r=4)", torch.float64, family)
+    assert dovetail.merge(model).max_abs_logit_diff < torch.finfo(torch.float32).eps
 
 
 def test_every_module_keeps_its_mode() -> None:

@@ -1,4 +1,4 @@
-"""Adapters in peft's format: stock peft loads what we write, we load what it writes, with the same logits (float32).
+"""Adapters in peft's format: stock peft loads what we write, we load what it writes, with the same logits.
 
 The models are the tiny ones of `families.py`; both sides start from the same weights, made twice from one seed.
 """
@@ -34,8 +34,9 @@ from dovetail.links.adapt.rank import RankAdapter
 from families import batch, logits, make
 from places import ROOT
 
-CLOSE = 1e-6
-"""Largest difference of logits, over the largest logit or 1."""
+CLOSE = torch.finfo(torch.float32).eps
+"""Largest difference of logits in float64, over the largest logit or 1. Of a model in float64 some norms and rotary
+embeddings still round to float32: a difference in the last bit of float64 may become one of float32 there."""
 FAMILIES = ["llama", "qwen2", "gpt2", "t5", "bert", "phi3"]
 DOWN = {
     "llama": "mlp.down_proj", "qwen2": "mlp.down_proj", "phi3": "mlp.down_proj", "gpt2": "mlp.c_proj",
@@ -87,9 +88,10 @@ def perturb(model: nn.Module, by: float = 0.1) -> None:
 
 
 def answer(model: Any) -> Tensor:
-    """Its logits on one batch, in eval mode."""
+    """Its logits on one batch, in eval mode and float64: no order of summation is seen in them."""
+    model = copy.deepcopy(model).double().eval()
     with torch.no_grad():
-        return logits(model.eval(), batch(model))
+        return logits(model, batch(model))
 
 
 def stock(directory: Path, family: str = "llama") -> Any:

@@ -19,6 +19,7 @@ from dovetail.compression.blocks import blocks_of, calibrate_blocks
 from dovetail.compression.passes import split
 from dovetail.errors import ChainError, DataError
 from families import FAMILIES, batch, make
+from tolerance import rounding
 
 Batches = Sequence[dict[str, Tensor]]
 
@@ -87,14 +88,15 @@ def walked(model: nn.Module, batches: Batches, inputs: Inputs, *, gram: bool = T
 
 def assert_same(found: dict[str, InputStatistics], wanted: dict[str, Tensor]) -> None:
     assert set(found) == set(wanted)
+    bound = rounding(torch.float32, 128, steps=8)  # the products of a block one after the other, then the Gram's
     for name, gram in wanted.items():
         size = float(gram.diagonal().max())
         got = found[name].gram_ii
         if got is not None:
             torch.testing.assert_close(
-                got.double(), gram, rtol=1e-4, atol=1e-4 * size, msg=lambda m, n=name: f"{n}: {m}"
+                got.double(), gram, rtol=bound, atol=bound * size, msg=lambda m, n=name: f"{n}: {m}"
             )
-        torch.testing.assert_close(found[name].square_i.double(), gram.diagonal(), rtol=1e-4, atol=1e-4 * size)
+        torch.testing.assert_close(found[name].square_i.double(), gram.diagonal(), rtol=bound, atol=bound * size)
 
 
 def clean(model: nn.Module, threads: int) -> None:
@@ -256,7 +258,7 @@ def test_a_later_batch_that_fails_leaves_a_model_that_refuses_use(
     with pytest.raises(error):
         dovetail.apply(model, chain, calibration=data(0, hurt))
     clean(model, threads)
-    with pytest.raises(ChainError, match="compression was interrupted"):
+    with pytest.raises(ChainError, match="compressed in part"):
         dovetail.merge(model)
 
 

@@ -14,6 +14,7 @@ import dovetail
 from dovetail.compression.apply import chain_layers
 from families import FAMILIES, batch, logits, make
 from samples import move
+from tolerance import assert_near
 
 CLOSED = [
     "wanda(0.5) >> int(bits=4, group=32) >> lora(r=4) >> remask >> regrid",
@@ -153,7 +154,7 @@ def test_a_layer_under_several_names_is_one_layer() -> None:
     dovetail.merge(model)
     assert model.first is model.blocks[0] is model.blocks[2]
     assert type(model.first) is nn.Linear
-    torch.testing.assert_close(model(x), before)
+    assert_near(model(x), before, terms=16, steps=4)
 
 
 def test_tensors_shared_between_two_layers_are_refused_by_name() -> None:

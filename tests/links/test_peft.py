@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import dovetail
 from dovetail.compression.apply import chain_layers
+from tolerance import assert_near
 
 WIDTH, HIDDEN = 12, 20
 
@@ -161,8 +162,8 @@ def test_both_start_as_the_identity_and_train_what_peft_trains(case: str, text: 
     before = model(x)
     theirs = peft.get_peft_model(copy.deepcopy(model), copy.deepcopy(CASES[case][1]))
     ours = dovetail.apply(model, text, targets=TARGETS)
-    torch.testing.assert_close(theirs(x), before)
-    torch.testing.assert_close(ours(x), before)
+    assert_near(theirs(x), before, terms=WIDTH, steps=3)
+    assert_near(ours(x), before, terms=WIDTH, steps=3)
     if case == "vera":
         d = {p[0].item() for name, p in theirs.named_parameters() if "lambda_d" in name}
         assert d == {p[0].item() for name, p in ours.named_parameters() if name.endswith(".d")}

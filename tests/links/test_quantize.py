@@ -6,6 +6,8 @@ import json
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,7 @@ from dovetail.chains.link import Quantizer, Site
 from dovetail.chains.packing import pack, packed_nbytes, unpack
 from dovetail.chains.registry import links
 from dovetail.errors import ChainError, DovetailError
-from dovetail.links.quantize import dynamic8, nearest
-from dovetail.links.quantize.accelerate import four_bit_kernel
+from dovetail.links.quantize import accelerate, dynamic8, nearest
 from dovetail.links.quantize.fp8 import Float8
 from dovetail.links.quantize.integer import Int
 from dovetail.links.quantize.nf import FP4, NF4, Float4, NormalFloat4
@@ -295,33 +296,96 @@ def test_4_bit_ties(bnb, cls):
         assert torch.equal(ours.encode(weight * scale).codes, packed.view(-1))
 
 
-@pytest.mark.parametrize("cls", [NormalFloat4, Float4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_kernel_is_equal_to_the_definition(bnb, monkeypatch: pytest.MonkeyPatch, cls, dtype: torch.dtype):
-    for shape, block in (((24, 128), 64), ((10, 256), 32), ((24, 96), 64), ((5, 4096), 2048)):
+class StandIn:
+    """bitsandbytes' dequantize operator in plain torch, so that the code around it is tested on every processor."""
+
+    def __init__(self, scaled_by: float = 1.0) -> None:
+        self.scaled_by = scaled_by
+        self.calls = 0
+
+    def default(
+        self, codes: Tensor, scale: Tensor, block: int, name: str, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        self.calls += 1
+        book = {"nf4": NF4, "fp4": FP4}[name]
+        pairs = torch.stack([codes >> 4, codes & 15], dim=1).view(-1, block).long()
+        return (torch.tensor(book.levels)[pairs] * (scale * self.scaled_by)[:, None]).to(dtype).view(shape)
+
+
+def use_stand_in(patch: pytest.MonkeyPatch, operator: Any) -> None:
+    """Make Dovetail find this operator in place of bitsandbytes'."""
+    patch.setattr(torch.ops, "bitsandbytes", SimpleNamespace(dequantize_4bit=operator), raising=False)
+    patch.setattr(accelerate, "_available", lambda: True)
+    patch.setattr(accelerate, "_proved_kernel", accelerate._proved_kernel.__wrapped__)
+    patch.setattr(accelerate, "SMALLEST", 0)
+
+
+each_float4 = pytest.mark.parametrize("cls", [NormalFloat4, Float4])
+each_kernel_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+KERNEL_SHAPES = [((24, 128), 64), ((10, 256), 32), ((24, 96), 64), ((5, 4096), 2048)]
+
+
+def dequantized_by_kernel(patch: pytest.MonkeyPatch, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """The values, read in chunks of a few rows; asserts that a transposed buffer gets the same."""
+    patch.setattr("dovetail.links.quantize.codebook.KERNEL_CHUNK", 1000)
+    found = values(weight, dtype)
+    transposed = weight.dequantize(torch.empty(weight.shape[1], weight.shape[0], dtype=dtype).t())
+    assert same_bits(transposed, found)
+    return found
+
+
+@each_float4
+@each_kernel_dtype
+def test_kernel_is_used_for_whole_blocks_and_equal_to_the_definition(monkeypatch, cls, dtype: torch.dtype):
+    for shape, block in KERNEL_SHAPES:
         for double in (False, True):
             weight = cls(block=block, double=double).quantize(a_weight(shape))
             expected = values(weight, dtype)
             with monkeypatch.context() as patch:
-                patch.setattr("dovetail.links.quantize.accelerate.SMALLEST", 0)
-                patch.setattr("dovetail.links.quantize.codebook.KERNEL_CHUNK", 1000)
-                found = values(weight, dtype)
-                transposed = weight.dequantize(torch.empty(shape[1], shape[0], dtype=dtype).t())
-                kernel = four_bit_kernel(cls.name, cls.book.levels, shape, block, dtype, weight.codes)
-            assert same_bits(found, expected)
-            assert same_bits(transposed, expected)
-            assert (kernel is None) == (shape[1] % block != 0 or block > 1024)
-            assert four_bit_kernel(cls.name, cls.book.levels, shape, block, dtype, weight.codes) is None  # too small
+                operator = StandIn()
+                use_stand_in(patch, operator)
+                kernel = accelerate.four_bit_kernel(cls.name, cls.book.levels, shape, block, dtype, weight.codes)
+                assert (kernel is None) == (shape[1] % block != 0 or block > 1024)
+                calls = operator.calls
+                assert same_bits(dequantized_by_kernel(patch, weight, dtype), expected)
+                assert (operator.calls > calls) == (kernel is not None)
+                patch.setattr(accelerate, "SMALLEST", shape[0] * shape[1] + 1)
+                assert accelerate.four_bit_kernel(cls.name, cls.book.levels, shape, block, dtype, weight.codes) is None
 
 
-def test_the_kernel_is_imported_quietly(bnb):
+@each_float4
+@each_kernel_dtype
+def test_bitsandbytes_kernel_is_equal_to_the_definition(bnb, monkeypatch, cls, dtype: torch.dtype):
+    """Whether or not the kernel is taken on this processor."""
+    for shape, block in KERNEL_SHAPES:
+        for double in (False, True):
+            weight = cls(block=block, double=double).quantize(a_weight(shape))
+            expected = values(weight, dtype)
+            with monkeypatch.context() as patch:
+                patch.setattr(accelerate, "SMALLEST", 0)
+                assert same_bits(dequantized_by_kernel(patch, weight, dtype), expected)
+
+
+def test_kernel_that_differs_or_fails_is_not_used(monkeypatch: pytest.MonkeyPatch):
+    def absent(*_: object) -> Tensor:
+        raise NotImplementedError
+
+    weight = NormalFloat4().quantize(a_weight((24, 128)))
+    expected = values(weight)
+    for operator in (StandIn(scaled_by=1 + 2**-23), SimpleNamespace(default=absent)):
+        with monkeypatch.context() as patch:
+            use_stand_in(patch, operator)
+            assert accelerate.four_bit_kernel("nf4", NF4.levels, (24, 128), 64, torch.float32, weight.codes) is None
+            assert same_bits(values(weight), expected)
+
+
+def test_bitsandbytes_is_imported_only_for_large_weights_and_quietly(bnb):
     code = (
         "import sys, torch\n"
         "from dovetail.links.quantize.nf import NormalFloat4\n"
-        "weight = NormalFloat4().quantize(torch.randn(512, 1024))\n"
+        "NormalFloat4().quantize(torch.randn(8, 64)).dequantize(torch.empty(8, 64))\n"
         "assert 'bitsandbytes' not in sys.modules\n"
-        "weight.dequantize(torch.empty(512, 1024))\n"
-        "assert 'bitsandbytes' in sys.modules\n"
+        "NormalFloat4().quantize(torch.randn(512, 1024)).dequantize(torch.empty(512, 1024))\n"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
