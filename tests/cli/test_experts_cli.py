@@ -101,14 +101,14 @@ def test_list_and_verify(folder: Path, tmp_path: Path) -> None:
     assert [row["name"] for row in rows] == ["one", "two"]
     assert rows[0]["kept"] == experts.load(folder / "store" / "one.dvt").kept
     assert "lora(r=4)" in done("experts", "list", folder / "store")
-    assert "whole" in done("experts", "verify", folder / "store" / "one.dvt")
+    assert "complete" in done("experts", "verify", folder / "store" / "one.dvt")
     data = bytearray((folder / "store" / "one.dvt").read_bytes())
     data[-9] ^= 1
     (tmp_path / "bad.dvt").write_bytes(data)
     result = command("experts", "verify", tmp_path / "bad.dvt", folder / "store" / "two.dvt")
     assert result.exit_code == 2
     assert "CRC" in result.stderr
-    assert "two.dvt: whole" in result.stdout
+    assert "two.dvt: complete" in result.stdout
 
 
 def test_a_damaged_file_hides_no_other(folder: Path, tmp_path: Path) -> None:
@@ -116,9 +116,9 @@ def test_a_damaged_file_hides_no_other(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.dvt").write_bytes(whole[:1000])
     (tmp_path / "b.dvt").write_bytes(whole)
     rows = said("experts", "list", tmp_path)
-    assert rows[0]["of"].startswith("not whole")
+    assert rows[0]["of"].startswith("damaged")
     assert rows[1]["of"] == "lora(r=4)"
-    assert "not whole" in done("experts", "list", tmp_path)
+    assert "damaged" in done("experts", "list", tmp_path)
 
 
 def test_index_makes_a_store_of_a_folder(folder: Path) -> None:
@@ -169,6 +169,30 @@ def test_bench(folder: Path) -> None:
     found = said("experts", "bench", folder / "store" / "one.dvt", "--rounds", 1)
     assert set(found["seconds"]) == {"copy", "load", "verify", "dense", "masks"}
     assert "GB/s" in done("experts", "bench", folder / "store" / "one.dvt", "--rounds", 1)
+
+
+def test_inspect_says_what_a_folder_is(folder: Path, tmp_path: Path) -> None:
+    peft, model, empty = (tmp_path / name for name in ("peft", "model", "empty"))
+    for path, file in ((peft, "adapter_config.json"), (model, "config.json"), (empty, "x")):
+        path.mkdir()
+        (path / file).write_text("{}")
+    for path, found in (
+        (folder / "one", "a Dovetail adapter"),
+        (peft, "a peft adapter"),
+        (model, "a model"),
+        (empty, "not an expert but a folder"),
+    ):
+        error = command("inspect", path).exception
+        assert isinstance(error, DovetailError)
+        assert found in error.found
+    (tmp_path / "text.dvt").write_text("text")
+    assert "not an expert" in str(command("inspect", tmp_path / "text.dvt").exception)
+
+
+def test_every_help_has_an_example() -> None:
+    for words in (["pack"], ["unpack"], ["inspect"], ["experts"], *(["experts", name] for name in (
+        "list", "similarity", "merge", "compose", "verify", "index", "bench"))):  # fmt: skip
+        assert "Example: dovetail" in done(*words, "--help"), words
 
 
 def test_bad_files(tmp_path: Path) -> None:

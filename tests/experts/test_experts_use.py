@@ -181,7 +181,7 @@ def test_experts_are_shown_short(folder: Path, command: Command) -> None:
     _, out, _ = command("inspect", folder / "one.dvt")
     assert "one scale for all" in out
     _, out, _ = command("experts", "similarity", folder / "one.dvt", "--what", "hamming")
-    assert "share of the same values" in out
+    assert "share of equal values" in out
 
 
 @pytest.mark.parametrize("what", ["head", "bf16"])

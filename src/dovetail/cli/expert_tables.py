@@ -1,4 +1,4 @@
-"""Experts as people see them: tables, a histogram and a matrix for the terminal, and the matrix as a picture."""
+"""Output of the expert commands: tables, a histogram and a matrix for the terminal, and the matrix as PNG."""
 
 from __future__ import annotations
 
@@ -28,15 +28,32 @@ _BARS = 40
 
 
 def entropy(density: float) -> float:
-    """Bits a value of independent ternary values with equally likely signs (ComPEFT §2.2)."""
+    """Return the bits per value of independent ternary values with equally likely signs (ComPEFT §2.2)."""
     if density <= 0:
         return 0.0
     rest = 0.0 if density >= 1 else -(1 - density) * math.log2(1 - density)
     return rest - density * math.log2(density / 2)
 
 
+def check_expert(path: Path) -> None:
+    """Raise LoadError for a folder, with the command for its content."""
+    if not path.is_dir():
+        return
+    found, fix = "a folder", "pass a .dvt file"
+    for name, kind, way in (
+        ("packed.safetensors", "the folder of a packed model", "load it with dovetail.load"),
+        ("adapter.json", "the folder of a Dovetail adapter", f"make an expert of it with `dovetail pack {path}`"),
+        ("adapter_config.json", "the folder of a peft adapter", f"make an expert of it with `dovetail pack {path}`"),
+        ("config.json", "the folder of a model", f"make an expert of it with `dovetail pack {path} --base MODEL`"),
+    ):
+        if (path / name).is_file():
+            found, fix = kind, way
+            break
+    raise LoadError(str(path), found=f"not an expert but {found}", rule="an expert must be a .dvt file", fix=fix)
+
+
 def facts(expert: Expert) -> dict[str, Any]:
-    """What `inspect` says of an expert, for JSON."""
+    """Return the facts that `inspect` shows, for JSON."""
     tensors = []
     for name, coded in expert.coded.items():
         modes = sorted({_MODES[int(mode)] for mode in coded.directory["mode"] & 15})
@@ -58,7 +75,7 @@ def facts(expert: Expert) -> dict[str, Any]:
 
 
 def histogram(expert: Expert, bins: int = 10) -> dict[str, list[float]]:
-    """How densely blocks (of 65,536 values) are kept: `edges` of the shares, and `values` in blocks between them."""
+    """Return a histogram of the blocks' densities: `edges`, and `values` in the blocks between them."""
     shares, weights = [], []
     for coded in expert.coded.values():
         sizes = np.full(len(coded.directory), 1 << 16)
@@ -72,7 +89,7 @@ def histogram(expert: Expert, bins: int = 10) -> dict[str, list[float]]:
 
 
 def print_expert(console: Console, path: Path, expert: Expert, rows: int) -> None:
-    """Facts, a table of the tensors (the `rows` with most kept values), and the histogram."""
+    """Print the facts, a table of the `rows` tensors with most kept values, and the histogram."""
     said = facts(expert)
     times = said["uncompressed_nbytes"] / said["nbytes"]
     of = said["chain"] or (f"peft {said['peft_type']}" if said["peft_type"] else f"initial {said['initial']}")
@@ -80,10 +97,10 @@ def print_expert(console: Console, path: Path, expert: Expert, rows: int) -> Non
         f"[bold]{escape(path.name)}[/bold]: {len(said['tensors'])} tensors, "
         f"{said['kept']:,} of {said['values']:,} values kept ({100 * said['share']:.3g} %)",
         f"{size(said['nbytes'])}, 1/{times:.3g} of {size(said['uncompressed_nbytes'])} uncompressed; "
-        f"{said['bits']:.3f} bits a value (entropy {said['entropy_bits']:.3f})",
-        f"of {escape(str(of))}, for base {said['base'] or 'unknown'}",
+        f"{said['bits']:.3f} bits per value (entropy {said['entropy_bits']:.3f})",
+        f"origin {escape(str(of))}, for base {said['base'] or 'unknown'}",
         f"alpha {said['alpha']:g}, density {said['density']:g}, "
-        f"{'a scale for each tensor' if said['scale'] == 'tensor' else 'one scale for all'}\n",
+        f"{'one scale per tensor' if said['scale'] == 'tensor' else 'one scale for all'}\n",
     ):
         console.print(line, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -104,7 +121,7 @@ def print_expert(console: Console, path: Path, expert: Expert, rows: int) -> Non
     if len(order) > rows:
         console.print(f"and {len(order) - rows} more (--rows)\n")
     drawn = said["histogram"]
-    console.print("values, by how densely their block of up to 65,536 is kept")
+    console.print("values by the density of their block (of up to 65,536 values)")
     most = max(drawn["values"]) or 1
     for low, high, count in zip(drawn["edges"], drawn["edges"][1:], drawn["values"], strict=False):
         bar = "█" * round(_BARS * count / most) or ("▏" if count else "")
@@ -112,11 +129,11 @@ def print_expert(console: Console, path: Path, expert: Expert, rows: int) -> Non
 
 
 def listed(place: str) -> list[dict[str, Any]]:
-    """The experts of a folder, by their headers, or of an HTTP origin, by its index: name, nbytes and what is known."""
+    """Return the experts of a folder, from their headers, or of an HTTP server, from its index."""
     if "://" in place:
         from dovetail.experts.store.http import HttpFolder  # imports httpx
 
-        web = HttpFolder(place, timeout=30.0, max_nbytes=1, retries=2)  # its index alone
+        web = HttpFolder(place, timeout=30.0, max_nbytes=1, retries=2)  # reads only the index
         return [{"name": name, "nbytes": web.stamp(name)[0], "values": None, "kept": None, "of": "", "base": None}
                 for name in web.names()]  # fmt: skip
     rows = []
@@ -125,19 +142,21 @@ def listed(place: str) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"name": path.stem, "nbytes": path.stat().st_size}
         try:
             header, kept = read_header(path)
-        except LoadError as error:  # one damaged file hides no other
-            rows.append(row | {"values": None, "kept": None, "of": f"not whole: {error.found}"[:200], "base": None})
+        except LoadError as error:  # a damaged file must not hide others
+            rows.append(row | {"values": None, "kept": None, "of": f"damaged: {error.found}"[:200], "base": None})
             continue
         of = header.chain or (f"peft {header.peft.get('peft_type')}" if header.peft else header.initial)
         values = sum(math.prod(entry.shape) for entry in header.tensors)
         rows.append(row | {"values": values, "kept": sum(kept), "of": of, "base": header.base})
     if not rows:
-        raise LoadError(place, found="no .dvt file", rule="a folder of experts", fix="dovetail pack")
+        raise LoadError(
+            place, found="no .dvt file", rule="the folder must contain experts", fix="make one with `dovetail pack`"
+        )
     return rows
 
 
 def similarities(files: Sequence[Path]) -> list[list[dict[str, float]]]:
-    """Of each pair of experts, what `similarity` says."""
+    """Return the `similarity` of each pair of experts."""
     masks = [load(path).masks() for path in files]
     found: list[list[dict[str, float]]] = [[{} for _ in masks] for _ in masks]
     for row, one in enumerate(masks):
@@ -147,9 +166,9 @@ def similarities(files: Sequence[Path]) -> list[list[dict[str, float]]]:
 
 
 def print_list(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table of experts: what `list` found."""
+    """Print a table of experts."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("expert", "size", "values", "kept %", "of", "base"):
+    for column in ("expert", "size", "values", "kept %", "origin", "base"):
         table.add_column(column, justify="right" if column in ("size", "values", "kept %") else "left", overflow="fold")
     for row in rows:
         share = "" if not row["values"] else f"{100 * row['kept'] / row['values']:.3g}"
@@ -161,7 +180,7 @@ def print_list(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_matrix(console: Console, names: Sequence[str], matrix: np.ndarray, what: str) -> None:
-    """A symmetric matrix with shaded cells."""
+    """Print a symmetric matrix with shaded cells."""
     console.print(what)
     table = Table(box=None, pad_edge=False)
     table.add_column("")
@@ -182,8 +201,8 @@ def _cell(value: float) -> Text:
 
 
 def matrix_plot(names: Sequence[str], matrix: np.ndarray, what: str) -> bytes:
-    """The same as PNG."""
-    from dovetail.display.plots import empty, png  # half a second, and only here
+    """Draw the matrix as PNG."""
+    from dovetail.display.plots import empty, png  # imports matplotlib
 
     side = 2.6 + 0.55 * len(names)
     drawing, axes = empty(side + 0.8, side)

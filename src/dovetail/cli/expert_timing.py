@@ -1,4 +1,4 @@
-"""How fast an expert is read, checked and decoded on this machine, beside a copy of its uncompressed bytes."""
+"""Time to read, check and decode an expert on this machine, compared with a copy of its uncompressed bytes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from dovetail.experts.expert import load, verify
 
 
 def measure(path: Path, rounds: int = 5, threads: int = 1) -> dict[str, Any]:
-    """Medians of `rounds` rounds, in which every part takes its turn, after one that isn't counted.
+    """Return medians of `rounds` interleaved rounds, after one warm-up round.
 
-    returns  `uncompressed_nbytes`, `nbytes`, and `seconds` of copying the uncompressed bytes in memory ("copy"), of
-             reading the file ("load"), checking all of it ("verify"), decoding it into reused tensors ("dense") and to
-             two bits a value ("masks")
+    returns  `uncompressed_nbytes`, `nbytes`, and the `seconds` to copy the uncompressed bytes in memory ("copy"), to
+             read the file ("load"), to check it ("verify"), to decode it into reused tensors ("dense") and to two bits
+             per value ("masks")
     """
     expert = load(path)
     out = {name: torch.zeros(shape, dtype=expert.dtypes[name]) for name, shape in expert.shapes.items()}
@@ -60,13 +60,13 @@ def measure(path: Path, rounds: int = 5, threads: int = 1) -> dict[str, Any]:
 
 
 def print_timings(console: Console, found: dict[str, Any]) -> None:
-    """A table of what `measure` found."""
+    """Print a table of the result of `measure`."""
     said = {
-        "copy": "copying the uncompressed bytes in memory",
-        "load": "reading the file",
-        "verify": "checking every block",
-        "dense": "decoding into reused tensors, checks included",
-        "masks": "decoding to two bits a value, checks included",
+        "copy": "copy the uncompressed bytes in memory",
+        "load": "read the file",
+        "verify": "check every block",
+        "dense": "decode into reused tensors, with checks",
+        "masks": "decode to two bits per value, with checks",
     }
     threads = f"{found['threads']} thread" + ("s" if found["threads"] > 1 else "")
     console.print(f"{size(found['nbytes'])}, uncompressed {size(found['uncompressed_nbytes'])}; {threads}")

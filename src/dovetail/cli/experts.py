@@ -1,4 +1,4 @@
-"""The commands of many experts: `dovetail experts ...`."""
+"""The commands for task experts: `dovetail experts ...`."""
 
 from __future__ import annotations
 
@@ -18,19 +18,26 @@ if TYPE_CHECKING:
 
 experts_app = typer.Typer(
     name="experts", no_args_is_help=True, rich_markup_mode="rich",
-    help="Experts: task vectors as signs and a scale, a fiftieth of their size. `dovetail pack` makes one.",
+    help="Task experts: task vectors as signs and a scale, at a fiftieth of their size. `dovetail pack` makes one.",
+    epilog="Example: dovetail experts similarity store/*.dvt",
 )  # fmt: skip
 
-Alpha = Annotated[float | None, typer.Option(help="Of the new expert. \\[default: of the scale nearest to its values]")]
+Alpha = Annotated[
+    float | None,
+    typer.Option(metavar="NUMBER", help="Alpha of the new expert. \\[default: the one of the least error]"),
+]
 Files = Annotated[list[Path], typer.Argument(metavar="EXPERT...", help=".dvt files.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="PATH", help="A .dvt file, or a folder to unpack into.")
+]
 
 
 _MEASURES = {
     "cosine": "cosine",
-    "sign_agreement": "share of the same signs, of values that both keep",
-    "hamming": "share of the same values: 1 - Hamming distance / values",
+    "sign_agreement": "share of equal signs among the values that both keep",
+    "hamming": "share of equal values: 1 - Hamming distance / values",
 }
-"""What `similarity` draws, and how it is called there."""
+"""Measures of `similarity`, with their titles."""
 
 
 @experts_app.command("list", epilog="Example: dovetail experts list store/")
@@ -38,7 +45,7 @@ def list_experts(
     place: Annotated[str, typer.Argument(metavar="STORE", help="A folder of .dvt files, or an http(s) address.")],
     as_json: Json = False,
 ) -> None:
-    """List the experts of a folder or an HTTP origin."""
+    """List the experts of a folder or an HTTP server."""
     from dovetail.cli.expert_tables import listed, print_list
 
     rows = listed(place)
@@ -51,17 +58,18 @@ def list_experts(
 @experts_app.command(epilog="Example: dovetail experts similarity a.dvt b.dvt c.dvt --plot matrix.png")
 def similarity(
     files: Files,
-    what: Annotated[str, typer.Option(help="cosine, sign_agreement or hamming.")] = "cosine",
-    plot: Annotated[Path | None, typer.Option(help="Write the matrix here, as PNG.")] = None,
+    what: Annotated[str, typer.Option(metavar="MEASURE", help="cosine, sign_agreement or hamming.")] = "cosine",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the matrix to this PNG file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw how alike experts are, counted on their masks."""
+    """Show the similarity of experts, computed on their masks."""
     from dovetail.cli.expert_tables import matrix_plot, print_matrix, similarities
     from dovetail.errors import DataError
     from dovetail.files import check_file, write_bytes
 
     if what not in _MEASURES:
-        raise DataError("--what", found=what, rule="cosine, sign_agreement or hamming")
+        raise DataError("--what", found=what, rule="the measure must be cosine, sign_agreement or hamming",
+                        fix="pass --what cosine")  # fmt: skip
     if plot is not None:
         check_file(plot)
     names = [path.stem for path in files]
@@ -86,25 +94,31 @@ def _matrix(every: list[list[dict[str, float]]], what: str) -> np.ndarray:
 @experts_app.command(epilog="Example: dovetail experts merge a.dvt b.dvt --method ties -o both.dvt")
 def merge(
     files: Files,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .dvt file, or a folder to unpack into.")],
-    method: Annotated[str, typer.Option(help="average, task_arithmetic, ties, dare or dare_ties.")] = "average",
-    weights: Annotated[str | None, typer.Option(help="One for each, with commas. \\[default: 1 each]")] = None,
-    keep: Annotated[float | None, typer.Option(min=0, max=1, help="Of ties and dare: share of values to keep.")] = None,
+    output: Output,
+    method: Annotated[
+        str, typer.Option(metavar="METHOD", help="average, task_arithmetic, ties, dare or dare_ties.")
+    ] = "average",
+    weights: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="One per expert, with commas. \\[default: 1 each]")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(metavar="SHARE", min=0, max=1, help="Share of values that ties and dare keep.")
+    ] = None,
     density: Density = 0.2,
     alpha: Alpha = None,
     base: Base = None,
-    seed: Annotated[int, typer.Option(help="Of dare's draws.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="SEED", help="Seed of dare's random draws.")] = 0,
 ) -> None:
-    """Merge experts into one: an expert again (--density, --alpha), or a folder with the merged values exactly."""
+    """Merge experts into an expert (with --density and --alpha), or into a folder with the exact merged values."""
     from dovetail.errors import DataError
 
     _check_output(output)
     if method in ("dare", "dare_ties") and not keep:
-        rule = f"{method} keeps a value with a chance above 0"
-        raise DataError("--keep", found=str(keep), rule=rule, fix="--keep 0.5")
+        rule = f"the probability with which {method} keeps a value must be above 0"
+        raise DataError("--keep", found=str(keep), rule=rule, fix="pass --keep 0.5")
     if keep is not None and method in ("average", "task_arithmetic"):
-        raise DataError("--keep", found=f"--method {method}", rule="it is of ties, dare and dare_ties",
-                        fix="--density is that of the new expert")  # fmt: skip
+        raise DataError("--keep", found=f"--method {method}", rule="--keep needs ties, dare or dare_ties",
+                        fix="pass --density for the density of the new expert")  # fmt: skip
     chosen = None if weights is None else _numbers(weights)
     quiet()
     from dovetail import experts
@@ -120,17 +134,17 @@ def merge(
 )
 def compose(
     files: Files,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .dvt file, or a folder to unpack into.")],
-    base: Annotated[str, typer.Option(help="The base model of the experts.")],
-    task: Annotated[str, typer.Option(help="A task of the playground, or a recipe whose data is taken.")],
-    examples: Annotated[int, typer.Option(min=1, help="Training records to look at.")] = 32,
-    budget: Annotated[int, typer.Option(min=1, help="Weights to try.")] = 40,
+    output: Output,
+    base: Annotated[str, typer.Option(metavar="MODEL", help="The base model of the experts.")],
+    task: Annotated[str, typer.Option(metavar="TASK", help="A playground task, or a recipe for its data.")],
+    examples: Annotated[int, typer.Option(metavar="COUNT", min=1, help="Training records to use.")] = 32,
+    budget: Annotated[int, typer.Option(metavar="COUNT", min=1, help="Compositions to try.")] = 40,
     density: Density = 0.2,
     alpha: Alpha = None,
-    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="SEED", help="Seed of the search.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Weigh experts for a new task by a few examples, without gradients (LoraHub)."""
+    """Find weights of experts for a new task from a few examples, without gradients (LoraHub)."""
     _check_output(output)
     quiet()
     from dovetail import experts
@@ -171,7 +185,7 @@ def _write(
         with writing(output):
             return experts.unpack(vector, output, base)
     made = experts.compress(vector, density, 1.0 if alpha is None else alpha, provenance=provenance)
-    if alpha is None:  # sums of experts are sparse: their standard deviation would be a fraction of their values
+    if alpha is None:  # a sum of experts is sparse, so its standard deviation is far below its values
         scale, nearest = made.header.scales[0], experts.baselines.stc(vector, density).header.scales[0]
         made = made.with_alpha(nearest / scale) if nearest else made
     made.save(output)
@@ -180,7 +194,7 @@ def _write(
 
 @experts_app.command(epilog="Example: dovetail experts verify store/*.dvt")
 def verify(files: Files) -> None:
-    """Check every checksum and every block of expert files. Exit code 2 where one is damaged."""
+    """Check all checksums and blocks of expert files. The exit code is 2 if a file is damaged."""
     from dovetail import experts
     from dovetail.errors import DovetailError
 
@@ -188,7 +202,7 @@ def verify(files: Files) -> None:
     for path in files:
         try:
             experts.verify(experts.load(path))
-            print(f"{path}: whole")
+            print(f"{path}: complete")
         except DovetailError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             wrong += 1
@@ -197,8 +211,8 @@ def verify(files: Files) -> None:
 
 
 @experts_app.command(epilog="Example: dovetail experts index store/")
-def index(folder: Annotated[Path, typer.Argument(help="A folder of .dvt files.")]) -> None:
-    """Write index.json, with which any HTTP server of the folder is a store."""
+def index(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of .dvt files.")]) -> None:
+    """Write index.json into a folder, so that any HTTP server of the folder is a store."""
     from dovetail.experts import Store
 
     print(Store.write_index(folder))
@@ -207,11 +221,11 @@ def index(folder: Annotated[Path, typer.Argument(help="A folder of .dvt files.")
 @experts_app.command(epilog="Example: dovetail experts bench french.dvt")
 def bench(
     expert: File,
-    rounds: Annotated[int, typer.Option(min=1, help="Times to repeat.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the decoder.")] = 1,
+    rounds: Annotated[int, typer.Option(metavar="COUNT", min=1, help="Measurements of each part.")] = 5,
+    threads: Annotated[int, typer.Option(metavar="COUNT", min=1, help="Threads of the decoder.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Time reading, checking and decoding an expert on this machine, beside a copy of its uncompressed bytes."""
+    """Measure reading, checking and decoding of an expert, compared with a copy of its uncompressed bytes."""
     from dovetail.cli.expert_timing import measure, print_timings
 
     found = measure(expert, rounds, threads)
@@ -227,4 +241,5 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise DataError("--weights", found=repr(text), rule="numbers with commas: 1,0.5,0.5") from None
+        raise DataError("--weights", found=repr(text), rule="weights must be numbers with commas",
+                        fix="pass --weights 1,0.5,0.5") from None  # fmt: skip

@@ -1,4 +1,4 @@
-"""The commands that make, unpack and show one expert: pack, unpack, inspect."""
+"""The commands for one task expert: pack, unpack, inspect."""
 
 from __future__ import annotations
 
@@ -13,32 +13,51 @@ from dovetail.cli.terminal import Json, console, find_task, print_json, quiet
 if TYPE_CHECKING:
     from dovetail.experts import Sweep, TaskVector
 
-Base = Annotated[str | None, typer.Option(help="The base model: playground, a folder, package:NAME/FOLDER, a hub id.")]
+Base = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="The base model: playground, a folder, package:NAME/FOLDER or a hub id."),
+]
 File = Annotated[Path, typer.Argument(metavar="EXPERT", help="A .dvt file.")]
-Density = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of values to keep.")]
-Scale = Annotated[str, typer.Option(help='"vector": one scale; "tensor": one for each tensor.')]
+Density = Annotated[float, typer.Option(metavar="SHARE", min=0.0, max=1.0, help="Share of values to keep.")]
+Scale = Annotated[str, typer.Option(metavar="KIND", help="vector: one scale; tensor: one scale per tensor.")]
 
 
 def register(app: typer.Typer) -> None:
-    """Adds these commands to the program."""
+    """Add these commands to the program."""
     app.command(epilog="Example: dovetail pack runs/french/adapter --base playground --density 0.05")(pack)
     app.command(epilog="Example: dovetail unpack french.dvt --base playground --output french")(unpack)
     app.command(epilog="Example: dovetail inspect french.dvt")(inspect)
 
 
 def pack(
-    source: Annotated[Path, typer.Argument(help="A Dovetail or peft adapter folder, or a fine-tuned checkpoint's.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="\\[default: SOURCE.dvt, beside it]")] = None,
+    source: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A Dovetail adapter, a peft adapter or a fine-tuned checkpoint.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write. \\[default: FOLDER.dvt]")
+    ] = None,
     base: Base = None,
-    density: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Share to keep. \\[default: 0.05]")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Scale over standard deviation. \\[default: 1]")] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", min=0.0, max=1.0, help="Share of values to keep. \\[default: 0.05]"),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(metavar="NUMBER", help="Scale / standard deviation. \\[default: 1]")
+    ] = None,
     scale: Scale = "vector",
-    sweep: Annotated[str | None, typer.Option(help="Choose what isn't given by this task's validation.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Validation records of the sweep. \\[default: all]")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the sweep's plot here, as PNG.")] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(metavar="TASK", help="Choose density and alpha, unless given, by validation on this task."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="COUNT", min=1, help="Validation records of the sweep. \\[default: all]")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the plot of the sweep to this PNG file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compress an adapter, or a checkpoint's difference to its base, into one expert file."""
+    """Compress an adapter, or the difference of a checkpoint to its base, into one expert file."""
     from dovetail.errors import DataError
     from dovetail.files import check_file
 
@@ -49,9 +68,14 @@ def pack(
             check_file(path)
     kind = _scale(scale)
     if sweep is None and (plot is not None or limit is not None):
-        raise DataError("--plot" if limit is None else "--limit", found="no --sweep", rule="it is of a sweep")
+        raise DataError(
+            "--plot" if limit is None else "--limit",
+            found="no --sweep",
+            rule="the option needs a sweep",
+            fix="pass --sweep TASK",
+        )
     if sweep is not None and base is None:
-        raise DataError("--sweep", found="no --base", rule="a sweep scores the expert on its base", fix="--base MODEL")
+        raise DataError("--sweep", found="no --base", rule="a sweep needs the base model", fix="pass --base MODEL")
     quiet()
     from dovetail import experts
     from dovetail.cli.expert_tables import facts
@@ -82,19 +106,19 @@ def _scale(text: str) -> Any:
     from dovetail.errors import DataError
 
     if text not in ("vector", "tensor"):
-        raise DataError("--scale", found=text, rule='"vector" or "tensor"')
+        raise DataError("--scale", found=text, rule="scale must be vector or tensor", fix="pass --scale vector")
     return text
 
 
 def _advise(base: str | None, density: float) -> None:
-    """Says whether alpha 1 will do (ComPEFT §4.2)."""
+    """Advise a sweep on standard error, unless alpha 1 suffices (ComPEFT §4.2)."""
     from dovetail.checkpoint.load import empty_model, load_config
     from dovetail.experts import default_alpha
 
     count = 0 if base is None else sum(p.numel() for p in empty_model(load_config(base)).parameters())
     if default_alpha(count, density) is None:
-        print("alpha 1: good for bases of 13 B parameters and more at densities up to 0.2. For this one a sweep is "
-              "advised: --sweep TASK", file=sys.stderr)  # fmt: skip
+        print("alpha 1 suffices for bases of 13 B parameters and more at densities up to 0.2. For this base, a sweep "
+              "is advised: pass --sweep TASK", file=sys.stderr)  # fmt: skip
 
 
 def _sweep(
@@ -116,7 +140,7 @@ def _sweep(
     found = find_task(task)
     model, tokenizer = base_of(vector, base)
     if (source / "adapter.json").is_file():
-        load_adapter(model, source)  # with what an expert doesn't hold: masks and bases that were fitted to data
+        load_adapter(model, source)  # with masks and fitted bases, which an expert does not hold
     else:
         model = ready(model, vector)
     score = experts.scorer(model, tokenizer, found, limit=limit)
@@ -126,25 +150,26 @@ def _sweep(
     )  # fmt: skip
     for point in result.points:
         print(f"density {point.density:<5g} alpha {point.alpha:<4g} {point.score:.4f} on {point.records} records"
-              f"{', given up' if point.stopped else ''}", file=sys.stderr)  # fmt: skip
+              f"{', stopped early' if point.stopped else ''}", file=sys.stderr)  # fmt: skip
     return result
 
 
 def unpack(
     expert: File,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write, new or empty.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write, new or empty.")],
     base: Base = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="An adapter of the same chain, for masks and bases that were fitted to data.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="An adapter of the same chain, for masks and bases fitted to data."),
     ] = None,
 ) -> None:
-    """Write an expert as what it was made from: an adapter folder or a checkpoint."""
+    """Convert an expert back to its source format: an adapter folder or a checkpoint."""
     from dovetail.errors import DataError
     from dovetail.files import check_folder, writing
 
     check_folder(output)
     if adapter is not None and base is None:
-        raise DataError("--adapter", found="no --base", rule="an adapter is loaded onto its base", fix="--base MODEL")
+        raise DataError("--adapter", found="no --base", rule="an adapter needs its base model", fix="pass --base MODEL")
     quiet()
     from dovetail import experts
     from dovetail.checkpoint.adapter import load_adapter
@@ -160,13 +185,14 @@ def unpack(
 
 def inspect(
     expert: File,
-    rows: Annotated[int, typer.Option(min=0, help="Tensors to show, those with most kept values first.")] = 20,
+    rows: Annotated[int, typer.Option(metavar="COUNT", min=0, help="Tensors to show, sorted by kept values.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """Show what an expert holds: a table of its tensors and a histogram of densities."""
+    """Show an expert: a table of its tensors and a histogram of densities."""
     from dovetail import experts
-    from dovetail.cli.expert_tables import facts, print_expert
+    from dovetail.cli.expert_tables import check_expert, facts, print_expert
 
+    check_expert(expert)
     loaded = experts.load(expert)
     if as_json:
         print_json({"file": str(expert), **facts(loaded)})
