@@ -1,4 +1,4 @@
-"""`python -m dovetail` is the command `dovetail`."""
+"""The command `dovetail`, as `python -m dovetail`."""
 
 from dovetail.cli.main import main
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from importlib.metadata import version
+from signal import SIGINT
+from time import sleep
 
 import pytest
 
@@ -82,14 +86,38 @@ def test_usage_errors(command):
         assert "Traceback" not in err
 
 
-def test_stopping_is_no_error_message(monkeypatch, command):
-    def interrupted(*args):
-        raise KeyboardInterrupt
+def test_version(command):
+    assert command("--version")[:2] == (0, f"dovetail {version('dovetail')}\n")
 
-    monkeypatch.setattr("dovetail.cli.main.print_json", interrupted)
-    code, _, err = command("methods", "--json")
-    assert code == 130
+
+def test_ctrl_c_says_where_it_stopped_and_how_to_resume(tmp_path):
+    recipe = small_recipe(
+        tmp_path, train={"max_steps": 100_000, "batch_size": 4, "checkpoint_every": 20}, evaluate={"limit": 4}
+    )
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    command = [sys.executable, "-m", "dovetail", "run", "recipe.yaml", "-o", "out"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("quantized"):  # its next work is training
+            assert process.poll() is None
+        while not list(tmp_path.glob("out.partial/training/stage-1/checkpoint-*")):
+            assert process.poll() is None
+            sleep(0.05)
+        process.send_signal(SIGINT)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert re.search(r"stopped at train sums, \d+ of 100000\nresume with: dovetail run recipe.yaml --output out\n", err)
     assert "Traceback" not in err
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m dovetail methods --json | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True)
+    assert done.returncode in (0, 141)
+    assert (done.stdout, done.stderr) == ("[\n", "")
 
 
 def test_methods(command):

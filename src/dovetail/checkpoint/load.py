@@ -114,6 +114,11 @@ def empty_model(
         return auto.from_config(config, dtype=_dtype(dtype) or config.dtype or torch.float32).eval()
 
 
+def best_device() -> torch.device:
+    """Return the accelerator of this machine, or the CPU where it has none."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def _config(name: str | Path, source: str | Path, trust_remote_code: bool) -> PreTrainedConfig:
     from transformers import AutoConfig
 

@@ -1,4 +1,4 @@
-"""The command `dovetail`. Commands import what they need when they run, so that `--help` answers at once."""
+"""The command `dovetail`. Each command imports what it needs when it runs, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -10,53 +10,77 @@ import typer
 
 from dovetail.cli import experts as cli_experts
 from dovetail.cli import pack as cli_pack
-from dovetail.cli.terminal import Json, console, find_task, print_json, quiet
+from dovetail.cli.terminal import Commands, Json, console, find_task, print_json, quiet, resumable
 from dovetail.errors import DovetailError
 
 app = typer.Typer(
-    name="dovetail", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    name="dovetail", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode="rich", epilog="Example: dovetail quickstart --output runs/first",
     help="Adapt language models on small hardware: adapters, quantization and pruning as one chain, merged without "
-    "loss.\n\nStart with [bold]dovetail quickstart[/bold]: one model pruned, quantized, fine-tuned, merged and "
-    "reported in a few minutes, offline.",
+    "loss.\n\nStart with [bold]dovetail quickstart[/bold]: it prunes, quantizes, fine-tunes, merges and reports one "
+    "model, offline, in a few minutes.",
 )  # fmt: skip
 
-Output = Annotated[Path | None, typer.Option(help="Folder for the results, new or empty. \\[default: runs/NAME]")]
-Resume = Annotated[bool, typer.Option(help="Go on where a killed run with the same recipe and output stopped.")]
-Targets = Annotated[str, typer.Option(help="Layers: labels (query, value, up, ...), globs or all-linear.")]
-TaskName = Annotated[str, typer.Option("--task", help="A task of the playground, or a recipe whose data is taken.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FOLDER", help="Results, new or empty. \\[default: runs/NAME]"),
+]
+Resume = Annotated[bool, typer.Option(help="Resume a stopped run with the same recipe and output.")]
+Model = Annotated[str, typer.Option(metavar="MODEL", help="playground, a folder, package:NAME/FOLDER or a hub id.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"dovetail {version('dovetail')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options of the program itself."""
 
 
 @app.command(epilog="Example: dovetail quickstart --output runs/first")
 def quickstart(output: Output = None, resume: Resume = True, as_json: Json = False) -> None:
-    """Prune, quantize, fine-tune, merge and report the playground's model. Offline, a few minutes on two cores."""
+    """Prune, quantize, fine-tune, merge and report the playground's model: offline, a few minutes on two cores."""
     import yaml
 
     from dovetail.runs.quickstart import RECIPE
 
-    _run(yaml.safe_load(RECIPE), "quickstart", output, resume, as_json)
+    _run(yaml.safe_load(RECIPE), "quickstart", output, resume, as_json, ["quickstart"])
 
 
 @app.command(epilog="Example: dovetail run examples/minilm_stsb.yaml --output runs/stsb")
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file; docs/recipes.md lists its keys.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; docs/recipes.md lists its keys.")],
     output: Output = None,
     resume: Resume = True,
     as_json: Json = False,
 ) -> None:
-    """Do what a recipe says: load, evaluate, prune, quantize, train, merge, save and report."""
-    _run(recipe, recipe.stem, output, resume, as_json)
+    """Run a recipe: load, evaluate, prune, quantize, train, merge, save and report."""
+    _run(recipe, recipe.stem, output, resume, as_json, ["run", str(recipe)])
 
 
 @app.command(epilog="Example: dovetail study examples/sqft/table.yaml --output runs/sqft")
 def study(
     recipe: Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file; docs/study.md lists its keys.")],
-    output: Annotated[Path, typer.Option(help="Folder for everything: new, empty, or an earlier start's.")],
-    resume: Annotated[bool, typer.Option(help="Keep finished runs and go on; else throw away what is there.")] = True,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, a process and a thread each.")] = 1,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Results: new, empty, or of an earlier start."),
+    ],
+    resume: Annotated[bool, typer.Option(help="Keep the finished runs of an earlier start; else delete them.")] = True,
+    jobs: Annotated[
+        int, typer.Option(min=1, metavar="COUNT", help="Runs at a time, each in a process of one thread.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
-    """Run many recipes with several seeds, beside each other: tables of quality and of measured cost, and curves."""
+    """Run many recipes with several seeds and write tables of quality and measured cost, and curves."""
     quiet()
     from time import perf_counter
 
@@ -64,31 +88,38 @@ def study(
     from dovetail.studies.tables import event_line, print_study
 
     started = perf_counter()
-    found = run_study(
-        recipe, output=output, resume=resume, jobs=jobs,
-        on_run=lambda event: print(event_line(event, perf_counter() - started), file=sys.stderr, flush=True),
-    )  # fmt: skip
+    with resumable(["study", str(recipe), "--output", str(output), *(["--jobs", str(jobs)] if jobs > 1 else [])]):
+        found = run_study(
+            recipe, output=output, resume=resume, jobs=jobs,
+            on_run=lambda event: print(event_line(event, perf_counter() - started), file=sys.stderr, flush=True),
+        )  # fmt: skip
     if as_json:
         print_json(found.model_dump(mode="json"))
     else:
         print_study(console(), found)
-        print(f"\n{output / 'study.html'} is the page of this study")
+        print(f"\nThe page of this study is {output / 'study.html'}")
 
 
 @app.command(epilog='Example: dovetail plan "wanda(0.5) >> nf4 >> lora(r=16) >> remask >> regrid" --task word_problems')
 def plan(
-    chain: Annotated[str, typer.Argument(help='The chain, in quotes: "nf4 >> lora(r=16) >> regrid".')],
-    model: Annotated[str, typer.Option(help="playground, a folder, package:NAME/FOLDER or a hub id.")] = "playground",
-    targets: Targets = "all-linear",
-    task: Annotated[str, typer.Option(help="A playground task or a recipe: its longest records set the batch.")] = "",
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 32,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a row, where no task is named.")] = 128,
+    chain: Annotated[str, typer.Argument(metavar="CHAIN", help='In quotes: "nf4 >> lora(r=16) >> regrid".')],
+    model: Model = "playground",
+    targets: Annotated[
+        str, typer.Option(metavar="TARGETS", help="Layers: labels (query, value, up, ...), globs or all-linear.")
+    ] = "all-linear",
+    task: Annotated[
+        str, typer.Option(metavar="TASK", help="A playground task or a recipe: its longest records set the batch.")
+    ] = "",
+    batch_size: Annotated[int, typer.Option(min=1, metavar="COUNT", help="Rows of a batch.")] = 32,
+    length: Annotated[int, typer.Option(min=2, metavar="COUNT", help="Tokens of a row, without a task.")] = 128,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16.")] = False,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
-    memory: Annotated[bool, typer.Option(help="Predict the memory of training: minutes for large models.")] = True,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, slower.")
+    ] = False,
+    memory: Annotated[bool, typer.Option(help="Predict the memory of training; minutes for large models.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Say what a chain will do, from the model's config alone: legality, stages, exact bits, memory of training."""
+    """Show what a chain does to a model, from its config alone: legality, stages, exact bits, memory of training."""
     quiet()
     from dataclasses import asdict
 
@@ -113,7 +144,7 @@ def plan(
 
 @app.command(epilog="Example: dovetail methods --json")
 def methods(as_json: Json = False) -> None:
-    """List the links that a chain is made of, with their arguments and what they keep."""
+    """List the links for chains, with their arguments and what they keep."""
     from dovetail.cli.tables import method_rows, print_methods
 
     rows = method_rows()
@@ -125,18 +156,28 @@ def methods(as_json: Json = False) -> None:
 
 @app.command(epilog="Example: dovetail evaluate runs/quickstart/model --task word_problems --task multiple_choice")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="playground, a folder, package:NAME/FOLDER or a hub id.")],
-    task: Annotated[list[str], typer.Option(help="A task of the playground, or a recipe whose data is taken.")],
-    adapter: Annotated[Path | None, typer.Option(help="A saved adapter to put on the model first.")] = None,
-    split: Annotated[str | None, typer.Option(help="\\[default: test, or validation where there is no test]")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 64,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="playground, a folder, package:NAME/FOLDER or a hub id.")
+    ],
+    task: Annotated[list[str], typer.Option(metavar="TASK", help="A playground task, or a recipe for its data.")],
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A saved adapter, attached to the model first.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="SPLIT", help="\\[default: test, or validation without a test split]")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="COUNT", help="Score only the first COUNT records.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="COUNT", help="Rows of a batch.")] = 64,
     as_json: Json = False,
 ) -> None:
     """Score a model on tasks."""
     quiet()
+    import torch
+
     from dovetail.checkpoint.adapter import load_adapter
-    from dovetail.checkpoint.load import load
+    from dovetail.checkpoint.load import best_device, load
     from dovetail.cli.tables import print_scores
     from dovetail.runs.report.record import finite
     from dovetail.tasks.scoring import evaluate as evaluate_model
@@ -146,6 +187,7 @@ def evaluate(
     loaded, tokenizer = load(model, task_kind=tasks[0].kind)
     if adapter is not None:
         load_adapter(loaded, adapter)
+    torch.nn.Module.to(loaded, best_device())
     scores = evaluate_model(loaded, tokenizer, tasks, split=chosen, limit=limit, batch_size=batch_size)
     if as_json:
         print_json({name: finite(found) for name, found in scores.items()})
@@ -155,10 +197,10 @@ def evaluate(
 
 @app.command(epilog="Example: dovetail report runs/quickstart")
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder that a run wrote.")],
+    directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a finished run.")],
     as_json: Json = False,
 ) -> None:
-    """Show the report of a run again, and write its page anew."""
+    """Print the report of a run and rewrite its page."""
     from dovetail.runs.folder import PAGE, RECIPE, write_whole
     from dovetail.runs.recipe import Recipe
     from dovetail.runs.report.page import page
@@ -178,18 +220,18 @@ app.add_typer(cli_experts.experts_app)
 
 
 def main() -> None:
-    """Entry point: bad input is one message on standard error and exit code 2."""
+    """Run the command line: bad input is one message on standard error and exit code 2."""
     try:
-        app()
+        app(prog_name="dovetail")
     except DovetailError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
 
 
-def _run(recipe: Path | dict[str, Any], name: str, output: Path | None, resume: bool, as_json: bool) -> None:
+def _run(
+    recipe: Path | dict[str, Any], name: str, output: Path | None, resume: bool, as_json: bool, command: list[str]
+) -> None:
+    """Run a recipe; `command` is what the user typed, without its options."""
     quiet()
     from dovetail.runs.flow import run as run_recipe
     from dovetail.runs.folder import choose_output
@@ -200,10 +242,11 @@ def _run(recipe: Path | dict[str, Any], name: str, output: Path | None, resume: 
     output = choose_output(output or loaded.output, name)
     if not as_json:
         print(f"{loaded.chain}  on {loaded.model}, written to {output}", file=sys.stderr)
-    found = run_recipe(
-        loaded, output=output, resume=resume,
-        on_row=None if as_json else lambda row: print(row_line(row), file=sys.stderr, flush=True),
-    )  # fmt: skip
+    with resumable([*command, "--output", str(output)]):
+        found = run_recipe(
+            loaded, output=output, resume=resume,
+            on_row=None if as_json else lambda row: print(row_line(row), file=sys.stderr, flush=True),
+        )  # fmt: skip
     if as_json:
         print_json(found.model_dump(mode="json"))
     else:

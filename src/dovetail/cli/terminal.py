@@ -1,11 +1,17 @@
-"""What commands share: options, tasks by name, and how they print."""
+"""What the commands share: options, tasks by name, printing, and how they stop."""
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,8 +21,42 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")]
 
 
+INTERRUPTED, PIPE_CLOSED = 130, 141
+"""Exit codes after Ctrl-C, and when the reader of a pipe has gone: what a shell reports for SIGINT and SIGPIPE."""
+
+
+class Commands(TyperGroup):
+    """The group of all commands: Ctrl-C and a closed pipe end it without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command and flush what it printed."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            for stream in (sys.stdout, sys.stderr):  # Python flushes both at its exit
+                os.dup2(nothing, stream.fileno())
+            raise typer.Exit(PIPE_CLOSED) from None
+
+
+@contextmanager
+def resumable(command: list[str]) -> Iterator[None]:
+    """On Ctrl-C, print where the work stopped and the command that resumes it, and exit with code 130."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        place = f" at {error.args[0]}" if error.args else ""  # dovetail.progress puts it there
+        print(f"\nstopped{place}\nresume with: dovetail {shlex.join(command)}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
 def find_task(name: str) -> Task:
-    """A playground task by name, or the task of a recipe's data."""
+    """Return a playground task by name, or the task of a recipe's data."""
     from dovetail.runs.recipe import Recipe
     from dovetail.tasks.find import load_task
     from dovetail.tasks.spec import Data
@@ -26,21 +66,24 @@ def find_task(name: str) -> Task:
 
 
 def console() -> Console:
-    """Where tables go."""
+    """Return the console that tables are printed on."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:  # rich would exit with code 1
+            raise BrokenPipeError
+
+    return Piped(highlight=False)
 
 
 def print_json(value: Any) -> None:
-    """On standard output, indented."""
+    """Print a value as indented JSON on standard output."""
     print(json.dumps(value, indent=2))
 
 
 def quiet() -> None:
     """Keep the bars, advice and warnings of other libraries off the terminal; call this before they are imported."""
     import logging
-    import os
     import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -19,7 +19,7 @@ from dovetail.chains.notation import chain
 from dovetail.chains.stages import stages
 from dovetail.checkpoint.adapter import save_adapter
 from dovetail.checkpoint.footprint import Footprint, footprint
-from dovetail.checkpoint.load import HEAD_KINDS, empty_model, load, load_config
+from dovetail.checkpoint.load import HEAD_KINDS, best_device, empty_model, load, load_config
 from dovetail.checkpoint.merge import MergeReport, merge, to_stock
 from dovetail.compression.apply import apply, stages_left
 from dovetail.compression.calibration import calibration_batches, text_task
@@ -273,11 +273,6 @@ def _log_losses(folder: RunFolder, trained: TrainReport) -> None:
     for number, stage in enumerate(trained.stages, 1):
         for step, loss in stage.losses:
             folder.log("loss", stage=number, step=step, loss=loss)
-
-
-def best_device() -> torch.device:
-    """The accelerator that this machine has, else the processor."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def environment(model: PreTrainedModel) -> dict[str, str]:
