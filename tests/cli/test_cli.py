@@ -162,7 +162,7 @@ def test_run_report_evaluate(command, tmp_path):
     assert code == 0
     assert "Merged without loss" in out
     assert "report.html" in out
-    assert [line.split()[0] for line in err.splitlines() if "bits a weight" in line] == [
+    assert [line.split()[0] for line in err.splitlines() if "bits per weight" in line] == [
         "base", "pruned", "quantized", "tuned", "merged"
     ]  # fmt: skip
     page = tmp_path / "run" / "report.html"
@@ -193,7 +193,7 @@ def test_quickstart_and_json(command, tmp_path, monkeypatch):
     code, out, err = command("quickstart", "--json")
     assert code == 0
     assert json.loads(out)["stages"][0]["name"] == "base"
-    assert "bits a weight" not in err
+    assert "bits per weight" not in err
     code, _, _ = command("quickstart")
     assert code == 0
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["quickstart", "quickstart-2"]

@@ -1,4 +1,4 @@
-"""The page: self-contained, hostile text escaped, every part there; charts and words of figures."""
+"""The page: self-contained, hostile text escaped, every part present; plots, and the outcome in words."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from rich.console import Console
 
 from dovetail.checkpoint.footprint import Footprint
 from dovetail.checkpoint.merge import MergeReport
-from dovetail.display.format import duration, figure, size
+from dovetail.display.format import duration, format_score, size
 from dovetail.errors import LoadError
 from dovetail.runs.recipe import Recipe
-from dovetail.runs.report.charts import loss_curve
-from dovetail.runs.report.page import page
-from dovetail.runs.report.record import Checkpoint, Losses, Merge, Packed, Report, Row, TaskInfo
-from dovetail.runs.report.summary import print_summary
-from dovetail.runs.report.verdict import verdict
+from dovetail.runs.report.page import loss_curve, page, running_mean
+from dovetail.runs.report.record import Checkpoint, Example, Losses, Merge, Packed, Report, Row, TaskInfo
+from dovetail.runs.report.summary import learned_nothing, print_summary, verdict
+from dovetail.tasks.task import Task
 
 HOSTILE = '<script>alert("x")</script>&[bold]'
 CHAIN = "ia3 >> wanda(0.5) >> int(bits=4) >> lora(r=4) >> remask >> regrid"
@@ -43,6 +42,7 @@ def make_report(**changes) -> Report:
         training=[Losses(links=["ia3"], losses=[(1, 2.0), (2, 1.0)], learning_rates={HOSTILE: 1e-2}, seconds=1.5),
                   Losses(links=["lora"], losses=[(1, float("nan")), (2, 1.0)], learning_rates={}, seconds=1.5)],
         checkpoint=Checkpoint(nbytes=2_000_000, max_abs_logit_diff=0.0),
+        examples=[Example(prompt=HOSTILE, expected=HOSTILE, before="<img src=x onerror=alert(1)>", after="")] * 2,
         packed=Packed(nbytes=900_000, bits_per_weight=3.31, max_abs_logit_diff=0.0), environment={HOSTILE: HOSTILE},
     )  # fmt: skip
     return report.model_copy(update=changes)
@@ -73,7 +73,9 @@ class Strict(HTMLParser):
         assert self.open.pop() == tag
 
 
-@pytest.mark.parametrize("changes", [{}, {"merge": None, "checkpoint": None, "packed": None, "training": []}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"merge": None, "checkpoint": None, "packed": None, "training": [], "examples": []}]
+)
 def test_the_page(changes):
     text = page(make_report(**changes), RECIPE)
     parsed = Strict()
@@ -88,7 +90,8 @@ def test_the_page(changes):
     assert "@import" not in text
     for part in ("Chain", "After each stage", "Merge", "Run", "Recipe", "stage 2", "25.0 %", "infinite", "bits 4"):
         assert part in text
-    assert ("Training loss" in text) == ("training" not in changes)
+    assert ("Learning rates" in text) == ("training" not in changes)
+    assert text.count("&lt;img src=x") == (0 if "examples" in changes else 2)
 
 
 def test_the_summary_prints_hostile_text_as_it_is(tmp_path):
@@ -97,25 +100,102 @@ def test_the_summary_prints_hostile_text_as_it_is(tmp_path):
     text = console.export_text()
     assert HOSTILE in text
     assert "25.0 %" in text
-    assert "900 kB, 3.31 bits a weight on disk" in text
+    assert "900 kB, 3.31 bits per weight on disk" in text
 
 
 def test_the_loss_curve():
-    drawn = ElementTree.fromstring(loss_curve(make_report().training))
+    stages = [
+        Losses(links=[], losses=[(1, 2.0), (2, 1.0)], learning_rates={}, seconds=1, validation=[(1, 3.0), (2, 1.5)]),
+        Losses(links=[], losses=[(1, float("nan")), (2, 1.0)], learning_rates={}, seconds=1),
+    ]
+    drawn = ElementTree.fromstring(loss_curve(stages))
     lines = [element for element in drawn.iter() if element.tag == "polyline"]
-    assert len(lines) == 4  # raw and mean of two stages
+    assert [line.attrib["class"] for line in lines] == ["raw", "mean", "validation", "raw", "mean"]
+    assert len([element for element in drawn.iter() if element.tag == "circle"]) == 2
     for line in lines:
         points = [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
         assert all(0 <= x <= 720 and 0 <= y <= 240 for x, y in points)
     assert loss_curve([]) == ""
+    flat = [Losses(links=[], losses=[(1, 0.0), (2, 0.0)], learning_rates={}, seconds=1)]
+    assert "polyline" in loss_curve(flat)
     long = [Losses(links=[], losses=[(n, 1.0) for n in range(1, 100_001)], learning_rates={}, seconds=1)]
     assert len(loss_curve(long)) < 100_000
 
 
-def test_figures_in_words():
-    assert figure("exact_match", 0.1234) == "12.3 %"
-    assert figure("pearson", -0.5) == "-0.500"
-    assert figure("perplexity", None) == "infinite"
+def test_the_running_mean_starts_at_the_first_loss():
+    losses = [(step, 5.0 if step == 1 else 1.0) for step in range(1, 1001)]
+    mean = running_mean(losses)
+    assert mean[0] == (1, 5.0)
+    assert [step for step, _ in mean] == [step for step, _ in losses]
+    assert mean[-1][1] == pytest.approx(1.0)
+    assert running_mean(losses[:1]) == losses[:1]
+
+
+def scored(*values, metric="accuracy", n=500, chance=None, names=("base", "pruned", "tuned", "merged")) -> Report:
+    rows = [
+        Row(name=name, metrics={"task": {metric: value, "n": n}}, footprint=FOOTPRINT, seconds=1)
+        for name, value in zip(names, values, strict=True)
+    ]
+    task = TaskInfo(name="task", kind="choice", metric=metric, split="test", chance=chance)
+    return make_report(stages=rows, task=task)
+
+
+@pytest.mark.parametrize(
+    ("report", "told"),
+    [
+        (scored(0.11, 0.10, 0.99, 0.99), ""),
+        (scored(0.11, 0.11, 0.11, 0.11), "learned nothing: accuracy is 11.0 % before training and 11.0 % after."),
+        (scored(0.11, 0.11, 0.12, 0.12), "within two standard errors"),
+        (scored(0.60, 0.30, 0.59, 0.59), "no better than its base: accuracy is 60.0 % for the base, 30.0 % before"),
+        (scored(0.26, 0.20, 0.28, 0.28, chance=0.25), "at chance, which is 25.0 %"),
+        (scored(0.26, 0.20, 0.60, 0.60, chance=0.25), ""),
+        (scored(0.1, 0.0, 0.05, 0.05, metric="matthews", chance=0.0), "at chance, which is 0.000"),
+        (scored(90.0, 120.0, 80.0, 80.0, metric="perplexity"), ""),
+        (scored(90.0, 120.0, 100.0, 100.0, metric="perplexity"), "no better than its base"),
+        (scored(None, None, 100.0, 100.0, metric="perplexity"), ""),
+        (scored(90.0, 120.0, None, None, metric="perplexity"), "learned nothing"),
+        (scored(0.1, 0.1, names=("base", "pruned")).model_copy(update={"training": []}), ""),
+    ],
+)
+def test_a_run_that_learned_nothing_says_so_first(report, told, tmp_path):
+    warning = learned_nothing(report)
+    assert told in warning
+    assert bool(told) == bool(warning)
+    console = Console(width=300, record=True, file=io.StringIO())
+    print_summary(console, report, tmp_path)
+    first = console.export_text().strip().splitlines()[0]
+    assert first.startswith(warning or CHAIN)
+    assert ('<div class="verdict lossy"><span class="mark">!' in page(report, RECIPE)) == bool(warning)
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "records", "chance"),
+    [
+        ("choice", "accuracy", [{"prompt": "", "choices": ["a"] * count, "label": 0} for count in (2, 4)], 0.375),
+        ("pairs", "accuracy", [{"good": "a", "bad": "b"}], 0.5),
+        ("classification", "accuracy", [{"text": "", "label": label} for label in (0, 1, 1, 2)], 0.5),
+        ("classification", "matthews", [{"text": "", "label": 0}], 0.0),
+        ("regression", "spearman", [{"text": "", "label": 0.5}], 0.0),
+        ("generation", "exact_match", [{"prompt": "", "answer": "a"}], None),
+    ],
+)
+def test_the_score_at_chance(kind, metric, records, chance):
+    assert TaskInfo.of(Task("task", kind, metric, {"test": records}), "test").chance == chance
+
+
+def test_a_narrow_console_cuts_no_number(tmp_path):
+    for width in (20, 40, 60, 80):
+        console = Console(width=width, record=True, file=io.StringIO())
+        print_summary(console, scored(0.11, 0.10, 0.99, 0.99), tmp_path)
+        text = console.export_text()
+        assert "…" not in text
+        assert text.count("1.23 MB") == 4
+
+
+def test_scores_sizes_and_durations_as_text():
+    assert format_score("exact_match", 0.1234) == "12.3 %"
+    assert format_score("pearson", -0.5) == "-0.500"
+    assert format_score("perplexity", None) == "infinite"
     assert [size(n) for n in (0, 999, 1000, 1_234_567)] == ["0 bytes", "999 bytes", "1 kB", "1.23 MB"]
     assert [duration(s) for s in (0.04, 59.9, 61, 3700)] == ["0.0 s", "59.9 s", "1 min 1 s", "1 h 1 min"]
 

@@ -208,7 +208,7 @@ def test_figures_are_those_of_the_runs(finished):
     for result in report.results:
         runs = [Report.load(folder / "runs" / slug) for slug in result.runs]
         assert result.stage == stages[result.row]
-        assert result.figure.values == [run.figure(run.row(result.stage)) for run in runs]
+        assert result.figure.values == [run.score(run.row(result.stage)) for run in runs]
         assert result.figure.n == 2
         zeros = [1 - run.row(result.stage).footprint.nonzero_fraction for run in runs]
         assert result.sparsity == pytest.approx(sum(zeros) / 2)

@@ -14,7 +14,7 @@ from rich.table import Table
 from dovetail.chains.link import Adapter, Constraint, Link, Pruner, Quantizer
 from dovetail.chains.notation import format_value as format_value
 from dovetail.chains.registry import links
-from dovetail.display.format import figure, metric_name, size
+from dovetail.display.format import format_score, metric_name, size
 
 if TYPE_CHECKING:
     from dovetail.runs.plan import Plan
@@ -120,5 +120,5 @@ def print_scores(console: Console, scores: Mapping[str, Mapping[str, float]]) ->
     for task, metrics in scores.items():
         for metric, value in metrics.items():
             if metric != "n":
-                table.add_row(escape(task), metric_name(metric), figure(metric, value), f"{metrics['n']:.0f}")
+                table.add_row(escape(task), metric_name(metric), format_score(metric, value), f"{metrics['n']:.0f}")
     console.print(table)

@@ -1,1 +1,1 @@
-"""Words, numbers and pictures for people: what every table, page and plot uses."""
+"""Text, tables, plots and pages for people: the parts that every room shares."""

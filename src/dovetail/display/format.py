@@ -1,4 +1,4 @@
-"""Figures as people read them, the same on the terminal and in the page."""
+"""Numbers and units as text, the same on the terminal and on a page."""
 
 from __future__ import annotations
 
@@ -10,25 +10,31 @@ METRIC_NAMES = {
     "spearman": "Spearman correlation",
     "nats_per_token": "nats per token",
 }
-_SHARES = ("exact_match", "accuracy", "accuracy_norm")
+SHARES = ("exact_match", "accuracy", "accuracy_norm")
+"""Metrics that are a share of the records; they are shown in percent."""
 
 
 def metric_name(metric: str) -> str:
-    """A metric's name in words."""
+    """Return the name of a metric in words."""
     return METRIC_NAMES.get(metric, metric)
 
 
-def figure(metric: str, value: float | None) -> str:
-    """A metric's value: shares in percent, correlations with three decimals."""
+def format_score(metric: str, value: float | None) -> str:
+    """Format the value of a metric: shares in percent, other metrics with three decimals; None is infinite."""
     if value is None:
         return "infinite"
-    if metric in _SHARES:
-        return f"{100 * value:.1f} %"
+    if metric in SHARES:
+        return percent(value)
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
 
 
+def percent(share: float, digits: int = 1) -> str:
+    """Format a share in percent."""
+    return f"{100 * share:.{digits}f} %"
+
+
 def size(nbytes: float) -> str:
-    """Bytes in decimal units, three digits."""
+    """Format a number of bytes in decimal units, with three digits."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if nbytes < 1000 or unit == "GB":
             return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.3g} {unit}"
@@ -37,7 +43,7 @@ def size(nbytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours."""
+    """Format a time in seconds, minutes or hours."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

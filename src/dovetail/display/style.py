@@ -1,7 +1,7 @@
-"""The page's style sheet: restrained, readable in light and dark, on paper and on a phone; the pictures' colours."""
+"""Colours of the plots, and the style sheet of the pages: light and dark, wide and narrow, on screen and on paper."""
 
 COLOURS = ("#2f6f62", "#b4562f", "#4a61a8", "#86681a", "#8a4a7d", "#3d7fa6", "#6b665f", "#a03c48")
-"""Of lines; the first four are those of the pages' links."""
+"""Colours of the lines of a plot. The first four are those of an adapter, a pruner, a quantizer and a constraint."""
 INK, SOFT, LINE = "#22201d", "#6b665f", "#e4e0d9"
 
 STYLE = """
@@ -31,12 +31,12 @@ h1 code { overflow-wrap: anywhere; }
 h2 { margin: 0 0 .9rem; font-size: 1.05rem; font-weight: 600; }
 section { margin-bottom: 1.5rem; padding: 1.4rem 1.5rem; background: var(--paper); border: 1px solid var(--line);
   border-radius: 10px; break-inside: avoid; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .9rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .9rem; }
 .card { display: flex; flex-direction: column; padding: .95rem 1.1rem; background: var(--paper);
   border: 1px solid var(--line); border-radius: 10px; }
 svg { display: block; width: 100%; height: auto; }
 .label { color: var(--soft); font-size: .8rem; }
-.figure { font-size: 1.7rem; font-weight: 600; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.score { font-size: 1.7rem; font-weight: 600; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .before { color: var(--soft); font-size: .85rem; }
 .stage-name { display: block; margin-bottom: .4rem; font-weight: 600; }
 .groups { display: flex; flex-wrap: wrap; gap: .7rem; }
@@ -63,10 +63,11 @@ td.main { font-weight: 600; color: var(--accent); }
 .verdict { display: flex; gap: .9rem; align-items: baseline; padding: .9rem 1.1rem; border-radius: 8px;
   background: var(--warn); }
 .verdict.exact { background: var(--good); }
+header .verdict { margin-bottom: 1.4rem; font-weight: 600; }
 .verdict p { margin: 0; }
 .mark { font-size: 1.2rem; font-weight: 700; color: var(--accent); }
 .lossy .mark, .apart .mark { color: var(--constraint); }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .8rem 1.2rem;
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .8rem 1.2rem;
   margin: .2rem 0 0; }
 .verdict + dl { margin-top: 1.2rem; }
 dt { color: var(--soft); font-size: .8rem; }
@@ -74,7 +75,20 @@ dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 pre { margin: 0; overflow-x: auto; font-size: .87rem; line-height: 1.5; }
 .grid { stroke: var(--line); } .mark { stroke-width: 1; } line.mark { stroke: var(--soft); stroke-dasharray: 3 3; }
 .tick { fill: var(--soft); font-size: 12px; }
-.raw, .mean { fill: none; stroke: var(--accent); stroke-linejoin: round; }
-.raw { opacity: .3; } .mean { stroke-width: 2.2; }
+.raw, .mean, .validation { fill: none; stroke: var(--accent); stroke-linejoin: round; }
+.raw { opacity: .3; } .mean { stroke-width: 2.2; } .validation { stroke: var(--pruner); stroke-width: 2.2; }
+circle.validation { fill: var(--pruner); }
+.legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin: 0 0 .6rem; color: var(--soft); font-size: .8rem; }
+.legend svg { display: inline-block; width: 1.6rem; height: .6rem; margin-right: .4rem; }
+.example { padding: .8rem 0; border-top: 1px solid var(--line); }
+.example:first-of-type { padding-top: 0; border-top: 0; } .example:last-of-type { padding-bottom: 0; }
+.example .text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .87rem; max-height: 16rem;
+  overflow-y: auto; }
+.outputs { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .4rem 1.2rem;
+  margin-top: .5rem; }
+.right { color: var(--accent); font-weight: 600; }
+@media (max-width: 40rem) {
+  main { padding: 1.5rem .8rem 3rem; } section { padding: 1.1rem 1rem; } .tick { font-size: 22px; }
+}
 @media print { body { background: none; } section, .card { border-color: #ccc; } }
 """

@@ -22,7 +22,7 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dovetail.display.format import figure, metric_name
+from dovetail.display.format import format_score, metric_name
 from dovetail.display.style import COLOURS, INK, SOFT
 from dovetail.errors import DataError
 from dovetail.experts.expert import Expert, compress
@@ -95,7 +95,7 @@ class Sweep:
         """
         from dovetail.display.plots import empty, frame_lines, png  # imports matplotlib
 
-        share = 100 if figure(self.metric, 0.0).endswith("%") else 1
+        share = 100 if format_score(self.metric, 0.0).endswith("%") else 1
         drawing, axes = empty()
         for number, density in enumerate(sorted({point.density for point in self.points})):
             line = [p for p in self.points if p.density == density and math.isfinite(p.score)]
@@ -105,7 +105,7 @@ class Sweep:
             fill = ["white" if point.stopped else colour for point in line]
             axes.scatter(x, y, s=22, facecolors=fill, edgecolors=colour, linewidths=1.2, zorder=3)
         if math.isfinite(self.best.score):
-            said = f"{figure(self.metric, self.best.score)}, density {self.best.density:g}"
+            said = f"{format_score(self.metric, self.best.score)}, density {self.best.density:g}"
             axes.scatter(self.best.alpha, share * self.best.score, s=120, facecolors="none", edgecolors=INK, zorder=4,
                          label=f"best: {said}")  # fmt: skip
         if any(point.stopped for point in self.points):

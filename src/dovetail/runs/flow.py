@@ -40,7 +40,7 @@ from dovetail.runs.plan import apply_on_meta
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.page import page
 from dovetail.runs.report.record import Losses, Merge, Report, Row, TaskInfo
-from dovetail.runs.report.verdict import verdict
+from dovetail.runs.report.summary import verdict
 from dovetail.runs.search import search_in_run
 from dovetail.tasks.find import load_task, number_of_labels
 from dovetail.tasks.scoring import evaluate
@@ -130,7 +130,7 @@ def run(
             rows.add("merged", merged.footprint)
             checkpoint = deliver_stock(folder.path / MODEL, model, tokenizer, _probe(batches))
         report = Report(
-            task=TaskInfo(name=task.name, kind=task.kind, metric=task.metric, split=rows.split),
+            task=TaskInfo.of(task, rows.split, recipe.evaluate.limit),
             chain=recipe.chain,
             model=recipe.model,
             seed=recipe.seed,

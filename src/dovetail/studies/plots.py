@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dovetail.display.format import figure, metric_name
+from dovetail.display.format import format_score, metric_name
 from dovetail.display.plots import empty, frame_lines, png
 from dovetail.display.style import COLOURS
 from dovetail.studies.matrix import label
@@ -30,7 +30,7 @@ def curve(report: StudyReport) -> bytes | None:
         rest = {name: value for name, value in result.point.items() if name != axis}
         lines.setdefault(label(result.row, rest), []).append(result)
     drawing, axes = empty()
-    share = figure(report.metric, 0.0).endswith("%")
+    share = format_score(report.metric, 0.0).endswith("%")
     for number, (name, results) in enumerate(lines.items()):
         _draw(axes, name, axis, results, number, 100 if share else 1)
     axes.set_xticks([float(value) for value in report.vary[axis]], [str(value) for value in report.vary[axis]])

@@ -153,7 +153,7 @@ def _events(runs: list[Run], todo: list[Run], folder: Path, jobs: int, progress:
         if problem:
             return Event("failed", slug, number[slug], total, problem=problem)
         report = Report.load(folder / "runs" / slug)
-        figure = report.figure(report.row(last_stage(report)))
+        figure = report.score(report.row(last_stage(report)))
         state = "done" if slug in waiting else "kept"
         return Event(state, slug, number[slug], total, report.task.metric, figure, report.seconds)
 
@@ -240,7 +240,7 @@ def _result(line: Line, folder: Path, failed: Mapping[str, str]) -> Result:
 
 
 def _figures(reports: Mapping[str, Report], stage: str) -> list[float]:
-    found = [report.figure(report.row(stage)) for report in reports.values()]
+    found = [report.score(report.row(stage)) for report in reports.values()]
     return [float("inf") if value is None else value for value in found]
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from dovetail.display.format import duration, figure, metric_name, size
+from dovetail.display.format import duration, format_score, metric_name, size
 from dovetail.studies.matrix import Value, label
 from dovetail.studies.report import Event, Result, Spread, StudyReport
 
@@ -50,7 +50,7 @@ def spread(metric: str, value: Spread, *, signed: bool = False) -> str:
     """97.3 ± 1.7 %: shares in percent, a difference of shares (signed) in points."""
     if value.mean is None:
         return "–"
-    share = figure(metric, 0.0).endswith("%")
+    share = format_score(metric, 0.0).endswith("%")
     scale, digits = (100, 1) if share else (1, 3)
     text = f"{scale * value.mean:{'+' if signed else ''}.{digits}f}"
     if value.sd is not None:
@@ -139,7 +139,7 @@ def event_line(event: Event, elapsed: float) -> str:
     if event.state == "failed":
         return f"{place} failed: {event.problem}"
     was = ", from an earlier start" if event.state == "kept" else f" in {duration(event.seconds)}"
-    return f"{place}: {metric_name(event.metric)} {figure(event.metric, event.figure)}{was}"
+    return f"{place}: {metric_name(event.metric)} {format_score(event.metric, event.figure)}{was}"
 
 
 def print_study(console: Console, report: StudyReport) -> None:

@@ -47,7 +47,7 @@ def _judge(folder: Path) -> Judgement:
     if not any(isinstance(link, Adapter) for link in chain(report.chain)):
         return Judgement(mergeable=None, why="")
     if recipe.merge == "exact" and report.merge is not None:
-        before, after = report.figure(report.row(last_stage(report))), report.figure(report.row(MERGED))
+        before, after = report.score(report.row(last_stage(report))), report.score(report.row(MERGED))
         if before != after:
             return Judgement(mergeable=False, why=f"the figure changed from {before} to {after}")
         return _lossless(report.merge)

@@ -1,1 +1,1 @@
-"""The report of a run: `report.json` as a checked record, its page and its summary for people."""
+"""The report of a run: its record, its page and its summary on a terminal."""

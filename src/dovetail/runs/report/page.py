@@ -1,7 +1,8 @@
-"""report.html: one page that holds everything it shows. No script, no network; all text of the run is escaped."""
+"""report.html: the report of a run as one page that loads nothing. All text of the run is escaped."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from html import escape
 
@@ -10,66 +11,65 @@ import yaml
 from dovetail.chains.link import Adapter, Constraint, Link, Pruner, arguments
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import stages
-from dovetail.display.format import duration, figure, metric_name, size
-from dovetail.display.style import STYLE
+from dovetail.display.format import duration, format_score, metric_name, percent, size
+from dovetail.display.html import definitions, html_page, html_table, section
 from dovetail.runs.recipe import Recipe
-from dovetail.runs.report.charts import bar, loss_curve
-from dovetail.runs.report.record import Merge, Packed, Report, Row, Searched
+from dovetail.runs.report.record import Example, Losses, Report, Row
+from dovetail.runs.report.summary import learned_nothing
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""What a browser may load for the page: nothing."""
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 260, 64, 16, 14, 54
+"""The size of the plot of losses, and its margins."""
+MOST_POINTS = 400
 
 
 def page(report: Report, recipe: Recipe) -> str:
-    """The page as HTML text."""
-    title = f"{report.chain} on {report.model}"
+    """Return the page as HTML text."""
+    values = recipe.model_dump(mode="json", exclude_defaults=True)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
     curve = loss_curve(report.training)
-    sections = [
+    parts = [
         _head(report),
-        _section("Chain", _stages(report)),
-        _section("After each stage", _table(report)),
-        _section("Merge", _verdict(report)),
-        _section("Training loss", curve + _rates(report)) if curve else "",
-        _section("Run", _facts(report)),
-        _section("Recipe", f"<pre>{escape(_recipe_text(recipe))}</pre>"),
+        section("Chain", _stages(report)),
+        section("After each stage", _table(report)),
+        section("Examples", _examples(report)) if report.examples else "",
+        section("Merge", _merge(report)),
+        section("Loss", _legend(report.training) + curve + _rates(report)) if curve else "",
+        section("Run", definitions(_facts(report))),
+        section("Recipe", f"<pre>{escape(text)}</pre>"),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(filter(None, sections))
-        + "\n</main>\n</body>\n</html>\n"
-    )
-
-
-def _section(title: str, inside: str) -> str:
-    return f"<section>\n<h2>{title}</h2>\n{inside}\n</section>"
+    return html_page(f"{report.chain} on {report.model}", parts)
 
 
 def _head(report: Report) -> str:
     first, last = report.stages[0], report.stages[-1]
     metric = report.task.metric
     numbers = [
-        (metric_name(metric), figure(metric, report.figure(first)), figure(metric, report.figure(last))),
-        ("bits a weight", f"{first.footprint.bits_per_weight:.4g}", f"{last.footprint.bits_per_weight:.3g}"),
-        ("model", size(first.footprint.nbytes), size(last.footprint.nbytes)),
-        ("weights not zero", _percent(first.footprint.nonzero_fraction), _percent(last.footprint.nonzero_fraction)),
+        (metric_name(metric), format_score(metric, report.score(first)), format_score(metric, report.score(last))),
+        ("bits per weight", f"{first.footprint.bits_per_weight:.4g}", f"{last.footprint.bits_per_weight:.3g}"),
+        ("model size", size(first.footprint.nbytes), size(last.footprint.nbytes)),
+        ("nonzero weights", percent(first.footprint.nonzero_fraction), percent(last.footprint.nonzero_fraction)),
     ]
     cards = "".join(
         f'<div class="card"><span class="label">{escape(name)}</span>'
-        f'<span class="figure">{escape(after)}</span><span class="before">{escape(before)} before</span></div>'
+        f'<span class="score">{escape(after)}</span><span class="before">{escape(before)} before</span></div>'
         for name, before, after in numbers
     )
+    warning = learned_nothing(report)
     what = f"{escape(report.model)} on {escape(report.task.name)}, {escape(report.task.split)} split"
     return (
-        f'<header>\n<p class="kind">Dovetail run</p>\n<h1><code>{escape(report.chain)}</code></h1>\n'
+        "<header>\n"
+        + (_banner("lossy", "!", warning) if warning else "")
+        + f'<p class="kind">Dovetail run</p>\n<h1><code>{escape(report.chain)}</code></h1>\n'
         f'<p class="what">{what}</p>\n<div class="cards">{cards}</div>\n</header>'
     )
 
 
+def _banner(state: str, mark: str, text: str) -> str:
+    return f'<div class="verdict {state}"><span class="mark">{mark}</span><p>{escape(text)}</p></div>\n'
+
+
 def _stages(report: Report) -> str:
-    """The chain drawn as boxes of stages, each with what is applied once and what is trained."""
+    """Draw the stages of the chain as boxes of links, those applied once and those trained."""
     boxes = []
     parts = stages(chain(report.chain))
     for number, stage in enumerate(parts, 1):
@@ -102,88 +102,102 @@ def _table(report: Report) -> str:
     columns += [(task.name, metric) for metric in scored[task.name] if metric not in (task.metric, "n")]
     columns += [(name, next(iter(scores))) for name, scores in scored.items() if name != task.name]
     several = len({task for task, _ in columns}) > 1
-    heads = "".join(
-        f'<th class="number">{escape(task) + "<br>" if several else ""}{escape(metric_name(metric))}</th>'
-        for task, metric in columns
-    )
+    titles = [(escape(task) + "<br>" if several else "") + escape(metric_name(metric)) for task, metric in columns]
+    titles += ["bits per weight", "nonzero weights", "model size", "trained parameters", "time"]
+    head = "<th>stage</th>" + "".join(f'<th class="number">{title}</th>' for title in titles)
     most = max(row.footprint.nbytes for row in report.stages)
-    rows = "\n".join(_row(report, row, columns, most) for row in report.stages)
-    return (
-        f'<div class="wide"><table>\n<thead><tr><th>stage</th>{heads}<th class="number">bits a weight</th>'
-        '<th class="number">not zero</th><th class="number">model</th><th class="number">trained</th>'
-        f'<th class="number">time</th></tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>\n{_note(report)}'
+    records = scored[task.name].get("n")
+    note = (f"Scored on {records:.0f} records. " if records else "") + (
+        "Bits per weight: everything stored for the weights under the chain, including scales, zero points and masks. "
+        "Model size: everything that the model stores after the stage, including embeddings and adapters."
     )
+    return html_table(head, [_row(row, columns, most) for row in report.stages]) + f'\n<p class="note">{note}</p>'
 
 
-def _row(report: Report, row: Row, columns: list[tuple[str, str]], most: int) -> str:
+def _row(row: Row, columns: list[tuple[str, str]], most: int) -> str:
     cells = "".join(
         f'<td class="number{" main" if number == 0 else ""}">'
-        f"{escape(figure(metric, row.metrics.get(task, {}).get(metric)))}</td>"
+        f"{escape(format_score(metric, row.metrics.get(task, {}).get(metric)))}</td>"
         for number, (task, metric) in enumerate(columns)
     )
     taken = row.footprint
     trained = f"{taken.trainable_parameters:,}" if taken.trainable_parameters else ""
     return (
-        f"<tr><th>{escape(row.name)}</th>{cells}"
-        f'<td class="number">{taken.bits_per_weight:.2f}</td><td class="number">{_percent(taken.nonzero_fraction)}</td>'
-        f'<td class="number size">{size(taken.nbytes)}{bar(taken.nbytes / most, size(taken.nbytes))}</td>'
-        f'<td class="number">{trained}</td><td class="number">{duration(row.seconds)}</td></tr>'
+        f"<th>{escape(row.name)}</th>{cells}"
+        f'<td class="number">{taken.bits_per_weight:.2f}</td><td class="number">{percent(taken.nonzero_fraction)}</td>'
+        f'<td class="number size">{size(taken.nbytes)}{_bar(taken.nbytes / most, size(taken.nbytes))}</td>'
+        f'<td class="number">{trained}</td><td class="number">{duration(row.seconds)}</td>'
     )
 
 
-def _note(report: Report) -> str:
-    records = report.stages[0].metrics[report.task.name].get("n")
-    scored = f"Scored on {records:.0f} records. " if records else ""
-    words = scored + (
-        "Bits a weight: everything stored for the weights under the chain, scales, zero points and masks included. "
-        "Model: all that the model stores then, embeddings and adapters included."
+def _bar(share: float, label: str) -> str:
+    """Draw a horizontal bar from 0 to 1 for a cell of a table."""
+    return (
+        f'<svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" role="img" aria-label="{escape(label)}">'
+        f'<rect class="track" width="100" height="8" rx="2"/>'
+        f'<rect class="fill" width="{100 * share:.1f}" height="8" rx="2"/></svg>'
     )
-    return f'<p class="note">{words}</p>'
 
 
-def _verdict(report: Report) -> str:
-    merge, checkpoint = report.merge, report.checkpoint
+def _examples(report: Report) -> str:
+    note = (
+        f'<p class="note">The first {len(report.examples)} records of the split, in order. Outputs are not edited.</p>'
+    )
+    return "\n".join(map(_example, report.examples)) + note
+
+
+def _example(example: Example) -> str:
+    outputs = [("expected", example.expected, ""), *(
+        (title, text, " right" if text.strip() == example.expected.strip() else "")
+        for title, text in (("before tuning", example.before), ("after tuning", example.after))
+    )]  # fmt: skip
+    columns = "".join(
+        f'<div><span class="label">{title}</span><div class="text{style}">{escape(text) or "(empty)"}</div></div>'
+        for title, text, style in outputs
+    )
+    prompt = f'<div class="text">{escape(example.prompt)}</div>'
+    return f'<div class="example">{prompt}\n<div class="outputs">{columns}</div></div>'
+
+
+def _merge(report: Report) -> str:
+    merge, checkpoint, packed = report.merge, report.checkpoint, report.packed
     state = "apart" if merge is None else "exact" if merge.exact else "lossy"
-    mark = {"exact": "✓", "lossy": "≈", "apart": "–"}[state]
-    inside = f'<div class="verdict {state}"><span class="mark">{mark}</span><p>{escape(report.verdict)}</p></div>'
+    inside = _banner(state, {"exact": "✓", "lossy": "≈", "apart": "–"}[state], report.verdict)
     if merge is not None:
-        inside += _definitions(_merge_facts(merge))
+        logits = "not compared" if merge.max_abs_logit_diff is None else f"{merge.max_abs_logit_diff:.3g}"
+        inside += definitions({
+            "largest change of a weight": f"{merge.max_abs_weight_diff:.3g}",
+            "largest change of a logit": logits,
+            "zeros before merging": percent(merge.sparsity_before, 2),
+            "zeros after merging": percent(merge.sparsity_after, 2),
+            "weights off the grid": f"{merge.off_grid:,}",
+        })  # fmt: skip
     if checkpoint is not None:
         text = (
-            f"model/ is a standard Hugging Face checkpoint of {size(checkpoint.nbytes)}: the merged values written out "
-            f"in full, so that stock transformers loads them. Loaded again, it {_same(checkpoint.max_abs_logit_diff)}."
+            f"model/ is a standard Hugging Face checkpoint of {size(checkpoint.nbytes)}. It stores the merged values "
+            f"in full, so that stock transformers loads it. {_reloaded(checkpoint.max_abs_logit_diff)}"
         )
         if report.footprint.nbytes < checkpoint.nbytes // 2:
-            text += f" On their grid the same values take {size(report.footprint.nbytes)}, which the table counts."
+            text += (
+                f" As codes on the grid, the same values take {size(report.footprint.nbytes)}, as in the table above."
+            )
         inside += f'<p class="note">{text}</p>'
-    if report.packed is not None:
-        inside += f'<p class="note">{_packed(report.packed)}</p>'
+    if packed is not None:
+        text = (
+            f"packed/ is the same model for Dovetail in {size(packed.nbytes)}, {packed.bits_per_weight:.2f} bits per "
+            f"weight on disk. A pruned layer stores one bit per weight and its nonzero weights. "
+            f"{_reloaded(packed.max_abs_logit_diff)}"
+        )
+        inside += f'<p class="note">{text}</p>'
     return inside
 
 
-def _packed(packed: Packed) -> str:
-    return (
-        f"packed/ is the same model for Dovetail, in {size(packed.nbytes)}: {packed.bits_per_weight:.2f} bits a weight "
-        "on disk, where a pruned layer keeps one bit a weight and only what isn't zero. "
-        f"Loaded again, it {_same(packed.max_abs_logit_diff)}."
-    )
-
-
-def _same(difference: float | None) -> str:
+def _reloaded(difference: float | None) -> str:
+    if difference is None:
+        return "Its logits after loading were not compared."
     if difference == 0:
-        return "gives the same outputs to the bit"
-    return "was not compared" if difference is None else f"gives outputs that differ by at most {difference:.2g}"
-
-
-def _merge_facts(merge: Merge) -> list[tuple[str, str]]:
-    logits = "not compared" if merge.max_abs_logit_diff is None else f"{merge.max_abs_logit_diff:.3g}"
-    return [
-        ("largest change of a weight", f"{merge.max_abs_weight_diff:.3g}"),
-        ("largest change of an output", logits),
-        ("zeros before", _percent(merge.sparsity_before, 2)),
-        ("zeros after", _percent(merge.sparsity_after, 2)),
-        ("weights off the grid", f"{merge.off_grid:,}"),
-    ]
+        return "After loading, its logits are bit for bit those of the merged model."
+    return f"After loading, its logits differ from those of the merged model by at most {difference:.2g}."
 
 
 def _rates(report: Report) -> str:
@@ -196,41 +210,100 @@ def _rates(report: Report) -> str:
     return f'<p class="note">{"<br>".join(lines)}</p>'
 
 
-def _facts(report: Report) -> str:
-    facts = [
-        ("model", report.model),
-        ("seed", str(report.seed)),
-        ("trained parameters", f"{report.footprint.trainable_parameters:,}"),
-        ("stored bytes", f"{report.footprint.nbytes:,}"),
-        (
-            "peak memory of training",
-            size(report.peak_memory_nbytes) if report.peak_memory_nbytes else "nothing trained",
-        ),
-        ("time", duration(report.seconds)),
-        *_searched(report.search),
-        *report.environment.items(),
-    ]
-    return _definitions(facts)
+def _facts(report: Report) -> dict[str, str]:
+    facts = {
+        "model": report.model,
+        "seed": str(report.seed),
+        "trained parameters": f"{report.footprint.trainable_parameters:,}",
+        "stored bytes": f"{report.footprint.nbytes:,}",
+        "peak memory of training": size(report.peak_memory_nbytes) if report.peak_memory_nbytes else "nothing trained",
+        "time": duration(report.seconds),
+    }
+    if (search := report.search) is not None:
+        before, after = format_score(search.metric, search.start), format_score(search.metric, search.best)
+        on = f"{search.samples} records of {search.split}, {search.evaluations} sub-adapters"
+        facts["search over ranks"] = f"{before} to {after} on {on}"
+        counts = sorted(Counter(search.ranks.values()).items())
+        facts["ranks found"] = ", ".join(f"{rank} x{count}" for rank, count in counts)
+    return facts | report.environment
 
 
-def _searched(search: Searched | None) -> list[tuple[str, str]]:
-    if search is None:
-        return []
-    before, after = figure(search.metric, search.start), figure(search.metric, search.best)
-    on = f"{search.samples} records of {search.split}, {search.evaluations} sub-adapters"
-    ranks = ", ".join(f"{rank} x{count}" for rank, count in sorted(Counter(search.ranks.values()).items()))
-    return [("search over ranks", f"{before} to {after} on {on}"), ("ranks found", ranks)]
+def _legend(training: list[Losses]) -> str:
+    entries = [("raw", "loss of a step"), ("mean", "running mean")]
+    if any(stage.validation for stage in training):
+        entries.append(("validation", "validation loss"))
+    items = "".join(
+        f'<span><svg viewBox="0 0 32 12"><polyline class="{style}" points="0,6 32,6"/></svg>{name}</span>'
+        for style, name in entries
+    )
+    return f'<div class="legend">{items}</div>\n'
 
 
-def _definitions(facts: list[tuple[str, str]]) -> str:
-    inside = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
-    return f"<dl>{inside}</dl>"
+def loss_curve(training: list[Losses]) -> str:
+    """Draw the losses against the steps, stage after stage, as SVG; "" where nothing was trained.
+
+    The losses of the steps are a thin line, their running mean and the losses on the validation records thick ones.
+    """
+    stages = [(_finite(stage.losses), _finite(stage.validation)) for stage in training]
+    stages = [(losses, validation) for losses, validation in stages if losses]
+    if not stages:
+        return ""
+    total = sum(losses[-1][0] for losses, _ in stages)
+    values = [loss for losses, validation in stages for _, loss in losses + validation]
+    ticks = _ticks(min(0.0, *values), max(values))
+    low, high = ticks[0], ticks[-1]
+
+    def x(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / max(1, total)
+
+    def y(loss: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (high - loss) / (high - low)
+
+    def text(at: float, height: float, anchor: str, label: str) -> str:
+        return f'<text class="tick" x="{at:.1f}" y="{height:.1f}" text-anchor="{anchor}">{label}</text>'
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss against training steps">']
+    for tick in ticks:
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(text(LEFT - 8, y(tick) + 4, "end", f"{tick:g}"))
+    # The last label ends at the frame instead of leaving it.
+    for tick in (tick for tick in _ticks(0, total) if tick <= total):
+        parts.append(text(x(tick), HEIGHT - 32, "end" if x(tick) > WIDTH - RIGHT - 24 else "middle", f"{tick:g}"))
+    parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "middle", "training step"))
+    begin = 0
+    for number, (losses, validation) in enumerate(stages):
+        if number:
+            at = f"{x(begin):.1f}"
+            parts.append(f'<line class="mark" x1="{at}" x2="{at}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        for style, points in (("raw", losses), ("mean", running_mean(losses)), ("validation", validation)):
+            thinned = dict.fromkeys(points[:: max(1, len(points) // MOST_POINTS)] + points[-1:])
+            drawn = [(f"{x(begin + step):.1f}", f"{y(loss):.1f}") for step, loss in thinned]
+            if drawn:
+                parts.append(f'<polyline class="{style}" points="{" ".join(map(",".join, drawn))}"/>')
+            if style == "validation":
+                parts += [f'<circle class="validation" cx="{at}" cy="{height}" r="3"/>' for at, height in drawn]
+        begin += losses[-1][0]
+    return "\n".join([*parts, "</svg>"])
 
 
-def _recipe_text(recipe: Recipe) -> str:
-    values = recipe.model_dump(mode="json", exclude_defaults=True)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+def _finite(losses: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(step, loss) for step, loss in losses if math.isfinite(loss)]
 
 
-def _percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f} %"
+def running_mean(losses: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return an exponential mean over about a fiftieth of the steps, initialised with the first loss."""
+    weight = 1 / max(1.0, len(losses) / 50)
+    found, mean = [], losses[0][1] if losses else 0.0
+    for step, loss in losses:
+        mean += weight * (loss - mean)
+        found.append((step, mean))
+    return found
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Return about five round numbers from `low` to at least `high`."""
+    span = max(high - low, 1e-9)
+    power = 10 ** math.floor(math.log10(span / 5))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if span / (power * factor) <= 5)
+    first = math.floor(low / step)
+    return [round(n * step, 12) for n in range(first, max(math.ceil(high / step), first + 1) + 1)]

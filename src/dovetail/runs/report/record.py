@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pydantic
 
@@ -12,14 +14,15 @@ from dovetail.checkpoint.footprint import Footprint
 from dovetail.checkpoint.merge import MergeReport
 from dovetail.errors import LoadError
 from dovetail.searches import RankSearch
+from dovetail.tasks.task import Task
 
 REPORT = "report.json"
 MAX_NBYTES = 1 << 28
-"""The most that a report.json may hold: losses of millions of steps."""
+"""The maximum size of a report.json, which holds the losses of millions of steps."""
 
 
 def finite(scores: Mapping[str, float | None]) -> dict[str, float | None]:
-    """The scores with None for an infinite one: JSON has no word for it."""
+    """Return the scores with None for an infinite one, which JSON cannot hold."""
     return {name: value if value is not None and math.isfinite(value) else None for name, value in scores.items()}
 
 
@@ -28,21 +31,44 @@ class _Record(pydantic.BaseModel):
 
 
 class TaskInfo(_Record):
-    """The task of the run: name, kind, the metric that stands for it, the split that was scored."""
+    """The task of the run.
+
+    metric  the primary metric of the task
+    split   the split that was scored
+    chance  the score of an answer that does not depend on the input; None where it is not known
+    """
 
     name: str
     kind: str
     metric: str
     split: str
+    chance: float | None = None
+
+    @classmethod
+    def of(cls, task: Task, split: str, limit: int | None = None) -> TaskInfo:
+        """Describe a task whose first `limit` records of a split are scored."""
+        chance = _chance(task, task.split(split)[:limit])
+        return cls(name=task.name, kind=task.kind, metric=task.metric, split=split, chance=chance)
+
+
+def _chance(task: Task, records: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the expected score of a guess among choices or pairs, of the most frequent label, or of a constant."""
+    if task.metric in ("matthews", "pearson", "spearman"):
+        return 0.0
+    if task.kind == "choice":
+        return sum(1 / len(record["choices"]) for record in records) / len(records)
+    if task.kind == "classification":
+        return Counter(record["label"] for record in records).most_common(1)[0][1] / len(records)
+    return 0.5 if task.kind == "pairs" else None
 
 
 class Row(_Record):
     """The model after one stage.
 
     name       base; pruned, quantized, tuned, searched, merged where the chain has them
-    metrics    task -> metric -> figure, and `n`, the number of records; None where a figure is infinite
-    footprint  what the model took then
-    seconds    of the stage, its evaluation included
+    metrics    task -> metric -> score, and `n`, the number of records; None where a score is infinite
+    footprint  of the model after the stage
+    seconds    of the stage, including its evaluation
     """
 
     name: str
@@ -57,7 +83,7 @@ class Row(_Record):
 
 
 class Merge(_Record):
-    """What merging did (see `dovetail.MergeReport`); the logits are those of the tuned chain and the merged model."""
+    """What merging changed (see `dovetail.MergeReport`); logits of the tuned model against those of the merged one."""
 
     exact: bool
     max_abs_weight_diff: float
@@ -68,7 +94,7 @@ class Merge(_Record):
 
     @classmethod
     def of(cls, merged: MergeReport) -> Merge:
-        """The part of a MergeReport that a report holds."""
+        """Take the part of a MergeReport that a report holds."""
         return cls(
             exact=merged.exact,
             max_abs_weight_diff=merged.max_abs_weight_diff,
@@ -112,9 +138,9 @@ class Example(_Record):
 
 
 class Searched(_Record):
-    """What a search over elastic ranks found (`dovetail.search_ranks`): figures of `metric` on a sample of `split`.
+    """The result of a search over elastic ranks (`dovetail.search_ranks`), scored on a sample of `split`.
 
-    start, best  of the reference ranks, and of those found; None where infinite
+    start, best  scores of the reference ranks and of the ranks found; None where infinite
     ranks        group of layers -> rank found
     """
 
@@ -128,7 +154,7 @@ class Searched(_Record):
 
     @classmethod
     def of(cls, found: RankSearch) -> Searched:
-        """The part of a RankSearch that a report holds."""
+        """Take the part of a RankSearch that a report holds."""
         return cls(
             metric=found.metric,
             split=found.split,
@@ -140,17 +166,22 @@ class Searched(_Record):
 
 
 class Checkpoint(_Record):
-    """The checkpoint in model/: its bytes, and how far stock transformers' logits are from the merged model's."""
+    """The checkpoint in model/.
+
+    nbytes               on disk
+    max_abs_logit_diff   between the checkpoint as stock transformers loads it and the merged model
+    """
 
     nbytes: int
     max_abs_logit_diff: float | None
 
 
 class Packed(_Record):
-    """The packed model in packed/: what it takes on disk, and how far its logits are from the merged model's.
+    """The packed model in packed/.
 
-    nbytes           of its one file of tensors
-    bits_per_weight  on disk, of the weights under the chain (`dovetail.PackedSize`)
+    nbytes              of its file of tensors
+    bits_per_weight     on disk, of the weights under the chain (`dovetail.PackedSize`)
+    max_abs_logit_diff  between the packed model and the merged model
     """
 
     nbytes: int
@@ -159,15 +190,15 @@ class Packed(_Record):
 
 
 class Report(_Record):
-    """A whole run.
+    """The report of a whole run.
 
     stages              the model after each stage, `base` first
-    merge               None where the chain was kept apart
+    merge               None where the base and the adapter were kept apart
+    verdict             what merging kept and changed, in words
     footprint           of the last row, with the trainable parameters of training
-    peak_memory_nbytes  while training; 0 where nothing was trained
+    peak_memory_nbytes  of training; 0 where nothing was trained
     seconds             of the whole run
-    verdict             of merging, in words
-    packed              None where nothing was pruned or quantized, or the chain was kept apart
+    packed              None where nothing was pruned or quantized, or base and adapter were kept apart
     search              where the recipe asks for one
     examples            the first records of the scored split, before and after tuning
     """
@@ -190,30 +221,30 @@ class Report(_Record):
     examples: list[Example] = []
 
     def row(self, name: str) -> Row:
-        """The row of that name; KeyError where the run has none."""
+        """Return the row of that name; raise KeyError where the run has none."""
         for row in self.stages:
             if row.name == name:
                 return row
         raise KeyError(name)
 
-    def figure(self, row: Row) -> float | None:
-        """The figure that stands for the task, in one row."""
+    def score(self, row: Row) -> float | None:
+        """Return the score of a row in the primary metric of the task."""
         return row.metrics[self.task.name][self.task.metric]
 
     def save(self, directory: Path) -> None:
-        """Writes report.json, atomically."""
+        """Write report.json atomically."""
         part = directory / f".{REPORT}.part"
         part.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
         part.replace(directory / REPORT)
 
     @classmethod
     def load(cls, directory: str | Path) -> Report:
-        """Reads the report.json of a run directory; LoadError where it is none."""
+        """Read the report.json of a run directory; raise LoadError where it is none."""
         path = Path(directory) / REPORT
-        rule, fix = "a run directory holds a report.json that a run wrote", "name the folder given as --output"
+        rule, fix = "a run directory must contain a report.json that a run wrote", "pass the folder given as --output"
         try:
             if path.stat().st_size > MAX_NBYTES:
-                raise LoadError(str(path), found=f"more than {MAX_NBYTES} bytes", rule=rule)
+                raise LoadError(str(path), found=f"more than {MAX_NBYTES} bytes", rule=rule, fix=fix)
             report = cls.model_validate_json(path.read_bytes())
         except OSError as error:
             raise LoadError(str(path), found=error.strerror or str(error), rule=rule, fix=fix) from None

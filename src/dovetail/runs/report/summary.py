@@ -1,58 +1,141 @@
-"""The report on a terminal: the table of stages and the verdict."""
+"""The outcome of a run in words, and its report on a terminal."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from dovetail.display.format import duration, figure, metric_name, size
+from dovetail.checkpoint.merge import MergeReport
+from dovetail.display.format import SHARES, duration, format_score, metric_name, percent, size
+from dovetail.display.tables import print_table
 from dovetail.runs.report.record import Report, Row
+from dovetail.tasks.task import LOWER_IS_BETTER
+
+
+def verdict(merged: MergeReport | None, *, lossy: bool, quantized: bool) -> str:
+    """Describe in a few sentences what merging kept and what it changed.
+
+    merged     None where the base and the adapter were kept apart
+    lossy      whether the recipe allows loss
+    quantized  whether the chain has a quantizer
+    """
+    if merged is None:
+        return "Not merged: the recipe keeps the base and the adapter apart. The adapter is in adapter/."
+    if merged.exact:
+        kept = ["zeros"] if merged.sparsity_before > 0.01 else []
+        kept += ["quantization grid"] if quantized else []
+        words = ["Merged without loss: the merged weights are bit for bit the tuned weights."]
+        words += [f"Merging preserved the {' and the '.join(kept)} of the base."] if kept else []
+    elif lossy:
+        words = [
+            "Merged with loss, as the recipe asks: the chain does not keep the zeros or the grid of the base. Merging "
+            f"changed weights by up to {merged.max_abs_weight_diff:.2g} "
+            f"({merged.relative_weight_error:.1%} of the norm of the weights)."
+        ]
+    else:
+        words = [
+            "Merged, rounded once: the tuned chain does not store its weights, so merging rounded them to the dtype of "
+            f"the model, by at most {merged.max_abs_weight_diff:.2g}."
+        ]
+    if merged.max_abs_logit_diff is not None:
+        words.append(
+            "The outputs of the model are bit for bit the same."
+            if merged.max_abs_logit_diff == 0
+            else f"The outputs of the model differ by at most {merged.max_abs_logit_diff:.2g}."
+        )
+    if merged.sparsity_before > 0.01:
+        before, after = percent(merged.sparsity_before, 2), percent(merged.sparsity_after, 2)
+        words.append(f"Zeros: {before} of the weights before merging, {after} after.")
+    if quantized:
+        words.append(f"Weights off the quantization grid: {merged.off_grid}.")
+    return " ".join(words)
+
+
+def learned_nothing(report: Report) -> str:
+    """Return a warning where training was of no use: no gain over the base, or a score at chance; else "".
+
+    Two shares of n records count as different where they are two standard errors apart, sqrt(p (1 - p) / n) each. The
+    warning compares the last stage with the stage before training, then with the base, whatever the merge did.
+    """
+    if not report.training:
+        return ""
+    metric, n = report.task.metric, report.stages[0].metrics[report.task.name].get("n") or math.inf
+    trained = next((at for at, row in enumerate(report.stages) if row.name.startswith("tuned")), 0)
+    base, start, end = (report.score(report.stages[at]) for at in (0, max(trained - 1, 0), -1))
+    told = {name: format_score(metric, value) for name, value in (("base", base), ("start", start), ("end", end))}
+    name, chance = metric_name(metric), report.task.chance
+    if chance is not None and end is not None:
+        error = math.sqrt(chance * (1 - chance) / n) if metric in SHARES else 1 / math.sqrt(n)
+        if end <= chance + 2 * error:
+            return (
+                f"This run learned nothing: its {name} of {told['end']} on {n:.0f} records is at chance, which is "
+                f"{format_score(metric, chance)}."
+            )
+    if not _better(metric, end, start, n):
+        said = f"This run learned nothing: {name} is {told['start']} before training and {told['end']} after."
+        noise = f" On {n:.0f} records, this difference is within two standard errors."
+        return said + (noise if _better(metric, end, start, math.inf) else "")
+    if not _better(metric, end, base, n):
+        return (
+            f"This run is no better than its base: {name} is {told['base']} for the base, {told['start']} before "
+            f"training and {told['end']} after."
+        )
+    return ""
+
+
+def _better(metric: str, score: float | None, other: float | None, n: float) -> bool:
+    """Return whether a score on n records is better than another by more than its sampling error."""
+    if score is None or other is None:
+        return score is not None
+    gain = other - score if metric in LOWER_IS_BETTER else score - other
+    error = math.sqrt((score * (1 - score) + other * (1 - other)) / n) if metric in SHARES else 0.0
+    return gain > 2 * error
 
 
 def row_line(row: Row) -> str:
-    """One finished row in one line, to be printed while the run goes on."""
+    """Return a finished row as one line, to be printed during the run."""
     task, scores = next(iter(row.metrics.items()))
     metric, value = next(iter(scores.items()))
     return (
-        f"{row.name:<16} {task} {metric_name(metric)} {figure(metric, value):>7}   "
-        f"{row.footprint.bits_per_weight:6.2f} bits a weight   {duration(row.seconds)}"
+        f"{row.name:<16} {task} {metric_name(metric)} {format_score(metric, value):>7}   "
+        f"{row.footprint.bits_per_weight:6.2f} bits per weight   {duration(row.seconds)}"
     )
 
 
 def print_summary(console: Console, report: Report, directory: Path) -> None:
-    """Prints the report of a run in that directory."""
+    """Print the report of the run in that directory."""
+    if warning := learned_nothing(report):
+        console.print(f"\n[bold]{escape(warning)}[/bold]")
     console.print(f"\n[bold]{escape(report.chain)}[/bold]  on {escape(report.model)}", soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0))
-    table.add_column("stage", no_wrap=True)
     scored = {report.task.name: report.task.metric}
     scored |= {name: next(iter(scores)) for name, scores in report.stages[0].metrics.items() if name not in scored}
     titles = [f"{name}\n{metric_name(metric)}" for name, metric in scored.items()]
-    for title in (*titles, "bits a\nweight", "not\nzero", "model", "time"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in report.stages:
-        table.add_row(
+    rows = [
+        [
             row.name,
-            *(figure(metric, row.metrics[name][metric]) for name, metric in scored.items()),
+            *(format_score(metric, row.metrics[name][metric]) for name, metric in scored.items()),
             f"{row.footprint.bits_per_weight:.2f}",
-            f"{100 * row.footprint.nonzero_fraction:.0f} %",
+            percent(row.footprint.nonzero_fraction, 0),
             size(row.footprint.nbytes),
             duration(row.seconds),
-        )
-    console.print(table)
+        ]
+        for row in report.stages
+    ]
+    print_table(console, ["stage", *titles, "bits per\nweight", "nonzero\nweights", "model\nsize", "time"], rows)
     console.print(escape(report.verdict))
     if report.training:
         trained, peak = report.footprint.trainable_parameters, size(report.peak_memory_nbytes)
-        console.print(f"Trained {trained:,} parameters; peak memory while training {peak}.")
+        console.print(f"Trained {trained:,} parameters; peak memory of training {peak}.")
     console.print(f"Time {duration(report.seconds)}.")
-    console.print(f"[bold]{escape(str(directory / 'report.html'))}[/bold] is the page of this run", soft_wrap=True)
+    console.print(f"Report: [bold]{escape(str(directory / 'report.html'))}[/bold]", soft_wrap=True)
     if report.checkpoint is not None:
-        console.print(f"{escape(str(directory / 'model'))} is the model, for any program that reads", end=" ")
-        console.print("Hugging Face checkpoints", soft_wrap=True)
+        console.print(f"Hugging Face checkpoint: {escape(str(directory / 'model'))}", soft_wrap=True)
     if report.packed is not None:
-        console.print(f"{escape(str(directory / 'packed'))} is the same model for Dovetail, in", end=" ")
         taken, bits = size(report.packed.nbytes), report.packed.bits_per_weight
-        console.print(f"{taken}, {bits:.2f} bits a weight on disk", soft_wrap=True)
+        console.print(
+            f"Packed model for Dovetail: {escape(str(directory / 'packed'))} ({taken}, {bits:.2f} bits per weight on "
+            "disk)", soft_wrap=True,
+        )  # fmt: skip
