@@ -25,8 +25,8 @@ from dovetail.training.trainer import StageTrainer
 from small_runs import MAIN, save_labels, save_model, small_recipe
 
 FIELDS = {
-    "chain", "model", "seed", "stages", "merge", "footprint", "peak_memory_nbytes", "seconds", "environment", "examples", "task",
-    "verdict", "training", "checkpoint", "packed", "search",
+    "chain", "model", "seed", "stages", "merge", "footprint", "peak_memory_nbytes", "seconds", "environment", "task",
+    "examples", "verdict", "training", "checkpoint", "packed", "search",
 }  # fmt: skip
 
 

@@ -106,13 +106,13 @@ class Merge(_Record):
 
 
 class Losses(_Record):
-    """The losses of one stage.
+    """The training of one stage.
 
     links           trained in the stage
     losses          (step, loss on the batch)
     learning_rates  link -> learning rate
     seconds         of training
-    validation      (step, loss on the validation records); empty where the recipe does not evaluate during training
+    validation      (step, score of the primary metric on the validation split), where the recipe asks for it
     """
 
     links: list[str]
