@@ -1,4 +1,4 @@
-"""Write the generated parts of the documents: README.md's tree and table of methods, and the messages of errors.
+"""Write the generated parts of the documents: README.md's tree and table of methods, messages, reference.
 
 `python tests/generated.py` writes them, as `make fix` does. `tests/test_docs.py` checks that they are up to date.
 """
@@ -11,6 +11,7 @@ import re
 import tempfile
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src/dovetail"
@@ -91,9 +92,26 @@ def with_messages(text: str) -> str:
     return re.sub(block, replaced, text, flags=re.DOTALL)
 
 
+def extension_names() -> list[str]:
+    """Return the public names of `dovetail.links` that no other page of the reference has, in their order there."""
+    import dovetail.links
+
+    names = (name for name, value in vars(dovetail.links).items() if not isinstance(value, ModuleType))
+    return [f"links.{name}" for name in names if not name.startswith("_") and name not in dovetail.__all__]
+
+
+def with_names(text: str) -> str:
+    """Return the reference of the extension API with its list of names made new."""
+    head = text.partition("\n::: ")[0]
+    return head + "".join(f"\n::: dovetail.{name}\n" for name in extension_names())
+
+
+PAGES = {"README.md": written, "docs/troubleshooting.md": with_messages, "docs/reference/links.md": with_names}
+
+
 def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    for page, made in (("README.md", written), ("docs/troubleshooting.md", with_messages)):
+    for page, made in PAGES.items():
         text = (ROOT / page).read_text(encoding="utf-8")
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)

@@ -115,6 +115,14 @@ def test_the_messages_of_troubleshooting_are_those_that_are_raised(tmp_path, mon
     assert generated.with_messages(text) == text, "python tests/generated.py writes them"
 
 
+def test_the_reference_has_every_public_name():
+    documented = set()
+    for page in (ROOT / "docs/reference").glob("*.md"):
+        documented |= set(re.findall(r"^::: dovetail\.(\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE))
+    public = {*dovetail.__all__} - {"experts"} | {f"experts.{name}" for name in dovetail.experts.__all__}
+    assert documented == public | {*generated.extension_names()}, "python tests/generated.py writes the extension API"
+
+
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
