@@ -1,7 +1,7 @@
-"""Measure the figures of docs/playground.md: `python -m `.
+"""Measure the scores of docs/playground.md: `python bench/playground/figures.py`.
 
-Plain loops on purpose, with the least LoRA, Wanda and INT4 that will do, so that the figures say what the
-playground is like and not what the library is like.
+The loops and the LoRA, Wanda and INT4 here are minimal and use none of the library's, so the scores describe the
+playground and not the library.
 """
 
 from __future__ import annotations

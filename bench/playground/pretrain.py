@@ -1,6 +1,7 @@
-"""Pretrain the playground's model: `python -m  --output DIR --seed 0`.
+"""Pretrain the playground's model: `python bench/playground/pretrain.py --output DIR --seed 0`.
 
-Trains the tokenizer and then the model on the generator's text, and writes a standard Hugging Face checkpoint.
+The script trains the tokenizer and then the model on the generator's text, and writes a standard Hugging Face
+checkpoint.
 """
 
 from __future__ import annotations
