@@ -17,7 +17,7 @@ from dovetail.checkpoint.merge import MergeReport
 from dovetail.display.format import duration, format_score, size
 from dovetail.errors import LoadError
 from dovetail.runs.recipe import Recipe
-from dovetail.runs.report.page import loss_curve, page, running_mean
+from dovetail.runs.report.page import page, running_mean
 from dovetail.runs.report.record import Checkpoint, Example, Losses, Merge, Packed, Report, Row, TaskInfo
 from dovetail.runs.report.summary import learned_nothing, print_summary, verdict
 from dovetail.tasks.task import Task
@@ -103,32 +103,40 @@ def test_the_summary_prints_hostile_text_as_it_is(tmp_path):
     assert "900 kB, 3.31 bits per weight on disk" in text
 
 
-def test_the_loss_curve():
-    stages = [
-        Losses(links=[], losses=[(1, 2.0), (2, 1.0)], learning_rates={}, seconds=1, validation=[(1, 3.0), (2, 1.5)]),
-        Losses(links=[], losses=[(1, float("nan")), (2, 1.0)], learning_rates={}, seconds=1),
-    ]
-    drawn = ElementTree.fromstring(loss_curve(stages))
-    lines = [element for element in drawn.iter() if element.tag == "polyline"]
-    assert [line.attrib["class"] for line in lines] == ["raw", "mean", "validation", "raw", "mean"]
-    assert len([element for element in drawn.iter() if element.tag == "circle"]) == 2
+def plots(report) -> list[ElementTree.Element]:
+    """The plots of training on the page of a report."""
+    found = re.findall(r'<svg viewBox="0 0 720.*?</svg>', page(report, RECIPE), re.DOTALL)
+    return [ElementTree.fromstring(text) for text in found]
+
+
+def losses(*values, **fields) -> Losses:
+    return Losses(links=[], losses=list(enumerate(values, 1)), learning_rates={}, seconds=1, **fields)
+
+
+def test_the_plots_of_training():
+    training = [losses(2.0, 1.0, validation=[(1, 0.25), (2, 0.5)]), losses(float("nan"), 1.0)]
+    loss, validation = plots(make_report(training=training))
+    lines = [element for element in loss.iter() if element.tag == "polyline"]
+    assert [line.attrib["class"] for line in lines] == ["raw", "raw", "mean", "mean"]
     for line in lines:
         points = [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
-        assert all(0 <= x <= 720 and 0 <= y <= 240 for x, y in points)
-    assert loss_curve([]) == ""
-    flat = [Losses(links=[], losses=[(1, 0.0), (2, 0.0)], learning_rates={}, seconds=1)]
-    assert "polyline" in loss_curve(flat)
-    long = [Losses(links=[], losses=[(n, 1.0) for n in range(1, 100_001)], learning_rates={}, seconds=1)]
-    assert len(loss_curve(long)) < 100_000
+        assert all(64 <= x <= 704 and 0 <= y <= 240 for x, y in points)
+    assert len([element for element in validation.iter() if element.tag == "circle"]) == 2
+    assert [element.text for element in validation.iter() if element.tag == "text"][:6] == [
+        "0", "10", "20", "30", "40", "50"
+    ]  # fmt: skip
+    assert plots(make_report(training=[losses(float("nan"))])) == []
+    assert len(plots(make_report(training=[losses(0.0, 0.0)]))) == 1
+    assert len(page(make_report(training=[losses(*[1.0] * 100_000)]), RECIPE)) < 100_000
 
 
 def test_the_running_mean_starts_at_the_first_loss():
-    losses = [(step, 5.0 if step == 1 else 1.0) for step in range(1, 1001)]
-    mean = running_mean(losses)
+    points = [(step, 5.0 if step == 1 else 1.0) for step in range(1, 1001)]
+    mean = running_mean(points)
     assert mean[0] == (1, 5.0)
-    assert [step for step, _ in mean] == [step for step, _ in losses]
+    assert [step for step, _ in mean] == [step for step, _ in points]
     assert mean[-1][1] == pytest.approx(1.0)
-    assert running_mean(losses[:1]) == losses[:1]
+    assert running_mean(points[:1]) == points[:1]
 
 
 def scored(*values, metric="accuracy", n=500, chance=None, names=("base", "pruned", "tuned", "merged")) -> Report:

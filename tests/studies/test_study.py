@@ -20,13 +20,14 @@ from dovetail.checkpoint.adapter import load_adapter
 from dovetail.checkpoint.load import load
 from dovetail.checkpoint.merge import merge
 from dovetail.cli.main import main
+from dovetail.display.plots import spaced_ticks
 from dovetail.errors import CannotMerge, ChainError, RecipeError, TrainError
 from dovetail.runs.report.record import Report
 from dovetail.runs.yaml import read_yaml
 from dovetail.studies import cost, runner, verify
 from dovetail.studies.matrix import Study, expand, unique_runs
-from dovetail.studies.report import Spread, StudyReport
-from dovetail.studies.tables import spread
+from dovetail.studies.report import Result, Spread, StudyReport
+from dovetail.studies.tables import curve, score_axis, spread
 from dovetail.training.trainer import StageTrainer
 from places import ROOT
 from small_runs import MAIN, small_recipe
@@ -138,11 +139,11 @@ ROW = {"name": "a", "chain": "lora(r=2)"}
         ({"sedes": [1]}, "did you mean seeds"),
         ({"seeds": []}, "seeds"),
         ({"seeds": [True]}, "seeds"),
-        ({"seeds": [1, 1]}, "each seed once"),
+        ({"seeds": [1, 1]}, "must be unique"),
         ({"rows": [{**ROW, "chian": "x"}]}, "did you mean chain"),
-        ({"rows": [{"name": "a"}]}, "one of recipe"),
-        ({"rows": [{**ROW, "of": "b"}]}, "one of recipe"),
-        ({"rows": [ROW, {"name": "b", "of": "a"}]}, "go together"),
+        ({"rows": [{"name": "a"}]}, "exactly one of recipe"),
+        ({"rows": [{**ROW, "of": "b"}]}, "exactly one of recipe"),
+        ({"rows": [ROW, {"name": "b", "of": "a"}]}, "given together"),
         ({"rows": [ROW, {"name": "b", "of": "c", "stage": "base"}]}, "'c'"),
         ({"rows": [ROW, {"name": "b", "of": "a", "stage": "pruned"}]}, "stages of a: base, tuned, merged"),
         ({"rows": [ROW, ROW]}, "two rows"),
@@ -151,7 +152,7 @@ ROW = {"name": "a", "chain": "lora(r=2)"}
         ({"rows": [{**ROW, "with": {"trian": {}}}]}, "did you mean train"),
         ({"rows": [{**ROW, "with": {"train": {"epochs": -1}}}]}, "epochs"),
         ({"rows": [{**ROW, "chain": "wanda({x}) >> lora"}]}, "{x}"),
-        ({"vary": {"x": [1]}}, "named in the chain of some row"),
+        ({"vary": {"x": [1]}}, "must be named in the chain of some row"),
         ({"compare": [["a", "z"]]}, "'z'"),
         ({"cost": ["z"]}, "'z'"),
         ({"common": {"output": "x"}}, "key 'output'"),
@@ -260,7 +261,7 @@ def test_costs_are_there_and_kept(finished, monkeypatch):
     assert packed.step_seconds == stock.step_seconds
     monkeypatch.setattr(runner, "run", lambda *args, **kwargs: pytest.fail("it ran again"))
     monkeypatch.setattr(cost, "_medians", lambda *args: pytest.fail("it measured again"))
-    monkeypatch.setattr(verify, "_judge", lambda *args: pytest.fail("it merged again"))
+    monkeypatch.setattr(verify, "_verify", lambda *args: pytest.fail("it merged again"))
     events = []
     assert done(asked, folder, on_run=events.append) == report
     assert [event.state for event in events] == ["kept"] * 6 + ["measures"]
@@ -308,8 +309,8 @@ def test_a_killed_study_goes_on(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "runs" / "one-s0" / "report.json").stat().st_mtime_ns == first
     assert [result.mergeable for result in report.results] == [True, False]  # the second is rounded
     assert "changes logits" in report.results[1].why
-    whole = done(asked, tmp_path / "whole")
-    assert [r.figure for r in whole.results] == [r.figure for r in report.results]
+    whole = done(plain(tmp_path, rows[1]), tmp_path / "whole")
+    assert whole.results[0].figure == report.results[1].figure
 
     more = plain(tmp_path, *rows, {"name": "three", "chain": "ia3"})
     assert [r.row for r in done(more, tmp_path / "out").results] == ["one", "two", "three"]
@@ -361,7 +362,7 @@ def test_a_failed_run_is_told_and_tried_again(tmp_path, monkeypatch):
 
 def test_runs_at_a_time_give_the_same(tmp_path, monkeypatch):
     """In threads here: starting processes takes longer than all other tests together."""
-    asked = plain(tmp_path, {"name": "one", "chain": MAIN}, {"name": "two", "chain": "ia3"})
+    asked = plain(tmp_path, {"name": "one", "chain": "lora(r=2)"}, {"name": "two", "chain": "ia3"})
     made = {}
 
     class Threads(ThreadPoolExecutor):
@@ -390,6 +391,51 @@ def test_spread():
     assert spread("exact_match", Spread.of([0.015]), signed=True) == "+1.5 points"
     assert spread("perplexity", Spread.of([2.0, 3.0])) == "2.500 ± 0.707"
     assert spread("accuracy", Spread.of([])) == "–"
+
+
+def scored(metric, *means, sd=0.0) -> StudyReport:
+    """A study of rows that have these mean scores at the points of one axis."""
+    results = [
+        Result(row="a", point={"r": 2**at}, chain="lora", stage="tuned", sparsity=None, mergeable=None, why="",
+               precision="FP32", figure=Spread(values=[mean], mean=mean, sd=sd), merged_lossy=None, failed=[], runs=[])
+        for at, mean in enumerate(means)
+    ]  # fmt: skip
+    return StudyReport(
+        title="", task="t", metric=metric, split="test", model="m", seeds=[0],
+        vary={"r": [2**at for at in range(len(means))]}, results=results, cost=[], compare=[], seconds=0,
+        environment={},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("report", "low", "high", "span"),
+    [
+        (scored("exact_match", 0.0, 0.0), 0, 0, 11),
+        (scored("exact_match", 0.0, 0.002), 0, 0.2, 11),
+        (scored("accuracy", 0.998, 1.0), 99.8, 100, 11),
+        (scored("accuracy", 0.2, 0.8, sd=0.1), 10, 90, 88),
+        (scored("matthews", 0.001, -0.002), -0.002, 0.001, 0.11),
+        (scored("perplexity", 20.0, 20.1), 20, 20.1, 2.211),
+    ],
+)
+def test_the_axis_of_scores_does_not_zoom_into_noise(report, low, high, span):
+    limits = score_axis(report)
+    assert limits is not None
+    bottom, top = limits
+    assert bottom < low
+    assert top > high
+    assert top - bottom == pytest.approx(span)
+    assert curve(report)
+
+
+def test_an_axis_without_scores_has_no_limits():
+    assert score_axis(scored("accuracy")) is None
+
+
+def test_labels_of_ticks_do_not_collide():
+    assert spaced_ticks([0.3, 0.5, 0.51, 0.52, 0.7], log=False) == [0.3, 0.5, 0.7]
+    assert spaced_ticks([256, 1, 2, 4, 8], log=True) == [1, 2, 4, 8, 256]
+    assert spaced_ticks([256, 1, 2, 4, 8], log=False) == [1, 256]
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Studies: many runs beside each other, as tables of quality and cost, and as curves."""
+"""Studies: many runs side by side, as tables of quality and cost, and as curves."""
 
 from dovetail.studies.matrix import Study
 from dovetail.studies.report import StudyReport

@@ -1,13 +1,20 @@
-"""What each pipeline costs, measured from its run's folder: nothing here is estimated.
+"""What each row of a study costs, measured from the folder of its run: nothing here is estimated.
 
-On the processor, with one thread; seconds are those of processor time, so that other programs on the machine count
-little. The pipelines take turns, round after round, and each figure is the median of its rounds: a machine that slows
-down is slow for all of them.
+Everything is measured on the processor with one thread. Seconds are processor time, so that other programs on the
+machine have little influence. The rows take turns in interleaved rounds, and each number is the median of its rounds:
+where the machine slows down, all rows slow down.
+
+A model can be shipped in three forms:
+
+base and adapter   the base packed (codes, masks), and the parameters of the adapter at the ranks in use
+merged, packed     packed/: computes from its codes
+merged, stock      model/: values in full, for every program that reads Hugging Face checkpoints
 """
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,16 +24,26 @@ from typing import TYPE_CHECKING
 
 import pydantic
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from dovetail.chains.layer.applied import applied
+from dovetail.chains.layer.elastic import extract, groups
+from dovetail.chains.layer.linear import chain_layers
+from dovetail.chains.link import Chain
+from dovetail.chains.stages import stages
+from dovetail.checkpoint.load import load
+from dovetail.checkpoint.merge import merge
+from dovetail.checkpoint.packed import save_packed
 from dovetail.compression.calibration import calibration_batches
 from dovetail.progress import Bar
-from dovetail.runs.folder import RECIPE, write_whole
+from dovetail.runs import folder as run_folder
+from dovetail.runs.folder import MODEL, RECIPE, write_whole
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Report
 from dovetail.studies.matrix import Line, label
 from dovetail.studies.report import Cost
-from dovetail.studies.shipped import forms, shipped, tuned
+from dovetail.studies.verify import tuned
 from dovetail.tasks.find import load_task
 from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import length_limit, pad_id
@@ -38,24 +55,25 @@ if TYPE_CHECKING:
 
 ROUNDS, TRAINING_ROUNDS = 7, 5
 ROWS, NEW_TOKENS = 16, 32
-"""Of the batch that inference is timed on: rows, and tokens that each is continued by."""
+"""The batch for the timing of inference: its rows, and the tokens that each row is continued by."""
 FEW_STEPS, MORE_STEPS = 3, 23
-"""Two trainings, whose difference is the time of the steps alone: starting is left out."""
+"""The steps of two trainings. Their difference is the time of the steps alone, without the start."""
 KEPT = "cost.json"
+APART, PACKED, STOCK = "base and adapter", "merged, packed", "merged, stock"
 
 
 class _Kept(pydantic.BaseModel, extra="forbid"):
-    """cost.json: what was measured, (line, form, seconds that its run took), and what came out."""
+    """The content of cost.json: the runs that were measured, as (line, form, seconds of the run), and the result."""
 
     runs: list[tuple[str, str, float]]
     cost: list[Cost]
 
 
 def measure(lines: list[tuple[Line, bool]], folder: Path, *, progress: bool = True) -> list[Cost]:
-    """The cost table; what an earlier start measured of the same runs is kept.
+    """Measure the cost table, or read what an earlier start measured of the same runs.
 
     lines     of the table, each with whether it is shipped merged
-    folder    of the study; measured is each line's first run
+    folder    of the study; the first run of each line is measured
     """
     named = [(line, folder / "runs" / line.runs[0].slug, merged) for line, merged in lines]
     chosen = [(line, place, form) for line, place, merged in named for form in forms(place, merged)]
@@ -103,10 +121,10 @@ def measure(lines: list[tuple[Line, bool]], folder: Path, *, progress: bool = Tr
 class _Pipeline:
     """A tuned pipeline, as it is shipped and as it is trained.
 
-    model       what is shipped
-    ids         (row, token) of the train split's texts, cut to one length: no padding
-    new_tokens  that decoding adds over all rows; 0 where the model doesn't generate
-    storage_nbytes  of what is shipped
+    model           as shipped
+    ids             (row, token) of texts of the train split, cut to one length: no padding
+    new_tokens      that decoding adds over all rows; 0 where the model does not generate
+    storage_nbytes  of the weights as shipped
     """
 
     folder: Path
@@ -144,7 +162,7 @@ class _Pipeline:
 
     @torch.no_grad()
     def prefill(self) -> float:
-        """Processor seconds of a forward pass over the batch."""
+        """Return the processor seconds of a forward pass over the batch."""
         more = {} if self.decoder_ids is None else {"decoder_input_ids": self.decoder_ids}
         started = time.process_time()
         self.model(input_ids=self.ids, **more)
@@ -152,7 +170,7 @@ class _Pipeline:
 
     @torch.no_grad()
     def decode(self) -> float:
-        """Processor seconds of continuing every row greedily by NEW_TOKENS, the prompt's forward pass included."""
+        """Return the processor seconds of continuing every row greedily by NEW_TOKENS, including the prompt."""
         from transformers import GenerationConfig
 
         if not self.new_tokens:
@@ -170,14 +188,14 @@ class _Pipeline:
         return time.process_time() - started
 
     def inference_nbytes(self) -> int:
-        """The most bytes of live tensors while it does both, its parameters and buffers among them."""
+        """Return the peak bytes of live tensors during both, including parameters and buffers."""
         with PeakMemory([*self.model.parameters(), *self.model.buffers()]) as memory:
             self.prefill()
             self.decode()
         return memory.peak_nbytes
 
     def step_seconds(self) -> float:
-        """Processor seconds of one training step with the recipe's settings, going on from what was tuned."""
+        """Return the processor seconds of one training step with the settings of the recipe, from the tuned adapter."""
         settings = self.recipe.train.model_dump()
         rows = settings["batch_size"] * settings["gradient_accumulation"] * MORE_STEPS
         records = {"train": self.task.split("train")[:rows]}
@@ -193,7 +211,7 @@ class _Pipeline:
 
 
 def _medians(functions: list[Callable[[], float]], rounds: int, bar: Bar, warm: int = 1) -> list[float]:
-    """The median of what each function measures, in interleaved rounds, the order alternating, after `warm` others."""
+    """Return the median of each function over interleaved rounds in alternating order, after `warm` other rounds."""
     seconds: list[list[float]] = [[] for _ in functions]
     for number in range(-warm, rounds):
         order = range(len(functions))
@@ -214,3 +232,55 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def forms(folder: Path, mergeable: bool) -> list[str]:
+    """Return the forms in which the model of a run can be shipped; a packed one needs a pruner or a quantizer."""
+    if not mergeable:
+        return [APART]
+    return [PACKED, STOCK] if (folder / run_folder.PACKED).is_dir() else [STOCK]
+
+
+def shipped(folder: Path, form: str, kind: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
+    """Return the model for inference, its tokenizer, and the bytes of the weights that are shipped for it.
+
+    folder  a run directory
+    form    APART, PACKED or STOCK
+    kind    of its task
+    """
+    if form != APART:
+        place = folder / (MODEL if form == STOCK else run_folder.PACKED)
+        model, tokenizer = load(place, task_kind=kind)
+        return model, tokenizer, _nbytes(place)
+    model, tokenizer = tuned(folder)
+    if groups(model):
+        extract(model)
+    with tempfile.TemporaryDirectory() as place:
+        save_file(_parameters(model), Path(place) / "adapter.safetensors")
+        base, _ = tuned(folder)
+        _save_base(base, Path(place) / "base")
+        return model, tokenizer, _nbytes(Path(place)) + _nbytes(Path(place) / "base")
+
+
+def _nbytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return what was trained and must be shipped beside the base: links, and a head."""
+    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _save_base(model: PreTrainedModel, place: Path) -> None:
+    """Write the base under the adapter, packed; a base that no link has changed is written in full."""
+    record = applied(model)
+    last = stages(record.chain)[-1].trained
+    links = record.chain.links[: len(record.chain) - len(last)]
+    for layer in chain_layers(model).values():
+        layer.set_links([])
+    record.chain = Chain(links) if links else record.chain
+    merge(model, lossy=not links, packed=bool(links))
+    if links:
+        save_packed(model, place)
+    else:
+        model.save_pretrained(place)

@@ -1,4 +1,4 @@
-"""A study file, and the matrix of runs that it stands for: rows x points of the axes x seeds.
+"""A study file, and its matrix of runs: rows x points of the axes x seeds.
 
     title: Sparse and tuned
     common: {model: playground, data: {task: word_problems}}
@@ -8,8 +8,8 @@
       - {name: LoRA, chain: "wanda({sparsity}) >> lora(r=16)", with: {merge: lossy}}
       - {name: without tuning, of: LoRA, stage: pruned}
 
-A row with a chain runs at every point of the axes that its chain names in braces; a row with `of` runs nothing: it
-shows another row's model at an earlier stage. `docs/study.md` lists the keys.
+A row with a chain runs at every point of the axes that its chain names in braces. A row with `of` runs nothing: it
+shows the model of another row at an earlier stage. `docs/study.md` lists the keys.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dovetail.runs.yaml import read_yaml
 Value = StrictInt | StrictFloat | StrictStr
 Name = Annotated[str, Field(min_length=1, max_length=100)]
 _HELD = ("chain", "seed", "output")
-"""Keys of a recipe that the study itself sets."""
+"""The keys of a recipe that the study itself sets."""
 _AXIS = re.compile(r"\{(\w+)\}")
 
 
@@ -44,12 +44,12 @@ class _Part(pydantic.BaseModel):
 
 
 class Row(_Part):
-    """A line of the table: a recipe or a chain that is run, or a stage of another row's runs.
+    """A row of the study: a recipe or a chain that is run, or a stage of the runs of another row.
 
     recipe   a recipe file, relative to the study file
     chain    a chain; {axis} stands for a value of that axis
     changes  (key `with`) recipe keys that hold in this row alone
-    of       another row's name, whose runs this row shows
+    of       name of another row, whose runs this row shows
     stage    at which stage: base, pruned, quantized, tuned, merged
     """
 
@@ -64,11 +64,11 @@ class Row(_Part):
     def _one_source(self) -> Row:
         named = [key for key in ("recipe", "chain", "of") if getattr(self, key) is not None]
         if len(named) != 1:
-            raise ValueError("a row has one of recipe (a file), chain (its text) and of (another row)")
+            raise ValueError("a row must have exactly one of recipe (a file), chain (its text) and of (another row)")
         if (self.of is None) != (self.stage is None):
-            raise ValueError("of and stage go together: {of: LoRA, stage: pruned}")
+            raise ValueError("of and stage must be given together: {of: LoRA, stage: pruned}")
         if self.of is not None and self.changes:
-            raise ValueError("a row with of shows another row's runs, and changes nothing of them")
+            raise ValueError("a row with of must not have with: it shows the runs of another row unchanged")
         return self
 
 
@@ -80,7 +80,7 @@ class Study(_Part):
     seeds    every row is run with each
     vary     axis -> its values; each row runs at all combinations of the axes that its chain names
     rows     the lines of the table, in order
-    compare  pairs of row names: the first one's figure minus the second one's
+    compare  pairs of row names: the score of the first row minus the score of the second
     cost     names of the rows whose storage, tuning and inference are measured
     """
 
@@ -94,19 +94,21 @@ class Study(_Part):
 
     @classmethod
     def load(cls, path: str | Path) -> Study:
-        """Reads a study file; paths in it are taken relative to its folder."""
+        """Read a study file; paths in it are relative to its folder."""
         path = Path(path)
         return cls.parse(read_yaml(path), where=str(path), folder=path.parent)
 
     @classmethod
     def parse(cls, value: Mapping[str, Any], *, where: str = "study", folder: str | Path = ".") -> Study:
-        """A study from a mapping as YAML gives it.
+        """Build a study from a mapping with the keys of a study file.
 
-        where   what messages call it
-        folder  that relative paths start from
+        where   name of the study in messages
+        folder  start of relative paths
         """
         if not isinstance(value, Mapping):
-            raise RecipeError(where, found=f"a {type(value).__name__}", rule="a study is a mapping: title, rows, ...")
+            raise RecipeError(
+                where, found=f"a {type(value).__name__}", rule="a study must be a mapping with title, rows, ..."
+            )
         try:
             found = cls.model_validate(dict(value))
         except pydantic.ValidationError as error:
@@ -116,7 +118,7 @@ class Study(_Part):
         return found.model_copy(update={"rows": rows, "common": {}})
 
     def dump(self, path: Path) -> None:
-        """Writes the study with every row's recipe in full, atomically; the file alone repeats it from anywhere."""
+        """Write the study with the full recipe of every row, atomically; the file repeats the study from any folder."""
         values = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
         part = path.with_name(f".{path.name}.part")
@@ -140,7 +142,7 @@ class Line:
     """A row at one point of the axes: a line of the table.
 
     point  axis -> value, of the axes that the row's chain names
-    stage  whose figures the line shows; None: merged where merging is exact, else the one before
+    stage  whose scores the line shows; None: merged where merging is exact, else the last stage before
     runs   one for each seed, in order
     """
 
@@ -151,9 +153,9 @@ class Line:
 
 
 def expand(study: Study) -> list[Line]:
-    """The lines of a study, in order: rows, and the points of each. Equal recipes are one run.
+    """Return the lines of a study, in order: rows, and the points of each. Equal recipes are one run.
 
-    errors  RecipeError, ChainError where a row at some point is no recipe; a stage that the row's chain hasn't
+    Raises RecipeError or ChainError for a row that is not a valid recipe at some point, and for an unknown stage.
     """
     known: dict[str, Run] = {}
     found: dict[str, list[Line]] = {row.name: _lines(study, row, known) for row in study.rows if row.of is None}
@@ -166,7 +168,7 @@ def expand(study: Study) -> list[Line]:
             stages = ["base", *row_names(chain(recipe.chain)), *(["searched"] if recipe.search else []),
                       *(["merged"] if recipe.merge != "none" else [])]  # fmt: skip
             if row.stage not in stages:
-                rule = f"stages of {row.of}: " + ", ".join(stages)
+                rule = f"stage must be one of the stages of {row.of}: " + ", ".join(stages)
                 raise RecipeError(f"row {row.name}", found=f"stage: {row.stage}", rule=rule)
         # The base is the same at every point.
         taken = [Line(row.name, {}, row.stage, source[0].runs)] if row.stage == "base" else source
@@ -175,7 +177,7 @@ def expand(study: Study) -> list[Line]:
 
 
 def label(row: str, point: Mapping[str, Value]) -> str:
-    """A line's name in words: `LoRA (sparsity 0.5)`."""
+    """Return the name of a line in words: `LoRA (sparsity 0.5)`."""
     where = ", ".join(f"{axis} {value}" for axis, value in point.items())
     return f"{row} ({where})" if where else row
 
@@ -199,7 +201,10 @@ def _lines(study: Study, row: Row, known: dict[str, Run]) -> list[Line]:
     if len(set(slugs)) < len(slugs):
         twice = next(slug for slug in slugs if slugs.count(slug) > 1)
         raise RecipeError(
-            f"row {row.name}", found=f"a second run called {twice}", rule="folders of runs differ in letters and digits"
+            f"row {row.name}",
+            found=f"a second run called {twice}",
+            rule="names of rows and values must differ in their letters and digits",
+            fix="rename one of the rows",
         )
     return lines
 
@@ -209,40 +214,51 @@ def _check_names(study: Study, where: str) -> None:
     own = [row.name for row in study.rows if row.of is None]
     for name in names:
         if names.count(name) > 1:
-            raise RecipeError(f"{where}, rows", found=f"two rows {name!r}", rule="each row has its own name")
+            raise RecipeError(
+                f"{where}, rows",
+                found=f"two rows {name!r}",
+                rule="the names of rows must be unique",
+                fix="rename one of the rows",
+            )
     if len(set(study.seeds)) < len(study.seeds):
-        raise RecipeError(f"{where}, seeds", found=str(list(study.seeds)), rule="each seed once")
+        raise RecipeError(
+            f"{where}, seeds", found=str(list(study.seeds)), rule="seeds must be unique", fix="remove the repeated seed"
+        )
     asked = [(f"rows, {row.name}, of", row.of, own) for row in study.rows if row.of is not None]
     asked += [("compare", name, names) for pair in study.compare for name in pair]
     asked += [("cost", name, own) for name in study.cost]
     for place, name, known in asked:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            rule = "rows with runs of their own: " if known is own else "rows: "
+            kind = "a row that runs a chain or a recipe" if known is own else "a row of the study"
             fix = f"did you mean {near[0]}?" if near else ""
-            raise RecipeError(f"{where}, {place}", found=repr(name), rule=rule + ", ".join(known), fix=fix)
+            raise RecipeError(
+                f"{where}, {place}", found=repr(name), rule=f"this must be {kind}: {', '.join(known)}", fix=fix
+            )
     named = [axis for row in study.rows for axis in _AXIS.findall(row.chain or "")]
     for axis in [*named, *study.vary]:
         if axis not in study.vary:
-            rule = "axes: " + (", ".join(study.vary) or "none; name it under vary")
-            raise RecipeError(f"{where}, rows", found=f"{{{axis}}} in a chain", rule=rule)
+            rule = f"a name in braces must be an axis under vary: {', '.join(study.vary) or 'none'}"
+            fix = f"add {axis} under vary"
+            raise RecipeError(f"{where}, rows", found=f"{{{axis}}} in a chain", rule=rule, fix=fix)
         if axis not in named:
-            rule = "an axis is named in the chain of some row"
-            raise RecipeError(f"{where}, vary", found=axis, rule=rule, fix=f"write {{{axis}}} where its values go")
+            rule = "an axis must be named in the chain of some row"
+            raise RecipeError(f"{where}, vary", found=axis, rule=rule, fix=f"write {{{axis}}} in a chain")
 
 
 def _resolved(row: Row, study: Study, where: str, folder: Path) -> Row:
-    """The row with its chain, and all other keys in `changes`: its file's, under the common ones, under its own."""
+    """Return the row with its chain and all other keys in `changes`: those of its file, common ones, its own."""
     if row.of is not None:
         return row
     for place, keys in (("common", study.common), (f"rows, {row.name}, with", row.changes)):
         for key in keys:
             if key in _HELD:
-                rule = "seeds and chains are said by the study itself, and outputs follow from names"
-                raise RecipeError(f"{where}, {place}", found=f"key {key!r}", rule=rule)
+                rule = "the study must set seeds and chains, and it names the outputs"
+                fix = f"remove {key}"
+                raise RecipeError(f"{where}, {place}", found=f"key {key!r}", rule=rule, fix=fix)
     recipe = {} if row.recipe is None else Recipe.load(folder / row.recipe).model_dump(mode="json", exclude_unset=True)
     text = row.chain if row.chain is not None else recipe["chain"]
-    # Read once, at the first point of the axes, for absolute paths.
+    # Parsed once, at the first point of the axes, to make paths absolute.
     filled = _AXIS.sub(lambda match: str(study.vary[match[1]][0]), text)
     merged = _over(_over(recipe, study.common), row.changes) | {"chain": filled}
     whole = _parse(merged, f"{where}, row {row.name}", folder)
@@ -252,7 +268,7 @@ def _resolved(row: Row, study: Study, where: str, folder: Path) -> Row:
 
 
 def _parse(keys: Mapping[str, Any], where: str, folder: Path) -> Recipe:
-    """The recipe, or what is wrong with it and in which row."""
+    """Parse a recipe; an error names the row."""
     try:
         return Recipe.parse(keys, where=where, folder=folder)
     except ChainError as error:
@@ -261,7 +277,7 @@ def _parse(keys: Mapping[str, Any], where: str, folder: Path) -> Recipe:
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of both, the upper one's where both have them; mappings key by key."""
+    """Return the keys of both; `above` takes precedence, in nested mappings key by key."""
     found = dict(below)
     for key, value in above.items():
         both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
@@ -270,7 +286,7 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refusal(where: str, error: pydantic.ValidationError) -> RecipeError:
-    """The first thing that pydantic objects to, in the project's form."""
+    """Turn the first error of pydantic into a RecipeError."""
     errors = error.errors(include_url=False)
     first = min(errors, key=lambda e: e["type"] != "extra_forbidden")
     place = [str(part) for part in first["loc"]]
@@ -281,7 +297,10 @@ def _refusal(where: str, error: pydantic.ValidationError) -> RecipeError:
         fix = f"did you mean {near[0]}?" if near else ""
         kind = "row" if part is Row else "study"
         return RecipeError(
-            where, found=f"key {'.'.join(place)!r}", rule=f"keys of a {kind}: {', '.join(known)}", fix=fix
+            where,
+            found=f"key {'.'.join(place)!r}",
+            rule=f"a key of a {kind} must be one of {', '.join(known)}",
+            fix=fix,
         )
     message = first["msg"].removeprefix("Value error, ")
     found = "" if isinstance(first["input"], Mapping) else repr(first["input"])[:300]
@@ -289,7 +308,7 @@ def _refusal(where: str, error: pydantic.ValidationError) -> RecipeError:
 
 
 def unique_runs(lines: list[Line]) -> Iterator[Run]:
-    """Every run once, in the order of the table, all rows with the first seed before the second."""
+    """Yield every run once, in the order of the table, all rows with the first seed before the second."""
     seen: set[str] = set()
     for runs in itertools.zip_longest(*(line.runs for line in lines)):
         for run in runs:

@@ -1,4 +1,4 @@
-"""What a study found, as `study.json` holds it."""
+"""The report of a study, as `study.json` holds it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ JSON = "study.json"
 
 @dataclass(frozen=True)
 class Event:
-    """What a study is doing: a run begins, is done (or was before: kept), or failed; or the costs are measured.
+    """A change of the state of a study: a run begins, is done, was kept from an earlier start, or failed.
 
+    state          measures: the costs are measured, after all runs
     number, total  of the run, from 1
-    figure         of the finished run, in its task's metric
-    seconds        that the run took
-    problem        of a failed one
+    score          of the finished run, in the metric of its task
+    seconds        of the run
+    problem        of a failed run
     """
 
     state: Literal["begins", "done", "kept", "failed", "measures"]
@@ -32,7 +33,7 @@ class Event:
     number: int
     total: int
     metric: str = ""
-    figure: float | None = None
+    score: float | None = None
     seconds: float = 0.0
     problem: str = ""
 
@@ -42,7 +43,7 @@ class _Record(pydantic.BaseModel):
 
 
 class Spread(_Record):
-    """Figures of several seeds: their mean, and the standard deviation of the sample (None for fewer than two)."""
+    """Scores of several seeds: their mean, and the sample standard deviation (None for fewer than two)."""
 
     values: list[float]
     mean: float | None
@@ -50,12 +51,12 @@ class Spread(_Record):
 
     @property
     def n(self) -> int:
-        """How many."""
+        """The number of values."""
         return len(self.values)
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of these values; an infinite one has no mean."""
+        """Summarize values; with an infinite value there is no mean."""
         good = bool(values) and all(map(math.isfinite, values))
         return cls(
             values=list(values) if good else [],
@@ -65,7 +66,7 @@ class Spread(_Record):
 
 
 class Failure(_Record):
-    """A run that ended in an error: its seed and what it said."""
+    """A run that ended in an error: its seed and its message."""
 
     seed: int
     problem: str
@@ -74,18 +75,18 @@ class Failure(_Record):
 class Result(_Record):
     """A line of the quality table.
 
-    row, point   the row's name; axis -> value
-    chain        of its runs
-    stage        whose figures these are: merged, where merging was verified as exact, else the last one before
-    sparsity     share of zeros in the target layers' weights at that stage, mean over the seeds
-    mergeable    whether merging, really done, changed no weight, no logit, no zero and no figure, with every seed;
-                 None where nothing was tuned
-    why          what merging said where it isn't
-    precision    of the weights, and of the adapter beside them: FP32 + FP32, INT4
-    figure       of the task's metric, over the seeds
-    merged_lossy what it is after a lossy merge; None where none was done
-    failed       runs without a figure
-    runs         folders
+    row, point    name of the row; axis -> value
+    chain         of its runs
+    stage         whose scores these are: merged where merging was verified as exact, else the last one before
+    sparsity      fraction of zeros in the weights of the target layers at that stage, mean over the seeds
+    mergeable     whether the merge, which was run, changed no weight, no logit, no zero and no score for every seed;
+                  None where nothing was tuned
+    why           reason where it is not mergeable
+    precision     of the weights, and of the adapter beside them: FP32 + FP32, INT4
+    figure        scores in the metric of the task, over the seeds
+    merged_lossy  scores after a lossy merge; None where none was done
+    failed        runs without a score
+    runs          folders
     """
 
     row: str
@@ -103,15 +104,15 @@ class Result(_Record):
 
 
 class Cost(_Record):
-    """A line of the cost table; every figure is measured (`dovetail.studies.cost`).
+    """A line of the cost table; everything is measured (`dovetail.studies.cost`).
 
-    shipped                   what is used for inference (`dovetail.studies.shipped`)
-    storage_nbytes            of its weights on disk
-    step_seconds              processor seconds of one training step
-    tuning_nbytes             peak memory of training, as the run's report says
-    prefill_tokens_a_second   of a forward pass over a batch; per second of processor time, one thread
-    decode_tokens_a_second    of greedy decoding; None for models that don't generate
-    inference_nbytes          peak of live tensors during both, the model included
+    shipped                  the form of the model for inference
+    storage_nbytes           of its weights on disk
+    step_seconds             processor seconds of one training step
+    tuning_nbytes            peak memory of training, from the report of the run
+    prefill_tokens_a_second  of a forward pass over a batch, per second of processor time with one thread
+    decode_tokens_a_second   of greedy decoding; None for models that do not generate
+    inference_nbytes         peak of live tensors during both, including the model
     """
 
     row: str
@@ -126,7 +127,7 @@ class Cost(_Record):
 
 
 class Difference(_Record):
-    """The figure of one row minus another's, at the same point, seed by seed."""
+    """The score of one row minus the score of another row at the same point, seed by seed."""
 
     row: str
     minus: str
@@ -135,9 +136,9 @@ class Difference(_Record):
 
 
 class StudyReport(_Record):
-    """A whole study.
+    """The report of a whole study.
 
-    metric   what `figure` measures
+    metric   of `figure`
     vary     axis -> its values
     seconds  of all runs together
     """
@@ -156,5 +157,5 @@ class StudyReport(_Record):
     environment: dict[str, str]
 
     def save(self, directory: Path) -> None:
-        """Writes study.json, atomically."""
+        """Write study.json atomically."""
         write_whole(directory / JSON, self.model_dump_json(indent=2) + "\n")

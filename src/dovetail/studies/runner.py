@@ -1,8 +1,8 @@
-"""Runs a study: every run of its matrix once, what is finished kept; then the tables, the cost and the curve.
+"""Run a study: every run of its matrix once, then the tables, the cost and the curve. Finished runs are kept.
 
-DIR/study.yaml       the study with every row's recipe in full
+DIR/study.yaml       the study with the full recipe of every row
 DIR/runs/SLUG/       a run directory each (`dovetail.run`)
-DIR/merging/         what verifying each merge gave
+DIR/merging/         whether each run is mergeable, verified once
 DIR/cost.json        the cost table, measured once
 DIR/study.json, table.md, study.html, curve.png
 """
@@ -30,10 +30,8 @@ from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import REPORT, Report
 from dovetail.studies.cost import measure
 from dovetail.studies.matrix import Line, Run, Study, expand, unique_runs
-from dovetail.studies.page import page
-from dovetail.studies.plots import CURVE, curve
 from dovetail.studies.report import Cost, Difference, Event, Failure, Result, Spread, StudyReport
-from dovetail.studies.tables import markdown
+from dovetail.studies.tables import CURVE, curve, markdown, page
 from dovetail.studies.verify import MERGED, check_mergeable, last_stage, precision
 from dovetail.tasks.find import load_task, number_of_labels
 
@@ -49,29 +47,29 @@ def study(
     progress: bool = True,
     on_run: Callable[[Event], None] | None = None,
 ) -> StudyReport:
-    """Runs a study file's matrix and writes its tables (`docs/study.md`).
+    """Run the matrix of a study and write its tables (`docs/study.md`).
 
-    recipe    a Study, the path of one, or a mapping with its keys
-    output    folder for everything; an earlier start's finished runs are kept, its unfinished one goes on
-    resume    False throws away what an earlier start left
-    jobs      runs at a time, each in its own process with one thread; 1: here, one after the other
-    progress  bars for what takes long
+    recipe    a Study, its path, or a mapping with its keys
+    output    folder for everything; finished runs of an earlier start are kept, an unfinished run is resumed
+    resume    False deletes the runs of an earlier start
+    jobs      number of concurrent runs, each in its own process with one thread; 1 runs them in this process
+    progress  whether to show progress bars
     on_run    called when a run begins and when it ends
 
-    Raises a DovetailError for a bad study before anything runs. A run that fails later is told in the table.
+    Raises a DovetailError for a bad study before anything runs. The table lists the runs that fail later.
     """
     if isinstance(recipe, Study):
         asked = recipe
     else:
         asked = Study.load(recipe) if isinstance(recipe, str | Path) else Study.parse(recipe)
     if jobs < 1:
-        raise RecipeError("study", found=f"jobs={jobs}", rule="jobs, the runs at a time, is at least 1")
+        raise RecipeError("study", found=f"jobs={jobs}", rule="jobs must be at least 1", fix="pass --jobs 1")
     lines, folder = expand(asked), Path(output)
     _check(lines)
     _claim(folder, resume)
     runs = list(unique_runs(lines))
     todo = [run for run in runs if not _finished(run, folder)]
-    for one in todo:  # what was found out of an earlier run of that name
+    for one in todo:  # results of an earlier run of that name
         (folder / "merging" / f"{one.slug}.json").unlink(missing_ok=True)
     asked.dump(folder / STUDY)
     failed: dict[str, str] = {}
@@ -94,7 +92,7 @@ def study(
 
 
 def _check(lines: list[Line]) -> None:
-    """Everything that shows before a model is loaded: legality, the merge that is asked for, sizes, the task."""
+    """Check everything that needs no weights: legality, the merge that is asked for, sizes, the task."""
     seen: set[str] = set()
     tasks: set[tuple[str, str]] = set()
     for line in lines:
@@ -106,7 +104,9 @@ def _check(lines: list[Line]) -> None:
         tasks.add((task.name, task.metric))
         if len(tasks) > 1:
             found = " and ".join(sorted(f"{name} ({metric})" for name, metric in tasks))
-            raise RecipeError(f"row {line.row}", found=found, rule="all rows are scored on one task")
+            raise RecipeError(
+                f"row {line.row}", found=found, rule="all rows must be scored on one task", fix="set data under common"
+            )
         links = legal_chain(recipe)
         config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
         labels = number_of_labels(task, recipe.data.num_labels)
@@ -114,9 +114,9 @@ def _check(lines: list[Line]) -> None:
 
 
 def _claim(folder: Path, resume: bool) -> None:
-    """Makes the folder, or takes up one that a study was begun in."""
-    where, fix = f"output {folder}", "another --output, or remove it first"
-    rule = "a study is written to a folder of its own: new, empty, or that of an earlier start"
+    """Create the folder, or accept the folder of an earlier start."""
+    where, fix = f"output {folder}", "pass another --output, or remove this one"
+    rule = "the output must be a new folder, an empty one, or that of an earlier start"
     if folder.exists() and not folder.is_dir():
         raise RecipeError(where, found="a file", rule=rule, fix=fix)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -130,7 +130,7 @@ def _claim(folder: Path, resume: bool) -> None:
 
 
 def _finished(run: Run, folder: Path) -> bool:
-    """Whether the run is there; RecipeError where what is there was made with another recipe."""
+    """Return whether the run is finished; raise RecipeError where it was made with another recipe."""
     place = folder / "runs" / run.slug
     if not (place / REPORT).is_file():
         return False
@@ -139,13 +139,18 @@ def _finished(run: Run, folder: Path) -> bool:
     if made != mine:
         key = next(key for key in mine if mine[key] != made[key])
         found = f"{run.slug}, made with {key}: {str(made[key])[:200]}, now {str(mine[key])[:200]}"
-        fix = "another --output, or --no-resume to throw all runs away"
-        raise RecipeError(f"output {folder}", found=found, rule="a study goes on with the runs that it began", fix=fix)
+        fix = "pass another --output, or --no-resume to delete all runs"
+        raise RecipeError(
+            f"output {folder}",
+            found=found,
+            rule="a resumed study must have the recipes that it was started with",
+            fix=fix,
+        )
     return True
 
 
 def _events(runs: list[Run], todo: list[Run], folder: Path, jobs: int, progress: bool) -> Iterator[Event]:
-    """Does the runs that are left, and says how each ends."""
+    """Do the runs that are left, and yield how each ends."""
     total, number = len(runs), {run.slug: place for place, run in enumerate(runs, 1)}
     waiting = {run.slug for run in todo}
 
@@ -153,9 +158,9 @@ def _events(runs: list[Run], todo: list[Run], folder: Path, jobs: int, progress:
         if problem:
             return Event("failed", slug, number[slug], total, problem=problem)
         report = Report.load(folder / "runs" / slug)
-        figure = report.score(report.row(last_stage(report)))
+        score = report.score(report.row(last_stage(report)))
         state = "done" if slug in waiting else "kept"
-        return Event(state, slug, number[slug], total, report.task.metric, figure, report.seconds)
+        return Event(state, slug, number[slug], total, report.task.metric, score, report.seconds)
 
     for one in runs:
         if one.slug not in waiting:
@@ -181,11 +186,13 @@ def _problem(future: Future[str]) -> str:
     try:
         return future.result()
     except BrokenProcessPool:
-        return "its process, or one beside it, was ended: perhaps for memory; a later start goes on with it"
+        return (
+            "its process or a concurrent one was killed, perhaps for lack of memory; start the study again to resume it"
+        )
 
 
 def _begin_process() -> None:
-    """One thread, and nothing of other libraries on the terminal, where several processes would write at a time."""
+    """Use one thread, and silence other libraries: several processes share the terminal."""
     from transformers.utils import logging as transformers_logging
 
     torch.set_num_threads(1)
@@ -195,18 +202,18 @@ def _begin_process() -> None:
 
 
 def _run(one: Run, folder: Path, progress: bool) -> str:
-    """Does one run; what went wrong, or ""."""
+    """Do one run; return the error as text, or ""."""
     try:
         run(one.recipe, output=folder / "runs" / one.slug, progress=progress)
-    except RecipeError:  # what lies in the folder isn't this study's
+    except RecipeError:  # the folder holds something else than this study
         raise
-    except (DovetailError, RuntimeError, MemoryError) as error:  # torch tells a full memory by a RuntimeError
+    except (DovetailError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError where memory is full
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 def _result(line: Line, folder: Path, failed: Mapping[str, str]) -> Result:
-    """A line of the table, from its runs' folders."""
+    """Make a line of the table from the folders of its runs."""
     done = [one for one in line.runs if one.slug not in failed]
     reports = {one.slug: Report.load(folder / "runs" / one.slug) for one in done}
     tried = done if line.stage is None else []
@@ -221,7 +228,7 @@ def _result(line: Line, folder: Path, failed: Mapping[str, str]) -> Result:
         stage = line.stage or (MERGED if merged else last_stage(first))
         where = precision(folder / "runs" / done[0].slug, first, stage)
         if mergeable is False and any(row.name == MERGED for row in first.stages):
-            lossy = Spread.of(_figures(reports, MERGED))
+            lossy = Spread.of(_scores(reports, MERGED))
     zeros = [1 - report.row(stage).footprint.nonzero_fraction for report in reports.values()]
     return Result(
         row=line.row,
@@ -232,20 +239,20 @@ def _result(line: Line, folder: Path, failed: Mapping[str, str]) -> Result:
         mergeable=mergeable,
         why=next((verdict.why for verdict in verdicts if verdict.why), ""),
         precision=where,
-        figure=Spread.of(_figures(reports, stage)),
+        figure=Spread.of(_scores(reports, stage)),
         merged_lossy=lossy,
         failed=[Failure(seed=one.recipe.seed, problem=failed[one.slug]) for one in line.runs if one.slug in failed],
         runs=[one.slug for one in line.runs],
     )
 
 
-def _figures(reports: Mapping[str, Report], stage: str) -> list[float]:
+def _scores(reports: Mapping[str, Report], stage: str) -> list[float]:
     found = [report.score(report.row(stage)) for report in reports.values()]
     return [float("inf") if value is None else value for value in found]
 
 
 def _cost(asked: Study, lines: list[Line], results: list[Result], folder: Path, progress: bool) -> list[Cost]:
-    """The cost table of the rows that ask for it, with the first seed; measured again only when a run is new."""
+    """Return the cost table of the rows under `cost`, with the first seed; only a new run is measured again."""
     chosen = [
         (line, result.mergeable is True)
         for line, result in zip(lines, results, strict=True)
@@ -281,7 +288,7 @@ def _report(
 
 
 def _differences(asked: Study, results: list[Result]) -> list[Difference]:
-    """Row minus row, point by point, seeds paired where all runs have a figure."""
+    """Return row minus row, point by point, with paired seeds, where all runs have a score."""
     found = []
     for first, second in asked.compare:
         for ours in (result for result in results if result.row == first):

@@ -1,20 +1,26 @@
-"""What a finished run shows of a line: whether it merges, verified by merging, and the model's precision and zeros."""
+"""What a line of a study reports of a finished run: whether it is mergeable, verified by merging, and its precision."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pydantic
 from safetensors import safe_open
 
 from dovetail.chains.link import Adapter, Quantizer, arguments
 from dovetail.chains.notation import chain
-from dovetail.checkpoint.merge import MergeReport, merge
+from dovetail.checkpoint.adapter import load_adapter
+from dovetail.checkpoint.load import load
+from dovetail.checkpoint.merge import MergeReport, merge, to_stock
 from dovetail.errors import CannotMerge
 from dovetail.runs.folder import ADAPTER, RECIPE, write_whole
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Merge, Report
-from dovetail.studies.shipped import tuned
+from dovetail.tasks.find import load_task, number_of_labels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MERGED = "merged"
 _PRECISION = {"float64": "FP64", "float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
@@ -22,34 +28,34 @@ _STORED = {"F64": "FP64", "F32": "FP32", "BF16": "BF16", "F16": "FP16"}
 
 
 class Judgement(pydantic.BaseModel, extra="forbid", frozen=True):
-    """Whether a run's model merges without loss (None: nothing was tuned), and why it doesn't."""
+    """Whether the model of a run merges without loss (None: nothing was tuned), and the reason where it does not."""
 
     mergeable: bool | None
     why: str
 
 
 def check_mergeable(folder: Path, kept: Path) -> Judgement:
-    """Verifies by merging: in the run itself where its recipe asks for an exact merge, else now, from its adapter.
+    """Verify by merging whether a run merges without loss.
 
-    folder  a run directory
-    kept    file where the answer is kept, read where it is there
+    folder  a run directory; where its recipe asks for an exact merge, the merge of the run itself counts
+    kept    file of an earlier answer, read where it exists and else written
     """
     if kept.exists():
         return Judgement.model_validate_json(kept.read_bytes())
-    found = _judge(folder)
+    found = _verify(folder)
     kept.parent.mkdir(exist_ok=True)
     write_whole(kept, found.model_dump_json(indent=2) + "\n")
     return found
 
 
-def _judge(folder: Path) -> Judgement:
+def _verify(folder: Path) -> Judgement:
     report, recipe = Report.load(folder), Recipe.load(folder / RECIPE)
     if not any(isinstance(link, Adapter) for link in chain(report.chain)):
         return Judgement(mergeable=None, why="")
     if recipe.merge == "exact" and report.merge is not None:
         before, after = report.score(report.row(last_stage(report))), report.score(report.row(MERGED))
         if before != after:
-            return Judgement(mergeable=False, why=f"the figure changed from {before} to {after}")
+            return Judgement(mergeable=False, why=f"merging changes the score from {before} to {after}")
         return _lossless(report.merge)
     model, _ = tuned(folder)
     try:
@@ -59,24 +65,36 @@ def _judge(folder: Path) -> Judgement:
 
 
 def _lossless(merged: Merge | MergeReport) -> Judgement:
-    """Exact in every weight, every logit of the probe, and every zero."""
+    """Require equality in every weight, every logit of the probe, and every zero."""
     if not merged.exact:
         return Judgement(mergeable=False, why=f"merging changes weights by up to {merged.max_abs_weight_diff:.2g}")
     if merged.max_abs_logit_diff != 0:
         return Judgement(mergeable=False, why=f"merging changes logits by up to {merged.max_abs_logit_diff}")
     if merged.sparsity_before != merged.sparsity_after:
-        why = f"zeros change from {merged.sparsity_before:.2%} to {merged.sparsity_after:.2%}"
+        why = f"merging changes the zeros from {merged.sparsity_before:.2%} to {merged.sparsity_after:.2%}"
         return Judgement(mergeable=False, why=why)
     return Judgement(mergeable=True, why="")
 
 
+def tuned(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model of a run before merging: its base with its adapter attached."""
+    recipe = Recipe.load(folder / RECIPE)
+    task = load_task(recipe.data)
+    model, tokenizer = load(
+        recipe.model, task_kind=task.kind, num_labels=number_of_labels(task, recipe.data.num_labels),
+        dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
+    )  # fmt: skip
+    load_adapter(to_stock(model), folder / ADAPTER)
+    return model, tokenizer
+
+
 def last_stage(report: Report) -> str:
-    """The last stage before merging."""
+    """Return the last stage before merging."""
     return [row.name for row in report.stages if row.name != MERGED][-1]
 
 
 def precision(folder: Path, report: Report, stage: str) -> str:
-    """Of the target layers at that stage, and of the adapter beside them: FP32 + FP32, INT4 + FP32, INT4."""
+    """Return the precision of the target layers at a stage and of the adapter: FP32 + FP32, INT4 + FP32, INT4."""
     names = [row.name for row in report.stages]
     reached = names[: names.index(stage) + 1]
     links = chain(report.chain)
@@ -94,7 +112,7 @@ def _grid(link: Quantizer) -> str:
 
 
 def _adapter(directory: Path) -> str:
-    """The dtype of an adapter's parameters, as stored."""
+    """Return the dtype of the parameters of an adapter, as stored."""
     with safe_open(directory / "adapter.safetensors", framework="pt") as file:
         found = {str(file.get_slice(key).get_dtype()) for key in file.keys() if key.startswith("link/")}  # noqa: SIM118
     return "/".join(sorted(_STORED.get(dtype, dtype) for dtype in found))

@@ -11,14 +11,14 @@ import yaml
 from dovetail.chains.link import Adapter, Constraint, Link, Pruner, arguments
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import stages
-from dovetail.display.format import duration, format_score, metric_name, percent, size
+from dovetail.display.format import SHARES, duration, format_score, metric_name, percent, size
 from dovetail.display.html import definitions, html_page, html_table, section
 from dovetail.runs.recipe import Recipe
-from dovetail.runs.report.record import Example, Losses, Report, Row
+from dovetail.runs.report.record import Example, Report, Row
 from dovetail.runs.report.summary import learned_nothing
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 260, 64, 16, 14, 54
-"""The size of the plot of losses, and its margins."""
+"""The size of a plot of training, and its margins."""
 MOST_POINTS = 400
 
 
@@ -26,14 +26,14 @@ def page(report: Report, recipe: Recipe) -> str:
     """Return the page as HTML text."""
     values = recipe.model_dump(mode="json", exclude_defaults=True)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
-    curve = loss_curve(report.training)
+    curves = _curves(report)
     parts = [
         _head(report),
         section("Chain", _stages(report)),
         section("After each stage", _table(report)),
         section("Examples", _examples(report)) if report.examples else "",
         section("Merge", _merge(report)),
-        section("Loss", _legend(report.training) + curve + _rates(report)) if curve else "",
+        section("Training", curves + _rates(report)) if curves else "",
         section("Run", definitions(_facts(report))),
         section("Recipe", f"<pre>{escape(text)}</pre>"),
     ]
@@ -228,61 +228,67 @@ def _facts(report: Report) -> dict[str, str]:
     return facts | report.environment
 
 
-def _legend(training: list[Losses]) -> str:
-    entries = [("raw", "loss of a step"), ("mean", "running mean")]
-    if any(stage.validation for stage in training):
-        entries.append(("validation", "validation loss"))
-    items = "".join(
-        f'<span><svg viewBox="0 0 32 12"><polyline class="{style}" points="0,6 32,6"/></svg>{name}</span>'
-        for style, name in entries
-    )
-    return f'<div class="legend">{items}</div>\n'
-
-
-def loss_curve(training: list[Losses]) -> str:
-    """Draw the losses against the steps, stage after stage, as SVG; "" where nothing was trained.
-
-    The losses of the steps are a thin line, their running mean and the losses on the validation records thick ones.
-    """
-    stages = [(_finite(stage.losses), _finite(stage.validation)) for stage in training]
-    stages = [(losses, validation) for losses, validation in stages if losses]
-    if not stages:
+def _curves(report: Report) -> str:
+    """Draw the training loss, and the validation score where there is one; "" where nothing was trained."""
+    losses = [_finite(stage.losses) for stage in report.training]
+    if not any(losses):
         return ""
-    total = sum(losses[-1][0] for losses, _ in stages)
-    values = [loss for losses, validation in stages for _, loss in losses + validation]
+    ends = [points[-1][0] if points else 0 for points in losses]
+    legend = "".join(
+        f'<span><svg viewBox="0 0 32 12"><polyline class="{style}" points="0,6 32,6"/></svg>{name}</span>'
+        for style, name in (("raw", "loss of a step"), ("mean", "running mean"))
+    )
+    raw, mean = ("raw", losses), ("mean", [running_mean(points) for points in losses])
+    drawn = f'<div class="legend">{legend}</div>\n' + draw_curves([raw, mean], ends, "loss against training steps")
+    scale = 100 if report.task.metric in SHARES else 1
+    scores = [[(step, scale * score) for step, score in _finite(stage.validation)] for stage in report.training]
+    if any(scores):
+        title = f"{metric_name(report.task.metric)} on the validation split{' (%)' if scale == 100 else ''}"
+        drawn += f'\n<div class="legend">{escape(title)}</div>\n' + draw_curves([("validation", scores)], ends, title)
+    return drawn
+
+
+def draw_curves(curves: list[tuple[str, list[list[tuple[int, float]]]]], ends: list[int], label: str) -> str:
+    """Draw curves against the training steps of all stages as SVG.
+
+    curves  (style, points of each stage as (step, value)); the style is a class of the style sheet
+    ends    last step of each stage; the next stage starts there
+    label   for readers that do not see the plot
+    """
+    total = sum(ends)
+    values = [value for _, stages in curves for points in stages for _, value in points]
     ticks = _ticks(min(0.0, *values), max(values))
     low, high = ticks[0], ticks[-1]
 
     def x(step: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * step / max(1, total)
 
-    def y(loss: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (high - loss) / (high - low)
+    def y(value: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
 
     def text(at: float, height: float, anchor: str, label: str) -> str:
         return f'<text class="tick" x="{at:.1f}" y="{height:.1f}" text-anchor="{anchor}">{label}</text>'
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss against training steps">']
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
     for tick in ticks:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(text(LEFT - 8, y(tick) + 4, "end", f"{tick:g}"))
-    # The last label ends at the frame instead of leaving it.
     for tick in (tick for tick in _ticks(0, total) if tick <= total):
-        parts.append(text(x(tick), HEIGHT - 32, "end" if x(tick) > WIDTH - RIGHT - 24 else "middle", f"{tick:g}"))
+        inside = x(tick) <= WIDTH - RIGHT - 24  # a label at the right border ends there
+        parts.append(text(x(tick), HEIGHT - 32, "middle" if inside else "end", f"{tick:g}"))
     parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "middle", "training step"))
-    begin = 0
-    for number, (losses, validation) in enumerate(stages):
-        if number:
-            at = f"{x(begin):.1f}"
-            parts.append(f'<line class="mark" x1="{at}" x2="{at}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        for style, points in (("raw", losses), ("mean", running_mean(losses)), ("validation", validation)):
+    begins = [sum(ends[:number]) for number in range(len(ends))]
+    for begin in begins[1:]:
+        at = f"{x(begin):.1f}"
+        parts.append(f'<line class="mark" x1="{at}" x2="{at}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    for style, trained in curves:
+        for begin, points in zip(begins, trained, strict=True):
             thinned = dict.fromkeys(points[:: max(1, len(points) // MOST_POINTS)] + points[-1:])
-            drawn = [(f"{x(begin + step):.1f}", f"{y(loss):.1f}") for step, loss in thinned]
+            drawn = [(f"{x(begin + step):.1f}", f"{y(value):.1f}") for step, value in thinned]
             if drawn:
                 parts.append(f'<polyline class="{style}" points="{" ".join(map(",".join, drawn))}"/>')
             if style == "validation":
                 parts += [f'<circle class="validation" cx="{at}" cy="{height}" r="3"/>' for at, height in drawn]
-        begin += losses[-1][0]
     return "\n".join([*parts, "</svg>"])
 
 
