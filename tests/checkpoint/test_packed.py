@@ -261,7 +261,7 @@ def test_a_packed_model_carries_no_chain_and_says_what_to_do() -> None:
             refused()
     assert not Path("nowhere").exists()
     dovetail.apply(dovetail.to_stock(model), "lora(r=2)")
-    with pytest.raises(ChainError, match=r"(?s)isn't merged.*merge"):
+    with pytest.raises(ChainError, match=r"(?s)is not merged.*merge"):
         dovetail.to_stock(model)
 
 
@@ -278,11 +278,11 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ChainError, match="no packed layer"):
         dovetail.save_packed(model, tmp_path / "a")
     dovetail.apply(model, "nf4 >> lora(r=2)")
-    with pytest.raises(ChainError, match=r"(?s)isn't merged.*packed=True"):
+    with pytest.raises(ChainError, match=r"(?s)is not merged.*packed=True"):
         dovetail.save_packed(model, tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").touch()
-    with pytest.raises(DovetailError, match="something there already"):
+    with pytest.raises(DovetailError, match="an existing file or folder"):
         dovetail.save_packed(packed(), tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 

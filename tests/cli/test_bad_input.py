@@ -138,6 +138,6 @@ def test_output(tmp_path, refused):
 
 def test_commands(tmp_path, refused):
     assert "No such file" in refused("report", tmp_path)
-    assert "tasks here" in refused("evaluate", "playground", "--task", "chess")
+    assert "the tasks are" in refused("evaluate", "playground", "--task", "chess")
     assert "no such folder" in refused("plan", "lora", "--model", "./none")
     assert "adapter.json" in refused("evaluate", "playground", "--task", "word_problems", "--adapter", tmp_path)

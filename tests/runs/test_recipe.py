@@ -151,9 +151,9 @@ def test_records_from_files(tmp_path):
         ('{"text": "one", "label": "yes"}', "label is of type int"),
         ('{"text": "one", "label": 1.5}', "label is of type int"),
         ('{"text": "one", "label": true}', "label is of type int"),
-        ('{"text": "one", "pair": 3, "label": 1}', "pair is of type str"),
-        ('{"text": "one", "label": -1}', "labels are 0 to"),
-        ('{"text": "one", "label": 123456789}', "labels are 0 to"),
+        ('{"text": "one", "pair": 3, "label": 1}', "pair must be a str"),
+        ('{"text": "one", "label": -1}', "labels must be from 0 to"),
+        ('{"text": "one", "label": 123456789}', "labels must be from 0 to"),
     ],
 )
 def test_bad_records(tmp_path, line, said):

@@ -177,7 +177,7 @@ def test_records_are_scored_as_they_are_trained_on():
     records = list(TEXTS.split("test"))
     scores = evaluate(llama(), make_tokenizer(), records, progress=False)
     assert scores["data"] == evaluate(llama(), make_tokenizer(), TEXTS, progress=False)[TEXTS.name]
-    with pytest.raises(DataError, match="all are records"):
+    with pytest.raises(DataError, match="or records only"):
         evaluate(llama(), make_tokenizer(), [TEXTS, *records], progress=False)
 
 
@@ -190,7 +190,7 @@ def test_what_cannot_be_scored_is_refused():
         evaluate(bert(2), tokenizer, TEXTS, progress=False)
     with pytest.raises(DataError, match="split"):
         evaluate(llama(), tokenizer, TEXTS, split="train", progress=False)
-    with pytest.raises(DataError, match="own name"):
+    with pytest.raises(DataError, match="names of tasks"):
         evaluate(llama(), tokenizer, [TEXTS, TEXTS], progress=False)
     with pytest.raises(DataError, match="limit"):
         evaluate(llama(), tokenizer, TEXTS, limit=0, progress=False)

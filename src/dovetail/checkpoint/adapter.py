@@ -4,13 +4,12 @@ A directory with two files: `adapter.json` (chain, targets, seed, fingerprints, 
 elastic adapters) and `adapter.safetensors`:
 
     link/LAYER/PLACE/NAME    parameters of the differentiable links
-    mask/LAYER               one bit a weight, where a pruner chose; the quantizer is run again on load, and checked
-    base/LAYER/NAME          the bases and biases themselves, where they can't be made again: earlier stages were merged
-                             into them, or gptq or sparsegpt fitted them to data (such a file is as large as the base)
-    head/NAME                a classifier's head and pooler, and whatever else is trained along
+    mask/LAYER               one bit per weight, where a pruner chose; loading runs the quantizer again and checks it
+    base/LAYER/NAME          the bases and biases themselves, where they cannot be computed again: earlier stages were
+                             merged into them, or gptq or sparsegpt fitted them to data (as large as the base)
+    head/NAME                a classifier's head and pooler, and every other trained parameter
 
-Loading needs the base model that the chain was applied to. Another base, another quantizer, another chain: refused by
-name.
+Loading needs the base model that the chain was applied to. An error names another base, quantizer or chain.
 """
 
 from __future__ import annotations
@@ -74,30 +73,34 @@ class AdapterFile(pydantic.BaseModel, extra="forbid"):
 
 
 def read_json(path: Path) -> AdapterFile:
-    """What adapter.json says. Raises LoadError."""
+    """Read an adapter.json. Raises LoadError."""
     where = str(path)
     try:
         if path.stat().st_size > JSON_NBYTES:
-            raise LoadError(where, found=f"{path.stat().st_size} bytes", rule=f"at most {JSON_NBYTES}")
+            raise LoadError(
+                where, found=f"{path.stat().st_size} bytes", rule=f"adapter.json must have at most {JSON_NBYTES} bytes"
+            )
         return parse_json(where, path.read_bytes())
     except OSError as error:
         raise LoadError(
-            where, found=error.strerror or str(error), rule="an adapter directory holds adapter.json"
+            where, found=error.strerror or str(error), rule="an adapter directory must contain adapter.json"
         ) from None
 
 
 def parse_json(where: str, text: bytes | str) -> AdapterFile:
-    """What the text of an adapter.json says. Raises LoadError."""
+    """Parse the text of an adapter.json. Raises LoadError."""
     try:
         return AdapterFile.model_validate_json(text)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        raise LoadError(where, found=f"{place}: {first['msg']}", rule="adapter.json as Dovetail writes it") from None
+        raise LoadError(
+            where, found=f"{place}: {first['msg']}", rule="adapter.json must have the form that Dovetail writes"
+        ) from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of adapter.safetensors, by keys of the known forms. Raises LoadError."""
+    """Read the tensors of adapter.safetensors, whose keys must have a known form. Raises LoadError."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -105,20 +108,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise LoadError(
             str(path),
             found=str(error),
-            rule="an adapter directory holds a whole adapter.safetensors",
+            rule="an adapter directory must contain a whole adapter.safetensors",
             fix="copy the directory again",
         ) from None
     for key in tensors:
         if not _KEY.fullmatch(key):
-            raise LoadError(str(path), found=f"a tensor {key[:80]!r}", rule="link/…, mask/…, base/… and head/… tensors")
+            raise LoadError(
+                str(path),
+                found=f"a tensor {key[:80]!r}",
+                rule="names of tensors must begin with link/, mask/, base/ or head/",
+            )
     return tensors
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> Path:
-    """Writes the chain's parameters (not the base) into a directory, made if need be; each file atomically.
+    """Write the chain's parameters (not the base) into a directory, created if needed; each file atomically.
 
     returns  the directory
-    errors   ChainError when the model carries no chain, or stands between two stages
+    errors   ChainError when the model carries no chain, or is between two stages
     """
     record, layers, directory = applied(model), chain_layers(model), Path(directory)
     links = stages(record.chain)[record.stage].trained
@@ -126,8 +133,8 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
         raise ChainError(
             f"save_adapter of {record.chain}",
             found=f"stage {record.stage + 1}, merged, and the next one not begun",
-            rule="an adapter is that of a stage in hand",
-            fix="dovetail.advance, which failed, once more",
+            rule="an adapter is saved while its stage is current",
+            fix="call dovetail.advance again, which failed before",
         )
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: parameter.detach() for key, parameter in parameters_of(model).items()}
@@ -147,7 +154,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
 
 
 def describe(model: nn.Module) -> AdapterFile:
-    """What adapter.json says of the stage in hand. Hashes the bases."""
+    """Return the adapter.json of the current stage. Hashes the bases."""
     record, layers = applied(model), chain_layers(model)
     ranks, extracted = saved_ranks(model)
     base = next(iter(layers.values())).base
@@ -166,17 +173,17 @@ def describe(model: nn.Module) -> AdapterFile:
 
 
 def _keeps_bases(chain_: Chain, stage: int) -> bool:
-    """Whether the bases can't be made again from the model and its masks: trained ones, and those fitted to data."""
+    """Return whether the bases cannot be computed again from the model and its masks: trained or fitted to data."""
     return stage > 0 or any(link.needs_gram for link in stages(chain_)[0].applied)
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
-    """Puts a saved chain on its base model, in place.
+    """Put a saved chain on its base model, in place.
 
-    model    the base as it was before the chain (it is pruned and quantized again, as it was), or a model that
-             carries the same chain over the same base
+    model    the base before the chain (it is pruned and quantized again in the same way), or a model that carries the
+             same chain over the same base
     returns  the same model, bit-equal to the one that was saved
-    errors   LoadError, naming what doesn't match: base, quantizer, chain, a layer, a shape; the model is left as it was
+    errors   LoadError that names the mismatch (base, quantizer, chain, a layer, a shape); the model is unchanged then
     """
     directory = Path(directory)
     file = read_json(directory / "adapter.json")
@@ -198,9 +205,9 @@ def _load(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where
 
 
 def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
-    """Puts an adapter's chain on its untouched base, with initial values; checks a chain that is there already.
+    """Put an adapter's chain on its unchanged base, with initial values, or check a chain that is already there.
 
-    tensors  of adapter.safetensors: of masks and bases those that can't be made again
+    tensors  of adapter.safetensors: the masks and bases that cannot be computed again
     errors   LoadError for another base, quantizer or chain, shared projections of another seed, and for masks and
              bases that are missing
     """
@@ -211,8 +218,8 @@ def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], w
             raise LoadError(
                 where,
                 found=f"a model with fingerprint {found}",
-                rule=f"this adapter was trained on the base {file.base_fingerprint}",
-                fix="load the very checkpoint and dtype that it was trained on",
+                rule=f"the base must be the one that the adapter was trained on, {file.base_fingerprint}",
+                fix="load the checkpoint that it was trained on, in the same dtype",
             )
         _apply_again(model, file, tensors, where)
         layers = chain_layers(model)
@@ -231,8 +238,8 @@ def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], w
         raise LoadError(
             where,
             found="bases that differ from those that it was trained on",
-            rule="pruning and quantizing again gives the same bases, bit for bit",
-            fix="load the adapter onto the untouched base model",
+            rule="pruning and quantizing again must give the same bases, bit for bit",
+            fix="load the adapter onto the unchanged base model",
         )
 
 
@@ -245,8 +252,8 @@ def check_constants(model: nn.Module, seed: int, where: str) -> None:
         # Drawn for the smallest layer there is: other seeds give other first numbers.
         one, two = (state.link.constants((1, 1), each, torch.float32) for each in (here, seed))
         if any(not torch.equal(one[name], two[name]) for name in one):
-            rule = f"{state.link.name}'s projections are those of {seed}"
-            raise LoadError(where, found=f"a model of seed {here}", rule=rule, fix=f"apply(…, seed={seed})")
+            rule = f"{state.link.name}'s projections must be those of seed {seed}"
+            raise LoadError(where, found=f"a model of seed {here}", rule=rule, fix=f"pass seed={seed} to apply")
 
 
 def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
@@ -277,16 +284,16 @@ def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor]
             restore(model, file.chain, targets=file.targets, seed=file.seed, stage=file.stage, bases=bases)
         else:
             apply(model, file.chain, targets=file.targets, seed=file.seed, masks=masks or None)
-    except (KeyError, RuntimeError) as error:  # a layer that the file hasn't, or another name or shape in a base
+    except (KeyError, RuntimeError) as error:  # a layer that the file lacks, or another name or shape in a base
         raise LoadError(
             where,
             found=" ".join(str(error).split())[:300],
-            rule="the file holds the mask or base of each of the chain's layers, as the chain makes it",
+            rule="the file must contain the mask or base of each layer of the chain, in the form that the chain makes",
         ) from error
 
 
 def _round_again(model: nn.Module, file: AdapterFile, tensors: Mapping[str, Tensor]) -> None:
-    """Training in bf16 rounds the frozen base, and its heads at the end: the same is done to the base loaded now."""
+    """Round the loaded base as training in bf16 rounds the frozen base, and its heads at the end."""
     dtype = None if file.dtype is None else getattr(torch, file.dtype)
     if dtype is None or next(iter(chain_layers(model).values())).base.dtype == dtype:
         return
@@ -297,7 +304,7 @@ def _round_again(model: nn.Module, file: AdapterFile, tensors: Mapping[str, Tens
 
 
 def _fill(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
-    """Copies parameters into the model; every one that the model has must be there, in its shape."""
+    """Copy parameters into the model; each parameter of the model must be present, in its shape."""
     wanted = {key: tuple(p.shape) for key, p in parameters_of(model).items()}
     if file.extracted:
         for place, shapes in shapes_at(model, file.ranks).items():
@@ -307,12 +314,14 @@ def _fill(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where
         raise LoadError(
             where,
             found=f"{key} " + ("in the file alone" if key in given else "missing from the file"),
-            rule="the file holds the parameters of this chain on this model, no more and no less",
+            rule="the file must contain exactly the parameters of this chain on this model",
         )
     for key, shape in wanted.items():
         _expect(key, tensors[key], shape)
         if not tensors[key].is_floating_point() or not bool(torch.isfinite(tensors[key]).all()):
-            raise LoadError(key, found=f"{tensors[key].dtype}, or NaN or infinity", rule="parameters are finite floats")
+            raise LoadError(
+                key, found=f"{tensors[key].dtype}, or NaN or infinity", rule="parameters must be finite floats"
+            )
     load_ranks(model, file.ranks, file.extracted)
     with torch.no_grad():
         for key, parameter in parameters_of(model).items():
@@ -330,16 +339,18 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        raise LoadError(name, found="no such layer in the model", rule="the adapter names layers of its base") from None
+        raise LoadError(
+            name, found="no such layer in the model", rule="the adapter must name layers of its base"
+        ) from None
 
 
 def _expect(key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
-        raise LoadError(key, found=f"shape {tuple(tensor.shape)}", rule=f"the model needs {shape}")
+        raise LoadError(key, found=f"shape {tuple(tensor.shape)}", rule=f"the shape must be the model's, {shape}")
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    """What an adapter's file holds under link/ and head/: the live tensors by their keys."""
+    """Return the live tensors that an adapter file stores under link/ and head/, by their keys."""
     found: dict[str, Tensor] = {}
     for name, layer in chain_layers(model).items():
         for place, state in enumerate(layer.states):
@@ -348,8 +359,10 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def beside(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters outside the chain that belong to its adapter: those that are trained, and a classifier's head
-    and pooler, which the base's fingerprint leaves out."""
+    """Return the parameters outside the chain that are saved with it, by name.
+
+    These are the trained ones, and a classifier's head and pooler, which the base's fingerprint excludes.
+    """
     inside = {id(p) for layer in chain_layers(model).values() for p in layer.parameters()}
     paths = tuple(f"{path}." for path in new_heads(model))
     return {
@@ -360,8 +373,10 @@ def beside(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Before:
-    """A model as it is now: its modules, which tensors its parameters hold, and of a chain that it carries what the
-    adapter's tensors are. Holds weights that a chain lets go."""
+    """A record of a model's modules, parameters and adapter values, from which the model can be restored.
+
+    It keeps the weights that a chain releases.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         layers = chain_layers(model)
@@ -373,7 +388,7 @@ class Before:
         self._seed = self._record.seed if self._record is not None else 0
 
     def put_back(self) -> None:
-        """Undoes whatever chains were put on the model since, and adapters on the chain that it carries."""
+        """Undo every chain put on the model since, and every adapter loaded into the chain that it carries."""
         for parent, children in self._modules:
             parent._modules.update(children)
         for parameter, data, requires_grad in self._parameters:

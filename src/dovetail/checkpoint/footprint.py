@@ -1,10 +1,10 @@
 """Footprint: exact bits of everything that a model stores, counted from the tensors themselves.
 
 Counted: dense weights, packed codes, scales, zero points, nested constants, mask bits, adapters, and every other
-parameter and persistent buffer, shared ones once. Not counted: what is remade from a seed (VeRA's projections) and
-what only training needs (`regrid(start=weights)`'s full-precision weights).
+parameter and persistent buffer, shared ones once. Not counted: tensors that are drawn again from a seed (VeRA's
+projections) and tensors that only training needs (the full-precision weights of `regrid(start=weights)`).
 
-These are bytes in memory. On disk a pruned model may take less: `dovetail.packed_size`.
+These are bytes in memory. A pruned model may take less on disk: `dovetail.packed_size`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from dovetail.models.targets import find_targets
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model weighs.
+    """The size of a model.
 
-    bits_per_weight       stored bits of the target layers' weights (codes, scales, zero points, masks; adapters and
-                          biases
-                          apart) over their number of weights
+    bits_per_weight       stored bits of the target layers' weights (codes, scales, zero points and masks, without
+                          adapters and biases) over their number of weights
     nbytes                bytes of the whole model
     nonzero_fraction      of the target layers' base weights
     trainable_parameters  numbers that training changes
@@ -39,7 +38,7 @@ class Footprint:
 
 @torch.no_grad()
 def footprint(model: nn.Module) -> Footprint:
-    """Counts a model, with or without a chain. Target layers: those under the chain, else `all-linear`."""
+    """Count a model, with or without a chain. The target layers are those under the chain, else `all-linear`."""
     layers = chain_layers(model)
     if layers:
         weights = sum(layer.base.shape[0] * layer.base.shape[1] for layer in layers.values())
@@ -59,12 +58,12 @@ def footprint(model: nn.Module) -> Footprint:
 
 
 def weight_nbytes(layer: ChainLinear) -> int:
-    """Bytes of one layer's base weight as stored: codes and scales, or dense; and its mask."""
+    """Return the bytes of one layer's stored base weight: codes and scales, or dense; and its mask."""
     return sum(t.nbytes for t in _once(layer.base.state_dict(keep_vars=True).values()))
 
 
 def stored_nbytes(model: nn.Module) -> int:
-    """Bytes of all parameters and persistent buffers, shared ones once."""
+    """Return the bytes of all parameters and persistent buffers, shared ones once."""
     return sum(t.nbytes for t in _once(model.state_dict(keep_vars=True).values()))
 
 

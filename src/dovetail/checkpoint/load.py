@@ -1,7 +1,7 @@
 """Models and tokenizers: a hub id, a folder, "playground", or a folder inside an installed package; packed or stock.
 
-Only safetensors are read and no code of a checkpoint is run unless asked. Every weight but a new head's must come
-from the checkpoint: where transformers would warn and go on with random numbers, this refuses.
+Only safetensors are read, and no code of a checkpoint is run unless the caller allows it. The checkpoint must contain
+every weight except those of a new head; transformers would warn and continue with random numbers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def load(
     trust_remote_code: bool = False,
     seed: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model (on the CPU, eval mode) and its tokenizer (with a padding token), ready for tasks of one kind.
+    """Load a model (on the CPU, eval mode) and its tokenizer (with a padding token), for tasks of one kind.
 
     name_or_dir        "playground"; a folder; "package:NAME/FOLDER", a folder inside an installed Python package;
                        otherwise a hub id. A folder of your own that is called playground: "./playground"
@@ -53,7 +53,7 @@ def load(
     seed               draws the weights of a new head, the only ones that may be missing from the checkpoint
 
     A folder that `save_packed` wrote gives the packed model, which runs from its codes; `to_stock` makes stock modules
-    of it. The global random state stays as it was. The tokenizer's padding token is its end token where it has none
+    of it. The global random state is unchanged. The tokenizer's padding token is its end token where it has none
     that the model has an embedding for; embeddings are never resized. Raises LoadError.
     """
     source, weights_dtype = resolve(name_or_dir), _dtype(dtype) or "auto"
@@ -89,12 +89,12 @@ def load(
 
 
 def load_config(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The model's configuration, found as `load` finds it; needs no weights. Raises LoadError."""
+    """Load the model's configuration, found as `load` finds it; needs no weights. Raises LoadError."""
     return _config(name_or_dir, resolve(name_or_dir), trust_remote_code)
 
 
 def load_tokenizer(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer alone, as it is stored. Raises LoadError."""
+    """Load the model's tokenizer only, as it is stored. Raises LoadError."""
     return _tokenizer(name_or_dir, resolve(name_or_dir), trust_remote_code)
 
 
@@ -105,9 +105,9 @@ def empty_model(
     num_labels: int | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """A model without storage (device "meta"): names, shapes, dtypes and ties as `load` gives them.
+    """Make a model without storage (device "meta"), with the names, shapes, dtypes and ties that `load` gives.
 
-    dtype None is the config's own, or float32 where it names none. `config` isn't changed. Raises LoadError.
+    dtype None is the config's own, or float32 where it names none. `config` is not changed. Raises LoadError.
     """
     config, auto = _for_task(config, task_kind, num_labels)
     with _unreadable(f"model of type {config.model_type}"), torch.device("meta"):
@@ -127,8 +127,8 @@ def _config(name: str | Path, source: str | Path, trust_remote_code: bool) -> Pr
     elif not (source / "config.json").is_file():
         found, fix = "no config.json in the folder", "name the folder that save_pretrained wrote"
         if (source / "adapter_config.json").is_file():
-            found, fix = "an adapter, no model", "load the model that the adapter was made for"
-        rule = "a model's folder holds config.json, *.safetensors and the tokenizer's files"
+            found, fix = "an adapter, no model", "load the base model, then the adapter"
+        rule = "a model's folder must contain config.json, *.safetensors and the tokenizer's files"
         raise LoadError(f"model {name}", found=found, rule=rule, fix=fix)
     with _unreadable(f"model {name}, config.json"):
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -142,7 +142,9 @@ def _check_weights(folder: Path) -> None:
             return
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
         found = f"only {', '.join(pickles)}" if pickles else "no model.safetensors"
-        raise LoadError(f"model {folder}", found=found, rule=rule, fix="convert it: save_pretrained writes safetensors")
+        raise LoadError(
+            f"model {folder}", found=found, rule=rule, fix="convert it with save_pretrained, which writes safetensors"
+        )
     with _unreadable(f"model {folder}, {index.name}"):
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     # transformers would hand a shard of another kind to torch.load.
@@ -157,19 +159,22 @@ def _tokenizer(name: str | Path, source: str | Path, trust_remote_code: bool) ->
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exception
-        rule, fix = "a model's folder holds its tokenizer's files", "save them there: tokenizer.save_pretrained(folder)"
+        rule, fix = (
+            "a model's folder must contain its tokenizer's files",
+            "save them with tokenizer.save_pretrained(folder)",
+        )
         raise LoadError(f"tokenizer of {name}", found=_first_line(error), rule=rule, fix=fix) from error
 
 
 def _for_task(config: PreTrainedConfig, task_kind: str, num_labels: int | None) -> tuple[PreTrainedConfig, Any]:
-    """A copy of the config with the head that the task kind needs, and the auto class that makes the model."""
+    """Return a copy of the config with the head of the task kind, and the auto class that makes the model."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
     where = f"task kind {task_kind}"
     if task_kind not in FIELDS:
-        raise LoadError(where, found=task_kind, rule="kinds: " + ", ".join(FIELDS))
+        raise LoadError(where, found=task_kind, rule="the kind must be one of " + ", ".join(FIELDS))
     if num_labels is not None and not (num_labels >= 2 if task_kind == "classification" else num_labels == 1):
-        rule = "a classification has at least 2 labels, a regression 1, other kinds none"
+        rule = "num_labels must be at least 2 for a classification and 1 for a regression; other kinds have none"
         raise LoadError(where, found=f"num_labels={num_labels}", rule=rule)
     config = copy.deepcopy(config)
     if task_kind not in HEAD_KINDS:
@@ -182,17 +187,17 @@ def _for_task(config: PreTrainedConfig, task_kind: str, num_labels: int | None) 
 
 
 def _check_complete(name: str | Path, model: PreTrainedModel, info: dict[str, Any], *, new_head: bool) -> None:
-    where, rule = f"model {name}", "every weight but a new head's comes from the checkpoint"
+    where, rule = f"model {name}", "the checkpoint must contain every weight except those of a new head"
     new = tuple(f"{path}." for path in heads(model)) if new_head else ()
     if info["mismatched_keys"]:
         key, stored, wanted = sorted(info["mismatched_keys"])[0]
         found = f"{key} stored as {list(stored)}, the model has {list(wanted)}"
-        fix = f"num_labels={stored[0]}" if key.startswith(new) else "the config.json saved with these weights"
+        fix = f"pass num_labels={stored[0]}" if key.startswith(new) else "use the config.json saved with these weights"
         raise LoadError(where, found=found, rule=rule, fix=fix)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(new))
     if missing:
         found = f"{len(missing)} weights of {type(model).__name__} not stored, first {missing[0]}"
-        fix = "a complete checkpoint of this architecture, or a task kind that it was made for"
+        fix = "load a complete checkpoint of this architecture, or pass the task kind that it was made for"
         raise LoadError(where, found=found, rule=rule, fix=fix)
 
 
@@ -211,7 +216,7 @@ def _set_padding(name: str | Path, model: PreTrainedModel, tokenizer: PreTrained
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     known = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and known not in DTYPES.values():
-        raise LoadError(f"dtype {dtype}", found=str(dtype), rule="dtypes of a model: " + ", ".join(DTYPES))
+        raise LoadError(f"dtype {dtype}", found=str(dtype), rule="the dtype must be one of " + ", ".join(DTYPES))
     return known
 
 
@@ -230,13 +235,13 @@ def _unreadable(where: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, StrictDataclassError, SafetensorError) as error:
-        rule = "it must be a complete checkpoint that transformers can read"
+        rule = "the checkpoint must be complete and readable by transformers"
         raise LoadError(where, found=_first_line(error), rule=rule, fix="fetch or save it again") from error
 
 
 @contextmanager
 def _held_report() -> Iterator[list[logging.LogRecord]]:
-    """Hold back transformers' table of missing and unexpected weights: what matters in it is checked by name."""
+    """Hold back transformers' table of missing and unexpected weights, which are checked by name here."""
     logger = logging.getLogger("transformers.modeling_utils")
     held: list[logging.LogRecord] = []
 

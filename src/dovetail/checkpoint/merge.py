@@ -33,11 +33,10 @@ from dovetail.models.fingerprint import fingerprint
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging did.
+    """The effect of a merge.
 
-    exact                 the merged weights are the ones that the forward pass used: none lost its zero or its grid
-                          value,
-                          and rounding to the model's dtype changed none
+    exact                 the merged weights are those that the forward pass used: none lost its zero or its grid
+                          value, and rounding to the model's dtype changed none
     max_abs_weight_diff   largest |merged - effective weight|, the effective weight in float32 (float64)
     max_abs_logit_diff    largest difference of the model's output before and after, on a probe batch; None where the
                           model takes no token ids and no probe was given
@@ -60,7 +59,7 @@ class MergeReport:
 
 @torch.no_grad()
 def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, packed: bool = False) -> MergeReport:
-    """Merges the chain into the weights, in place, back to stock modules.
+    """Merge the chain into the weights, in place, back to stock modules.
 
     lossy    merge also where zeros or grid would be lost: the base's zeros and grid are re-imposed, and the error
              measured
@@ -78,8 +77,8 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
         raise ChainError(
             str(record.chain),
             found=f"{left} stage(s) not yet run",
-            rule="a chain is merged after its last stage",
-            fix="dovetail.train runs all stages; dovetail.advance goes to the next",
+            rule="all stages must run before the merge",
+            fix="run all stages with dovetail.train, or the next one with dovetail.advance",
         )
     try:
         check_merge(record.chain)
@@ -93,7 +92,7 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
                 raise CannotMerge(
                     f"{name}",
                     found="NaN or infinite adapter parameters",
-                    rule="merged weights are finite",
+                    rule="merged weights must be finite",
                     fix="train again with a smaller lr_scale",
                 )
     modes = {name: module.training for name, module in model.named_modules()}
@@ -101,7 +100,7 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
     probe = probe if probe is not None else _probe(model)
     try:
         before = None if probe is None else _outputs(model, probe)
-    except BaseException:  # a probe that isn't for this model: nothing is merged yet
+    except BaseException:  # a probe for another model: nothing is merged yet
         _set_modes(model, modes)
         raise
     identity = next(iter(layers.values())).base.identity
@@ -135,11 +134,11 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
 
 @torch.no_grad()
 def to_stock(model: nn.Module) -> nn.Module:
-    """Turns a packed model into stock modules, in place: the same outputs, to the bit, the values written out.
+    """Turn a packed model into stock modules, in place; the outputs are the same, bit for bit.
 
     model    merged with packed=True, or loaded from a folder that `save_packed` wrote; a stock model stays as it is
     returns  the same model, nothing frozen, as `from_pretrained` gives it
-    errors   ChainError where the chain isn't merged yet
+    errors   ChainError where the chain is not merged yet
     """
     from transformers import PreTrainedModel
 
@@ -147,9 +146,9 @@ def to_stock(model: nn.Module) -> nn.Module:
     if layers and all(layer.record is not None for layer in layers.values()):
         raise ChainError(
             f"to_stock of a model under {applied(model).chain}",
-            found="a chain that isn't merged",
-            rule="only merged layers have stock ones that do the same",
-            fix="dovetail.merge(model)",
+            found="a chain that is not merged",
+            rule="the chain must be merged before its layers become stock layers",
+            fix="call dovetail.merge(model)",
         )
     if not layers:
         return model
@@ -175,7 +174,7 @@ class _Tally:
 
 
 def _absorb(layer: ChainLinear, restore: str, tally: _Tally) -> None:
-    """Merges one layer into its base and counts what that did."""
+    """Merge one layer into its base and count the effect."""
     base = layer.base
     tally.weights += base.shape[0] * base.shape[1]
     wide = torch.promote_types(base.dtype, torch.float32)
@@ -223,7 +222,7 @@ def _stock(layer: ChainLinear) -> nn.Module:
 
 
 def _probe(model: nn.Module) -> dict[str, Tensor] | None:
-    """A small batch of token ids from a fixed seed, for Hugging Face models."""
+    """Return a small batch of token ids from a fixed seed; None unless the model is a Hugging Face model."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):

@@ -1,6 +1,6 @@
-"""Packed models on disk: codes at their bits, and of pruned layers only what isn't zero, beside one bit a weight.
+"""Packed models on disk: packed codes, and for pruned layers a mask of one bit per weight and the nonzero values.
 
-A folder with config.json, the tokenizer's files and `packed.safetensors` (`packed_file.py`, `docs/packed.md`).
+A folder with config.json, the tokenizer's files and `packed.safetensors` (`docs/packed.md`).
 config.json's "dovetail" says the chain, and the fingerprint of what is in memory after loading. Nothing is unpickled,
 and no tensor is read before its name, dtype and shape are known to be those that the config asks for.
 """
@@ -47,7 +47,7 @@ _DTYPES = {
 
 
 class PackedLayer(pydantic.BaseModel, extra="forbid", frozen=True):
-    """What the header says of a layer.
+    """A layer's entry in the header.
 
     shape      (out, in) of its weight as a matrix
     dtype      of the weight, or the one that codes are dequantized to
@@ -62,7 +62,7 @@ class PackedLayer(pydantic.BaseModel, extra="forbid", frozen=True):
 
 
 class PackedHeader(pydantic.BaseModel, extra="forbid", frozen=True):
-    """What the header says: the model's class, and its packed layers by path."""
+    """The header of a packed model: the model's class, and its packed layers by path."""
 
     format: Literal["dovetail-packed"] = "dovetail-packed"
     version: Literal[1] = 1
@@ -72,7 +72,7 @@ class PackedHeader(pydantic.BaseModel, extra="forbid", frozen=True):
 
 @dataclass(frozen=True)
 class PackedSize:
-    """What a packed model takes on disk, which for pruned layers is less than in memory (`dovetail.footprint`).
+    """The size of a packed model on disk; pruned layers take more in memory (`dovetail.footprint`).
 
     nbytes           of packed.safetensors, its header included
     bits_per_weight  stored bits of the packed layers' weights (codes or values, masks, scales, zero points) over their
@@ -84,7 +84,7 @@ class PackedSize:
 
 
 def packed_size(directory: str | Path) -> PackedSize:
-    """What a packed model takes on disk, from its header alone. Raises LoadError where the folder holds none."""
+    """Return the size of a packed model on disk, from its header. Raises LoadError where the folder has none."""
     path = Path(directory) / PACKED
     try:
         with safe_open(path, framework="pt") as file:
@@ -96,35 +96,41 @@ def packed_size(directory: str | Path) -> PackedSize:
                     shape, dtype = shape_of(str(path), file, key)
                     bits += 8 * dtype.itemsize * shape.numel()
     except (OSError, SafetensorError) as error:
-        rule = f"a packed model's folder holds a whole {PACKED}"
+        rule = f"a packed model's folder must contain a whole {PACKED}"
         raise LoadError(str(path), found=str(error), rule=rule, fix="copy the folder again") from None
     return PackedSize(nbytes=path.stat().st_size, bits_per_weight=bits / max(weights, 1))
 
 
 def read_header(where: str, file: Any) -> PackedHeader:
-    """The header of an open file. Raises LoadError."""
+    """Read the header of an open file. Raises LoadError."""
     text = (file.metadata() or {}).get(HEADER)
     if text is None:
-        rule = f'the metadata of {PACKED} say under "{HEADER}" what it holds'
+        rule = f'the metadata of {PACKED} must contain a header under "{HEADER}"'
         raise LoadError(where, found="a file that save_packed did not write", rule=rule)
     try:
         return PackedHeader.model_validate_json(text)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "header"
-        raise LoadError(where, found=f"{place}: {first['msg']}", rule="the header as Dovetail writes it") from None
+        raise LoadError(
+            where, found=f"{place}: {first['msg']}", rule="the header must have the form that Dovetail writes"
+        ) from None
 
 
 def shape_of(where: str, file: Any, key: str) -> tuple[torch.Size, torch.dtype]:
-    """Shape and dtype of a tensor of an open file, which isn't read. Raises LoadError for a dtype that no model has."""
+    """Return shape and dtype of a tensor of an open file, without reading it. Raises LoadError for an unknown dtype."""
     part = file.get_slice(key)
     if (dtype := _DTYPES.get(part.get_dtype())) is None:
-        raise LoadError(where, found=f"{key[:200]} of dtype {part.get_dtype()}", rule=f"dtypes: {', '.join(_DTYPES)}")
+        raise LoadError(
+            where,
+            found=f"{key[:200]} of dtype {part.get_dtype()}",
+            rule=f"the dtype must be one of {', '.join(_DTYPES)}",
+        )
     return torch.Size(part.get_shape()), dtype
 
 
 def stored(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
-    """Parameters and persistent buffers, each once with all its names; it is stored under the first."""
+    """Yield parameters and persistent buffers, each once with all its names; it is stored under the first."""
     found: dict[int, tuple[list[str], Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
@@ -133,12 +139,12 @@ def stored(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
 
 
 def whole(name: str, base: Base) -> str:
-    """The name of the tensor that zeros can be taken out of."""
+    """Return the name of the tensor that is stored without its zeros."""
     return f"{name}.base." + ("dense" if base.quantized is None else "quantized.codes")
 
 
 def _chunks(base: Base) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of the matrix, whole multiples of 8 of them."""
+    """Yield ranges of rows of the matrix, each a multiple of 8 rows."""
     o, i = base.shape
     step = max(8, _CHUNK // i // 8 * 8)
     for first in range(0, o, step):
@@ -146,7 +152,7 @@ def _chunks(base: Base) -> Iterator[tuple[int, int]]:
 
 
 def _numbers(base: Base) -> Iterator[tuple[Tensor, Tensor]]:
-    """The base as integers, by chunks, and what stands for zero: codes by rows, or a dense weight's bits as it lies."""
+    """Yield the base as integers, in chunks, and the integer of zero: codes by rows, or the bits of a dense weight."""
     i = base.shape[1]
     for first, last in _chunks(base):
         if base.quantized is not None:
@@ -159,14 +165,14 @@ def _numbers(base: Base) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def split(base: Base) -> tuple[Tensor, Tensor, int]:
-    """Mask, stored values and their number."""
+    """Return the mask, the stored values and their number."""
     mask, values = split_zeros(_numbers(base))
     stored = values.view(base.dtype) if base.quantized is None else pack(values, base.quantized.bits)
     return mask, stored, values.numel()
 
 
 def join(base: Base, mask: Tensor, stored: Tensor, count: int) -> None:
-    """The reverse, into the base, whose grid is there already."""
+    """Put a mask and stored values into the base, whose grid is set already; the reverse of `split`."""
     if base.quantized is not None:
         i = base.shape[1]
         zeros = (
@@ -186,12 +192,12 @@ def join(base: Base, mask: Tensor, stored: Tensor, count: int) -> None:
 def save_packed(
     model: nn.Module, directory: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PackedSize:
-    """Writes a packed model to a folder of its own, new or empty, which is whole or not there.
+    """Write a packed model to a new or empty folder, atomically.
 
     model      a Hugging Face model merged with `merge(model, packed=True)`
     tokenizer  saved beside it; `dovetail.load` needs one
     returns    what it takes on disk
-    errors     ChainError for a model that isn't packed, DovetailError where the folder holds something
+    errors     ChainError for a model that is not packed, DovetailError where the folder is not empty
     """
     from transformers import PreTrainedModel
 
@@ -199,13 +205,13 @@ def save_packed(
     if not isinstance(model, PreTrainedModel) or not layers or any(m.record is not None for m in layers.values()):
         raise ChainError(
             f"save_packed of a {type(model).__name__}",
-            found="a chain that isn't merged" if layers else "no packed layer",
-            rule="what is saved packed is a Hugging Face model, merged and packed",
-            fix="dovetail.merge(model, packed=True)",
+            found="a chain that is not merged" if layers else "no packed layer",
+            rule="the model must be a Hugging Face model, merged and packed",
+            fix="call dovetail.merge(model, packed=True)",
         )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        rule = "a packed model is written to a folder of its own, new or empty"
-        raise DovetailError(f"save_packed to {directory}", found="something there already", rule=rule)
+        rule = "the folder must be new or empty"
+        raise DovetailError(f"save_packed to {directory}", found="an existing file or folder", rule=rule)
     tensors, said = {names[0]: tensor.detach() for names, tensor in stored(model)}, {}
     for name, layer in layers.items():
         base, key, nonzero = layer.base, whole(name, layer.base), None
@@ -243,13 +249,13 @@ def save_packed(
 
 @torch.no_grad()
 def load_packed(folder: Path, config: PreTrainedConfig, auto: Any, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The model of a folder that `save_packed` wrote, on the CPU, packed, eval mode; `dovetail.load` calls this.
+    """Load the model of a folder that `save_packed` wrote, on the CPU, packed, in eval mode, for `dovetail.load`.
 
     config  of the folder
     auto    the auto class that makes the model
     dtype   what the weights are cast to; None: as stored. Codes and scales always stay as stored
-    errors  LoadError, naming what is missing, too much, of another shape, not finite, or changed since it was saved;
-            OSError and the like for a file that can't be read at all
+    errors  LoadError that names what is missing, unexpected, of another shape, not finite, or changed since it was
+            saved; OSError and others for a file that cannot be read
     """
     from accelerate import init_empty_weights
     from transformers import GenerationConfig
@@ -259,7 +265,7 @@ def load_packed(folder: Path, config: PreTrainedConfig, auto: Any, dtype: torch.
         header = read_header(where, file)
         with torch.device("meta"):  # nothing is allocated before the file is known to hold what the config asks for
             _check(where, file, header, _cover(where, auto.from_config(config, dtype=made), header))
-        with init_empty_weights(include_buffers=False):  # buffers that aren't stored are made from the config
+        with init_empty_weights(include_buffers=False):  # buffers that are not stored are made from the config
             model: PreTrainedModel = auto.from_config(config, dtype=made)
         model.tie_weights()
         with torch.device("meta"):
@@ -270,11 +276,11 @@ def load_packed(folder: Path, config: PreTrainedConfig, auto: Any, dtype: torch.
     for name, layer in chain_layers(model).items():
         if not bool(torch.isfinite(layer.base.matrix()).all()):
             found = f"{name}: weights that are NaN or infinite"
-            raise LoadError(where, found=found, rule="weights, and scales times codes, are finite")
+            raise LoadError(where, found=found, rule="weights, and scales times codes, must be finite")
     note, found = getattr(config, "dovetail", None), packed_fingerprint(model)
     said = note.get("packed_fingerprint") if isinstance(note, dict) else None
     if found != said:
-        rule = f"config.json says what was saved: {said}"
+        rule = f"the fingerprint must be that of config.json: {said}"
         raise LoadError(where, found=f"tensors with fingerprint {found}", rule=rule, fix="copy the folder again")
     if dtype is not None:
         for layer in chain_layers(model).values():
@@ -286,9 +292,9 @@ def load_packed(folder: Path, config: PreTrainedConfig, auto: Any, dtype: torch.
 
 
 def _cover(where: str, model: PreTrainedModel, header: PackedHeader) -> PreTrainedModel:
-    """Puts packed layers without storage where the header names them."""
+    """Put packed layers without storage where the header names them."""
     if type(model).__name__ != header.architecture:
-        rule, fix = "a packed model loads as the class that was saved", "the task_kind that the model was made for"
+        rule, fix = "a packed model must load as the class that was saved", "pass the task_kind of the saved model"
         raise LoadError(where, found=f"{header.architecture}, not {type(model).__name__}", rule=rule, fix=fix)
     scratch = Scratch()
     for name, said in header.layers.items():
@@ -296,7 +302,7 @@ def _cover(where: str, model: PreTrainedModel, header: PackedHeader) -> PreTrain
             module = model.get_submodule(name)
             layer = _layer(name, module, said, scratch)
         except (AttributeError, ValueError, DovetailError) as error:
-            found, rule = str(error), "the header names layers of the model, with their grids"
+            found, rule = str(error), "the header must name layers of the model, with their grids"
             if isinstance(error, DovetailError):
                 found, rule = error.found, error.rule
             raise LoadError(where, found=f"{name[:200]}: {found}", rule=rule) from None
@@ -308,20 +314,20 @@ def _layer(name: str, module: nn.Module, said: PackedLayer, scratch: Scratch) ->
     layout = layout_of(name, module)
     site = Site(name, layout.out_features, layout.in_features, getattr(module, "bias", None) is not None)
     if said.shape != (layout.out_features, layout.in_features):
-        rule = f"the config says {layout.out_features} x {layout.in_features}"
+        rule = f"the config requires {layout.out_features} x {layout.in_features}"
         raise LoadError(name, found=f"a layer of {said.shape[0]} x {said.shape[1]}", rule=rule)
     base = Base(layout, module.get_parameter("weight").detach().to(FLOATS[said.dtype]), scratch)
     if said.quantizer is not None:
         (link,) = chain(said.quantizer)
         if not isinstance(link, Quantizer):
-            raise LoadError(name, found=said.quantizer, rule="a layer's grid is made by a quantizer")
+            raise LoadError(name, found=said.quantizer, rule="the grid of a layer must be that of a quantizer")
         link.check(site)
         base.set_quantized(link.empty(base.shape))
     return ChainLinear(site, base, module.get_parameter("bias").detach() if site.has_bias else None)
 
 
 def _check(where: str, file: Any, header: PackedHeader, model: PreTrainedModel) -> None:
-    """LoadError where the file's tensors aren't, by name, shape and dtype, those of the model."""
+    """Raise LoadError unless the file has the tensors of the model, by name, shape and dtype."""
     wanted = {names[0]: (tensor.shape, [tensor.dtype]) for names, tensor in stored(model)}
     of_layers = tuple(f"{name}.base." for name in header.layers)
     for key, (_, dtypes) in wanted.items():
@@ -338,7 +344,7 @@ def _check(where: str, file: Any, header: PackedHeader, model: PreTrainedModel) 
     given = set(file.keys())
     for key in sorted(given ^ set(wanted)):
         found = f"{key[:200]} " + ("in the file alone" if key in given else "missing from the file")
-        raise LoadError(where, found=found, rule="the file holds the tensors of this model, no more and no less")
+        raise LoadError(where, found=found, rule="the file must contain exactly the tensors of this model")
     for key, (shape, dtypes) in wanted.items():
         found, dtype = shape_of(where, file, key)
         if found != shape or dtype not in dtypes:
@@ -348,7 +354,7 @@ def _check(where: str, file: Any, header: PackedHeader, model: PreTrainedModel) 
 
 
 def _fill(where: str, file: Any, header: PackedHeader, model: PreTrainedModel) -> None:
-    """Reads the tensors into the model, one after the other."""
+    """Read the tensors into the model, one after the other."""
     given = set(file.keys())
     for names, tensor in list(stored(model)):
         held = torch.empty(tensor.shape, dtype=tensor.dtype)  # for what is made below, of mask and values
@@ -365,5 +371,5 @@ def _fill(where: str, file: Any, header: PackedHeader, model: PreTrainedModel) -
             try:
                 join(layer.base, file.get_tensor(f"{key}.mask"), file.get_tensor(f"{key}.values"), count)
             except ValueError as error:
-                rule = "a mask has a bit set for each stored value"
+                rule = "a mask must have one bit set for each stored value"
                 raise LoadError(where, found=f"{key}: {error}", rule=rule, fix="copy the folder again") from None

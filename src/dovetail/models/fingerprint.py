@@ -22,27 +22,27 @@ _CHUNK = 1 << 24  # elements hashed at a time: what a fingerprint needs beside t
 
 
 def fingerprint(model: nn.Module, *, leave_out: Collection[str] = ()) -> str:
-    """ "sha256:" and 64 hexadecimal digits that identify the model's tensors exactly.
+    """Return "sha256:" and 64 hexadecimal digits that identify the model's tensors exactly.
 
     The hash runs over parameters and persistent buffers in order of their names: name, dtype, shape, bytes. Equal
     fingerprints mean equal tensors, bit for bit; a changed bit, dtype, shape or name changes it. The device, the
-    class of the model and whether tied weights are stored once don't. It needs memory for one chunk of a tensor (or,
-    where a tensor isn't contiguous, for one tensor).
+    class of the model and the storage of tied weights do not change it. It needs memory for one chunk of a tensor
+    (for the whole tensor where it is not contiguous).
 
-    leave_out  module paths whose tensors don't count, such as a new head, whose weights depend on the seed
+    leave_out  paths of modules to leave out, such as a new head, whose weights depend on the seed
     """
     tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
     return tensors_fingerprint(tensors, leave_out=leave_out)
 
 
 def tensors_fingerprint(tensors: Mapping[str, Tensor], *, leave_out: Collection[str] = ()) -> str:
-    """`fingerprint` of a module whose state is these tensors."""
+    """Return the `fingerprint` of a module with these tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         if any(name.startswith(f"{path}.") for path in leave_out):
             continue
         if tensor.is_meta:
-            raise LoadError(f"fingerprint at {name}", found="device meta", rule="only stored tensors have one")
+            raise LoadError(f"fingerprint at {name}", found="device meta", rule="a fingerprint needs stored tensors")
         digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
         for chunk in tensor.detach().reshape(-1).split(_CHUNK):
             digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
@@ -50,12 +50,12 @@ def tensors_fingerprint(tensors: Mapping[str, Tensor], *, leave_out: Collection[
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Of a model before its chain. A classifier's head may come from the run's seed: it is no part of it."""
+    """Return the fingerprint of a base, without a classifier's head, which the run's seed may have drawn."""
     return "unknown" if any(p.is_meta for p in model.parameters()) else fingerprint(model, leave_out=new_heads(model))
 
 
 def check_merged(where: str, model: PreTrainedModel) -> None:
-    """A merged model's config says which weights it belongs to (`dovetail.merge`); LoadError for others."""
+    """Raise LoadError unless the weights are those that a merged model's config names (`dovetail.merge`)."""
     said = getattr(model.config, "dovetail", None)
     if not isinstance(said, dict) or "merged_fingerprint" not in said:
         return

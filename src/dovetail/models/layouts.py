@@ -1,8 +1,8 @@
 """Layers that a chain can sit on, each seen as a matrix (out, in): how to view its weight, call it and build it again.
 
-A chain only ever sees `weight_oi`. What differs between `nn.Linear`, GPT-2's `Conv1D` (stored in x out) and
-convolutions (kernel flattened into `in`) is said here once. `call` runs the layer's own operation on a weight in its
-own layout, so that a merged layer gives the same bits.
+A chain uses `weight_oi` only. This module contains what differs between `nn.Linear`, GPT-2's `Conv1D` (stored in x
+out) and convolutions (kernel flattened into `in`). `call` runs the layer's own operation on a weight in its own layout,
+so a merged layer gives the same bits.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ class Layout(ABC):
 
     @abstractmethod
     def matrix(self, weight: Tensor) -> Tensor:
-        """View (o, i) of a weight in the layer's own layout."""
+        """Return a view (o, i) of a weight in the layer's own layout."""
 
     @abstractmethod
     def native(self, weight_oi: Tensor) -> Tensor:
-        """A weight in the layer's own layout, contiguous, of a matrix (o, i). A view where it can be."""
+        """Return a matrix (o, i) as a contiguous weight in the layer's own layout; a view where possible."""
 
     @abstractmethod
     def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised weight in the layer's own layout."""
+        """Return an uninitialized weight in the layer's own layout."""
 
     @abstractmethod
     def call(self, x: Tensor, weight: Tensor, bias_o: Tensor | None) -> Tensor:
-        """The layer's own forward on a weight in its own layout."""
+        """Run the layer's own forward on a weight in its own layout."""
 
     @abstractmethod
     def build(self, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
-        """A stock module that holds this weight (its own layout, not copied) and bias."""
+        """Return a stock module with this weight (in its own layout, not copied) and bias."""
 
     @abstractmethod
     def input_rows(self, x: Tensor) -> Tensor:
-        """What a row of the matrix is multiplied with when the layer is called with x, (n, i)."""
+        """Return the vectors (n, i) that the rows of the matrix are multiplied with when the layer is called with x."""
 
     linear: bool = True
     """y = x Wᵀ + b over the last axis; False for convolutions."""
@@ -145,7 +145,7 @@ class ConvLayout(Layout):
         return conv(x, weight, bias_o, self.stride, self.padding, self.dilation, self.groups)
 
     def input_rows(self, x: Tensor) -> Tensor:
-        """The windows that the kernel sees, (b · positions · groups, i).
+        """Return the windows that the kernel is applied to, (b · positions · groups, i).
 
         An output channel belongs to one of the groups; the windows of all groups are given together.
         """
@@ -181,7 +181,7 @@ class ConvLayout(Layout):
 
 
 def layout_of(name: str, module: nn.Module) -> Layout:
-    """The layout of a layer; TargetError for a layer that is none of these.
+    """Return the layout of a layer; raise TargetError for a layer of another class.
 
     Its weight must be a plain parameter: other libraries' quantized layers are subclasses of nn.Linear that use theirs
     otherwise.
@@ -197,7 +197,9 @@ def layout_of(name: str, module: nn.Module) -> Layout:
         assert isinstance(module, nn.Conv1d | nn.Conv2d)
         if module.padding_mode != "zeros":
             raise TargetError(
-                name, found=f"padding_mode={module.padding_mode!r}", rule="a convolution under a chain pads with zeros"
+                name,
+                found=f"padding_mode={module.padding_mode!r}",
+                rule="a convolution under a chain must pad with zeros",
             )
         out_features = module.out_channels
         return ConvLayout(
@@ -213,13 +215,13 @@ def layout_of(name: str, module: nn.Module) -> Layout:
     raise TargetError(
         name,
         found=f"a {type(module).__module__}.{type(module).__qualname__}",
-        rule="a chain sits on nn.Linear, transformers' Conv1D, nn.Conv1d or nn.Conv2d",
+        rule="a layer under a chain must be nn.Linear, transformers' Conv1D, nn.Conv1d or nn.Conv2d",
         fix="leave this layer out of the targets, or load the model without other quantization or adapters",
     )
 
 
 def _is_plain(cls: type[nn.Linear]) -> bool:
-    """Whether a linear layer computes x Wᵀ + b: its forward is nn.Linear's, or Falcon's, which writes the same out."""
+    """Return whether a linear layer computes x Wᵀ + b: its forward is nn.Linear's or Falcon's equal one."""
     return cls.forward is nn.Linear.forward or cls.__name__ == "FalconLinear"
 
 

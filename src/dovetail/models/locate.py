@@ -12,10 +12,10 @@ _LOCATIONS = "a model is a folder, a hub id, playground or package:NAME/FOLDER"
 
 
 def resolve(name_or_dir: str | Path) -> str | Path:
-    """The folder that a name stands for, or the hub id itself (str). Raises LoadError for a folder that isn't there."""
+    """Return the folder that a name stands for, or the hub id itself (str). Raises LoadError for a missing folder."""
     text = str(name_or_dir)
     if name_or_dir == PLAYGROUND:
-        from dovetail.tasks.playground import MODEL_DIR  # here, so that loading other models doesn't need it
+        from dovetail.tasks.playground import MODEL_DIR  # imported here, because other models do not need it
 
         return Path(MODEL_DIR)
     if text.startswith("package:"):
@@ -23,7 +23,7 @@ def resolve(name_or_dir: str | Path) -> str | Path:
     if (folder := Path(text).expanduser()).is_dir():
         return folder
     if folder.exists():
-        raise LoadError(f"model {text}", found="a file", rule="a model is a folder", fix=str(folder.parent))
+        raise LoadError(f"model {text}", found="a file", rule="a model must be a folder", fix=f"pass {folder.parent}")
     if isinstance(name_or_dir, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
         raise LoadError(f"model {text}", found="no such folder", rule=_LOCATIONS, fix="check the path")
     return text
@@ -40,7 +40,7 @@ def _package_folder(text: str) -> Path:
         root = Path(location).resolve()
         folder = (root / inside).resolve()
         if not folder.is_relative_to(root):
-            raise LoadError(f"model {text}", found="a path out of the package", rule=rule, fix="drop '..'")
+            raise LoadError(f"model {text}", found="a path out of the package", rule=rule, fix="remove '..'")
         if folder.is_dir():
             return folder
     raise LoadError(f"model {text}", found=f"no folder {inside!r} in the package", rule=rule, fix="check the folder")

@@ -6,8 +6,7 @@ to several labels (GPT-2's c_attn is query, key and value at once).
 
 A head (the output embedding, a classifier, the pooler that feeds it) carries no label and is no part of
 "all-linear"; it is adapted only when named by its path. peft leaves out the output embedding too, and the classifier
-where it's told the task, but adapts poolers and the inner layers of a head; here heads are trained whole or not at
-all.
+if it knows the task, but adapts poolers and the inner layers of a head; here a head is trained whole or not at all.
 """
 
 from __future__ import annotations
@@ -129,30 +128,32 @@ class Target:
 
 
 def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) -> list[Target]:
-    """The layers of `model` that `targets` names, each once, in module order.
+    """Return the layers of `model` that `targets` names, each once, in module order.
 
     model    any nn.Module
     targets  a label of LABELS; "all-linear"; a glob over module paths, which also fits the end of a path ("q_proj",
              "layers.0.*"); or several of these, as a sequence or separated by commas
 
-    "all-linear" is every nn.Linear and transformers Conv1D outside the heads, without those that can't be changed on
-    their own (weights shared with another module, or not stored as one floating-point parameter). Convolutions are
-    found only when a glob names them. A model that isn't a PreTrainedModel, nor holds one, has no known head.
+    "all-linear" is every nn.Linear and transformers Conv1D outside the heads, without those that cannot be changed
+    alone (weights shared with another module, or not stored as one floating-point parameter). Convolutions are found
+    only when a glob names them. A model that neither is nor contains a PreTrainedModel has no known head.
     Experts that a model keeps as three-dimensional parameters (Mixtral and others in transformers 5) are not layers
-    and can't be targets; `fused_experts` lists them.
+    and cannot be targets; `fused_experts` lists them.
 
-    Raises TargetError when a target matches nothing, or asks by label or glob for a layer that can't be changed alone.
+    Raises TargetError when a target matches nothing, or names by label or glob a layer that cannot be changed alone.
     """
     asked = _split(targets)
     layers = _layers(model)
     where = f"targets {', '.join(asked)!r} in {type(model).__name__}"
     if not asked:
-        raise TargetError(where, found="no target", rule="name at least one layer", fix=ALL_LINEAR)
+        raise TargetError(
+            where, found="no target", rule="targets must name at least one layer", fix=f"pass targets={ALL_LINEAR!r}"
+        )
     if not any(_is_linear(layer.module) for layer in layers) and (ALL_LINEAR in asked or not layers):
         raise TargetError(
             where,
             found=_describe(model, layers),
-            rule="a chain needs linear layers to stand on",
+            rule="a chain needs linear layers",
             fix="name convolutions by a glob" if layers else "choose a model that has nn.Linear or Conv1D layers",
         )
     refusals = _refusals(model, layers)
@@ -166,7 +167,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
             raise _nothing_matches(model, target, layers)
         for name in matched:
             if name in refusals:
-                rule = "a layer is adapted only where its weight is its own floating-point parameter"
+                rule = "the weight of an adapted layer must be its own floating-point parameter"
                 fix = "leave it out, or give it a weight of its own first (an output head: tie_word_embeddings=False)"
                 raise TargetError(f"target {target!r} at {name}", found=refusals[name], rule=rule, fix=fix)
         chosen.update(matched)
@@ -174,7 +175,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
 
 
 def roles_of(path: str) -> tuple[str, ...]:
-    """The labels that a layer of this path answers to, by ROLES; none for a path that isn't in the table.
+    """Return the labels of a layer with this path, by ROLES; none for a path that is not in the table.
 
     >>> roles_of("model.layers.0.self_attn.qkv_proj")
     ('query', 'key', 'value')
@@ -183,14 +184,14 @@ def roles_of(path: str) -> tuple[str, ...]:
 
 
 def labels(model: nn.Module) -> dict[str, list[str]]:
-    """Label -> paths of the layers that answer to it, in module order; labels without a layer are left out."""
+    """Return label -> paths of its layers, in module order, without labels that have no layer."""
     layers = _layers(model)
     found = {label: [layer.name for layer in layers if label in layer.roles] for label in LABELS}
     return {label: names for label, names in found.items() if names}
 
 
 def heads(model: nn.Module) -> list[str]:
-    """Paths of the output head and the task heads (poolers with them), in module order; [] where none is known.
+    """Return the paths of the output head and the task heads (with poolers), in module order; [] where none is known.
 
     A head is the output embedding of a PreTrainedModel, or a direct child of one whose name is in HEADS.
     """
@@ -207,12 +208,12 @@ def heads(model: nn.Module) -> list[str]:
 
 
 def new_heads(model: nn.Module) -> list[str]:
-    """Paths of the heads that a sequence classifier may bring untrained, the pooler too; [] for other models."""
+    """Return the paths of the heads of a sequence classifier that may be untrained, pooler included; else []."""
     return heads(model) if type(model).__name__.endswith("ForSequenceClassification") else []
 
 
 def fused_experts(model: nn.Module) -> list[str]:
-    """Paths of modules that hold all experts in three-dimensional parameters: no layers, so never targets."""
+    """Return the paths of modules that keep all MoE experts in three-dimensional parameters, never targets."""
     return [
         name
         for name, module in model.named_modules()
@@ -232,7 +233,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _layers(model: nn.Module) -> list[Target]:
-    """Every layer that could be a target, convolutions and heads included, in module order."""
+    """Return every layer that could be a target, convolutions and heads included, in module order."""
     from transformers.pytorch_utils import Conv1D
 
     paths: dict[nn.Module, list[str]] = {}
@@ -275,7 +276,7 @@ def _all_linear(where: str, layers: list[Target], refusals: dict[str, str], head
 
 
 def _refusals(model: nn.Module, layers: list[Target]) -> dict[str, str]:
-    """Layer name -> why it can't be changed on its own."""
+    """Return layer name -> why the layer cannot be changed alone."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -307,9 +308,9 @@ def _nothing_matches(model: nn.Module, target: str, layers: list[Target]) -> Tar
     inside = [layer for layer in layers if any(_path_matches(layer.name, f"{target}{end}") for end in (".*", "*"))]
     close = difflib.get_close_matches(target, [*present, ALL_LINEAR, *ends, *(layer.name for layer in layers)], n=3)
     if target in LABELS and any(_path_matches(layer.name, target) for layer in layers):
-        fix = f"*{target} for the layer of that name"
+        fix = f"use *{target} for the layer of that name"
     elif inside and target not in LABELS:
-        fix = f"{target}.* for the layers in it" if _path_matches(inside[0].name, f"{target}.*") else f"{target}*"
+        fix = f"use {target}.* for the layers in it" if _path_matches(inside[0].name, f"{target}.*") else f"{target}*"
     else:
         fix = " or ".join(close) or f"{ALL_LINEAR}, or one of the names above"
     return TargetError(
@@ -321,7 +322,7 @@ def _nothing_matches(model: nn.Module, target: str, layers: list[Target]) -> Tar
 
 
 def _describe(model: nn.Module, layers: list[Target], *, most: int = 12) -> str:
-    """The layers there are, in one line: path with numbers starred, how often, roles."""
+    """Return one line that lists the layers: path with numbers starred, count, roles."""
     kinds: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for layer in layers:

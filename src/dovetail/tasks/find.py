@@ -20,7 +20,7 @@ MAX_LABELS = 1000
 
 
 def as_task(data: Task | str | Iterable[Record], split: str = "train") -> Task:
-    """A task as it is, one of the playground by its name, or plain records under the name "data".
+    """Return a task unchanged, a playground task by its name, or plain records as the task "data".
 
     split   the split that plain records become; their kind is the one whose fields they have
     errors  DataError for an unknown name, for no records, or for records of no one kind
@@ -31,19 +31,19 @@ def as_task(data: Task | str | Iterable[Record], split: str = "train") -> Task:
         from dovetail.tasks import playground  # built on this module
 
         return playground.task(data)
-    fix = "a list of dictionaries, or a dovetail.Task that names its splits"
+    fix = "pass a list of dictionaries, or a dovetail.Task that names its splits"
     # A generator could be read only once, and a Mapping is one record or several splits.
     if isinstance(data, Mapping | Iterator) or not isinstance(data, Iterable):
-        raise DataError("data", found=f"a {type(data).__name__}", rule="data is a list of records", fix=fix)
+        raise DataError("data", found=f"a {type(data).__name__}", rule="data must be a list of records", fix=fix)
     data = list(data)
     if not data:
-        raise DataError("data", found="no records", rule="data holds at least one record")
+        raise DataError("data", found="no records", rule="data must contain at least one record")
     for index, record in enumerate(data):
         if not isinstance(record, Mapping):
-            found, rule = f"a {type(record).__name__}", "records are dictionaries"
+            found, rule = f"a {type(record).__name__}", "records must be dictionaries"
             raise DataError(f"data, record {index}", found=found, rule=rule, fix=fix)
     kinds = [kind for kind, fields in FIELDS.items() if set(fields) <= set(data[0])]
-    # A labelled text is also a text; labels that aren't all integers are values.
+    # A labelled text is also a text. Labels that are not all integers are values.
     if "classification" in kinds:
         whole = all(isinstance(record.get("label"), int) for record in data)
         kinds = ["classification" if whole else "regression"]
@@ -51,14 +51,15 @@ def as_task(data: Task | str | Iterable[Record], split: str = "train") -> Task:
         raise DataError(
             "data, record 0",
             found="fields " + ", ".join(map(str, data[0])),
-            rule="fields are those of one kind: " + "; ".join(f"{k}: {', '.join(f)}" for k, f in FIELDS.items()),
+            rule="a record must have the fields of one kind: "
+            + "; ".join(f"{k}: {', '.join(f)}" for k, f in FIELDS.items()),
             fix="rename the fields, or make a dovetail.Task and name its kind",
         )
     return Task("data", kinds[0], METRICS[kinds[0]][0], {split: data})
 
 
 def load_task(data: Data) -> Task:
-    """The task that a recipe's data part means, every record checked; DataError names file, line and column."""
+    """Return the task of a recipe's data part, every record checked; DataError names file, line and column."""
     if data.task is not None:
         task = playground.task(data.task)
         splits = {split: records[: data.limit.of(split)] for split, records in task.splits.items()}
@@ -76,7 +77,7 @@ def load_task(data: Data) -> Task:
 def read_records(
     path: Path, kind: str, columns: Mapping[str, str], *, pair: bool = False, limit: int | None = None
 ) -> list[Record]:
-    """Records of a JSON Lines file.
+    """Read the records of a JSON Lines file.
 
     columns  field of the record -> column of the file
     pair     the column of "pair" must be there; else it is taken where it is
@@ -91,24 +92,26 @@ def read_records(
                 if len(records) == limit:
                     break
     except OSError as error:
-        rule = "data files are JSON Lines, one record a line; paths are relative to the recipe"
+        rule = "a data file must be JSON Lines, one record per line; its path is relative to the recipe"
         raise DataError(str(path), found=error.strerror or str(error), rule=rule, fix="check the path") from None
     except UnicodeDecodeError as error:
-        raise DataError(str(path), found=f"byte {error.start} is no UTF-8", rule="data files are UTF-8 text") from None
+        raise DataError(
+            str(path), found=f"byte {error.start} is not UTF-8", rule="a data file must be UTF-8 text"
+        ) from None
     if not records:
-        raise DataError(str(path), found="no records", rule="a split holds at least one record")
+        raise DataError(str(path), found="no records", rule="a split must contain at least one record")
     return records
 
 
 def _record(where: str, line: str, kind: str, columns: Mapping[str, str], pair: bool) -> Record:
     if len(line) > MAX_LINE:
-        raise DataError(where, found=f"{len(line)} characters", rule=f"a record has at most {MAX_LINE}")
+        raise DataError(where, found=f"{len(line)} characters", rule=f"a record must have at most {MAX_LINE}")
     try:
         row: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(where, found=str(error)[:200], rule="a line holds one JSON object") from None
+        raise DataError(where, found=str(error)[:200], rule="a line must contain one JSON object") from None
     if not isinstance(row, dict):
-        raise DataError(where, found=f"a JSON {type(row).__name__}", rule="a line holds one JSON object")
+        raise DataError(where, found=f"a JSON {type(row).__name__}", rule="a line must contain one JSON object")
     wanted = [*FIELDS[kind], *(["pair"] if pair or columns["pair"] in row else [])]
     for name in wanted:
         if columns[name] not in row:
@@ -116,17 +119,17 @@ def _record(where: str, line: str, kind: str, columns: Mapping[str, str], pair: 
                 where,
                 found="columns " + ", ".join(map(str, row)),
                 rule=f"a {kind} record has a field {name!r}, looked for in column {columns[name]!r}",
-                fix=f"data.fields of the recipe: {{{name}: COLUMN}}",
+                fix=f"set data.fields of the recipe: {{{name}: COLUMN}}",
             )
     record = {name: row[columns[name]] for name in wanted}
     for name, rule, right in (
-        ("pair", "pair is of type str", lambda value: isinstance(value, str)),
+        ("pair", "pair must be a str", lambda value: isinstance(value, str)),
         (
             "choices",
-            "choices is a list of str",
+            "choices must be a list of str",
             lambda value: isinstance(value, list) and all(isinstance(choice, str) for choice in value),
         ),
-        ("label", "label is finite", lambda value: not isinstance(value, float) or math.isfinite(value)),
+        ("label", "label must be finite", lambda value: not isinstance(value, float) or math.isfinite(value)),
     ):
         if name in record and not right(record[name]):
             raise DataError(where, found=f"{columns[name]}={record[name]!r}"[:200], rule=rule)
@@ -134,7 +137,7 @@ def _record(where: str, line: str, kind: str, columns: Mapping[str, str], pair: 
 
 
 def number_of_labels(task: Task, stated: int | None = None) -> int | None:
-    """Outputs of the head that the task needs: as stated, or as many as its labels; None for a task without labels."""
+    """Return the number of outputs of the task's head, as stated or counted; None for a task without labels."""
     if task.kind == "regression":
         return 1
     if task.kind != "classification":
@@ -147,7 +150,7 @@ def number_of_labels(task: Task, stated: int | None = None) -> int | None:
                 raise DataError(
                     f"task {task.name}, split {split}, record {index}",
                     found=f"label={record['label']}, num_labels={found}",
-                    rule="labels are 0 to num_labels - 1",
-                    fix="number the labels from 0; data.num_labels says how many there are",
+                    rule="labels must be from 0 to num_labels - 1",
+                    fix="number the labels from 0, or set data.num_labels",
                 )
     return found

@@ -35,7 +35,7 @@ class Limit(Part):
     test: Positive | None = None
 
     def of(self, split: str) -> int | None:
-        """The limit of a split, or None."""
+        """Return the limit of a split, or None."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[split]
 
 

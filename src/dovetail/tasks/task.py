@@ -42,7 +42,7 @@ METRICS: dict[str, tuple[str, ...]] = {
 }
 
 LOWER_IS_BETTER = ("perplexity",)
-"""Metrics of which the smaller figure is the better one."""
+"""Metrics whose smaller value is better."""
 
 MAX_VALUE = 1e18
 """The largest label in size: its square is a float32 still, and so is a squared error."""
@@ -50,11 +50,11 @@ MAX_VALUE = 1e18
 
 @dataclass(frozen=True)
 class Task:
-    """Records to learn from and to be judged by.
+    """Records for training and evaluation.
 
     name     shown in tables and reports
     kind     a key of FIELDS
-    metric   the figure that stands for the task, one of METRICS[kind]
+    metric   the main metric of the task, one of METRICS[kind]
     splits   split name ("train", "validation", "test") -> records
     """
 
@@ -66,7 +66,7 @@ class Task:
     def __post_init__(self) -> None:
         where = f"task {self.name}"
         if self.kind not in FIELDS:
-            raise DataError(where, found=f"kind={self.kind}", rule="kind is one of " + ", ".join(FIELDS))
+            raise DataError(where, found=f"kind={self.kind}", rule="kind must be one of " + ", ".join(FIELDS))
         if self.metric not in METRICS[self.kind]:
             raise DataError(
                 where,
@@ -75,14 +75,20 @@ class Task:
             )
         for split, records in self.splits.items():
             if not records:
-                raise DataError(f"{where}, split {split}", found="no records", rule="a split holds at least one record")
+                raise DataError(
+                    f"{where}, split {split}", found="no records", rule="a split must contain at least one record"
+                )
             for index, record in enumerate(records):
                 _check(f"{where}, split {split}, record {index}", self.kind, record)
 
     def split(self, name: str) -> Sequence[Record]:
-        """The records of a split; DataError names the splits there are."""
+        """Return the records of a split; DataError lists the splits."""
         if name not in self.splits:
-            raise DataError(f"task {self.name}", found=f"split {name!r}", rule="splits here: " + ", ".join(self.splits))
+            raise DataError(
+                f"task {self.name}",
+                found=f"split {name!r}",
+                rule="the splits of this task are " + ", ".join(self.splits),
+            )
         return self.splits[name]
 
 
@@ -92,7 +98,7 @@ def _check(where: str, kind: str, record: Record) -> None:
             raise DataError(
                 where,
                 found="fields " + ", ".join(map(str, record)),
-                rule=f"a {kind} record has a field {name!r}",
+                rule=f"a {kind} record must have a field {name!r}",
                 fix="name the column that holds it under `fields:` of the recipe",
             )
         value = record[name]
@@ -104,21 +110,23 @@ def _check(where: str, kind: str, record: Record) -> None:
         raise DataError(
             where,
             found=f"label={record['label']}, {len(record['choices'])} choices",
-            rule="label is the index of the right choice",
+            rule="label must be the index of the correct choice",
         )
 
 
 def _check_value(where: str, name: str, value: Any) -> None:
-    """Numbers that a loss can be taken of, and text that a tokenizer takes."""
+    """Raise DataError for a label too large for a loss, or text that a tokenizer refuses."""
     if name == "label" and not abs(value) <= MAX_VALUE:
-        raise DataError(where, found=f"label={value!r}"[:200], rule=f"label is finite, at most {MAX_VALUE:.0e} in size")
+        raise DataError(
+            where, found=f"label={value!r}"[:200], rule=f"label must be finite, at most {MAX_VALUE:.0e} in size"
+        )
     for text in value if isinstance(value, list) else [value]:
         try:
             if isinstance(text, str):
                 text.encode()
         except UnicodeEncodeError as error:
             found = f"{name} with half a surrogate pair, U+{ord(text[error.start]):04X}"
-            raise DataError(where, found=found, rule="texts are Unicode characters, whole ones") from None
+            raise DataError(where, found=found, rule="texts must consist of whole Unicode characters") from None
 
 
 def _type_name(kinds: type | tuple[type, ...]) -> str:

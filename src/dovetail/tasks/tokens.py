@@ -32,14 +32,14 @@ IGNORED = -100
 def encode(
     kind: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool, max_length: int
 ) -> list[Example]:
-    """The training examples of records of one kind, in their order; a long text makes several.
+    """Return the training examples of records of one kind, in their order; a long text makes several.
 
     kind              a key of `dovetail.tasks.FIELDS`
     encoder_decoder   prompt to the encoder, answer to the decoder; otherwise one after the other
     max_length        tokens of a row. A prompt loses its beginning, an answer nothing; a text goes on in the next row
     returns           rows of input_ids and labels (lists), or of the tokenizer's fields and labels (int or float)
 
-    Raises DataError for an answer or sentence that doesn't fit, naming the record.
+    Raises DataError that names the record, for an answer or sentence that does not fit.
     """
     if kind in ("classification", "regression"):
         return label_rows(records, tokenizer, max_length=max_length, number=float if kind == "regression" else int)
@@ -63,18 +63,21 @@ def answer_rows(
     max_length: int,
     end: bool,
 ) -> list[Example]:
-    """Rows of a prompt and its answer, labels on the answer. `end`: the end token belongs to the answer (training)."""
+    """Return rows of a prompt and its answer, labels on the answer. `end`: the answer has the end token (training)."""
     before, after = _marks(tokenizer)
     eos = end_id(tokenizer)
     if end and eos is None:
         raise DataError(
-            "tokenizer", found="no end token", rule="an answer ends with one", fix="set tokenizer.eos_token"
+            "tokenizer",
+            found="no end token",
+            rule="an answer must end with an end token",
+            fix="set tokenizer.eos_token",
         )
     rows: list[Example] = []
     for index, (prompt, answer) in enumerate(zip(_ids(prompts, tokenizer), _ids(answers, tokenizer), strict=True)):
         if not answer and not end:
             raise DataError(
-                f"record {index}", found=f"answer {answers[index]!r}", rule="an answer has a token at least"
+                f"record {index}", found=f"answer {answers[index]!r}", rule="an answer must have at least one token"
             )
         if encoder_decoder:
             inputs = _keep_end(before, prompt, after, max_length) or _start(tokenizer)
@@ -87,7 +90,7 @@ def answer_rows(
             raise DataError(
                 f"record {index}",
                 found=f"an answer of {len(labels)} tokens, max_length={max_length}",
-                rule="an answer is never cut",
+                rule="prompt and answer must fit in max_length, because an answer is never cut",
                 fix="raise max_length or leave the record out",
             )
         if not encoder_decoder:
@@ -100,7 +103,7 @@ def answer_rows(
 def prompt_rows(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool, max_length: int
 ) -> list[Example]:
-    """Rows of prompts alone, to be continued."""
+    """Return rows of prompts only, for generation."""
     before, after = _marks(tokenizer)
     return [
         {"input_ids": _keep_end(before, ids, after if encoder_decoder else [], max_length) or _start(tokenizer)}
@@ -116,10 +119,10 @@ def text_rows(
     max_length: int,
     split: bool,
 ) -> list[Example]:
-    """Rows of texts, labels on every token. A text that doesn't fit goes on in the next row (`split`), or DataError.
+    """Return rows of texts, labels on every token. A long text continues in the next row (`split`), or DataError.
 
-    A row that goes on begins with the last token of the one before, so that each token is predicted once. An
-    encoder-decoder's decoder says the text, its encoder reads nothing.
+    A row that continues a text begins with the last token of the row before, so each token is predicted once. In an
+    encoder-decoder, the decoder generates the text and the encoder reads no text.
     """
     before, after = _marks(tokenizer)
     start = before or _start(tokenizer)
@@ -130,7 +133,9 @@ def text_rows(
             raise DataError(
                 f"record {index}",
                 found=f"a text of {len(ids)} tokens",
-                rule=f"from 1 to {room} tokens" if not split else "a text has a token at least",
+                rule=f"a text must have from 1 to {room} tokens"
+                if not split
+                else "a text must have at least one token",
                 fix="raise max_length or leave the record out",
             )
         context = start
@@ -151,10 +156,10 @@ def label_rows(
     max_length: int,
     number: Callable[[Any], float] = int,
 ) -> list[Example]:
-    """Rows of a text or two texts and their label; what doesn't fit is cut at the end (of the longer of two)."""
+    """Return rows of a text or two texts and their label; a long text (the longer of two) is cut at the end."""
     paired = {"pair" in record for record in records}
     if len(paired) > 1:
-        raise DataError("records", found="a field 'pair' in some of them", rule="all records have a pair, or none")
+        raise DataError("records", found="a field 'pair' in some of them", rule="all records must have a pair, or none")
     texts = [record["text"] for record in records]
     pairs = [record["pair"] for record in records] if paired == {True} else None
     fields = tokenizer(texts, pairs, truncation=True, max_length=max_length)
@@ -201,23 +206,23 @@ class Collator:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's padding token, or else its end token, or 0: the mask hides it in any case."""
+    """Return the tokenizer's padding token, else its end token, else 0; the attention mask hides it."""
     return next((at for at in (_number(tokenizer.pad_token_id), end_id(tokenizer)) if at is not None), 0)
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that ends a text, or None."""
+    """Return the token that ends a text, or None."""
     return _number(tokenizer.eos_token_id)
 
 
 def length_limit(model: nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
-    """`wanted` tokens, or fewer where the tokenizer or the model's positions end earlier."""
+    """Return `wanted` tokens, or fewer where the tokenizer or the model has a smaller limit."""
     positions = getattr(model.config, "max_position_embeddings", None)
     return min(wanted, tokenizer.model_max_length, positions or wanted)
 
 
 def check_head(name: str, kind: str, model: nn.Module) -> None:
-    """DataError for a task of labels on a language model, or one of language on a model with a head over texts."""
+    """Raise DataError for a task with labels on a language model, or a language task on a model with a text head."""
     from transformers import PreTrainedModel
 
     generates = isinstance(model, PreTrainedModel) and model.can_generate()
@@ -231,14 +236,14 @@ def check_head(name: str, kind: str, model: nn.Module) -> None:
 
 
 def check_labels(name: str, kind: str, records: Sequence[Record], model: nn.Module) -> None:
-    """DataError unless the model has a head over texts that has a place for every label, and knows padding."""
+    """Raise DataError unless the model has a text head with an output for every label, and a padding token."""
     config: Any = model.config
     check_head(name, kind, model)
     if kind == "regression" and config.num_labels != 1:
         raise DataError(
             f"task {name}",
             found=f"a head of {config.num_labels} outputs",
-            rule="a regression has 1 output",
+            rule="a regression head must have 1 output",
             fix="load the model with num_labels=1",
         )
     if kind == "classification":
@@ -247,15 +252,15 @@ def check_labels(name: str, kind: str, records: Sequence[Record], model: nn.Modu
                 raise DataError(
                     f"task {name}, record {index}",
                     found=f"label={record['label']}, num_labels={config.num_labels}",
-                    rule="labels are 0 to num_labels - 1",
+                    rule="labels must be from 0 to num_labels - 1",
                     fix="load the model with the right num_labels",
                 )
     if config.pad_token_id is None:
         raise DataError(
             f"task {name}",
             found="config.pad_token_id=None",
-            rule="a head over texts needs to know padding",
-            fix="model.config.pad_token_id = tokenizer.pad_token_id",
+            rule="a head over texts needs a padding token",
+            fix="set model.config.pad_token_id = tokenizer.pad_token_id",
         )
 
 
@@ -264,7 +269,7 @@ def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[
 
 
 def _marks(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and after a text."""
+    """Return the special tokens that the tokenizer puts before and after a text."""
     fields = tokenizer("a", return_special_tokens_mask=True)
     ids, special = fields["input_ids"], fields["special_tokens_mask"]
     own = [at for at, mark in enumerate(special) if not mark]
@@ -276,12 +281,15 @@ def _number(token_id: object) -> int | None:
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a text begins with when nothing is before it: the begin token, or else the end token."""
+    """Return the first token of a text without context: the begin token, or else the end token."""
     for at in (_number(tokenizer.bos_token_id), end_id(tokenizer)):
         if at is not None:
             return [at]
     raise DataError(
-        "tokenizer", found="no begin or end token", rule="a text begins with one", fix="set tokenizer.eos_token"
+        "tokenizer",
+        found="no begin or end token",
+        rule="a text must begin with a begin or end token",
+        fix="set tokenizer.eos_token",
     )
 
 

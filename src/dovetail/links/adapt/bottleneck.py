@@ -3,7 +3,7 @@
     y' = y + U gelu(D y + d) + u        D (r, o), U (o, r); U and u start at zero
 
 Source: Houlsby et al. 2019, §2.1. Non-linear, so no W' does the same (CLAM §A.7's stated limit): it stands last in a
-chain, trains, is saved and loaded, but can't be merged, closed by remask or regrid, or followed by another stage.
+chain. It can be trained, saved and loaded, but not merged, followed by remask or regrid, or by another stage.
 """
 
 from __future__ import annotations

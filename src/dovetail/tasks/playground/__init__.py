@@ -63,13 +63,16 @@ TASKS: tuple[str, ...] = tuple(MAKERS)
 
 @cache
 def task(name: str) -> Task:
-    """A task of the playground, always the same records; DataError names the tasks there are.
+    """Return a task of the playground, always with the same records; DataError lists the known tasks.
 
     No text is in two splits: test and validation are drawn first, and what they hold is left out of train.
     """
     if name not in MAKERS:
         raise DataError(
-            "playground", found=f"task {name!r}", rule="tasks here: " + ", ".join(TASKS), fix="name one of them"
+            "playground",
+            found=f"task {name!r}",
+            rule="the tasks are " + ", ".join(TASKS),
+            fix="name one of these tasks",
         )
     kind, metric, make = MAKERS[name]
     taken: set[Hashable] = set()
@@ -92,7 +95,7 @@ TEXT_FIELDS = ("prompt", "good", "bad", "text")
 
 @cache
 def held_out() -> frozenset[str]:
-    """Every text of every validation and test split, and the stories of their prompts: not for pretraining."""
+    """Return every text of every validation and test split, and their stories, which pretraining must not contain."""
     texts: set[str] = set()
     for name in TASKS:
         for split in ("validation", "test"):

@@ -41,7 +41,7 @@ class Choice(NamedTuple):
 
 
 def as_prompt(text: str) -> str:
-    """The form of every question, here and in pretraining; the answer follows as " 42"."""
+    """Return a question in the form of the tasks and of pretraining; the answer follows as " 42"."""
     return f"Question: {text}\nAnswer:"
 
 
@@ -50,7 +50,7 @@ LOSSES = ("gives {n} {item} to the {other}", "loses {n} {item}", "sells {n}", "d
 
 
 def _change(rng: Random, have: int, item: str, other: str) -> tuple[str, int]:
-    """Something that changes how many there are, and how many there are then."""
+    """Return a sentence that changes a number of things, and the new number."""
     gain = have < 2 or (have < LARGEST - 1 and rng.random() < 0.5)
     n = rng.randint(2, LARGEST - have) if gain else rng.randint(2, have)
     text = rng.choice(GAINS if gain else LOSSES).format(n=n, item=item, other=other)
@@ -58,7 +58,7 @@ def _change(rng: Random, have: int, item: str, other: str) -> tuple[str, int]:
 
 
 def story(rng: Random, steps: int) -> Story:
-    """An actor owns things and gains or loses some, `steps` times."""
+    """Tell how an actor owns things and gains or loses some, `steps` times."""
     (actor, other), item = rng.sample(ACTORS, 2), rng.choice(ITEMS)
     have = rng.randint(2, LARGEST - 2)
     sentences = [f"The {actor} has {have} {item}."]
@@ -75,7 +75,7 @@ def story(rng: Random, steps: int) -> Story:
 
 
 def shared(rng: Random, steps: int) -> Story:
-    """Two actors own things; asked is the sum. With two steps, the second one's number is told by comparison."""
+    """Ask for the sum of two actors' things; with two steps, a comparison tells the second number."""
     (one, two), item = rng.sample(ACTORS, 2), rng.choice(ITEMS)
     if steps == 1:
         a = rng.randint(1, LARGEST - 1)
@@ -94,12 +94,12 @@ def shared(rng: Random, steps: int) -> Story:
 
 
 def any_story(rng: Random, steps: int) -> Story:
-    """A story of one actor (three of four) or of two."""
+    """Tell a story of one actor (three of four) or of two."""
     return story(rng, steps) if rng.random() < 0.75 else shared(rng, steps)
 
 
 def _numbers(rng: Random) -> tuple[str, int]:
-    """A sum or difference of two or three numbers, all results in range."""
+    """Return a sum or difference of two or three numbers, with all results in range."""
     value = rng.randint(0, LARGEST)
     text = str(value)
     for _ in range(rng.choice((1, 1, 2))):
@@ -113,24 +113,24 @@ def _numbers(rng: Random) -> tuple[str, int]:
 
 
 def equations(rng: Random) -> str:
-    """Four sums or differences."""
+    """Write four sums or differences."""
     return " ".join(f"{text} = {value}." for text, value in (_numbers(rng) for _ in range(4)))
 
 
 def told_story(rng: Random, steps: int) -> str:
-    """A story ended by the sentence that tells its number."""
+    """Tell a story that ends with the sentence that tells its number."""
     s = any_story(rng, steps)
     return f"{s.text} {s.statement}"
 
 
 def asked_story(rng: Random) -> str:
-    """A story of one step as question and answer."""
+    """Ask about a story of one step and answer."""
     s = any_story(rng, 1)
     return f"{as_prompt(s.text + ' ' + s.question)} {s.answer}"
 
 
 def counting(rng: Random) -> str:
-    """Numbers in even steps, up or down."""
+    """Count in even steps, up or down."""
     step = rng.choice((1, 1, 1, 2, 5, -1, -1, -2))
     length = rng.randint(5, 9)
     reach = abs(step) * (length - 1)
@@ -140,7 +140,7 @@ def counting(rng: Random) -> str:
 
 
 def comparison(rng: Random) -> str:
-    """Two numbers, or three actors' things, and which is the most or the fewest."""
+    """Compare two numbers, or three actors' things."""
     if rng.random() < 0.5:
         a, b = rng.sample(range(LARGEST + 1), 2)
         return f"{a} is {'more' if a > b else 'less'} than {b}. The larger of {a} and {b} is {max(a, b)}."
@@ -149,7 +149,7 @@ def comparison(rng: Random) -> str:
 
 
 def _owners(rng: Random) -> tuple[str, str, list[str], int]:
-    """Three actors with as many things of a kind as told: the text, "most nuts", the actors, the one meant."""
+    """Return a text about three actors' things, "most nuts", the actors, and the index of the one with the most."""
     owners: list[str] = rng.sample(ACTORS, 3)
     item = rng.choice(ITEMS)
     numbers = rng.sample(range(1, LARGEST + 1), 3)
@@ -161,7 +161,7 @@ def _owners(rng: Random) -> tuple[str, str, list[str], int]:
 
 
 def listing(rng: Random) -> str:
-    """What is in a bag, and how many of it."""
+    """List what is in a bag, and count it."""
     singular, plural = rng.choice(THINGS)
     others = [rng.choice(THINGS)[0] for _ in range(rng.randint(2, 4))]
     bag = [*others, *[singular] * rng.randint(0, 2)]
@@ -181,7 +181,7 @@ RELATIONS: tuple[tuple[str, str, str], ...] = (
 
 
 def fact(rng: Random) -> str:
-    """What is true of one animal, or of one among three."""
+    """State what is true of one animal, or of one among three."""
     if rng.random() < 0.4:
         animals, told, label = _three_animals(rng)
         return f"Among the {join(animals)}, the {animals[label]} {told}."
@@ -194,7 +194,7 @@ def fact(rng: Random) -> str:
 
 
 def _three_animals(rng: Random) -> tuple[list[str], str, int]:
-    """Three animals, something true of exactly one of them, and which."""
+    """Return three animals, a statement that is true of exactly one of them, and its index."""
     while True:
         animals = rng.sample(ANIMALS, 3)
         field, verb, _ = rng.choice(RELATIONS)
@@ -205,7 +205,7 @@ def _three_animals(rng: Random) -> tuple[list[str], str, int]:
 
 
 def choice_question(rng: Random) -> Choice:
-    """A question with its possible answers: the result of a story, the one who has most, the animal meant."""
+    """Ask for the result of a story, the actor with the most things, or an animal, with the possible answers."""
     kind = rng.randrange(3)
     if kind == 0:
         s = any_story(rng, 1)
@@ -223,7 +223,7 @@ def choice_question(rng: Random) -> Choice:
 
 
 def sentences(rng: Random) -> str:
-    """One to three plain sentences, all of them good."""
+    """Write one to three plain sentences, all grammatical."""
     return " ".join(minimal_pair(rng).good for _ in range(rng.randint(1, 3)))
 
 
@@ -242,13 +242,13 @@ KINDS: tuple[tuple[Callable[[Random], str], float], ...] = (
 
 
 def document(rng: Random) -> str:
-    """One document of any kind, as often as its share says."""
+    """Write one document of a kind drawn by its share."""
     makers, shares = zip(*KINDS, strict=True)
     return rng.choices(makers, shares)[0](rng)
 
 
 def documents(seed: int | str, held_out: frozenset[str] = frozenset()) -> Iterator[str]:
-    """An endless stream of pretraining documents; one that has a held-out text in it is left out.
+    """Yield pretraining documents without end, without those that contain a held-out text.
 
     held_out  texts as `parts` cuts them
     """
@@ -262,14 +262,14 @@ def documents(seed: int | str, held_out: frozenset[str] = frozenset()) -> Iterat
 
 
 def pages(seed: int | str, held_out: frozenset[str] = frozenset()) -> Iterator[str]:
-    """An endless stream of documents of which one in eight is a page: PAGE documents, one below the other."""
+    """Yield documents without end, of which one in eight is a page of PAGE documents."""
     rng, stream = Random(f"pages {seed}"), documents(seed, held_out)
     while True:
         yield next(stream) if rng.random() < 7 / 8 else "\n".join(islice(stream, PAGE))
 
 
 def parts(text: str) -> list[str]:
-    """What of a document or prompt must not be shown elsewhere: the whole, its prompt, each sentence, its story.
+    """Return the parts of a document or prompt that no other split may contain: whole, prompt, sentences, story.
 
     The story is all but the last sentence: a problem whose story pretraining tells with its end would be known.
     """

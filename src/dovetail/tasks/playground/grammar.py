@@ -20,7 +20,7 @@ from dovetail.tasks.playground.words import (
     article,
 )
 
-# Sheep and deer have no plural of their own, so they can't tell a good sentence from a bad one.
+# Sheep and deer have no plural form of their own, so a wrong number would not show.
 NOUNS = [(a.name, a.plural) for a in ANIMALS if a.name != a.plural] + [(one, many) for one, many, _ in PEOPLE]
 
 LINKS = ("near", "behind", "with")
@@ -38,7 +38,7 @@ def _either(template: str, good: str, bad: str) -> Pair:
 
 
 def agreement(rng: Random) -> Pair:
-    """The verb agrees with its subject, whatever the nouns between them."""
+    """Make a pair on the agreement of verb and subject, with other nouns between them."""
     subject, *between = rng.sample(NOUNS, rng.choice((2, 3)))
     number = rng.randrange(2)
     base, third, _ = rng.choice(VERBS)
@@ -49,7 +49,7 @@ def agreement(rng: Random) -> Pair:
 
 
 def determiner(rng: Random) -> Pair:
-    """This fox, these foxes."""
+    """Make a pair on determiners: this fox, these foxes."""
     noun, number = rng.choice(NOUNS), rng.randrange(2)
     one, many = rng.choice((("This", "These"), ("That", "Those")))
     base, third, _ = rng.choice(VERBS)
@@ -59,7 +59,7 @@ def determiner(rng: Random) -> Pair:
 
 
 def count(rng: Random) -> Pair:
-    """Three pens, one pen."""
+    """Make a pair on counts: three pens, one pen."""
     one, many = rng.choice(THINGS)
     owner = rng.choice(NOUNS)[0]
     place = rng.choice(PLACES)
@@ -69,7 +69,7 @@ def count(rng: Random) -> Pair:
 
 
 def indefinite(rng: Random) -> Pair:
-    """An egg, a pen."""
+    """Make a pair on indefinite articles: an egg, a pen."""
     thing = rng.choice(THINGS)[0]
     right = article(thing)
     wrong = f"a {thing}" if right.startswith("an ") else f"an {thing}"
@@ -77,7 +77,7 @@ def indefinite(rng: Random) -> Pair:
 
 
 def reflexive(rng: Random) -> Pair:
-    """The queen helps herself, the kings help themselves."""
+    """Make a pair on reflexive pronouns: the queen helps herself, the kings help themselves."""
     one, many, own = rng.choice(PEOPLE)
     base, third = rng.choice(SEEING)
     link = f"{rng.choice(LINKS)} the {rng.choice(rng.choice(NOUNS))}"
@@ -88,7 +88,7 @@ def reflexive(rng: Random) -> Pair:
 
 
 def order(rng: Random) -> Pair:
-    """The big red ball, not the big ball red."""
+    """Make a pair on word order: the big red ball, not the big ball red."""
     noun = rng.choice(THINGS)[0]
     size, color, place = rng.choice(SIZES), rng.choice(COLORS), rng.choice(PLACES)
     bad = rng.choice((f"{size} {noun} {color}", f"{noun} {size} {color}", f"{color} {size} {noun}"))
@@ -96,7 +96,7 @@ def order(rng: Random) -> Pair:
 
 
 def tense(rng: Random) -> Pair:
-    """Yesterday it ran, now it runs, tomorrow it will run."""
+    """Make a pair on tense: yesterday it ran, now it runs, tomorrow it will run."""
     noun = rng.choice(NOUNS)[0]
     base, third, past = rng.choice(VERBS)
     forms = {"Yesterday": past, "Now": third, "Tomorrow": f"will {base}"}
@@ -106,7 +106,7 @@ def tense(rng: Random) -> Pair:
 
 
 def comparative(rng: Random) -> Pair:
-    """Taller than, as tall as."""
+    """Make a pair on comparatives: taller than, as tall as."""
     (one, _), (two, _) = rng.sample(NOUNS, 2)
     plain, more = rng.choice(COMPARATIVES)
     place = rng.choice(PLACES)
@@ -121,5 +121,5 @@ PHENOMENA: tuple[Callable[[Random], Pair], ...] = (
 
 
 def minimal_pair(rng: Random) -> Pair:
-    """A pair of one of the phenomena, all equally often."""
+    """Make a pair of one of the phenomena, all equally likely."""
     return rng.choice(PHENOMENA)(rng)

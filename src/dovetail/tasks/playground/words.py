@@ -97,10 +97,10 @@ COUNTS = ("two", "three", "four", "five", "six")
 
 
 def article(word: str) -> str:
-    """The word with its indefinite article: "an egg", "a pen"."""
+    """Return the word with its indefinite article: "an egg", "a pen"."""
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 def join(parts: list[str]) -> str:
-    """An enumeration: "a, b and c"."""
+    """Return an enumeration: "a, b and c"."""
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]

@@ -43,7 +43,7 @@ def evaluate(
     max_length: int = 1024,
     progress: bool = True,
 ) -> dict[str, dict[str, float]]:
-    """The scores of a model on tasks: task name -> metric -> figure, and `n`, the number of records.
+    """Return the scores of a model on tasks: task name -> metric -> score, and `n`, the number of records.
 
     tasks        tasks, playground tasks by their names, or records as `dovetail.train` takes them
     split        the split to score
@@ -62,11 +62,11 @@ def evaluate(
     tasks = _tasks(tasks, split)
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
-        raise DataError("evaluate", found="tasks " + ", ".join(names), rule="each task has its own name")
+        raise DataError("evaluate", found="tasks " + ", ".join(names), rule="the names of tasks must differ")
     if limit is not None and limit < 1:
-        raise DataError("evaluate", found=f"limit={limit}", rule="at least one record")
+        raise DataError("evaluate", found=f"limit={limit}", rule="limit must be at least 1")
     if batch_size < 1:
-        raise DataError("evaluate", found=f"batch_size={batch_size}", rule="at least one row")
+        raise DataError("evaluate", found=f"batch_size={batch_size}", rule="batch_size must be at least 1")
     scores: dict[str, dict[str, float]] = {}
     with in_evaluation(model), torch.inference_mode():
         for task in tasks:
@@ -90,13 +90,15 @@ def _tasks(tasks: Task | str | Sequence[Task | str] | Sequence[Record], split: s
     if records and len(records) == len(tasks):
         return [as_task(records, split)]
     if records:
-        raise DataError("evaluate", found="tasks and records in one list", rule="all are tasks, or all are records")
+        raise DataError(
+            "evaluate", found="tasks and records in one list", rule="the list must contain tasks only, or records only"
+        )
     return [as_task(task) for task in tasks if not isinstance(task, Mapping)]
 
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module is put back into the mode it was in."""
+    """Set evaluation mode, and restore the mode of every module at the end."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

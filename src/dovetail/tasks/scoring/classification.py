@@ -1,6 +1,6 @@
 """Classification and regression by a head: the likeliest label, or the value.
 
-Where a score isn't defined because the model says the same for every record, it is 0.
+A score that is undefined because the model predicts the same for every record is 0.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dovetail.tasks.tokens import check_labels, label_rows
 
 
 def score_labels(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
-    """accuracy, and matthews, Matthews' correlation (one for several labels too)."""
+    """Return accuracy, and matthews, Matthews' correlation (also for more than two labels)."""
     from sklearn.metrics import accuracy_score, matthews_corrcoef
 
     check_labels(runner.name, "classification", records, runner.model)
@@ -28,7 +28,7 @@ def score_labels(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
 
 
 def score_values(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
-    """The correlations pearson and spearman of the head's values with the labels."""
+    """Return the correlations pearson and spearman of the head's values with the labels."""
     from scipy.stats import pearsonr, spearmanr
 
     check_labels(runner.name, "regression", records, runner.model)
@@ -36,13 +36,13 @@ def score_values(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
     labels = np.array([record["label"] for record in records], dtype=np.float64)
     if len(labels) < 2 or np.ptp(said) == 0 or np.ptp(labels) == 0:
         return {"pearson": 0.0, "spearman": 0.0}
-    # pearsonr and spearmanr answer with (coefficient, p-value), which their annotations don't tell.
+    # pearsonr and spearmanr return (coefficient, p-value); their annotations do not show it.
     pearson, spearman = np.asarray(pearsonr(said, labels)), np.asarray(spearmanr(said, labels))
     return {"pearson": float(pearson[0]), "spearman": float(spearman[0])}
 
 
 def outputs(runner: Runner, records: Sequence[Record]) -> Tensor:
-    """The head's outputs, float32 (records, labels)."""
+    """Return the head's outputs, float32 (records, labels)."""
     rows = label_rows(records, runner.tokenizer, max_length=runner.max_length)
     results = torch.zeros(len(rows), runner.config.num_labels)
     for chosen, batch in runner.batches(rows):

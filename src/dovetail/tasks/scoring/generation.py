@@ -1,7 +1,7 @@
 """Generation: the greedy continuation of the prompt, compared with the answer (exact match).
 
 Batched with padding on the left, stopped at the end token. A continuation may run a few tokens past the longest
-answer of the task, so that one that says too much isn't taken for right; spaces around it don't count.
+answer of the task, so an answer with too much text counts as wrong. Spaces around the answer are ignored.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MORE = 4
 
 
 def score_generation(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
-    """exact_match: the share of records whose greedy continuation is the answer."""
+    """Return exact_match: the fraction of records whose greedy continuation is the answer."""
     said = continuations(runner, records)
     right = [text.strip() == record["answer"].strip() for text, record in zip(said, records, strict=True)]
     return {"exact_match": sum(right) / len(right)}
 
 
 def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
-    """The greedy continuation of each record's prompt, without special tokens, up to the end token."""
+    """Return the greedy continuation of each record's prompt up to the end token, without special tokens."""
     from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
     model, tokenizer = runner.model, runner.tokenizer
@@ -43,7 +43,7 @@ def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
         raise DataError(
             f"task {runner.name}",
             found=f"an answer of {new_tokens - MORE} tokens",
-            rule=f"prompt and answer fit in {runner.max_length} tokens",
+            rule=f"prompt and answer must fit in {runner.max_length} tokens",
         )
     rows = prompt_rows(
         [record["prompt"] for record in records], tokenizer, encoder_decoder=runner.encoder_decoder, max_length=room

@@ -1,7 +1,15 @@
-"""Multiple choice by rank classification: the model's answer is the choice that it finds likeliest after the prompt.
+"""Scores from log-likelihoods: multiple choice, minimal pairs and perplexity.
 
-The plain sum of log-likelihoods favours short choices; dividing it by the choice's length in characters (as the
-evaluation harnesses do) makes up for that, and no longer asks what the model would say.
+Multiple choice is rank classification: the model's answer is the most likely choice after the prompt. The plain sum of
+log-likelihoods favours short choices. Dividing it by the choice's length in characters, as evaluation harnesses do,
+corrects this, but no longer measures what the model would say.
+
+Minimal pairs: of two sentences that differ in one point, is the good one more likely? Sums of log-likelihoods are
+compared without normalization, as is usual for minimal pairs.
+
+Perplexity is exp of the mean negative log-likelihood of all tokens of all texts, each token counted once. A text longer
+than a row continues in the next row with one token of context, which is cheaper than sliding windows and gives a
+slightly higher perplexity. Compare perplexities only between models with one tokenizer.
 """
 
 from __future__ import annotations
@@ -16,7 +24,7 @@ from dovetail.tasks.tokens import answer_rows, text_rows
 
 
 def score_choices(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
-    """accuracy: by the sum of log-likelihoods; accuracy_norm: by that sum per character. The first wins a tie."""
+    """Return accuracy, by the sum of log-likelihoods, and accuracy_norm, per character. The first wins a tie."""
     prompts = [record["prompt"] for record in records for _ in record["choices"]]
     choices = [choice for record in records for choice in record["choices"]]
     rows = answer_rows(
@@ -40,7 +48,7 @@ def score_choices(runner: Runner, records: Sequence[Record]) -> dict[str, float]
 
 
 def score_pairs(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
-    """accuracy: the share of pairs whose good sentence is strictly likelier."""
+    """Return accuracy: the fraction of pairs whose good sentence is strictly more likely."""
     texts = [record["good"] for record in records] + [record["bad"] for record in records]
     rows = text_rows(
         texts, runner.tokenizer, encoder_decoder=runner.encoder_decoder, max_length=runner.max_length, split=False
@@ -50,7 +58,7 @@ def score_pairs(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
 
 
 def score_text(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
-    """perplexity, and nats_per_token, its logarithm; inf where exp would overflow."""
+    """Return perplexity, and nats_per_token, its logarithm; inf where exp would overflow."""
     rows = text_rows(
         [record["text"] for record in records],
         runner.tokenizer,

@@ -1,4 +1,4 @@
-"""What the methods share: rows in batches of like length, and the log-likelihood of labelled tokens."""
+"""The part that all methods share: batches of rows of similar length, and log-likelihoods of labelled tokens."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Runner:
     def batches(
         self, rows: Sequence[Example], side: Literal["left", "right"] = "right"
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Pairs of row numbers and their batch on the model's device, the longest rows first."""
+        """Yield row numbers and their batch on the model's device, the longest rows first."""
         collate = Collator(pad_id(self.tokenizer), side)
         device = next(self.model.parameters()).device
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]["input_ids"]))
@@ -54,7 +54,7 @@ class Runner:
                 bar.advance(len(chosen))
 
     def log_likelihoods(self, rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """Per row: the sum of the log-likelihoods (nats) of its labelled tokens, float64, and their number, int64."""
+        """Return per row the sum of log-likelihoods (nats) of its labelled tokens, float64, and their number, int64."""
         sums, counts = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64)
         for chosen, batch in self.batches(rows):
             labels_bt = batch["labels"]
