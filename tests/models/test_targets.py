@@ -265,8 +265,8 @@ def test_layers_that_cannot_be_changed_alone() -> None:
     [
         ("llama", "q_prj", r"found: 15 layers: self_attn.q_proj x2 \(query\).*\n.*rule: .*\n.*fix: .*q_proj"),
         ("llama", "quer", "fix:   query"),
-        ("llama", "self_attn", r"fix:   self_attn\.\*"),
-        ("llama", "*.mlp", r"fix:   \*\.mlp\.\*"),
+        ("llama", "self_attn", r"fix:   use self_attn\.\*"),
+        ("llama", "*.mlp", r"fix:   use \*\.mlp\.\*"),
         ("gpt2", "gate", r"attn.c_proj x2 \(output\)"),
         ("mixtral", "gate", "three-dimensional parameters.*model.layers.0.mlp.experts"),
         ("llama", "", "no target"),
@@ -284,7 +284,7 @@ def test_what_matches_nothing_says_what_there_is(name: str, target: str | list[s
 
 def test_a_label_word_does_not_catch_a_layer_of_that_name() -> None:
     router = nn.ModuleDict({"gate": nn.Linear(4, 2)})
-    with pytest.raises(TargetError, match=r"fix:   \*gate"):
+    with pytest.raises(TargetError, match=r"fix:   use \*gate"):
         find_targets(router, "gate")
     assert len(find_targets(router, "*gate")) == 1
 

@@ -59,5 +59,5 @@ def test_bad_tasks_are_named():
         Task("t", "poem", "accuracy", {})
     with pytest.raises(DataError, match="measured by"):
         Task("t", "text", "accuracy", {})
-    with pytest.raises(DataError, match="splits here: train"):
+    with pytest.raises(DataError, match="splits of this task are train"):
         as_task([RECORDS["text"]]).split("test")
