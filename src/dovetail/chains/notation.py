@@ -13,7 +13,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any, get_type_hints
 
@@ -36,9 +37,9 @@ _TOKEN = re.compile(
 
 
 def chain(text: str | Chain | Link) -> Chain:
-    """Reads a chain.
+    """Read a chain from its notation.
 
-    text     the notation; a chain or a link is taken as it is
+    text     the notation; a chain or a link is returned unchanged
     errors   ChainError with the column, what was found, the rule and the closest right name
 
     >>> str(chain("lora(r=16,alpha=32)>>ia3"))
@@ -49,7 +50,12 @@ def chain(text: str | Chain | Link) -> Chain:
     if isinstance(text, Link):
         return Chain((text,))
     if len(text) > MAX_LENGTH:
-        raise ChainError("chain", found=f"{len(text)} characters", rule=f"a chain has at most {MAX_LENGTH}")
+        raise ChainError(
+            "chain",
+            found=f"{len(text)} characters",
+            rule=f"a chain has at most {MAX_LENGTH}",
+            fix="remove links, or run them as several chains",
+        )
     return _Parser(text).chain()
 
 
@@ -67,7 +73,7 @@ class _Parser:
         self.at = self.stop = 0
         self.next()
 
-    def error(self, found: str, rule: str, fix: str = "", at: int | None = None) -> ChainError:
+    def error(self, found: str, rule: str, fix: str, at: int | None = None) -> ChainError:
         column = self.at if at is None else at
         line = self.text.replace("\n", " ").replace("\t", " ")
         low = max(0, column - 60)
@@ -79,10 +85,21 @@ class _Parser:
         if match is None:
             rest = self.text[self.stop :].lstrip()
             self.at = len(self.text) - len(rest)
-            raise self.error(repr(rest[:1]), "a chain is made of link names, arguments in (…) and >>")
+            rule = "a chain is made of link names, arguments in (…) and >>"
+            raise self.error(repr(rest[:1]), rule, self.instead_of(rest[0]))
         self.kind = str(match.lastgroup)
         self.token = match.group(self.kind)
         self.at, self.stop = match.start(self.kind), match.end()
+
+    def instead_of(self, character: str) -> str:
+        """Return the fix for a character that is no part of the notation."""
+        if character == "%" and self.kind == "number" and len(self.token) <= MAX_DIGITS:
+            return f"write {float(self.token) / 100:g} for {self.token}%"
+        if character in "-|+>&/<":
+            return "write >> between two links"
+        if character in "\"'":
+            return "close the text with the same quotation mark"
+        return "write ',' between two arguments" if character in ";:" else f"remove {character!r}"
 
     def accept(self, token: str) -> bool:
         if self.kind == "op" and self.token == token:
@@ -92,7 +109,8 @@ class _Parser:
 
     def expect(self, token: str, rule: str) -> None:
         if not self.accept(token):
-            raise self.error(self.shown(), rule)
+            fix = f"add '{token}'" if self.kind == "end" else f"write ',' or '{token}' before {self.shown()}"
+            raise self.error(self.shown(), rule, fix)
 
     def shown(self) -> str:
         return repr(self.token) if self.token else "the end"
@@ -102,16 +120,22 @@ class _Parser:
         while self.accept(">>"):
             links.append(self.link())
         if self.kind != "end":
-            raise self.error(self.shown(), "links are joined by >>")
+            fix = f"write >> before {self.shown()}" if self.kind == "word" else f"remove {self.shown()}"
+            if self.token in "[(":
+                fix = f"write the arguments in parentheses, once: {links[-1].name}(…)"
+            raise self.error(self.shown(), "links are joined by >>", fix)
         return Chain(tuple(links))
 
     def link(self) -> Link:
         at, name = self.at, self.token
         if self.kind != "word":
-            raise self.error(self.shown(), "a link's name stands here", "see `dovetail methods`")
+            fix = "add a link, or remove the last >>" if self.kind == "end" else f"write a link before {self.shown()}"
+            raise self.error(
+                self.shown(), "a link's name must stand here", f"{fix}; `dovetail methods` lists the links"
+            )
         known = links()
         if name not in known:
-            raise self.error(f"unknown link {name!r}", "links: " + ", ".join(sorted(known)), _closest(name, known))
+            raise self.error(f"unknown link {name!r}", "links: " + ", ".join(sorted(known)), _suggested(name, known))
         self.next()
         cls = known[name]
         values: dict[str, Any] = {}
@@ -125,7 +149,7 @@ class _Parser:
         try:
             return cls(**values)
         except ChainError as error:
-            raise self.error(error.found, error.rule, error.fix, at) from None
+            raise self.error(error.found, error.rule, error.fix or _default(cls, list(values)[:1]), at) from None
 
     def argument(self, cls: type[Link], names: list[str], values: dict[str, Any]) -> None:
         at, first = self.at, self.token
@@ -134,29 +158,30 @@ class _Parser:
         if is_word and self.kind == "op" and self.token == "=":
             if first not in names:
                 rule = f"{cls.name} takes " + (", ".join(names) if names else "no arguments")
-                raise self.error(f"unknown argument {first!r}", rule, _closest(first, names), at)
+                fix = _closest(first, names) or (f"use one of {', '.join(names)}" if names else f"write {cls.name}")
+                raise self.error(f"unknown argument {first!r}", rule, fix, at)
             self.next()
             name, at, value = first, self.at, self.value()
         elif len(values) < len(names):
             name = names[len(values)]
         else:
             raise self.error(
-                "one argument too many", f"{cls.name} takes " + (", ".join(names) or "no arguments"), "", at
+                "one argument too many", f"{cls.name} takes " + (", ".join(names) or "no arguments"), "remove it", at
             )
         if name in values:
-            raise self.error(f"{name} a second time", "an argument is given once", "", at)
+            raise self.error(f"{name} a second time", "an argument is given once", f"remove one {name}", at)
         try:
             values[name] = _types(cls)[name].validate_python(value, strict=True)
         except pydantic.ValidationError as error:
             rule = "; ".join(e["msg"][0].lower() + e["msg"][1:] for e in error.errors()[:1])
-            raise self.error(f"{name}={format_value(value)}", f"{name}: {rule}", "", at) from None
+            raise self.error(f"{name}={format_value(value)}", f"{name}: {rule}", _default(cls, [name]), at) from None
 
     def value(self) -> Any:
         if self.accept("["):
             items = []
             while not self.accept("]"):
                 if self.kind == "op" and self.token == "[":
-                    raise self.error("a list in a list", "a list holds numbers, words and texts")
+                    raise self.error("a list in a list", "a list holds numbers, words and texts", "write one list")
                 items.append(self.value())
                 if not self.accept(","):
                     self.expect("]", "a list is closed by ']'")
@@ -164,16 +189,49 @@ class _Parser:
             return tuple(items)
         kind, token = self.kind, self.token
         if kind not in ("number", "word", "text"):
-            raise self.error(self.shown(), "a value stands here: a number, true, false, none, a word or a list")
+            rule = "a value must stand here: a number, true, false, none, a word or a list"
+            raise self.error(
+                self.shown(), rule, "add a value" if self.kind == "end" else f"add a value before {self.shown()}"
+            )
         if kind == "number":
             if len(token) > MAX_DIGITS or not math.isfinite(float(token)):
-                raise self.error(f"{token[:20]}…", f"a number is finite and has at most {MAX_DIGITS} digits")
+                rule = f"a number is finite and has at most {MAX_DIGITS} digits"
+                raise self.error(f"{token[:20]}…", rule, "write a shorter number")
             self.next()
             return int(token) if re.fullmatch(r"[+-]?\d+", token) else float(token)
         self.next()
         if kind == "text":
             return token[1:-1]
         return WORDS.get(token.lower(), token) if token.lower() in WORDS else token
+
+
+_ALIASES = {
+    "qlora": "nf4 >> lora", "nf": "nf4", "bnb": "nf4", "bitsandbytes": "nf4", "fp": "fp8", "rtn": "int(bits=4)",
+    "awq": "gptq(bits=4)", "hqq": "int(bits=4)", "quantize": "int(bits=4)", "quant": "int(bits=4)",
+    "prune": "wanda(0.5)", "sparse": "wanda(0.5)", "obs": "sparsegpt(0.5)", "rslora": "lora(scaling=rs)",
+    "sparsepeft": "lora >> remask", "sqft": "lora >> remask >> regrid", "adapter": "bottleneck", "mask": "remask",
+    "grid": "regrid",
+}  # fmt: skip
+"""Names of other libraries and papers -> the nearest links here."""
+
+
+def _suggested(name: str, known: Mapping[str, type[Link]]) -> str:
+    """Return the fix for an unknown link: the links nearest in meaning, or else in spelling."""
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    with_bits = re.fullmatch(r"(int|w|q|gptq|rtn|awq|hqq)(\d+)(?:bit|bits|a16)?", plain)
+    if with_bits and (with_bits[2] in ("2", "3", "4", "8")) and {"int", "gptq"} <= known.keys():
+        return f"did you mean {'gptq' if with_bits[1] in ('gptq', 'awq') else 'int'}(bits={with_bits[2]})?"
+    if plain in _ALIASES:
+        return f"did you mean {_ALIASES[plain]}?"
+    return _closest(name, known) or "use one of them; `dovetail methods` describes each"
+
+
+def _default(cls: type[Link], names: list[str]) -> str:
+    """Return the fix for an argument that is out of its range or of another type."""
+    for field in fields(cls):
+        if field.name in names and field.default is not MISSING:
+            return f"write {field.name}={format_value(field.default)}, its default, or another value by the rule"
+    return f"see the arguments of {cls.name} in `dovetail methods`"
 
 
 def _closest(name: str, among: Any) -> str:
