@@ -130,7 +130,7 @@ def test_python_and_text_are_the_same() -> None:
 
 # Text, column that the error points at (from 1), words in the message.
 BAD = [
-    ("", 1, ["the end", "a link's name stands here"]),
+    ("", 1, ["the end", "a link's name must stand here"]),
     ("   ", 4, ["the end"]),
     (">> lora", 1, ["'>>'"]),
     ("lora >>", 8, ["the end", "a link's name"]),
@@ -138,7 +138,7 @@ BAD = [
     ("lora ia3", 6, ["'ia3'", "links are joined by >>"]),
     ("lora > ia3", 6, ["'>'"]),
     ("lroa(r=8)", 1, ["unknown link 'lroa'", "did you mean lora?"]),
-    ("nf4 >> qlora", 8, ["unknown link 'qlora'", "did you mean lora?"]),
+    ("nf4 >> qlora", 8, ["unknown link 'qlora'", "did you mean nf4 >> lora?"]),
     ("lora(rank=8)", 6, ["unknown argument 'rank'", "lora takes r, alpha, dropout, scaling"]),
     ("lora(r=8, alpa=2)", 11, ["unknown argument 'alpa'", "did you mean alpha?"]),
     ("remask(x=1)", 8, ["unknown argument 'x'", "remask takes no arguments"]),
@@ -148,7 +148,7 @@ BAD = [
     ("lora(8, r=9)", 11, ["r a second time"]),
     ("lora(r=8", 9, ["the end", "closed by ')'"]),
     ("lora(r=8 alpha=2)", 10, ["'alpha'", "separated by ','"]),
-    ("lora(r=)", 8, ["')'", "a value stands here"]),
+    ("lora(r=)", 8, ["')'", "a value must stand here"]),
     ("lora(r=8))", 10, ["')'"]),
     ("lora(r=8.5)", 8, ["r=8.5"]),
     ("lora(r=many)", 8, ["r=many"]),

@@ -46,7 +46,13 @@ CHAINS = [
     ("lorra(r=4)", ["ChainError", "^ column 1", "unknown link 'lorra'", "did you mean lora?"]),
     ("LoRA(r=4)", ["unknown link 'LoRA'", "did you mean lora?"]),
     ("nf4 >> lora(rank=4)", ["^ column 13", "unknown argument 'rank'", "lora takes r"]),
-    ("lora(r=many)", ["r=many", "r: "]),
+    ("lora(r=many)", ["r=many", "r: ", "fix:   write r=8"]),
+    ("int4 >> lora", ["unknown link 'int4'", "did you mean int(bits=4)?"]),
+    ("awq(bits=4)", ["unknown link 'awq'", "did you mean gptq(bits=4)?"]),
+    ("lora -> nf4", ["'-'", "fix:   write >> between two links"]),
+    ("wanda(50%)", ["'%'", "fix:   write 0.5 for 50%"]),
+    ("lora[r=8]", ["'['", "fix:   write the arguments in parentheses"]),
+    ("lora(r=8", ["the end", "fix:   add ')'"]),
     ("lora(r=0)", ["r=0"]),
     ("wanda(1.5)", ["sparsity=1.5", "fix:"]),
     ("nf4 >> int(bits=4) >> lora", ["a chain quantizes at most once", "fix:"]),
@@ -95,6 +101,7 @@ def test_models(tmp_path, refused):
 def test_recipes(tmp_path, refused):
     recipe = small_recipe(tmp_path)
     assert "did you mean targets?" in refused(recipe=recipe | {"target": "query"})
+    assert "fix:   run the study: dovetail study" in refused(recipe={"title": "two", "rows": []})
     assert "recipe.yaml, line 3, column 5" in refused(recipe="model: playground\nchain: [lora\ndata: x")
     assert "No such file" in refused("run", tmp_path / "none.yaml")
     assert "a recipe is a mapping" in refused(recipe="lora")
@@ -108,7 +115,7 @@ def test_data(tmp_path, refused):
     assert "no records" in refused(recipe=recipe | {"data": data | {"train": "empty.jsonl"}})
     assert "split 'validation'" in refused(recipe=recipe | {"evaluate": {"split": "validation"}})
     assert "looked for in column 'prompt'" in refused(recipe=recipe | {"data": data | {"fields": {}}})
-    assert "task 'word_problem'" in refused(recipe=recipe | {"data": "word_problem"})
+    assert "did you mean word_problems?" in refused(recipe=recipe | {"data": "word_problem"})
     long = write_lines(tmp_path / "long.jsonl", [{"question": "one", "answer": "two " * 80}])
     message = refused(recipe=recipe | {"data": data | {"train": str(long)}}, output="new/run")
     assert "an answer is never cut" in message
@@ -138,6 +145,9 @@ def test_output(tmp_path, refused):
 
 def test_commands(tmp_path, refused):
     assert "No such file" in refused("report", tmp_path)
+    write_lines(tmp_path / "recipe.yaml", [{"model": "playground", "chain": "lora", "data": "word_problems"}])
+    message = refused("study", tmp_path / "recipe.yaml", "--output", tmp_path / "out")
+    assert f"fix:   run the recipe: dovetail run {tmp_path / 'recipe.yaml'}" in message
     assert "the tasks are" in refused("evaluate", "playground", "--task", "chess")
     assert "no such folder" in refused("plan", "lora", "--model", "./none")
     assert "adapter.json" in refused("evaluate", "playground", "--task", "word_problems", "--adapter", tmp_path)

@@ -7,15 +7,18 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
+from io import StringIO
 from signal import SIGINT
 from time import sleep
 
 import pytest
+from rich.console import Console
 
 from dovetail.chains.registry import links
 from dovetail.checkpoint.footprint import footprint
 from dovetail.checkpoint.load import load
 from dovetail.cli.main import main
+from dovetail.display.tables import print_table
 from small_runs import MAIN, save_model, save_sums, small_recipe
 
 
@@ -133,6 +136,17 @@ def test_methods(command):
     code, out, _ = command("methods")
     assert code == 0
     assert "lora(r=8, alpha=none, dropout=" in out
+
+
+@pytest.mark.parametrize("width", [24, 40, 60, 80, 120])
+def test_tables_cut_no_number(width):
+    heads = ["stage", "applied once", "bits per\nweight", "bytes\nof the model"]
+    rows = [["1", "wanda(0.5)\nint(bits=4, group=64)", "4.625", "1,234,567,890"], ["2", "nf4", "16", "987,654"]]
+    written = StringIO()
+    print_table(Console(file=written, width=width), heads, rows, words=2)
+    for row in rows:
+        for cell in row:
+            assert all(word in written.getvalue() for word in cell.split())
 
 
 def test_plan(command, tmp_path):

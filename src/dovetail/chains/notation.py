@@ -130,9 +130,10 @@ class _Parser:
         at, name = self.at, self.token
         if self.kind != "word":
             fix = "add a link, or remove the last >>" if self.kind == "end" else f"write a link before {self.shown()}"
-            raise self.error(
-                self.shown(), "a link's name must stand here", f"{fix}; `dovetail methods` lists the links"
-            )
+            if not self.text.strip():
+                fix = "write a link: lora(r=16)"
+            rule = "a link's name must stand here; `dovetail methods` lists them"
+            raise self.error(self.shown(), rule, fix)
         known = links()
         if name not in known:
             raise self.error(f"unknown link {name!r}", "links: " + ", ".join(sorted(known)), _suggested(name, known))
@@ -190,9 +191,8 @@ class _Parser:
         kind, token = self.kind, self.token
         if kind not in ("number", "word", "text"):
             rule = "a value must stand here: a number, true, false, none, a word or a list"
-            raise self.error(
-                self.shown(), rule, "add a value" if self.kind == "end" else f"add a value before {self.shown()}"
-            )
+            fix = "add the value and ')'" if self.kind == "end" else f"add a value before {self.shown()}"
+            raise self.error(self.shown(), rule, fix)
         if kind == "number":
             if len(token) > MAX_DIGITS or not math.isfinite(float(token)):
                 rule = f"a number is finite and has at most {MAX_DIGITS} digits"

@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from dovetail.chains.link import Adapter, Constraint, Link, Pruner, Quantizer
 from dovetail.chains.notation import format_value as format_value
 from dovetail.chains.registry import links
 from dovetail.display.format import format_score, metric_name, size
+from dovetail.display.tables import print_table
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from dovetail.runs.plan import Plan
 
 KINDS = {Pruner: "pruner", Quantizer: "quantizer", Adapter: "adapter", Constraint: "constraint"}
@@ -63,62 +64,57 @@ def _notation(link: type[Link]) -> str:
 
 
 def print_methods(console: Console, rows: list[dict[str, Any]]) -> None:
-    """The table of links."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0))
-    for title in ("link", "kind", "keeps", "merges", "rate"):
-        table.add_column(title, no_wrap=True)
-    table.add_column("what it does; its arguments and their defaults")
-    for number, row in enumerate(rows):
-        if number and row["kind"] != rows[number - 1]["kind"]:
-            table.add_section()
-        keeps = "\n".join(what for what, kept in (("zeros", row["keeps_zeros"]), ("grid", row["keeps_grid"])) if kept)
+    """Print the table of links."""
+    cells: list[list[str | Text]] = []
+    for row in rows:
+        keeps = "\n".join(what for what in ("zeros", "grid") if row[f"keeps_{what}"])
         rate = f"{row['learning_rate']:g}" if row["learning_rate"] is not None else ""
-        about = [
-            escape(row["summary"]),
-            f"[bold]{escape(row['notation'])}[/bold]",
-            f"[dim]{escape(row['source'])}[/dim]",
-        ]
-        merges = "yes" if row["mergeable"] else "no"
-        table.add_row(row["name"], row["kind"], keeps, merges, rate, "\n".join(about))
-    console.print(table)
+        about = Text.assemble(row["summary"] + "
+", (row["notation"] + "
+", "bold"), (row["source"], "dim"))
+        cells.append([row["name"], row["kind"], keeps, "yes" if row["mergeable"] else "no", rate, about])
+    heads = ["link", "kind", "keeps", "merges", "rate", "what it does; its arguments and their defaults"]
+    kinds = [row["kind"] for row in rows]
+    print_table(console, heads, cells, words=len(heads), sections=[kinds.index(kind) for kind in kinds[1:]])
 
 
 def print_plan(console: Console, plan: Plan) -> None:
-    """A legal plan: a row a stage, and whether it merges."""
+    """Print a legal plan: one row per stage, and whether it merges."""
     console.print(f"\n[bold]{escape(plan.chain)}[/bold]", soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0))
-    for title in ("stage", "applied once", "trained"):
-        table.add_column(title)
-    for title in ("bits a\nweight", "bytes\nof the model", "trainable\nparameters", "peak memory\nof training"):
-        table.add_column(title, justify="right")
-    for number, stage in enumerate(plan.stages, 1):
-        table.add_row(
+    heads = [
+        "stage", "applied once", "trained", "bits per\nweight", "bytes", "trainable\nparameters",
+        "peak\nmemory",
+    ]  # fmt: skip
+    cells = [
+        [
             str(number),
-            escape("\n".join(stage.applied)),
-            escape("\n".join(stage.trained)),
+            "\n".join(stage.applied),
+            "\n".join(stage.trained),
             f"{stage.bits_per_weight:.4g}",
             f"{stage.nbytes:,}",
             f"{stage.trainable_parameters:,}",
             size(stage.predicted_peak_memory_nbytes) if stage.predicted_peak_memory_nbytes else "",
-        )
-    console.print(table)
-    console.print(f"{plan.layers} layers, {plan.weights:,} weights under the chain")
-    told = plan.predicted_peak_memory_nbytes is not None
-    batches = f"batches of {plan.batch_size} rows of {plan.length} tokens"
-    console.print(f"memory for {batches}" if told else "memory of training not predicted")
-    if plan.mergeable:
-        console.print(f"merges; {plan.merge_advice}" if plan.merge_advice else "merges without loss")
+        ]
+        for number, stage in enumerate(plan.stages, 1)
+    ]
+    print_table(console, heads, cells, words=3)
+    console.print(f"{plan.layers} layers, {plan.weights:,} weights in them", soft_wrap=True)
+    if plan.predicted_peak_memory_nbytes is None:
+        console.print("memory of training not predicted", soft_wrap=True)
     else:
-        console.print(f"doesn't merge without loss: {escape(plan.merge_advice)}")
+        console.print(f"memory for batches of {plan.batch_size} rows of {plan.length} tokens", soft_wrap=True)
+    if plan.mergeable:
+        console.print(f"merges; {plan.merge_advice}" if plan.merge_advice else "merges without loss", soft_wrap=True)
+    else:
+        console.print(f"does not merge without loss: {escape(plan.merge_advice)}", soft_wrap=True)
 
 
 def print_scores(console: Console, scores: Mapping[str, Mapping[str, float]]) -> None:
-    """A row for each task and metric."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0))
-    for title in ("task", "metric", "score", "records"):
-        table.add_column(title, justify="left" if title in ("task", "metric") else "right")
-    for task, metrics in scores.items():
-        for metric, value in metrics.items():
-            if metric != "n":
-                table.add_row(escape(task), metric_name(metric), format_score(metric, value), f"{metrics['n']:.0f}")
-    console.print(table)
+    """Print one row per task and metric."""
+    cells = [
+        [task, metric_name(metric), format_score(metric, value), f"{metrics['n']:.0f}"]
+        for task, metrics in scores.items()
+        for metric, value in metrics.items()
+        if metric != "n"
+    ]
+    print_table(console, ["task", "metric", "score", "records"], cells, words=2)

@@ -35,8 +35,8 @@ def percent(share: float, digits: int = 1) -> str:
 
 def size(nbytes: float) -> str:
     """Format a number of bytes in decimal units, with three digits."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if nbytes < 999.5 or unit == "TB":
             return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     raise AssertionError

@@ -132,6 +132,12 @@ class Recipe(Part):
             raise RecipeError(
                 where, found=f"a {type(value).__name__}", rule="a recipe is a mapping: model, chain, data"
             )
+        if "rows" in value and "chain" not in value:
+            rule, fix = (
+                "a recipe holds one run: model, chain, data",
+                f"run the study: dovetail study {where} --output DIR",
+            )
+            raise RecipeError(where, found="a study: the key rows", rule=rule, fix=fix)
         try:
             return cls.model_validate(dict(value))._resolved(Path(folder))
         except pydantic.ValidationError as error:

@@ -108,7 +108,7 @@ def refusal(
             where,
             found=f"key {'.'.join(place)!r}{more}",
             rule=f"keys{inside}: " + ", ".join(known),
-            fix=f"did you mean {near[0]}?" if near else "",
+            fix=f"did you mean {near[0]}?" if near else f"remove {place[-1]}",
         )
     at = f"{where}, {'.'.join(place)}" if place else where
     if first["type"] == "missing":

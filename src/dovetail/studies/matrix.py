@@ -106,9 +106,10 @@ class Study(_Part):
         folder  start of relative paths
         """
         if not isinstance(value, Mapping):
-            raise RecipeError(
-                where, found=f"a {type(value).__name__}", rule="a study must be a mapping with title, rows, ..."
-            )
+            raise RecipeError(where, found=f"a {type(value).__name__}", rule="a study must be a mapping")
+        if "chain" in value and "rows" not in value:
+            rule, fix = "a study holds rows of many runs", f"run the recipe: dovetail run {where}"
+            raise RecipeError(where, found="a recipe: the key chain", rule=rule, fix=fix)
         try:
             found = cls.model_validate(dict(value))
         except pydantic.ValidationError as error:

@@ -5,6 +5,7 @@ The records of the tasks are drawn from the generator. Each text occurs in one s
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Hashable
 from functools import cache
 from pathlib import Path
@@ -68,12 +69,9 @@ def task(name: str) -> Task:
     No text is in two splits: test and validation are drawn first, and what they hold is left out of train.
     """
     if name not in MAKERS:
-        raise DataError(
-            "playground",
-            found=f"task {name!r}",
-            rule="the tasks are " + ", ".join(TASKS),
-            fix="name one of these tasks",
-        )
+        near = difflib.get_close_matches(name.lower(), TASKS, n=1)
+        fix = f"did you mean {near[0]}?" if near else "name one of them, or a recipe with data of its own"
+        raise DataError("playground", found=f"task {name!r}", rule="the tasks are " + ", ".join(TASKS), fix=fix)
     kind, metric, make = MAKERS[name]
     taken: set[Hashable] = set()
     splits: dict[str, list[Record]] = {}
