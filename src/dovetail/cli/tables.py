@@ -69,13 +69,12 @@ def print_methods(console: Console, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         keeps = "\n".join(what for what in ("zeros", "grid") if row[f"keeps_{what}"])
         rate = f"{row['learning_rate']:g}" if row["learning_rate"] is not None else ""
-        about = Text.assemble(row["summary"] + "
-", (row["notation"] + "
-", "bold"), (row["source"], "dim"))
+        about = Text.assemble(f"{row['summary']}\n", (f"{row['notation']}\n", "bold"), (row["source"], "dim"))
         cells.append([row["name"], row["kind"], keeps, "yes" if row["mergeable"] else "no", rate, about])
     heads = ["link", "kind", "keeps", "merges", "rate", "what it does; its arguments and their defaults"]
     kinds = [row["kind"] for row in rows]
-    print_table(console, heads, cells, words=len(heads), sections=[kinds.index(kind) for kind in kinds[1:]])
+    sections = [kinds.index(kind) for kind in kinds]
+    print_table(console, heads, cells, words=len(heads), sections=sections)
 
 
 def print_plan(console: Console, plan: Plan) -> None:
