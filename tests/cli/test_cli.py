@@ -161,6 +161,12 @@ def test_plan(command, tmp_path):
     code, out, _ = command("plan", MAIN, "--model", model, "--batch-size", 4, "--length", 8)
     assert code == 0
     assert f"{plan['nbytes']:,}" in out
+    assert "trains nothing" not in out
+    code, out, _ = command("plan", "lora >> nf4 >> regrid", "--model", model, "--no-memory")
+    assert code == 0
+    assert "note: stage 2 trains nothing: regrid follows no adapter." in out
+    assert "trains nothing" not in command("plan", "wanda(0.5) >> nf4", "--model", model, "--no-memory")[1]
+    code, out, _ = command("plan", MAIN, "--model", model, "--batch-size", 4, "--length", 8)
     assert "merges without loss" in out
     code, out, err = command("plan", "nf4 >> int", "--model", model)
     assert (code, out) == (2, "")

@@ -233,6 +233,7 @@ def _run(
 ) -> None:
     """Run a recipe; `command` is what the user typed, without its options."""
     quiet()
+    from dovetail.cli.tables import untrained_notes
     from dovetail.runs.flow import run as run_recipe
     from dovetail.runs.folder import choose_output
     from dovetail.runs.recipe import Recipe
@@ -242,6 +243,8 @@ def _run(
     output = choose_output(output or loaded.output, name)
     if not as_json:
         print(f"{loaded.chain}  on {loaded.model}, written to {output}", file=sys.stderr)
+        for note in untrained_notes(loaded.chain):
+            print(note, file=sys.stderr)
     with resumable([*command, "--output", str(output)]):
         found = run_recipe(
             loaded, output=output, resume=resume,

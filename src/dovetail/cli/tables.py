@@ -10,8 +10,10 @@ from rich.markup import escape
 from rich.text import Text
 
 from dovetail.chains.link import Adapter, Constraint, Link, Pruner, Quantizer
+from dovetail.chains.notation import chain
 from dovetail.chains.notation import format_value as format_value
 from dovetail.chains.registry import links
+from dovetail.chains.stages import stages
 from dovetail.display.format import format_score, metric_name, size
 from dovetail.display.tables import print_table
 
@@ -77,6 +79,16 @@ def print_methods(console: Console, rows: list[dict[str, Any]]) -> None:
     print_table(console, heads, cells, words=len(heads), sections=sections)
 
 
+def untrained_notes(text: str) -> list[str]:
+    """Return a note for each stage of a legal chain whose constraints follow no adapter: it trains nothing."""
+    return [
+        f"note: stage {number} trains nothing: {stage.trained[0].name} follows no adapter. Add one, as in "
+        f"lora(r=16) >> {stage.trained[0].name}, or remove it."
+        for number, stage in enumerate(stages(chain(text)), 1)
+        if stage.trained and not stage.adapters
+    ]
+
+
 def print_plan(console: Console, plan: Plan) -> None:
     """Print a legal plan: one row per stage, and whether it merges."""
     console.print(f"\n[bold]{escape(plan.chain)}[/bold]", soft_wrap=True)
@@ -97,6 +109,8 @@ def print_plan(console: Console, plan: Plan) -> None:
         for number, stage in enumerate(plan.stages, 1)
     ]
     print_table(console, heads, cells, words=3)
+    for note in untrained_notes(plan.chain):
+        console.print(escape(note), soft_wrap=True)
     console.print(f"{plan.layers} layers, {plan.weights:,} weights in them", soft_wrap=True)
     if plan.predicted_peak_memory_nbytes is None:
         console.print("memory of training not predicted", soft_wrap=True)
