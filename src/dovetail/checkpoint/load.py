@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from dovetail.checkpoint.packed import PACKED, load_packed
+from dovetail.checkpoint.packed import DTYPES, PACKED, load_packed
 from dovetail.errors import LoadError
 from dovetail.models.fingerprint import check_merged
 from dovetail.models.locate import ask_hub, resolve
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HEAD_KINDS = ("classification", "regression")  # task kinds that put a head on the model
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 

@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 
 PACKED = "packed.safetensors"
 HEADER = "dovetail"
-FLOATS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+"""The dtypes that a model can have, by their names in files and arguments."""
 _CHUNK = 1 << 20
 """Weights whose zeros are looked for, or put back, at a time."""
-_DTYPES = {
+_STORED = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "BOOL": torch.bool,
@@ -120,11 +121,11 @@ def read_header(where: str, file: Any) -> PackedHeader:
 def shape_of(where: str, file: Any, key: str) -> tuple[torch.Size, torch.dtype]:
     """Return shape and dtype of a tensor of an open file, without reading it. Raises LoadError for an unknown dtype."""
     part = file.get_slice(key)
-    if (dtype := _DTYPES.get(part.get_dtype())) is None:
+    if (dtype := _STORED.get(part.get_dtype())) is None:
         raise LoadError(
             where,
             found=f"{key[:200]} of dtype {part.get_dtype()}",
-            rule=f"the dtype must be one of {', '.join(_DTYPES)}",
+            rule=f"the dtype must be one of {', '.join(_STORED)}",
         )
     return torch.Size(part.get_shape()), dtype
 
@@ -316,7 +317,7 @@ def _layer(name: str, module: nn.Module, said: PackedLayer, scratch: Scratch) ->
     if said.shape != (layout.out_features, layout.in_features):
         rule = f"the config requires {layout.out_features} x {layout.in_features}"
         raise LoadError(name, found=f"a layer of {said.shape[0]} x {said.shape[1]}", rule=rule)
-    base = Base(layout, module.get_parameter("weight").detach().to(FLOATS[said.dtype]), scratch)
+    base = Base(layout, module.get_parameter("weight").detach().to(DTYPES[said.dtype]), scratch)
     if said.quantizer is not None:
         (link,) = chain(said.quantizer)
         if not isinstance(link, Quantizer):
@@ -332,7 +333,7 @@ def _check(where: str, file: Any, header: PackedHeader, model: PreTrainedModel) 
     of_layers = tuple(f"{name}.base." for name in header.layers)
     for key, (_, dtypes) in wanted.items():
         if dtypes[0].is_floating_point and not key.startswith(of_layers):
-            dtypes += FLOATS.values()  # a model may keep some of its tensors in another precision
+            dtypes += DTYPES.values()  # a model may keep some of its tensors in another precision
     for name, layer in chain_layers(model).items():
         count, key, base = header.layers[name].nonzero, whole(name, layer.base), layer.base
         if count is not None:
