@@ -84,8 +84,7 @@ circle.validation { fill: var(--pruner); }
 .example:first-of-type { padding-top: 0; border-top: 0; } .example:last-of-type { padding-bottom: 0; }
 .example .text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .87rem; max-height: 16rem;
   overflow-y: auto; }
-.outputs { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .4rem 1.2rem;
-  margin-top: .5rem; }
+.outputs { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .4rem 1rem; margin-top: .5rem; }
 .right { color: var(--accent); font-weight: 600; }
 @media (max-width: 40rem) {
   main { padding: 1.5rem .8rem 3rem; } section { padding: 1.1rem 1rem; } .tick { font-size: 22px; }

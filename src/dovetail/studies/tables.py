@@ -33,7 +33,7 @@ NOTES = {
 CURVE = "curve.png"
 _STYLE = """
 main { max-width: 76rem; }
-img { display: block; width: 100%; height: auto; border-radius: 6px; }
+img { display: block; width: 100%; min-width: 36rem; height: auto; border-radius: 6px; }
 @media (prefers-color-scheme: dark) { img { filter: invert(.88) hue-rotate(180deg); } }
 td.yes { color: var(--accent); font-weight: 600; } td.no { color: var(--constraint); }
 ul { margin: .6rem 0 0; padding-left: 1.1rem; color: var(--soft); font-size: .87rem; overflow-wrap: anywhere; }
@@ -181,7 +181,7 @@ def page(report: StudyReport, drawn: bytes | None) -> str:
         text = base64.b64encode(drawn).decode()
         picture = f'<img src="data:image/png;base64,{text}" alt="{html(quality.title)} against the axis">'
         note = '<p class="note">Mean over the seeds. The band is one standard deviation to each side.</p>'
-        parts.append(section("Curve", f"{picture}\n{note}"))
+        parts.append(section("Curve", f'<div class="wide">{picture}</div>\n{note}'))
     parts += [_table_section(table) for table in others]
     parts.append(section("Chains", _chains(report)))
     parts.append(section("Runs", definitions({"time of all runs": duration(report.seconds), **report.environment})))

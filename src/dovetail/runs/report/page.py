@@ -140,17 +140,17 @@ def _bar(share: float, label: str) -> str:
 
 
 def _examples(report: Report) -> str:
-    note = (
-        f'<p class="note">The first {len(report.examples)} records of the split, in order. Outputs are not edited.</p>'
-    )
+    note = f'<p class="note">The first {len(report.examples)} records of the split, in order.</p>'
     return "\n".join(map(_example, report.examples)) + note
 
 
 def _example(example: Example) -> str:
-    outputs = [("expected", example.expected, ""), *(
-        (title, text, " right" if text.strip() == example.expected.strip() else "")
-        for title, text in (("before tuning", example.before), ("after tuning", example.after))
-    )]  # fmt: skip
+    expected, before, after = example.expected.strip(), example.before.strip(), example.after.strip()
+    outputs = [("expected", expected, "")]
+    outputs += [
+        (title, text, " right" if text == expected else "")
+        for title, text in (("before tuning", before), ("after tuning", after))
+    ]
     columns = "".join(
         f'<div><span class="label">{title}</span><div class="text{style}">{escape(text) or "(empty)"}</div></div>'
         for title, text, style in outputs
