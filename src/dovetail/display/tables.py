@@ -27,10 +27,12 @@ def print_table(
     Where the console is too narrow for the numbers, each row is printed as a list with one cell in a line.
     """
     cells = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
-    if _least_width(heads, cells, words) > console.width:
+    least = _least_width(heads, cells, words)
+    if least > console.width:
         _print_lists(console, heads, cells)
         return
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0))
+    padding = 1 if least + len(heads) <= console.width else 0
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, padding, 0, 0))
     for at, head in enumerate(heads):
         number = at >= words
         table.add_column(Text(head), justify="right" if number else "left", no_wrap=number, overflow="fold")
@@ -43,7 +45,8 @@ def print_table(
 
 
 def _least_width(heads: Sequence[str], rows: list[list[Text]], words: int) -> int:
-    total = 2
+    """Return the width of a table whose columns are one space apart."""
+    total = 1
     for at, head in enumerate(heads):
         texts = [Text(head), *(row[at] for row in rows)]
         width = max((line.cell_len for text in texts for line in text.split()), default=0)
