@@ -1,6 +1,6 @@
-"""Every error that Dovetail raises on purpose: one base class, one form.
+"""The errors that Dovetail raises: one base class, one form of message.
 
-A message says where it happened, what was found, the rule that it breaks and how to mend it:
+A message states the place, what was found, the rule that it breaks, and the fix:
 
     ChainError: gptq at model.layers.3.mlp.up_proj
       found: in_features=1000, group=128
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 
 class DovetailError(Exception):
-    """Base of all errors that a user can mend. At the command line: one message, exit code 2."""
+    """Base of all user-correctable errors. The command line prints one message and exits with code 2."""
 
     def __init__(self, where: str, *, found: str = "", rule: str = "", fix: str = "") -> None:
         self.where, self.found, self.rule, self.fix = where, found, rule, fix
@@ -24,36 +24,36 @@ class DovetailError(Exception):
 
 
 class ChainError(DovetailError):
-    """A chain that can't be read, or whose links can't stand in that order or on that layer."""
+    """A chain that cannot be parsed, or whose links do not fit in that order or on that layer."""
 
 
 class CannotMerge(DovetailError):
-    """Merging would lose something: zeros, the grid, or a non-linear link."""
+    """A merge that would lose zeros, the grid, or a non-linear link."""
 
 
 class TargetError(DovetailError):
-    """No layer, or a layer of the wrong kind, answers to a target."""
+    """A target that matches no layer, or a layer of an unsupported kind."""
 
 
 class LoadError(DovetailError):
-    """A model, tokenizer or adapter that can't be loaded, or doesn't belong to its base."""
+    """A model, tokenizer or adapter that cannot be loaded or does not belong to its base."""
 
 
 class DataError(DovetailError):
-    """Data that is missing, empty, or not of the form that its task needs."""
+    """Data that is missing, empty, or of another form than its task needs."""
 
 
 class RecipeError(DovetailError):
-    """A recipe with an unknown key or a value out of its range."""
+    """A recipe with an unknown key or a value out of range."""
 
 
 class SearchError(DovetailError):
-    """A search that can't start: nothing to search, or a setting out of its range."""
+    """A search that cannot start: nothing to search, or a setting out of range."""
 
 
 class TrainError(DovetailError):
-    """Training that can't start or that diverged."""
+    """Training that cannot start or that diverged."""
 
 
 class CalibrationWarning(UserWarning):
-    """Calibration fell back to something simpler on a layer; names the layer and the reason."""
+    """A fallback of the calibration on one layer; the message names the layer and the reason."""

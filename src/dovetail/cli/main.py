@@ -233,13 +233,14 @@ def _run(
 ) -> None:
     """Run a recipe; `command` is what the user typed, without its options."""
     quiet()
+    from dovetail.runs.recipe import Recipe
+
+    loaded = Recipe.load(recipe) if isinstance(recipe, Path) else Recipe.parse(recipe)
     from dovetail.cli.tables import untrained_notes
     from dovetail.runs.flow import run as run_recipe
     from dovetail.runs.folder import choose_output
-    from dovetail.runs.recipe import Recipe
     from dovetail.runs.report.summary import print_summary, row_line
 
-    loaded = Recipe.load(recipe) if isinstance(recipe, Path) else Recipe.parse(recipe)
     output = choose_output(output or loaded.output, name)
     if not as_json:
         print(f"{loaded.chain}  on {loaded.model}, written to {output}", file=sys.stderr)
