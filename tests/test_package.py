@@ -77,7 +77,7 @@ def test_package_data_covers_every_file_that_is_no_module() -> None:
     data = project()["tool"]["setuptools"]["package-data"]["dovetail"]
     covered = {path for pattern in data for path in SOURCE.glob(pattern)}
     for path in SOURCE.rglob("*"):
-        if path.is_file() and path.suffix != ".py" and path.parent.name != "__pycache__":
+        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts:
             assert path in covered, f"package-data does not cover {path.relative_to(SOURCE)}"
     for needed in ("py.typed", "__init__.pyi", "tasks/playground/model/model.safetensors"):
         assert SOURCE / needed in covered
