@@ -2,11 +2,11 @@
 
 The adapter is LoRA of rank 64 on all linear layers of Llama-7B, 160 M parameters in bfloat16: 320 MB as peft saves it.
 Values are i.i.d. normal, the hardest to compress; the expert keeps 5 %. The live model is a stock peft model, with real
-adapters over base weights that aren't there (device meta). One thread; medians of interleaved rounds.
+adapters over base weights that do not exist (device meta). One thread; medians of interleaved rounds.
 
 download  from a server in another process that gives 100 Mbit/s: of the original, to a file; of the expert, through a
           `Store`: index, file, SHA-256, all blocks checked. Wall time
-cold      from a file that isn't in the page cache to the live parameters. The original: safetensors' `load_file` and
+cold      from a file that is not in the page cache to the live parameters. The original: safetensors' `load_file` and
           `copy_` to each; or peft's own way, `load_peft_weights` and `set_peft_model_state_dict`. The expert: a new
           `Store`, and `activate`, which checks each block as it decodes. Wall time, waiting for the disk
 warm      the same with files in the page cache, where `load_file` maps pages and copies nothing. Processor time

@@ -221,12 +221,12 @@ def memory(field: str) -> int:
 
 
 def forget_peak() -> None:
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed isn't had any more: it would hide what is asked for next
+    ctypes.CDLL(None).malloc_trim(0)  # returns freed memory, which would hide later requests
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def attack(files: int = 1 << 62, seconds: float = 1e9, seed: int = 0) -> Counter[str]:
-    """How files were met, until there are as many or the time is over. AssertionError where one was met wrongly."""
+def attack(files: int, seed: int = 0) -> Counter[str]:
+    """Count how files were met. AssertionError for the first that was met wrongly."""
     rng, met = random.Random(seed), Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.dvt"
@@ -234,8 +234,7 @@ def attack(files: int = 1 << 62, seconds: float = 1e9, seed: int = 0) -> Counter
         for expert in corpus():
             expert.save(path)
             whole.append((path.read_bytes(), answer(experts.load(path))))
-        stop = time.monotonic() + seconds
-        while met.total() < files and time.monotonic() < stop:
+        for _ in range(files):
             data, right = rng.choice(whole)
             forged = rng.random() < 0.5
             path.write_bytes((forge if forged else spoil)(data, rng))

@@ -86,12 +86,12 @@ def shape_of(size: int, random: np.random.Generator) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_round_trip_of_every_size(tmp_path, dtype):
-    """0 to 2^20 values: every end of a byte, word, sub-block and block, one less and one more, and sizes between."""
+    """0 to 2^20 values: ends of bytes, words, sub-blocks and blocks, one less and one more, and sizes between."""
     own = FLOATS.index(dtype)
     random = np.random.default_rng(own)
-    sizes = [0, 1, 2, 7, 8, 9, 63, 64, 65, *(4096 * j + d for j in range(1, 17) for d in (-1, 0, 1))]
+    sizes = [0, 1, 2, 7, 8, 9, 63, 64, 65, *(4096 * j + d for j in (1, 2, 15, 16) for d in (-1, 0, 1))]
     large = [65536 * j + d for j in range(2, 17) for d in (-1, 0, 1) if 65536 * j + d <= 1 << 20]
-    sizes += large[own :: len(FLOATS)] + [int(2 ** random.uniform(0, 20)) for _ in range(20)]  # each large one by one
+    sizes += large[own :: len(FLOATS)] + [int(2 ** random.uniform(0, 20)) for _ in range(8)]  # each large one by one
     for number, size in enumerate(sizes):
         task_vector = vector({"w": shape_of(size, random)}, number, dtype)
         if random.random() < 0.3:  # unlike stretches, which take sub-blocks
@@ -413,12 +413,12 @@ def test_compiled_loops_without_a_writable_cache(tmp_path, monkeypatch):
         native._cache_folder.cache_clear()
 
 
-@pytest.mark.parametrize("seed", range(1, 5))
-def test_a_minute_of_attacks_finds_nothing(seed):
-    """In four slices, for which workers take turns; the whole of it is `tests/attacks/run.py`."""
+@pytest.mark.parametrize("seed", [1, 2])
+def test_attacks_find_nothing(seed):
+    """A short run; `tests/attacks/run.py` makes a long one."""
     from attacks.run import attack
 
-    attack(seconds=15, seed=seed)
+    assert attack(files=2000, seed=seed).total() == 2000
 
 
 def test_files_that_arent_experts_are_refused(tmp_path):

@@ -44,8 +44,7 @@ def check(merged: experts.TaskVector, expected: dict[str, Tensor], exact: bool =
             torch.testing.assert_close(merged[name], tensor, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 7])
-@pytest.mark.parametrize("scale", ["vector", "tensor"])
+@pytest.mark.parametrize(("number", "scale"), [(1, "vector"), (2, "tensor"), (3, "vector"), (7, "tensor")])
 def test_average_and_arithmetic(number, scale):
     them = some(number, scale=scale)
     tensors = decoded(them)
@@ -61,19 +60,25 @@ def test_average_and_arithmetic(number, scale):
         check(merge(them, "average", weights=weights), scaled, exact)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 6])
+def untrimmed(parts: Sequence[Tensor], weights: Tensor, election: str) -> Tensor:
+    """peft's TIES without its trimming, which at a density below 1 leaves a tensor of one value empty."""
+    stacked = torch.stack(list(parts))
+    sign = merge_utils.calculate_majority_sign_mask(stacked, election)
+    return merge_utils.disjoint_merge(stacked * merge_utils.reshape_weight_task_tensors(stacked, weights), sign)
+
+
+@pytest.mark.parametrize("number", [1, 3, 6])
 @pytest.mark.parametrize("election", ["total", "frequency"])
-@pytest.mark.parametrize("density", [None, 1.0, 0.5, 0.2, 0.05, 0.0])
+@pytest.mark.parametrize("density", [None, 1.0, 0.2, 0.0])
 def test_ties(number, election, density):
     them = some(number)
     weights = [1.0, 0.4, -0.7, 0.0, 2.0, 0.3][:number]
-    share = 0.999 if density in (None, 1.0) else density  # peft warns at 1
+    given, whole = torch.tensor(weights), density in (None, 1.0)
     expected = {
-        name: merge_utils.ties(parts, torch.tensor(weights), share, election) for name, parts in decoded(them).items()
+        name: untrimmed(parts, given, election) if whole else merge_utils.ties(parts, given, density, election)
+        for name, parts in decoded(them).items()
     }
     merged = merge(them, "ties", weights=weights, density=density, election=election)
-    if density in (None, 1.0):  # int(0.999 n) leaves a tensor of one value empty
-        expected["e.scalar"] = merged["e.scalar"]
     check(merged, expected, exact=number < 5)
 
 
@@ -88,12 +93,8 @@ def test_ties_where_values_cancel():
             them.append(experts.from_masks(replace(masks, scales={"w": scale}), like))
         parts = [expert.dense(torch.float32)["w"] for expert in them]
         for election in ("total", "frequency"):
-            expected = merge_utils.ties(parts, torch.ones(3), 0.9999, election)
-            kept = merge_utils.disjoint_merge(
-                torch.stack(parts), merge_utils.calculate_majority_sign_mask(torch.stack(parts), election)
-            )
-            assert expected.shape == kept.shape
-            assert torch.equal(merge(them, "ties", election=election)["w"], kept)
+            expected = untrimmed(parts, torch.ones(3), election)
+            assert torch.equal(merge(them, "ties", election=election)["w"], expected)
 
 
 @pytest.mark.parametrize("method", ["dare", "dare_ties"])
@@ -124,8 +125,7 @@ def test_scales_of_zero_and_below():
     masks[1] = replace(masks[1], scales=dict.fromkeys(masks[1].shapes, 0.0))
     them = [experts.from_masks(each, like) for each, like in zip(masks, them, strict=True)]
     for election in ("total", "frequency"):
-        expected = {n: merge_utils.ties(p, torch.ones(3), 0.9999, election) for n, p in decoded(them).items()}
-        expected["e.scalar"] = merge(them, "ties", election=election)["e.scalar"]
+        expected = {name: untrimmed(parts, torch.ones(3), election) for name, parts in decoded(them).items()}
         check(merge(them, "ties", election=election), expected)
     check(merge(them), {name: torch.stack(parts).mean(0) for name, parts in decoded(them).items()})
 

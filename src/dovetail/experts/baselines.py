@@ -18,13 +18,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedTokenizerBase
 
 from dovetail.errors import DataError
 from dovetail.experts import ternary
@@ -40,6 +39,9 @@ from dovetail.tasks.scoring import in_evaluation
 from dovetail.tasks.scoring.runner import Runner
 from dovetail.tasks.task import Record, Task
 from dovetail.tasks.tokens import IGNORED, check_labels, encode, length_limit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from dovetail.errors import DataError, DovetailError
 from dovetail.experts.expert import Expert
@@ -35,6 +35,9 @@ from dovetail.tasks.scoring import in_evaluation
 from dovetail.tasks.scoring.runner import Runner
 from dovetail.tasks.task import Record, Task
 from dovetail.tasks.tokens import check_head, encode, length_limit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _HOPELESS = 1e4
 """Loss reported to the optimiser in place of a larger one, or of one that is not finite."""

@@ -15,12 +15,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from scipy.stats import t as student
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from dovetail.display.format import format_score, metric_name
 from dovetail.display.style import COLOURS, INK, SOFT
@@ -32,6 +31,9 @@ from dovetail.progress import Bar
 from dovetail.tasks.find import as_task
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import LOWER_IS_BETTER, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
 ALPHAS = (0.5, 1, 2, 3, 4, 5, 6, 8, 10)
