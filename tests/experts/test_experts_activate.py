@@ -218,7 +218,7 @@ def test_columns_that_are_not_contiguous() -> None:
 
 def test_tied_weights_are_named_once() -> None:
     model = families.make("gpt2")
-    with pytest.raises(LoadError, match="leave one of them out"):
+    with pytest.raises(LoadError, match="remove one of them"):
         slots(model, shapes_of(model.state_dict()))
 
 
