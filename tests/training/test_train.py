@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
-import inspect
+import importlib.machinery
 import itertools
+import re
+import sys
 import tempfile
-from dataclasses import asdict
+import types
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +22,12 @@ from dovetail.compression.calibration import calibration_batches
 from dovetail.errors import DataError, TrainError
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Task
-from dovetail.tasks.tokens import Collator, encode
-from dovetail.training.optimizer import TrainSettings, make_optimizer
+from dovetail.tasks.tokens import Collator, encode, pad_id
+from dovetail.training.optimizer import make_optimizer
 from dovetail.training.peak_memory import PeakMemory, predict_peak_memory
+from dovetail.training.settings import TrainSettings
 from dovetail.training.train import train
-from dovetail.training.trainer import BatchOrder, StageTrainer
+from dovetail.training.trainer import BatchOrder, StageTrainer, mean_loss
 from small_models import (
     BEGIN,
     END,
@@ -275,9 +279,73 @@ def test_refusals():
             quiet(llama(), SUMS, **settings)
 
 
-def test_train_and_settings_have_the_same_defaults():
-    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
-    assert asdict(TrainSettings()).items() <= defaults.items()
+def test_train_documents_every_setting_and_refuses_others():
+    for name in TrainSettings.model_fields:
+        assert re.search(rf"\b{name}\b", train.__doc__ or ""), name
+    with pytest.raises(TrainError, match="did you mean lr_scale"):
+        quiet(llama(), SUMS, lr_scal=2)
+
+
+def test_losses_and_validation_scores_are_logged_as_they_are_known():
+    lines: list[tuple[int, int, dict[str, Any]]] = []
+    report = quiet(apply(llama(), TWO_STAGES), SUMS, max_steps=4, evaluate_every=2, evaluate_limit=5,
+                   on_log=lambda *line: lines.append(line))  # fmt: skip
+    for number, stage in enumerate(report.stages, 1):
+        mine = [(step, what) for stage_number, step, what in lines if stage_number == number]
+        assert [(step, what["loss"]) for step, what in mine if "loss" in what] == stage.losses
+        assert [(step, what["validation"]) for step, what in mine if "validation" in what] == stage.evaluations
+        assert [step for step, _ in stage.evaluations] == [2, 4]
+        assert [step for step, _ in mine] == [1, 2, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("make", [llama, t5, lambda: bert(1)])
+def test_mean_loss_is_the_loss_of_all_rows_at_once(make):
+    model, data, tokenizer = (
+        make().double(),
+        VALUES if make not in (llama, t5) else SUMS,
+        make_tokenizer(end=make is t5),
+    )
+    rows = encode(data.kind, data.split("train")[:10], tokenizer, encoder_decoder=make is t5, max_length=99)
+    with torch.no_grad():
+        expected = model.eval()(**Collator(pad_id(tokenizer))(rows)).loss.item()
+    assert mean_loss(model.train(), rows, Collator(pad_id(tokenizer)), 3) == pytest.approx(expected, rel=1e-6)
+    assert model.training
+
+
+def test_an_experiment_tracker_gets_losses_and_scores(tmp_path, monkeypatch):
+    scalars, folders = [], []
+
+    class SummaryWriter:
+        def __init__(self, log_dir):
+            folders.append(log_dir)
+
+        def add_scalar(self, name, value, step):
+            scalars.append((name, value, step))
+
+        def add_text(self, *_): ...
+        def flush(self): ...
+        def close(self): ...
+
+    module = types.ModuleType("tensorboardX")
+    module.__spec__ = importlib.machinery.ModuleSpec("tensorboardX", None)
+    module.SummaryWriter = SummaryWriter  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    (stage,) = quiet(apply(llama(), "lora(r=2)"), SUMS, max_steps=3, evaluate_every=2, evaluate_limit=4,
+                     report_to="tensorboard", logging_dir=tmp_path).stages  # fmt: skip
+    assert folders == [str(tmp_path / "stage-1")]
+    assert [(step, value) for name, value, step in scalars if name == "train/loss"] == stage.losses
+    scores = {name: value for name, value, step in scalars if step == 2 and name.startswith("eval/")}
+    assert scores == {f"eval/{name}": value for name, value in stage.evaluations[0][1].items()}
+
+
+def test_an_experiment_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr("dovetail.training.settings.find_spec", lambda name: None)
+    with pytest.raises(TrainError, match="pip install wandb"):
+        quiet(llama(), SUMS, report_to="wandb")
+    with pytest.raises(TrainError, match="report_to"):
+        quiet(llama(), SUMS, report_to="paper")
 
 
 def test_rows_of_a_batch_agree_with_the_tokenizer():

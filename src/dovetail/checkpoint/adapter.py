@@ -15,7 +15,6 @@ Loading needs the base model that the chain was applied to. An error names anoth
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +36,7 @@ from dovetail.chains.notation import chain
 from dovetail.chains.stages import stages
 from dovetail.compression.apply import apply, restore
 from dovetail.errors import ChainError, LoadError
+from dovetail.files import atomic, read_json, write_whole
 from dovetail.models.fingerprint import model_fingerprint
 from dovetail.models.layouts import layout_of
 from dovetail.models.targets import new_heads
@@ -72,31 +72,10 @@ class AdapterFile(pydantic.BaseModel, extra="forbid"):
     extracted: bool = False
 
 
-def read_json(path: Path) -> AdapterFile:
+def read_description(path: Path) -> AdapterFile:
     """Read an adapter.json. Raises LoadError."""
-    where = str(path)
-    try:
-        if path.stat().st_size > JSON_NBYTES:
-            raise LoadError(
-                where, found=f"{path.stat().st_size} bytes", rule=f"adapter.json must have at most {JSON_NBYTES} bytes"
-            )
-        return parse_json(where, path.read_bytes())
-    except OSError as error:
-        raise LoadError(
-            where, found=error.strerror or str(error), rule="an adapter directory must contain adapter.json"
-        ) from None
-
-
-def parse_json(where: str, text: bytes | str) -> AdapterFile:
-    """Parse the text of an adapter.json. Raises LoadError."""
-    try:
-        return AdapterFile.model_validate_json(text)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise LoadError(
-            where, found=f"{place}: {first['msg']}", rule="adapter.json must have the form that Dovetail writes"
-        ) from None
+    rule = "an adapter directory must contain adapter.json in the form that Dovetail writes"
+    return read_json(path, AdapterFile, rule=rule)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -144,12 +123,9 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
             tensors |= {f"base/{name}/{key}": value for key, value in kept.items() if value is not None}
         elif any(isinstance(link, Pruner) for link in stages(record.chain)[0].applied):
             tensors[f"mask/{name}"] = _mask_bits(layer)
-    staged = directory / ".adapter.safetensors.part"
-    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, staged, metadata={"format": "pt"})
-    os.replace(staged, directory / "adapter.safetensors")
-    staged = directory / ".adapter.json.part"
-    staged.write_text(json.dumps(describe(model).model_dump(), indent=2) + "\n", encoding="utf-8")
-    os.replace(staged, directory / "adapter.json")
+    with atomic(directory / "adapter.safetensors") as part:
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part, metadata={"format": "pt"})
+    write_whole(directory / "adapter.json", json.dumps(describe(model).model_dump(), indent=2) + "\n")
     return directory
 
 
@@ -186,7 +162,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     errors   LoadError that names the mismatch (base, quantizer, chain, a layer, a shape); the model is unchanged then
     """
     directory = Path(directory)
-    file = read_json(directory / "adapter.json")
+    file = read_description(directory / "adapter.json")
     tensors = read_tensors(directory / "adapter.safetensors")
     before = Before(model)
     try:

@@ -7,18 +7,20 @@ every weight except those of a new head; transformers would warn and continue wi
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pydantic
 import torch
 from safetensors import SafetensorError
 
-from dovetail.checkpoint.packed import DTYPES, PACKED, load_packed
+from dovetail.checkpoint.packed import PACKED, load_packed
 from dovetail.errors import LoadError
+from dovetail.files import read_json
+from dovetail.models.dtypes import FLOATS
 from dovetail.models.fingerprint import check_merged
 from dovetail.models.locate import ask_hub, resolve
 from dovetail.models.targets import HEADS, heads
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HEAD_KINDS = ("classification", "regression")  # task kinds that put a head on the model
+INDEX_NBYTES = 1 << 28
+"""The limit of the file that names the shard of each tensor."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
@@ -47,7 +51,7 @@ def load(
     task_kind          of dovetail.tasks: classification and regression put a head on the model, the others need a
                        causal or an encoder-decoder language model
     num_labels         outputs of a classification head; None: as the config says. Regression has one
-    dtype              a key of DTYPES or such a torch.dtype; None: as stored
+    dtype              a key of FLOATS or such a torch.dtype; None: as stored
     trust_remote_code  run the checkpoint's own Python code
     seed               draws the weights of a new head, the only ones that may be missing from the checkpoint
 
@@ -133,6 +137,10 @@ def _config(name: str | Path, source: str | Path, trust_remote_code: bool) -> Pr
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
+class _Index(pydantic.BaseModel):
+    weight_map: dict[str, str]
+
+
 def _check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     rule = "weights are read from safetensors only; nothing is unpickled"
@@ -144,8 +152,8 @@ def _check_weights(folder: Path) -> None:
         raise LoadError(
             f"model {folder}", found=found, rule=rule, fix="convert it with save_pretrained, which writes safetensors"
         )
-    with _unreadable(f"model {folder}, {index.name}"):
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    complete = "a checkpoint's index must name the file of each tensor under weight_map"
+    shards = sorted(set(read_json(index, _Index, limit=INDEX_NBYTES, rule=complete).weight_map.values()))
     # transformers would hand a shard of another kind to torch.load.
     bad = [shard for shard in shards if Path(shard).suffix != ".safetensors" or not (folder / shard).is_file()]
     if bad:
@@ -213,9 +221,9 @@ def _set_padding(name: str | Path, model: PreTrainedModel, tokenizer: PreTrained
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    known = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and known not in DTYPES.values():
-        raise LoadError(f"dtype {dtype}", found=str(dtype), rule="the dtype must be one of " + ", ".join(DTYPES))
+    known = FLOATS.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and known not in FLOATS.values():
+        raise LoadError(f"dtype {dtype}", found=str(dtype), rule="the dtype must be one of " + ", ".join(FLOATS))
     return known
 
 

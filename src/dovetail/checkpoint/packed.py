@@ -8,7 +8,6 @@ and no tensor is read before its name, dtype and shape are known to be those tha
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,8 @@ from dovetail.chains.notation import chain
 from dovetail.chains.packing import pack, packed_nbytes, unpack
 from dovetail.compression.apply import replace_module
 from dovetail.errors import ChainError, DovetailError, LoadError
+from dovetail.files import atomic, parse_json
+from dovetail.models.dtypes import FLOATS, STORED
 from dovetail.models.layouts import layout_of
 
 if TYPE_CHECKING:
@@ -36,15 +37,8 @@ if TYPE_CHECKING:
 
 PACKED = "packed.safetensors"
 HEADER = "dovetail"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-"""The dtypes that a model can have, by their names in files and arguments."""
 _CHUNK = 1 << 20
-"""Weights whose zeros are looked for, or put back, at a time."""
-_STORED = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "BOOL": torch.bool,
-}  # fmt: skip
+"""Weights that are searched for zeros, or filled with them, at a time."""
 
 
 class PackedLayer(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -108,25 +102,15 @@ def read_header(where: str, file: Any) -> PackedHeader:
     if text is None:
         rule = f'the metadata of {PACKED} must contain a header under "{HEADER}"'
         raise LoadError(where, found="a file that save_packed did not write", rule=rule)
-    try:
-        return PackedHeader.model_validate_json(text)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "header"
-        raise LoadError(
-            where, found=f"{place}: {first['msg']}", rule="the header must have the form that Dovetail writes"
-        ) from None
+    return parse_json(where, text, PackedHeader, rule="the header must have the form that Dovetail writes")
 
 
 def shape_of(where: str, file: Any, key: str) -> tuple[torch.Size, torch.dtype]:
     """Return shape and dtype of a tensor of an open file, without reading it. Raises LoadError for an unknown dtype."""
     part = file.get_slice(key)
-    if (dtype := _STORED.get(part.get_dtype())) is None:
-        raise LoadError(
-            where,
-            found=f"{key[:200]} of dtype {part.get_dtype()}",
-            rule=f"the dtype must be one of {', '.join(_STORED)}",
-        )
+    if (dtype := STORED.get(part.get_dtype())) is None:
+        found, rule = f"{key[:200]} of dtype {part.get_dtype()}", f"the dtype must be one of {', '.join(STORED)}"
+        raise LoadError(where, found=found, rule=rule)
     return torch.Size(part.get_shape()), dtype
 
 
@@ -230,9 +214,7 @@ def save_packed(
     config: Any = copy.deepcopy(model.config)
     config.dtype, config.architectures = model.dtype, [type(model).__name__]
     config.dovetail = config.dovetail | {"packed_fingerprint": packed_fingerprint(model)}
-    part = directory.with_name(f".{directory.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with atomic(directory) as part:
         part.mkdir(parents=True)
         tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         save_file(tensors, part / PACKED, metadata={HEADER: header.model_dump_json()})
@@ -241,10 +223,6 @@ def save_packed(
         if model.can_generate():
             model.generation_config.save_pretrained(part)
         config.save_pretrained(part)
-        part.replace(directory)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return packed_size(directory)
 
 
@@ -317,7 +295,7 @@ def _layer(name: str, module: nn.Module, said: PackedLayer, scratch: Scratch) ->
     if said.shape != (layout.out_features, layout.in_features):
         rule = f"the config requires {layout.out_features} x {layout.in_features}"
         raise LoadError(name, found=f"a layer of {said.shape[0]} x {said.shape[1]}", rule=rule)
-    base = Base(layout, module.get_parameter("weight").detach().to(DTYPES[said.dtype]), scratch)
+    base = Base(layout, module.get_parameter("weight").detach().to(FLOATS[said.dtype]), scratch)
     if said.quantizer is not None:
         (link,) = chain(said.quantizer)
         if not isinstance(link, Quantizer):
@@ -333,7 +311,7 @@ def _check(where: str, file: Any, header: PackedHeader, model: PreTrainedModel) 
     of_layers = tuple(f"{name}.base." for name in header.layers)
     for key, (_, dtypes) in wanted.items():
         if dtypes[0].is_floating_point and not key.startswith(of_layers):
-            dtypes += DTYPES.values()  # a model may keep some of its tensors in another precision
+            dtypes += FLOATS.values()  # a model may keep some of its tensors in another precision
     for name, layer in chain_layers(model).items():
         count, key, base = header.layers[name].nonzero, whole(name, layer.base), layer.base
         if count is not None:

@@ -201,7 +201,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Print the report of a run and rewrite its page."""
-    from dovetail.runs.folder import PAGE, RECIPE, write_whole
+    from dovetail.files import write_whole
+    from dovetail.runs.folder import PAGE, RECIPE
     from dovetail.runs.recipe import Recipe
     from dovetail.runs.report.page import page
     from dovetail.runs.report.record import Report

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dovetail.compression.passes import Batch
 from dovetail.errors import DataError
+from dovetail.files import read_bytes
 from dovetail.tasks.task import METRICS, Task
 from dovetail.tasks.tokens import IGNORED, Collator, encode, pad_id
 
@@ -52,14 +53,10 @@ def _check_mask(batch: Batch) -> None:
 
 def text_task(path: Path, *, encoder_decoder: bool) -> Task:
     """The passages of a text file, one a line, as a task to calibrate on; an encoder-decoder reads and says them."""
+    rule = "calibration.text must be a UTF-8 file with one passage a line"
+    content = read_bytes(path, rule=rule, limit=MAX_TEXT_NBYTES, error=DataError)
     try:
-        if path.stat().st_size > MAX_TEXT_NBYTES:
-            raise DataError(str(path), found=f"{path.stat().st_size} bytes", rule=f"at most {MAX_TEXT_NBYTES}")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except OSError as error:
-        raise DataError(
-            str(path), found=error.strerror or str(error), rule="calibration.text is a UTF-8 file, one passage a line"
-        ) from None
+        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise DataError(str(path), found=f"byte {error.start} is no UTF-8", rule="data files are UTF-8 text") from None
     passages = [line for line in lines if line]

@@ -26,17 +26,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.checkpoint.adapter import Before, describe, load_adapter, parameters_of
 from dovetail.checkpoint.formats.peft.write import CLASSIFIER_HEADS, CONFIG_FILE, PREFIX, TENSORS_FILE
-from dovetail.checkpoint.load import DTYPES, load
+from dovetail.checkpoint.load import load
 from dovetail.compression.apply import initial_values
 from dovetail.errors import DovetailError, LoadError
 from dovetail.experts.expert import Expert
 from dovetail.experts.vectors import Origin, Spec, TaskVector, specs_of
 from dovetail.links.adapt import VeRA
+from dovetail.models.dtypes import FLOATS, STORED_FLOATS
 from dovetail.models.fingerprint import model_fingerprint
 from dovetail.models.layouts import layout_of
 from dovetail.models.locate import resolve
 
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _JSON_NBYTES = 1 << 20
 _CONSTANTS = (*VeRA.peft_constants.values(), "base_model.model.vera_A", "base_model.model.vera_B")
 _PREFIXES = ("head/", "base_model.model.")
@@ -218,8 +218,8 @@ class _Files:
                 file = safe_open(path, framework="pt")
                 for key in file.keys():  # noqa: SIM118 (not a dict)
                     some = file.get_slice(key)
-                    if some.get_dtype() in _FLOATS:
-                        self.specs[key] = Spec(tuple(some.get_shape()), _FLOATS[some.get_dtype()])
+                    if some.get_dtype() in STORED_FLOATS:
+                        self.specs[key] = Spec(tuple(some.get_shape()), STORED_FLOATS[some.get_dtype()])
                         self._file_of[key] = file
             except (OSError, SafetensorError) as error:
                 raise LoadError(
@@ -331,7 +331,7 @@ def load_base(
     labels = min(outputs, default=0)  # the last layer of a head is the narrowest
     kind = "generation" if not labels else "regression" if labels == 1 else "classification"
     said = (adapter or {}).get("dtype")
-    dtype = said if isinstance(said, str) and said in DTYPES else None
+    dtype = said if isinstance(said, str) and said in FLOATS else None
     return load(where, task_kind=kind, num_labels=labels if labels > 1 else None, dtype=dtype)
 
 

@@ -24,6 +24,7 @@ from dovetail.checkpoint.merge import MergeReport, merge, to_stock
 from dovetail.compression.apply import apply, stages_left
 from dovetail.compression.calibration import calibration_batches, text_task
 from dovetail.errors import RecipeError
+from dovetail.files import write_whole
 from dovetail.runs.export import deliver_packed, deliver_stock
 from dovetail.runs.folder import (
     ADAPTER,
@@ -34,7 +35,6 @@ from dovetail.runs.folder import (
     check_free,
     choose_output,
     run_folder,
-    write_whole,
 )
 from dovetail.runs.plan import apply_on_meta
 from dovetail.runs.recipe import Recipe

@@ -79,13 +79,6 @@ def choose_output(asked: str | Path | None, name: str) -> Path:
     raise AssertionError
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is either whole or not there."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
 @contextmanager
 def run_folder(output: Path, recipe: Recipe, resume: bool) -> Iterator[RunFolder]:
     """The folder to write to; becomes `output` when the block ends well.

@@ -20,32 +20,10 @@ from pydantic import Field
 
 from dovetail.chains.notation import chain
 from dovetail.errors import RecipeError
-from dovetail.runs.yaml import read_yaml, refusal
+from dovetail.files import refusal, write_whole
+from dovetail.runs.yaml import read_yaml
 from dovetail.tasks.spec import Data, Limit, Part, Positive, at_folder
-
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Training(Part):
-    """How to train: the arguments of `dovetail.train` with the same names."""
-
-    epochs: PositiveFloat = 3.0
-    max_steps: Positive | None = None
-    batch_size: Positive = 32
-    gradient_accumulation: Positive = 1
-    lr_scale: PositiveFloat = 1.0
-    head_learning_rate: PositiveFloat = 1e-3
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: PositiveFloat = 1.0
-    max_length: Annotated[int, Field(ge=2)] = 512
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    group_by_length: bool = True
-    evaluate_every: Positive | None = None
-    evaluate_limit: Positive | None = None
-    checkpoint_every: Positive = 200
+from dovetail.training.settings import Training
 
 
 class Calibration(Part):
@@ -141,15 +119,12 @@ class Recipe(Part):
         try:
             return cls.model_validate(dict(value))._resolved(Path(folder))
         except pydantic.ValidationError as error:
-            raise refusal(where, error, _keys, _HINTS) from None
+            raise refusal(where, error, kind=RecipeError, keys=_keys, hints=_HINTS) from None
 
     def dump(self, path: str | Path) -> None:
         """Writes the recipe with every default, atomically; the file alone repeats the run from anywhere."""
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-        whole = Path(path)
-        part = whole.with_name(f".{whole.name}.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(whole)
+        write_whole(Path(path), text)
 
     def _resolved(self, folder: Path) -> Recipe:
         """Paths absolute, and what depends on other keys filled in."""
@@ -170,11 +145,15 @@ class Recipe(Part):
 _HINTS = {"model": "model: playground", "chain": "chain: lora(r=16)", "data": "data: {task: word_problems}"}
 
 
-def _keys(place: Sequence[int | str]) -> list[str]:
-    """The keys that the part of a recipe at this place knows."""
+def _keys(place: Sequence[int | str]) -> tuple[str, list[str]]:
+    """Return the name of the part of a recipe at this place, and the keys that it knows."""
     parts: dict[str, type[pydantic.BaseModel]] = {
         "data": Data, "tasks": Data, "limit": Limit, "train": Training, "calibration": Calibration,
         "evaluate": Evaluation, "search": Search,
     }  # fmt: skip
     names = [part for part in place if isinstance(part, str) and part in parts]
-    return list((parts[names[-1]] if names else Recipe).model_fields)
+    return (
+        (".".join(map(str, place)), list(parts[names[-1]].model_fields))
+        if names
+        else ("a recipe", list(Recipe.model_fields))
+    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dovetail.chains.layer.elastic import set_ranks
-from dovetail.runs.folder import RunFolder, write_whole
+from dovetail.files import read_json, write_whole
+from dovetail.runs.folder import RunFolder
 from dovetail.runs.recipe import Recipe, Search
 from dovetail.runs.report.record import Searched, finite
 from dovetail.searches.ranks import search_ranks
@@ -30,7 +31,7 @@ def search_in_run(
     """
     path = folder.training / "ranks.json"
     if path.exists():
-        searched = Searched.model_validate_json(path.read_bytes())
+        searched = read_json(path, Searched, rule="the file must hold the ranks that an earlier start found")
         set_ranks(model, searched.ranks)
         return searched
     found = search_ranks(

@@ -36,9 +36,11 @@ from dovetail.checkpoint.load import load
 from dovetail.checkpoint.merge import merge
 from dovetail.checkpoint.packed import save_packed
 from dovetail.compression.calibration import calibration_batches
+from dovetail.errors import LoadError
+from dovetail.files import read_json, write_whole
 from dovetail.progress import Bar
 from dovetail.runs import folder as run_folder
-from dovetail.runs.folder import MODEL, RECIPE, write_whole
+from dovetail.runs.folder import MODEL, RECIPE
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Report
 from dovetail.studies.matrix import Line, label
@@ -83,8 +85,8 @@ def measure(lines: list[tuple[Line, bool]], folder: Path, *, progress: bool = Tr
         (label(line.row, line.point), form, report.seconds)
         for (line, _, form), report in zip(chosen, reports, strict=True)
     ]
-    with suppress(OSError, pydantic.ValidationError):  # not measured yet, or with another version
-        kept = _Kept.model_validate_json((folder / KEPT).read_bytes())
+    with suppress(LoadError):  # not measured yet, or by another version
+        kept = read_json(folder / KEPT, _Kept, rule="the file must hold measurements")
         if kept.runs == runs:
             return kept.cost
     if not chosen:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +28,7 @@ from pydantic import Field, StrictFloat, StrictInt, StrictStr
 
 from dovetail.chains.notation import chain
 from dovetail.errors import ChainError, RecipeError
+from dovetail.files import refusal, write_whole
 from dovetail.runs.flow import row_names
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.yaml import read_yaml
@@ -113,7 +114,7 @@ class Study(_Part):
         try:
             found = cls.model_validate(dict(value))
         except pydantic.ValidationError as error:
-            raise _refusal(where, error) from None
+            raise refusal(where, error, kind=RecipeError, keys=_keys) from None
         _check_names(found, where)
         rows = tuple(_resolved(row, found, where, Path(folder)) for row in found.rows)
         return found.model_copy(update={"rows": rows, "common": {}})
@@ -122,9 +123,7 @@ class Study(_Part):
         """Write the study with the full recipe of every row, atomically; the file repeats the study from any folder."""
         values = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        write_whole(path, text)
 
 
 @dataclass(frozen=True)
@@ -286,26 +285,10 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _refusal(where: str, error: pydantic.ValidationError) -> RecipeError:
-    """Turn the first error of pydantic into a RecipeError."""
-    errors = error.errors(include_url=False)
-    first = min(errors, key=lambda e: e["type"] != "extra_forbidden")
-    place = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
-        part = Row if place[0] == "rows" else Study
-        known = [field.alias or name for name, field in part.model_fields.items()]
-        near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
-        fix = f"did you mean {near[0]}?" if near else ""
-        kind = "row" if part is Row else "study"
-        return RecipeError(
-            where,
-            found=f"key {'.'.join(place)!r}",
-            rule=f"a key of a {kind} must be one of {', '.join(known)}",
-            fix=fix,
-        )
-    message = first["msg"].removeprefix("Value error, ")
-    found = "" if isinstance(first["input"], Mapping) else repr(first["input"])[:300]
-    return RecipeError(f"{where}, {'.'.join(place)}", found=found, rule=message[0].lower() + message[1:])
+def _keys(place: Sequence[int | str]) -> tuple[str, list[str]]:
+    """Return what the part of a study at this place is called, and the keys that it knows."""
+    name, part = ("a row", Row) if place and place[0] == "rows" else ("a study", Study)
+    return name, [field.alias or key for key, field in part.model_fields.items()]
 
 
 def unique_runs(lines: list[Line]) -> Iterator[Run]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import pydantic
 
-from dovetail.runs.folder import write_whole
+from dovetail.files import write_whole
 from dovetail.studies.matrix import Value
 
 JSON = "study.json"

@@ -23,8 +23,9 @@ import torch
 
 from dovetail.checkpoint.load import empty_model, load_config
 from dovetail.errors import DovetailError, RecipeError
+from dovetail.files import write_whole
 from dovetail.runs.flow import legal_chain, run
-from dovetail.runs.folder import RECIPE, write_whole
+from dovetail.runs.folder import RECIPE
 from dovetail.runs.plan import apply_on_meta
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import REPORT, Report
@@ -86,7 +87,7 @@ def study(
     write_whole(folder / TABLE, markdown(report))
     drawn = curve(report)
     if drawn is not None:
-        (folder / CURVE).write_bytes(drawn)
+        write_whole(folder / CURVE, drawn)
     write_whole(folder / PAGE, page(report, drawn))
     return report
 

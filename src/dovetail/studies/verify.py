@@ -14,7 +14,8 @@ from dovetail.checkpoint.adapter import load_adapter
 from dovetail.checkpoint.load import load
 from dovetail.checkpoint.merge import MergeReport, merge, to_stock
 from dovetail.errors import CannotMerge
-from dovetail.runs.folder import ADAPTER, RECIPE, write_whole
+from dovetail.files import read_json, write_whole
+from dovetail.runs.folder import ADAPTER, RECIPE
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Merge, Report
 from dovetail.tasks.find import load_task, number_of_labels
@@ -41,7 +42,7 @@ def check_mergeable(folder: Path, kept: Path) -> Judgement:
     kept    file of an earlier answer, read where it exists and else written
     """
     if kept.exists():
-        return Judgement.model_validate_json(kept.read_bytes())
+        return read_json(kept, Judgement, rule="the file must hold the answer that Dovetail kept", fix="remove it")
     found = _verify(folder)
     kept.parent.mkdir(exist_ok=True)
     write_whole(kept, found.model_dump_json(indent=2) + "\n")

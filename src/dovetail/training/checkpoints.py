@@ -25,9 +25,13 @@ from torch import nn
 from dovetail.chains.layer.fingerprint import base_fingerprint
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.errors import TrainError
+from dovetail.files import atomic, read_json, write_whole
 
 TRAINED = "trained.safetensors"
 """Name of the file of trained parameters, in a checkpoint and after a stage."""
+
+REPORT_NBYTES = 1 << 28
+"""The limit of a stage's report, which holds the loss of every step."""
 
 _COMPLETE, _SETTINGS, _BASE = "complete", "settings.json", "base"
 
@@ -50,7 +54,7 @@ def run_directory(output_dir: Path | None, settings: Mapping[str, Any], resume: 
                 rule="a directory holds one run",
                 fix="resume=True, or another output_dir",
             )
-        theirs = json.loads(path.read_text())
+        theirs = read_json(path, dict[str, Any], rule="an output directory must hold the settings of its run")
         differing = [name for name in mine if mine[name] != theirs.get(name)]
         if differing:
             name = differing[0]
@@ -61,15 +65,8 @@ def run_directory(output_dir: Path | None, settings: Mapping[str, Any], resume: 
             )
     else:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(path, mine)
+        write_whole(path, json.dumps(mine))
     yield output_dir
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a file that is either whole or not there."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value))
-    partial.replace(path)
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -80,9 +77,8 @@ def mark_complete(checkpoint: Path) -> None:
 def save_trained(model: nn.Module, path: Path) -> None:
     """Writes the parameters that are trained, under their names in the model."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    partial.replace(path)
+    with atomic(path) as part:
+        save_file(tensors, part)
 
 
 @torch.no_grad()
@@ -122,9 +118,7 @@ def check_base(model: nn.Module, stage: Path) -> None:
     found = base_fingerprint(layers)
     if not path.exists():
         stage.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(found, encoding="utf-8")
-        part.replace(path)
+        write_whole(path, found)
     elif path.read_text(encoding="utf-8") != found:
         raise TrainError(
             str(stage),

@@ -1,4 +1,4 @@
-"""What is trained, at which learning rate, in which precision.
+"""Parameters that are trained, their learning rates and their precision.
 
 Each link has its own learning rate (CLAM, Table 4: they lie orders of magnitude apart), times one scale for all
 (CLAM §3.2's c). AdamW with betas 0.9 and 0.999 (Table 5); otherwise than there no weight decay unless asked, none on
@@ -7,7 +7,6 @@ vectors in any case, and AdamW's state isn't paged.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,50 +14,10 @@ from torch import nn
 
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.chains.link import Adapter
-from dovetail.errors import TrainError
-
-SCHEDULES = ("linear", "cosine", "constant")
-"""How the learning rates go from their value to 0, or don't."""
+from dovetail.training.settings import TrainSettings
 
 HEADS, MODEL = "heads", "model"
 """Names of the groups outside the chain: new task heads, and a whole model without a chain."""
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """What fixes the course of a run: the arguments of `train` with the same names; TrainError when out of range."""
-
-    epochs: float = 3.0
-    max_steps: int | None = None
-    batch_size: int = 32
-    gradient_accumulation: int = 1
-    lr_scale: float = 1.0
-    learning_rate: float = 1e-4
-    head_learning_rate: float = 1e-3
-    schedule: str = "linear"
-    warmup: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_length: int = 512
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    group_by_length: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        values = asdict(self)
-        for name in ("epochs", "batch_size", "gradient_accumulation", "lr_scale", "learning_rate",
-                     "head_learning_rate", "max_grad_norm", "max_length"):  # fmt: skip
-            if not values[name] > 0:
-                raise TrainError("train", found=f"{name}={values[name]}", rule=f"{name} is above 0")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise TrainError("train", found=f"max_steps={self.max_steps}", rule="max_steps is at least 1, or None")
-        if self.schedule not in SCHEDULES:
-            raise TrainError("train", found=f"schedule={self.schedule}", rule="one of " + ", ".join(SCHEDULES))
-        if not 0 <= self.warmup < 1:
-            raise TrainError("train", found=f"warmup={self.warmup}", rule="a fraction of the steps, 0 to below 1")
-        if not self.weight_decay >= 0:
-            raise TrainError("train", found=f"weight_decay={self.weight_decay}", rule="weight_decay is 0 or more")
 
 
 def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -1,7 +1,7 @@
-"""Training: stage after stage, or the whole model.
+"""Training of a chain, stage after stage, or of a whole model.
 
-A chain's first stage is trained and merged into the base, then the next one begins, until none is left (CLAM §3.1).
-A model without a chain is fine-tuned whole: the baseline to compare with.
+The first stage of a chain is trained and merged into the base, then the next one, to the last (CLAM §3.1). A model
+without a chain is fine-tuned as a whole, which is the baseline for comparisons.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from dovetail.chains.layer.linear import chain_layers
 from dovetail.compression.apply import advance, stages_left
 from dovetail.compression.calibration import calibration_batches, checked
 from dovetail.errors import TrainError
+from dovetail.files import read_json, write_whole
 from dovetail.tasks.find import as_task
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Record, Task
@@ -32,13 +34,13 @@ from dovetail.training import checkpoints
 from dovetail.training.optimizer import (
     HEADS,
     MODEL,
-    TrainSettings,
     cast_frozen,
     cast_heads,
     learning_rates,
     make_optimizer,
     trained_parts,
 )
+from dovetail.training.settings import TrainSettings, check_report_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,19 +49,22 @@ if TYPE_CHECKING:
 
 _REPORT = "report.json"
 
+OnLog = Callable[[int, int, dict[str, Any]], None]
+"""Stage from 1, step, and {"loss": ...} or {"validation": scores}."""
+
 
 @dataclass(frozen=True)
 class StageReport:
-    """What a stage did.
+    """The result of training one stage.
 
-    links                 the links that it trained, in their order; none for a whole model
+    links                 the links that were trained, in order; empty for a whole model
     steps                 optimizer steps
-    seconds               of training, since it was last resumed
-    losses                (step, mean loss in nats a token) of every step; squared error for a regression
-    evaluations           (step, the validation split's scores) where asked for
-    trainable_parameters  trained numbers
-    learning_rates        link, or "heads", or "model" -> learning rate at its highest
-    peak_memory_nbytes    on a GPU what was allocated at most; else the tensors alive at once in the first steps
+    seconds               of training, since the run was last resumed
+    losses                (step, mean loss in nats per token) of every step; squared error for a regression
+    evaluations           (step, scores and mean loss on the validation split), if `evaluate_every` is set
+    trainable_parameters  number of trained parameters
+    learning_rates        link, "heads" or "model" -> maximum learning rate
+    peak_memory_nbytes    on a GPU, the maximum that was allocated; else, of tensors alive at once in the first steps
     """
 
     links: list[str]
@@ -74,14 +79,14 @@ class StageReport:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """The stages in order, and the seconds of all, merging, pruning and quantizing in between included."""
+    """The stages in order, and the total seconds, including merging, pruning and quantizing between them."""
 
     stages: list[StageReport]
     seconds: float
 
     @property
     def peak_memory_nbytes(self) -> int:
-        """The highest of the stages."""
+        """The maximum over the stages."""
         return max(stage.peak_memory_nbytes for stage in self.stages)
 
 
@@ -90,153 +95,151 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     data: Task | str | Sequence[Record],
     *,
-    epochs: float = 3.0,
-    max_steps: int | None = None,
-    batch_size: int = 32,
-    gradient_accumulation: int = 1,
-    lr_scale: float = 1.0,
-    learning_rate: float = 1e-4,
-    head_learning_rate: float = 1e-3,
-    schedule: str = "linear",
-    warmup: float = 0.0,
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 1.0,
-    max_length: int = 512,
-    bf16: bool = False,
-    gradient_checkpointing: bool = False,
-    group_by_length: bool = True,
-    seed: int = 0,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
-    evaluate_every: int | None = None,
-    evaluate_limit: int | None = None,
     output_dir: Path | None = None,
-    checkpoint_every: int = 200,
     resume: bool = False,
     progress: bool = True,
+    on_log: OnLog | None = None,
+    logging_dir: Path | None = None,
+    **settings: Any,
 ) -> TrainReport:
-    """Train a model in place on a task's train split, and leave it in evaluation mode.
+    """Train a model in place on the train split of a task, and leave it in evaluation mode.
 
-    data                    a task, a playground task's name, or records (`dovetail.tasks`)
-    epochs, max_steps       of each stage; max_steps goes before epochs
-    batch_size              rows of a batch; a step is `gradient_accumulation` batches
-    lr_scale                CLAM's c: multiplies every learning rate
-    learning_rate           of a model without a chain; a link's own is `Adapter.learning_rate`
-    head_learning_rate      of what a chain's model trains outside the chain: new heads
-    schedule, warmup        linear or cosine to 0, or constant; fraction of steps that rises from 0 before
-    weight_decay            on matrices, not on vectors (scales, biases, norms)
-    max_length              tokens of a row, or fewer where the model's positions end earlier
-    bf16                    the frozen base is rounded to bfloat16, for good; the forward pass runs under autocast;
-                            adapters are kept in float32; heads too, and are rounded at the end. Later stages
-                            merge into the rounded base, which costs them precision. A model without a chain keeps
-                            float32 parameters
-    gradient_checkpointing  activations of a block are computed again in the backward pass: less memory, slower
-    group_by_length         batches of like length, in random order, the longest row in the second step
-    seed                    of the order of rows, dropout and the next stages' links; two runs give the same bits. The
-                            global random state is left as it was
-    calibration             batches for the next stages' pruning and quantizing; by default drawn from the train split
-    evaluate_every          steps after which the validation split (`evaluate_limit` records of it) is scored
-    output_dir              where checkpoints go; without one nothing is written
-    checkpoint_every        steps between checkpoints
-    resume                  go on where a killed run stopped, to the same bits. The model comes as at its beginning
-    progress                a bar for what takes longer than a second
+    data          a task, the name of a playground task, or records (`dovetail.tasks`)
+    settings      the fields of `TrainSettings`, as keyword arguments: epochs=3.0, max_steps, batch_size=32,
+                  gradient_accumulation=1, lr_scale=1.0, learning_rate=1e-4, head_learning_rate=1e-3,
+                  schedule="linear", warmup=0.0, weight_decay=0.0, max_grad_norm=1.0, max_length=512, bf16=False,
+                  gradient_checkpointing=False, group_by_length=True, evaluate_every, evaluate_limit,
+                  checkpoint_every=200, report_to="none", seed=0. Two runs with the same seed give the same bits
+    calibration   batches for pruning and quantizing in later stages; by default drawn from the train split
+    output_dir    directory of checkpoints; nothing is written without one
+    resume        continue a killed run, to the same bits; the model must be as it was at the start of that run
+    progress      show a bar if training takes longer than a second
+    on_log        called with (stage from 1, step, {"loss": ...} or {"validation": scores}) as soon as they are known
 
-    Raises TrainError for settings out of range, when nothing is to be trained, or when the loss isn't finite; DataError
-    for records that don't suit the model.
+    logging_dir   directory of TensorBoard's files, if report_to names it; by default ./tensorboard
+
+    With bf16, adapters and heads are trained in float32; heads are rounded at the end. Later stages merge into the
+    rounded base, which costs precision. A model without a chain keeps float32 parameters. The global random state is
+    unchanged afterwards.
+
+    Raises TrainError for settings out of range, if there is nothing to train, or if the loss is not finite; DataError
+    for records that do not match the model.
     """
     # Imported here: the Trainer takes seconds to import.
-    from dovetail.training.trainer import BatchOrder, StageTrainer, Watch, trainer_arguments
+    from dovetail.training.trainer import BatchOrder, StageTrainer, Watch, trackers, trainer_arguments
 
-    settings = TrainSettings(
-        epochs=epochs, max_steps=max_steps, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
-        lr_scale=lr_scale, learning_rate=learning_rate, head_learning_rate=head_learning_rate, schedule=schedule,
-        warmup=warmup, weight_decay=weight_decay, max_grad_norm=max_grad_norm, max_length=max_length, bf16=bf16,
-        gradient_checkpointing=gradient_checkpointing, group_by_length=group_by_length, seed=seed,
-    )  # fmt: skip
+    asked = TrainSettings(**settings)
+    check_report_to(asked.report_to)
     started = time.perf_counter()
     config: Any = model.config
     if not chain_layers(model):
-        vars(config).pop("dovetail", None)  # a merged model that is trained on is no longer what its config says
+        vars(config).pop("dovetail", None)  # the fingerprint of a merged model is wrong once the model is trained
     data = as_task(data)
-    records = data.split("train")
-    check_head(data.name, data.kind, model)
-    if data.kind in ("classification", "regression"):
-        check_labels(data.name, data.kind, records, model)
-    max_length = length_limit(model, tokenizer, max_length)
-    rows = encode(data.kind, records, tokenizer, encoder_decoder=config.is_encoder_decoder, max_length=max_length)
+    rows = _rows(model, tokenizer, data, "train", asked)
     chained = bool(chain_layers(model))
     stages = 1 + stages_left(model) if chained else 1
     if stages == 1 and not trained_parts(model):
         raise TrainError(
             "train",
-            found="no parameter to be trained",
-            rule="a chain trains an adapter, or the model isn't frozen",
+            found="no parameter to train",
+            rule="the chain must have an adapter, or the model must not be frozen",
             fix="add an adapter: ... >> lora(r=16)",
         )
     if calibration is None and stages > 1:
         calibration = calibration_batches(
             data,
             tokenizer,
-            seed=seed,
-            max_length=max_length,
+            seed=asked.seed,
+            max_length=length_limit(model, tokenizer, asked.max_length),
             decoder_start=config.decoder_start_token_id if config.is_encoder_decoder else None,
         )
     given = checked(() if calibration is None else calibration)
     batches = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in given]
-
-    def validate() -> dict[str, float]:
-        with _autocast(model, bf16):
-            scores = evaluate(model, tokenizer, data, split="validation", limit=evaluate_limit, progress=False)
-        return scores[data.name]
-
+    validate = None if asked.evaluate_every is None else _validation(model, tokenizer, data, asked)
     reports: list[StageReport] = []
-    kept = checkpoints.run_directory(output_dir, asdict(settings), resume)
+    kept = checkpoints.run_directory(output_dir, asked.fixed(), resume)
     with kept as directory, _kept_use_cache(model), _kept_random_state():
-        if bf16 and chained:
+        if asked.bf16 and chained:
             cast_frozen(model)
         for stage in range(stages):
             if stage:
-                with _autocast(model, bf16):
-                    advance(model, calibration=batches, seed=seed, progress=progress)
-            title = f"train {data.name}" + (f", stage {stage + 1} of {stages}" if stages > 1 else "")
-            watch = Watch(title, shown=progress, evaluate_every=evaluate_every, evaluate=validate)
+                with _autocast(model, asked.bf16):
+                    advance(model, calibration=batches, seed=asked.seed, progress=progress)
             here = directory / f"stage-{stage + 1}"
             checkpoints.check_base(model, here)
             if not trained_parts(model):
                 reports.append(StageReport([], 0, 0.0, [], [], 0, {}, 0))
-            elif resume and (here / _REPORT).exists():
+                continue
+            if resume and (here / _REPORT).exists():
                 checkpoints.load_trained(model, here / checkpoints.TRAINED)
-                reports.append(_read_report(here / _REPORT))
-            else:
-                arguments = trainer_arguments(model, settings, here, None if output_dir is None else checkpoint_every)
-                order = BatchOrder(
+                rule = "the report of a trained stage must be as Dovetail writes it"
+                reports.append(read_json(here / _REPORT, StageReport, rule=rule, limit=checkpoints.REPORT_NBYTES))
+                continue
+            title = f"train {data.name}" + (f", stage {stage + 1} of {stages}" if stages > 1 else "")
+            watch = Watch(
+                title, shown=progress, evaluate_every=asked.evaluate_every, evaluate=validate,
+                log=None if on_log is None else partial(on_log, stage + 1),
+            )  # fmt: skip
+            trainer = StageTrainer(
+                model,
+                trainer_arguments(model, asked, here, checkpoints=output_dir is not None),
+                rows,
+                Collator(pad_id(tokenizer)),
+                order=BatchOrder(
                     [_tokens(row, config.is_encoder_decoder) for row in rows],
-                    batch_size=batch_size,
-                    step_rows=batch_size * gradient_accumulation,
-                    grouped=group_by_length,
-                    seed=f"{seed} stage {stage}",
-                )
-                trainer = StageTrainer(
-                    model,
-                    arguments,
-                    rows,
-                    Collator(pad_id(tokenizer)),
-                    order=order,
-                    bf16=bf16,
-                    callback=watch,
-                    make_optimizer=lambda model: make_optimizer(model, settings),
-                )
-                last = checkpoints.last_checkpoint(here) if resume else None
-                report = _train_stage(model, trainer, settings, watch, last)
-                reports.append(report)
-                if output_dir is not None:
-                    checkpoints.save_trained(model, here / checkpoints.TRAINED)
-                    checkpoints.write_json(here / _REPORT, asdict(report))
-                    for path in here.glob("checkpoint-*"):
-                        shutil.rmtree(path)
-    if bf16 and chained:
+                    batch_size=asked.batch_size,
+                    step_rows=asked.batch_size * asked.gradient_accumulation,
+                    grouped=asked.group_by_length,
+                    seed=f"{asked.seed} stage {stage}",
+                ),
+                bf16=asked.bf16,
+                watch=watch,
+                trackers=trackers(asked.report_to, (logging_dir or Path("tensorboard")) / here.name),
+                make_optimizer=lambda model: make_optimizer(model, asked),
+            )
+            report = _train_stage(model, trainer, asked, watch, checkpoints.last_checkpoint(here) if resume else None)
+            reports.append(report)
+            if output_dir is not None:
+                checkpoints.save_trained(model, here / checkpoints.TRAINED)
+                write_whole(here / _REPORT, json.dumps(asdict(report)))
+                for path in here.glob("checkpoint-*"):
+                    shutil.rmtree(path)
+    if asked.bf16 and chained:
         cast_heads(model)
     model.eval()
     return TrainReport(reports, time.perf_counter() - started)
+
+
+def _rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Task, split: str, settings: TrainSettings,
+    limit: int | None = None,
+) -> list[Example]:  # fmt: skip
+    """Return the tokenized records of a split; DataError for records that do not match the model."""
+    config: Any = model.config
+    records = data.split(split)[:limit]
+    check_head(data.name, data.kind, model)
+    if data.kind in ("classification", "regression"):
+        check_labels(data.name, data.kind, records, model)
+    max_length = length_limit(model, tokenizer, settings.max_length)
+    return encode(data.kind, records, tokenizer, encoder_decoder=config.is_encoder_decoder, max_length=max_length)
+
+
+def _validation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Task, settings: TrainSettings
+) -> Callable[[], dict[str, float]]:
+    """Return a function that gives the scores and the mean loss of the model on the validation split."""
+    from dovetail.training.trainer import mean_loss
+
+    limit, collate = settings.evaluate_limit, Collator(pad_id(tokenizer))
+    rows = _rows(model, tokenizer, data, "validation", settings, limit)
+
+    def validate() -> dict[str, float]:
+        with _autocast(model, settings.bf16):
+            scores = evaluate(model, tokenizer, data, split="validation", limit=limit, progress=False)[data.name]
+            return scores | {"loss": mean_loss(model, rows, collate, settings.batch_size)}
+
+    return validate
 
 
 def _train_stage(
@@ -267,7 +270,7 @@ def _train_stage(
 
 @contextmanager
 def _kept_use_cache(model: PreTrainedModel) -> Iterator[None]:
-    """The Trainer turns config.use_cache off, and generating needs it."""
+    """Restore config.use_cache, which the Trainer turns off and generation needs."""
     config: Any = model.config
     use_cache = config.to_dict().get("use_cache")
     try:
@@ -281,7 +284,7 @@ def _kept_use_cache(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _kept_random_state() -> Iterator[None]:
-    """The Trainer seeds every generator; afterwards they are as they were."""
+    """Restore the state of every random generator, which the Trainer seeds."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -298,10 +301,3 @@ def _autocast(model: PreTrainedModel, bf16: bool) -> AbstractContextManager[Any]
 def _tokens(row: Example, encoder_decoder: bool) -> int:
     labels = row["labels"]
     return len(row["input_ids"]) + (len(labels) if encoder_decoder and isinstance(labels, list) else 0)
-
-
-def _read_report(path: Path) -> StageReport:
-    fields = json.loads(path.read_text())
-    for name in ("losses", "evaluations"):
-        fields[name] = [tuple(entry) for entry in fields[name]]
-    return StageReport(**fields)

@@ -1,10 +1,10 @@
-"""One stage of training on the Hugging Face Trainer, with what Dovetail needs otherwise.
+"""One stage of training on the Hugging Face Trainer.
 
-Different from the Trainer as it comes: one learning rate per link; the loss is the mean over the counted tokens of
-the whole step, however many batches are accumulated, for every model; batches of like length come in random order,
-the longest row early; elastic adapters run at ranks drawn for each step; a checkpoint holds the trained parameters
-only, as safetensors, and counts once it is whole; a loss that isn't finite ends the run; the peak of memory is
-measured over the first steps.
+Differences from the stock Trainer: each link has its own learning rate; the loss is the mean over the counted tokens of
+the whole step, for every model and any number of accumulated batches; batches of similar length come in random order,
+the longest row early; elastic adapters run at ranks drawn for each step; a checkpoint holds only the trained
+parameters, as safetensors, and is valid once it is complete; a loss that is not finite ends the run; the peak of memory
+is measured over the first steps.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,22 +21,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from dovetail.chains.layer.elastic import Group, draw_ranks, groups, use_reference
 from dovetail.errors import TrainError
 from dovetail.progress import Bar
+from dovetail.tasks.scoring import in_evaluation
 from dovetail.tasks.tokens import IGNORED, Collator, Example
 from dovetail.training.checkpoints import TRAINED, load_trained, mark_complete, save_trained
-from dovetail.training.optimizer import TrainSettings
 from dovetail.training.peak_memory import PeakMemory
+from dovetail.training.settings import TrainSettings
 
 _MEASURED_STEPS = 3
 _BATCHES_SORTED_TOGETHER = 50
 
 
 class Rows(Dataset[Example]):
-    """Examples as a dataset."""
+    """A dataset of examples."""
 
     def __init__(self, rows: Sequence[Example]) -> None:
         self.rows = rows
@@ -48,13 +51,13 @@ class Rows(Dataset[Example]):
 
 
 class BatchOrder(Sampler[int]):
-    """The order of rows: another one each epoch, fixed by the seed, whatever was drawn elsewhere.
+    """The order of rows, which differs between epochs and depends on the seed alone.
 
     lengths      tokens of each row
-    batch_size   consecutive rows that make a batch
-    step_rows    rows of a step, all its batches
-    grouped      rows of a batch are of like length; the longest row comes in the second step, when the optimizer has
-                 its state: what doesn't fit into memory fails at once, and the first steps show the peak
+    batch_size   rows of a batch, which are consecutive
+    step_rows    rows of a step, over all its batches
+    grouped      put rows of similar length into a batch. The longest row is in the second step, when the optimizer
+                 has its state: a run that does not fit into memory fails at once, and the first steps show the peak
     """
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, step_rows: int, grouped: bool, seed: str) -> None:
@@ -78,7 +81,7 @@ class BatchOrder(Sampler[int]):
         for at in range(0, len(order), together):
             rows = sorted(order[at : at + together], key=lambda row: -self.lengths[row])
             batches += [rows[b : b + self.batch_size] for b in range(0, len(rows), self.batch_size)]
-        last = batches.pop()  # perhaps a short one, which must stay the last
+        last = batches.pop()  # it may be short, and must then remain the last
         random.shuffle(batches)
         order = [row for batch in [*batches, last] for row in batch]
         longest = max(range(len(order)), key=lambda place: self.lengths[order[place]])
@@ -88,11 +91,13 @@ class BatchOrder(Sampler[int]):
 
 
 class StageTrainer(Trainer):
-    """Trains one stage.
+    """The Trainer of one stage.
 
-    make_optimizer   from the model
+    make_optimizer   called with the model
     order            of the rows
-    bf16             the forward pass runs under autocast to bfloat16
+    bf16             run the forward pass under autocast to bfloat16
+    watch            sees every step
+    trackers         further callbacks, which see what is logged
     """
 
     def __init__(
@@ -105,18 +110,20 @@ class StageTrainer(Trainer):
         make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         order: BatchOrder,
         bf16: bool,
-        callback: TrainerCallback,
+        watch: Watch,
+        trackers: Sequence[TrainerCallback] = (),
     ) -> None:
         self.elastic = groups(model)
         draws = [RankDraws(self.elastic, order.seed)] if self.elastic else []
-        # Draws first: at the end of a step the reference ranks are back before the watch evaluates.
-        super().__init__(model, arguments, collator, Rows(rows), callbacks=[*draws, callback])
+        # Draws are first, so that the reference ranks are restored at the end of a step before the watch evaluates.
+        super().__init__(model, arguments, collator, Rows(rows), callbacks=[*draws, watch, *trackers])
         self.remove_callback(PrinterCallback)
+        watch.handler = self.callback_handler
         self.make_optimizer, self.order, self.bf16 = make_optimizer, order, bf16
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the labels; `compute_loss` scales by them
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Leaves elastic adapters at their reference ranks, however it ends."""
+        """Train, and restore the reference ranks of elastic adapters, also after an error."""
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -131,7 +138,7 @@ class StageTrainer(Trainer):
         return self.order
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: the Trainer would walk over all parameters at every step."""
+        """Return 0: the Trainer would iterate over all parameters at every step."""
         return 0
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
@@ -144,7 +151,7 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The batch's share of the mean loss over all labels of the step."""
+        """Return the share of the batch in the mean loss over all labels of the step."""
         outputs = model(**inputs)
         loss = outputs.loss
         if self.args.gradient_accumulation_steps > 1:
@@ -169,8 +176,10 @@ class StageTrainer(Trainer):
 
 
 class RankDraws(TrainerCallback):
-    """At each optimizer step draws a rank for every group of elastic adapters, for all of the step's batches and for
-    what gradient checkpointing computes again. It depends on seed and step alone, so that a resumed run repeats it.
+    """Draw a rank for every group of elastic adapters at each optimizer step.
+
+    The draw holds for all batches of the step and for recomputation by gradient checkpointing. It depends on the seed
+    and the step alone, so that a resumed run repeats it.
     """
 
     def __init__(self, elastic: Sequence[Group], seed: str) -> None:
@@ -186,16 +195,21 @@ class RankDraws(TrainerCallback):
 
 
 class Watch(TrainerCallback):
-    """Shows the progress, measures memory, evaluates now and then, and ends a run whose loss isn't finite.
+    """Show the progress, measure memory, evaluate at intervals, and end a run whose loss is not finite.
 
-    title            what the bar says
-    evaluate         called every `evaluate_every` steps; its result is put into the log as "validation"
+    title      text of the bar
+    evaluate   called every `evaluate_every` steps; its result is logged as "validation"
+    log        called with the step and {"loss": ...} or {"validation": scores}
+    handler    the trainer's callbacks, which include the experiment tracker; set by the trainer
     """
 
     def __init__(
-        self, title: str, *, shown: bool, evaluate_every: int | None, evaluate: Callable[[], dict[str, float]]
-    ) -> None:
-        self.title, self.shown, self.evaluate_every, self.evaluate = title, shown, evaluate_every, evaluate
+        self, title: str, *, shown: bool, evaluate_every: int | None, evaluate: Callable[[], dict[str, float]] | None,
+        log: Callable[[int, dict[str, Any]], None] | None,
+    ) -> None:  # fmt: skip
+        self.title, self.shown, self.log = title, shown, log
+        self.evaluate_every, self.evaluate = evaluate_every, evaluate
+        self.handler: Any = None
         self.peak_memory_nbytes = 0
         self._bar: Bar | None = None
         self._memory: PeakMemory | None = None
@@ -218,8 +232,16 @@ class Watch(TrainerCallback):
         due = self.evaluate_every is not None and state.global_step % self.evaluate_every == 0
         if due or self._steps_done == _MEASURED_STEPS:
             self._stop_measuring()
-        if due:
-            state.log_history.append({"step": state.global_step, "validation": self.evaluate()})  # pyright: ignore
+        if due and self.evaluate is not None:
+            scores = self.evaluate()
+            history: list[Any] = state.log_history
+            history.append({"step": state.global_step, "validation": scores})
+            if self.log is not None:
+                self.log(state.global_step, {"validation": scores})
+            # A copy of `control`: the handler unsets should_log, and the loss of this step is yet to be logged.
+            self.handler.on_log(
+                args, state, replace(control), {f"eval_{name}": value for name, value in scores.items()}
+            )
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
@@ -233,6 +255,8 @@ class Watch(TrainerCallback):
                     rule="loss and gradient stay finite",
                     fix="lower lr_scale, or add warmup",
                 )
+        if self.log is not None:
+            self.log(state.global_step, {"loss": logs["loss"]})
         if self._bar is not None:
             self._bar.advance(1, f"loss {logs['loss']:.3f}")
 
@@ -243,7 +267,7 @@ class Watch(TrainerCallback):
             self.peak_memory_nbytes = torch.cuda.max_memory_allocated(args.device)
 
     def close(self) -> None:
-        """Ends measuring and the bar, however training ended."""
+        """End the measurement and the bar, also after an error."""
         self._stop_measuring()
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
@@ -256,10 +280,32 @@ class Watch(TrainerCallback):
             self._memory = None
 
 
+def mean_loss(model: PreTrainedModel, rows: Sequence[Example], collate: Collator, batch_size: int) -> float:
+    """Return the mean loss over all counted labels of the rows; dropout is off."""
+    total = torch.zeros((), dtype=torch.float64)
+    labels = 0
+    with in_evaluation(model), torch.inference_mode():
+        for at in range(0, len(rows), batch_size):
+            batch = {name: tensor.to(model.device) for name, tensor in collate(rows[at : at + batch_size]).items()}
+            counted = int(batch["labels"].ne(IGNORED).sum())
+            total += counted * model(**batch).loss.double().cpu()
+            labels += counted
+    return float(total / labels)
+
+
+def trackers(name: str, directory: Path) -> list[TrainerCallback]:
+    """Return the callbacks that the Trainer does not make by itself: TensorBoard, with its files in `directory`."""
+    if name != "tensorboard":
+        return []
+    tensorboard = TensorBoardCallback()
+    tensorboard.logging_dir = tensorboard.logging_dir or str(directory)
+    return [tensorboard]
+
+
 def trainer_arguments(
-    model: PreTrainedModel, settings: TrainSettings, directory: Path, checkpoint_every: int | None
+    model: PreTrainedModel, settings: TrainSettings, directory: Path, *, checkpoints: bool
 ) -> TrainingArguments:
-    """The Trainer's arguments for a stage: quiet, on the model's device, checkpoints only where asked for."""
+    """Return the arguments of the Trainer for a stage: quiet, on the model's device, with checkpoints if asked."""
     arguments = TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=settings.epochs,
@@ -274,11 +320,11 @@ def trainer_arguments(
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="no" if checkpoint_every is None else "steps",
-        save_steps=checkpoint_every or 1,
+        save_strategy="steps" if checkpoints else "no",
+        save_steps=settings.checkpoint_every,
         save_total_limit=2,
         eval_strategy="no",
-        report_to="none",
+        report_to="none" if settings.report_to == "tensorboard" else settings.report_to,
         disable_tqdm=True,
         dataloader_num_workers=0,
         dataloader_pin_memory=False,

@@ -13,6 +13,7 @@ import pydantic
 from dovetail.checkpoint.footprint import Footprint
 from dovetail.checkpoint.merge import MergeReport
 from dovetail.errors import LoadError
+from dovetail.files import read_json, write_whole
 from dovetail.searches import RankSearch
 from dovetail.tasks.task import Task
 
@@ -233,25 +234,14 @@ class Report(_Record):
 
     def save(self, directory: Path) -> None:
         """Write report.json atomically."""
-        part = directory / f".{REPORT}.part"
-        part.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        part.replace(directory / REPORT)
+        write_whole(directory / REPORT, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: str | Path) -> Report:
         """Read the report.json of a run directory; raise LoadError where it is none."""
         path = Path(directory) / REPORT
         rule, fix = "a run directory must contain a report.json that a run wrote", "pass the folder given as --output"
-        try:
-            if path.stat().st_size > MAX_NBYTES:
-                raise LoadError(str(path), found=f"more than {MAX_NBYTES} bytes", rule=rule, fix=fix)
-            report = cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise LoadError(str(path), found=error.strerror or str(error), rule=rule, fix=fix) from None
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the file"
-            raise LoadError(str(path), found=f"{place}: {first['msg']}", rule=rule, fix=fix) from None
+        report = read_json(path, cls, rule=rule, fix=fix, limit=MAX_NBYTES)
         for row in report.stages:
             if report.task.metric not in row.metrics.get(report.task.name, {}):
                 raise LoadError(str(path), found=f"row {row.name} without {report.task.metric}", rule=rule, fix=fix)

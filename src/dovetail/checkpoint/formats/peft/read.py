@@ -8,7 +8,6 @@ ranks, so `save_adapter` and `load_adapter` support them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,16 +24,15 @@ from dovetail.chains.layer.linear import chain_layers
 from dovetail.chains.link import Chain, Link, Site
 from dovetail.chains.notation import chain
 from dovetail.chains.registry import links
-from dovetail.checkpoint.adapter import JSON_NBYTES
 from dovetail.checkpoint.formats.peft.write import CONFIG_FILE, PREFIX, TENSORS_FILE, saved_modules
 from dovetail.compression.apply import apply
 from dovetail.compression.calibration import Batch
 from dovetail.errors import ChainError, LoadError
+from dovetail.files import first_problem, read_json
 from dovetail.links.adapt.peft import PeftAdapter, PeftConfig, PeftLink
+from dovetail.models.dtypes import STORED_FLOATS
 from dovetail.models.layouts import layout_of
 from dovetail.models.targets import find_targets
-
-DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -126,17 +124,8 @@ def import_peft(
 def read_config(path: Path) -> tuple[type[PeftAdapter], PeftConfig]:
     """Read and check an adapter_config.json; LoadError names a field that Dovetail does not support."""
     where = str(path)
-    try:
-        if path.stat().st_size > JSON_NBYTES:
-            raise LoadError(where, found=f"{path.stat().st_size} bytes", rule=f"at most {JSON_NBYTES} bytes")
-        raw = json.loads(path.read_bytes())
-    except OSError as error:
-        rule = "a peft adapter directory must contain adapter_config.json"
-        raise LoadError(where, found=error.strerror or str(error), rule=rule) from None
-    except (ValueError, RecursionError) as error:
-        raise LoadError(where, found=str(error)[:200], rule="adapter_config.json must be JSON") from None
-    if not isinstance(raw, dict):
-        raise LoadError(where, found=f"a {type(raw).__name__}", rule="adapter_config.json must be a JSON object")
+    rule = "a peft adapter directory must contain adapter_config.json, a JSON object"
+    raw = read_json(path, dict[str, Any], rule=rule)
     known = [link for link in links().values() if issubclass(link, PeftAdapter)]
     kinds = [kind for kind in known if kind.peft_type == raw.get("peft_type")]
     kinds = [k for k in kinds if k.peft_variant and raw.get(k.peft_variant)] or [k for k in kinds if not k.peft_variant]
@@ -146,10 +135,8 @@ def read_config(path: Path) -> tuple[type[PeftAdapter], PeftConfig]:
     try:
         config = kinds[0].peft_config.model_validate(raw)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))[:100]
         rule = "adapter_config.json must be in peft's form"
-        raise LoadError(where, found=f"{place}: {first['msg']}", rule=rule) from None
+        raise LoadError(where, found=first_problem(error), rule=rule) from None
     config.check(where)
     return kinds[0], config
 
@@ -157,8 +144,8 @@ def read_config(path: Path) -> tuple[type[PeftAdapter], PeftConfig]:
 def _shape(where: str, key: str, tensors: Any) -> tuple[int, ...]:
     """Return a tensor's shape, from the file's header."""
     part = tensors.get_slice(key)
-    if part.get_dtype() not in DTYPES:
-        rule = f"the dtype of a parameter must be one of {', '.join(DTYPES)}"
+    if part.get_dtype() not in STORED_FLOATS:
+        rule = f"the dtype of a parameter must be one of {', '.join(STORED_FLOATS)}"
         raise LoadError(f"{where}, {key[:200]}", found=part.get_dtype(), rule=rule)
     return tuple(part.get_shape())
 

@@ -12,7 +12,6 @@ earlier stage trained it, peft needs the same base (docs/peft.md).
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from dovetail.chains.layer.linear import ChainLinear, LinkState, chain_layers
 from dovetail.chains.link import Constraint
 from dovetail.chains.stages import stages
 from dovetail.errors import ChainError
+from dovetail.files import atomic, write_whole
 from dovetail.links.adapt.peft import PeftAdapter, name_layers
 from dovetail.models.layouts import LinearLayout
 from dovetail.models.targets import new_heads
@@ -193,16 +193,9 @@ def _task(model: nn.Module) -> str | None:
 def write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a peft adapter directory, created if needed; the config comes last, so nothing loads a partial one."""
     directory.mkdir(parents=True, exist_ok=True)
-    staged = {name: directory / f".{name}.part" for name in (TENSORS_FILE, CONFIG_FILE)}
-    try:
-        save_file(
-            {k: v.cpu().contiguous() for k, v in tensors.items()}, staged[TENSORS_FILE], metadata={"format": "pt"}
-        )
-        staged[CONFIG_FILE].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        # The older config is removed first: it must never be read with the new tensors.
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    with atomic(directory / TENSORS_FILE) as part:
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, metadata={"format": "pt"})
+        # The config of an older adapter must never be beside the new tensors.
         (directory / CONFIG_FILE).unlink(missing_ok=True)
-        for name, part in staged.items():
-            os.replace(part, directory / name)
-    finally:
-        for part in staged.values():
-            part.unlink(missing_ok=True)
+    write_whole(directory / CONFIG_FILE, text)

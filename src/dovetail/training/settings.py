@@ -1,0 +1,92 @@
+"""The settings of training: one list for recipes and for `dovetail.train`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from dovetail.errors import TrainError
+from dovetail.files import refusal
+from dovetail.tasks.spec import Part, Positive
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+_REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
+"""Experiment tracker -> the packages of which it needs one."""
+
+
+class Training(Part):
+    """The keys of a recipe's `train` part; each is a keyword argument of `dovetail.train`.
+
+    epochs, max_steps       of each stage; max_steps takes precedence over epochs
+    batch_size              rows of a batch; a step takes `gradient_accumulation` batches
+    lr_scale                multiplies every learning rate (CLAM's c)
+    head_learning_rate      of parameters that are trained outside the chain: new heads
+    schedule, warmup        linear or cosine to 0, or constant; fraction of the steps of a linear warm-up from 0
+    weight_decay            of matrices; vectors (scales, biases, norms) have none
+    max_grad_norm           gradients are clipped to this norm
+    max_length              tokens of a row; fewer if the model has fewer positions
+    bf16                    round the frozen base to bfloat16 permanently, and run the forward pass under autocast
+    gradient_checkpointing  compute the activations of each block again in the backward pass: less memory, slower
+    group_by_length         put rows of similar length into a batch; the longest row is in the second step
+    evaluate_every          steps between evaluations on the validation split; None: no evaluation
+    evaluate_limit          evaluate only this many records
+    checkpoint_every        steps between checkpoints
+    report_to               experiment tracker that receives losses and validation scores
+    """
+
+    epochs: PositiveFloat = 3.0
+    max_steps: Positive | None = None
+    batch_size: Positive = 32
+    gradient_accumulation: Positive = 1
+    lr_scale: PositiveFloat = 1.0
+    head_learning_rate: PositiveFloat = 1e-3
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    max_length: Annotated[int, Field(ge=2)] = 512
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    group_by_length: bool = True
+    evaluate_every: Positive | None = None
+    evaluate_limit: Positive | None = None
+    checkpoint_every: Positive = 200
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
+
+
+class TrainSettings(Training):
+    """All settings of `dovetail.train`; TrainError for an unknown name or a value out of range.
+
+    learning_rate   of a model without a chain; each link has its own (`Adapter.learning_rate`)
+    seed            of the order of rows, of dropout and of the links of later stages
+    """
+
+    learning_rate: PositiveFloat = 1e-4
+    seed: int = 0
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            known = list(type(self).model_fields)
+            raise refusal("train", error, kind=TrainError, keys=lambda _: ("train", known)) from None
+
+    def fixed(self) -> dict[str, Any]:
+        """Return the settings that a resumed run must share with the run that it continues."""
+        return self.model_dump(exclude={"evaluate_every", "evaluate_limit", "checkpoint_every", "report_to"})
+
+
+def check_report_to(name: str) -> None:
+    """Raise TrainError if the package of this experiment tracker is not installed."""
+    packages = _REPORTERS.get(name, ())
+    if packages and not any(map(find_spec, packages)):
+        raise TrainError(
+            f"train, report_to={name}",
+            found=f"the package {packages[0]} is not installed",
+            rule="report_to must name an installed experiment tracker",
+            fix=f"pip install {packages[0]}",
+        )
