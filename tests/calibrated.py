@@ -17,7 +17,7 @@ def sample(o: int, i: int, *, tokens: int = 2000, seed: int = 0) -> tuple[Tensor
 
 
 def gram_of(x: Tensor, dtype: torch.dtype = torch.float64) -> InputStatistics:
-    statistics = InputStatistics(x.shape[1], gram=True, dtype=dtype, device=x.device)
+    statistics = InputStatistics(x.shape[1], {"gram"}, dtype=dtype, device=x.device)
     for part in x.to(dtype).split(700):
         statistics.add(part)
     statistics.finish()

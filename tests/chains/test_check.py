@@ -31,8 +31,8 @@ ILLEGAL = {
     "bottleneck >> nf4": ("nf4, link 2", "nf4 after bottleneck", "non-linear", "put bottleneck last"),
     "wanda(0.5) >> lora(dropout=0.1) >> remask": ("lora in stage 1", "dropout=0.1", "remask projects", "dropout=0 in"),
     "nf4 >> vera(dropout=0.2) >> regrid": ("vera in stage 1", "dropout=0.2", "regrid projects", "dropout=0 in vera"),
-    "wanda(0.5) >> lora >> nf4": ("stage 1 of 2", "lora doesn't", "before nf4 is applied", "add remask at the end"),
-    "nf4 >> ia3 >> wanda(0.5)": ("stage 1 of 2", "ia3 doesn't keep the base's grid", "without loss", "add regrid"),
+    "wanda(0.5) >> lora >> nf4": ("stage 1 of 2", "lora does not", "before nf4 is applied", "add remask at the end"),
+    "nf4 >> ia3 >> wanda(0.5)": ("stage 1 of 2", "ia3 does not keep the base's grid", "without loss", "add regrid"),
     "wanda(0.5) >> nf4 >> lora >> wanda(0.6)": ("stage 1 of 2", "zeros", "without loss", "add remask >> regrid"),
 }  # fmt: skip
 

@@ -82,7 +82,7 @@ def walked(model: nn.Module, batches: Batches, inputs: Inputs, *, gram: bool = T
         for name in statistics:
             coarser(layers[name])
 
-    calibrate_blocks(model, layers, batches, compress, gram=gram, inputs=inputs)
+    calibrate_blocks(model, layers, batches, compress, wanted={"gram"} if gram else {"norm"}, inputs=inputs)
     return found
 
 
@@ -347,7 +347,7 @@ def test_a_layer_that_a_block_borrows_is_calibrated_there() -> None:
         assert isinstance(calls, Calls)
         calls.others = [layers["shared"]] if calls.others else []
     found: dict[str, InputStatistics] = {}
-    calibrate_blocks(model, layers, [{"x": x}], found.update, gram=True)
+    calibrate_blocks(model, layers, [{"x": x}], found.update, wanted={"gram"})
     assert {name: one.tokens for name, one in found.items()} == dict.fromkeys(layers, 20)
 
 

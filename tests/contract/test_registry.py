@@ -63,5 +63,5 @@ def test_a_pruner_reaches_its_sparsity_and_moves_the_others_only_if_it_says_so(t
     layer, before = chained(text).layer, chained("lora(r=3)").layer.base.matrix()
     after = layer.base.matrix()
     assert int((after == 0).sum()) >= round(link.sparsity * after.numel()) - after.shape[0]
-    assert torch.equal(after[after != 0], before[after != 0]) != link.needs_gram
+    assert torch.equal(after[after != 0], before[after != 0]) != link.moves_weights
     assert layer(input_of()).shape == (2, 5, 24)

@@ -34,7 +34,7 @@ made = cache(layer)
 
 def calibrated(seed: int, o: int, i: int) -> tuple[Tensor, Tensor, InputStatistics]:
     weight, x = made(seed, o, i)
-    statistics = InputStatistics(i, gram=True, dtype=x.dtype, device=x.device)
+    statistics = InputStatistics(i, {"gram"}, dtype=x.dtype, device=x.device)
     for sequence in x:
         statistics.add(sequence)
     statistics.finish()

@@ -41,7 +41,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def statistics(x: Tensor) -> InputStatistics:
-    found = InputStatistics(x.shape[1], gram=False, dtype=x.dtype, device=x.device)
+    found = InputStatistics(x.shape[1], {"norm"}, dtype=x.dtype, device=x.device)
     found.add(x)
     found.finish()
     return found

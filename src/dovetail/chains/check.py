@@ -11,16 +11,26 @@ Rules (CLAM §3.1, A.7, A.10; DESIGN.md §1):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from dovetail.chains.link import Chain, Constraint, Link, OutputAdapter, Pruner, Quantizer, arguments
-from dovetail.chains.registry import links
-from dovetail.chains.stages import stages
+from dovetail.chains.notation import chain
+from dovetail.chains.stages import CheckedChain
 from dovetail.errors import CannotMerge, ChainError
 
 
-def check(chain: Chain) -> None:
-    """Raises ChainError for a chain that can't run, naming the link by its place."""
+def check(text: str | Chain | Link) -> CheckedChain:
+    """Return the chain with its stages, once it is known that it can run; a checked chain is not checked again.
+
+    Raises ChainError that names the link by its place.
+    """
+    if isinstance(text, CheckedChain):
+        return text
+    checked = CheckedChain(chain(text).links)
+    _check_order(checked)
+    _check_stages(checked)
+    return checked
+
+
+def _check_order(chain: CheckedChain) -> None:
     quantizer: Quantizer | None = None
     pruner: Pruner | None = None
     last: OutputAdapter | None = None
@@ -70,68 +80,33 @@ def check(chain: Chain) -> None:
                     )
             case OutputAdapter():
                 last = link
-    _check_stages(chain)
 
 
-def _check_stages(chain: Chain) -> None:
-    parts = stages(chain)
-    seen: list[Link] = []
-    for number, stage in enumerate(parts):
-        seen.extend(stage.applied)
-        constraints = [link for link in stage.trained if isinstance(link, Constraint)]
+def _check_stages(chain: CheckedChain) -> None:
+    for number, stage in enumerate(chain.stages):
         for link in stage.trained:
-            if constraints and arguments(link).get("dropout"):
+            if stage.constraints and arguments(link).get("dropout"):
                 raise ChainError(
                     f"{link.name} in stage {number + 1}: {stage}",
                     found=f"dropout={arguments(link)['dropout']}",
-                    rule=f"{constraints[0].name} projects W', and W' cannot express dropout of the input",
-                    fix=f"dropout=0 in {link.name}",
+                    rule=f"{stage.constraints[0].name} projects W', and W' cannot express dropout of the input",
+                    fix=f"set dropout=0 in {link.name}",
                 )
-        broken = lost(seen, stage.trained)
-        if number + 1 < len(parts) and broken:
-            ending = closing(broken)
-            following = parts[number + 1].applied[0].name
+        if number + 1 < len(chain.stages) and stage.missing:
+            ending = " >> ".join(map(str, stage.missing))
+            what = stage.missing[0].restores
+            following = chain.stages[number + 1].applied[0].name
             raise ChainError(
-                f"stage {number + 1} of {len(parts)}: {stage}",
-                found=f"{_breaker(stage.trained, broken[0])} doesn't keep the base's {broken[0]}",
-                rule=f"a stage merges into the base before {following} is applied, without loss",
+                f"stage {number + 1} of {len(chain.stages)}: {stage}",
+                found=f"{stage.breaker(what)} does not keep the base's {what}",
+                rule=f"a stage must merge without loss into the base before {following} is applied",
                 fix=f"add {ending} at the end of the stage: {stage} >> {ending}",
             )
 
 
-_MADE_BY: dict[str, tuple[type[Link], str]] = {"zeros": (Pruner, "keeps_zeros"), "grid": (Quantizer, "keeps_grid")}
-"""What a base can have -> the kind of link that makes it, and the declaration of those that keep it."""
-
-
-def lost(applied: Sequence[Link], trained: Sequence[Link]) -> list[str]:
-    """What of a base made by `applied` is lost by merging `trained` into it: "zeros", "grid", both or neither."""
-    found = []
-    for what, (maker, keeps) in _MADE_BY.items():
-        kept = True
-        for link in trained:
-            if isinstance(link, Constraint) and link.restores == what:
-                kept = True
-            elif not getattr(link, keeps):
-                kept = False
-        if not kept and any(isinstance(link, maker) for link in applied):
-            found.append(what)
-    return found
-
-
-def closing(broken: Sequence[str]) -> str:
-    """The constraints that restore what is lost, as notation: `remask >> regrid`."""
-    names = [
-        name for what in broken for name, cls in links().items() if issubclass(cls, Constraint) and cls.restores == what
-    ]
-    return " >> ".join(names)
-
-
-def _breaker(trained: Sequence[Link], what: str) -> str:
-    return next(link.name for link in trained if not getattr(link, _MADE_BY[what][1]))
-
-
-def check_merge(chain: Chain) -> None:
-    """Raises CannotMerge, naming the links to add, when the chain's last stage can't be merged without loss."""
+def check_merge(text: str | Chain | Link) -> None:
+    """Raise CannotMerge, naming the links to add, when the chain's last stage cannot be merged without loss."""
+    chain = check(text)
     for link in chain:
         if not link.mergeable:
             raise CannotMerge(
@@ -140,14 +115,13 @@ def check_merge(chain: Chain) -> None:
                 rule="only a chain that changes the weight alone can be merged",
                 fix=f"keep the model unmerged and save its adapter, or take {link.name} out",
             )
-    parts = stages(chain)
-    applied = [link for stage in parts for link in stage.applied]
-    broken = lost(applied, parts[-1].trained)
-    if broken:
-        ending = closing(broken)
+    last = chain.stages[-1]
+    if last.missing:
+        ending = " >> ".join(map(str, last.missing))
+        lost = " and ".join(link.restores for link in last.missing)
         raise CannotMerge(
             str(chain),
-            found=f"{_breaker(parts[-1].trained, broken[0])} doesn't keep the base's " + " and ".join(broken),
+            found=f"{last.breaker(last.missing[0].restores)} does not keep the base's {lost}",
             rule="merging must not lose sparsity, nor leave the quantization grid",
-            fix=f"train with {ending} at the end: {chain} >> {ending}; or merge(lossy=True), and the loss is measured",
+            fix=f"train with {ending} at the end: {chain} >> {ending}; or call merge(lossy=True)",
         )

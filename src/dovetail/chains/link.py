@@ -22,12 +22,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from dovetail.chains.statistics import Statistic
 from dovetail.errors import CannotMerge, ChainError
 
 if TYPE_CHECKING:
     from dovetail.chains.grid import QuantizedWeight
     from dovetail.chains.statistics import InputStatistics
     from dovetail.chains.terms import Term
+
+
+Kind = Literal["pruner", "quantizer", "adapter", "constraint"]
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,20 @@ class Link(ABC):
     """A weight on the base's quantization grid stays on it."""
     mergeable: ClassVar[bool] = True
     """There is a W' that does the same; a non-linear link has none."""
-    calibrated: ClassVar[bool] = False
-    """Needs statistics of the layer's input (`dovetail.input_statistics`)."""
-    needs_gram: ClassVar[bool] = False
-    """Needs the inputs' Gram matrix too, and what it makes of the weights can't be made again without it."""
+    kind: ClassVar[Kind]
+    """The kind of link; each of the four classes below sets it."""
+    statistics: ClassVar[frozenset[Statistic]] = frozenset()
+    """The statistics of the layer's input that it needs (`dovetail.chains.statistics`)."""
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
+
+    @property
+    def remade_without_data(self) -> bool:
+        """Whether what it makes of a base can be made again without data, from the base and the pruner's mask.
+
+        Otherwise a saved adapter holds the bases.
+        """
+        return True
 
     def check(self, site: Site) -> None:
         """Raises ChainError when this link can't stand on that layer."""
@@ -89,11 +101,19 @@ class Pruner(Link):
                 others more, the mean over all weights being kept (`sparsify/allocation.py`)
     """
 
+    kind: ClassVar[Kind] = "pruner"
     keeps_zeros: ClassVar[bool] = True
     keeps_grid: ClassVar[bool] = True
+    moves_weights: ClassVar[bool] = False
+    """The weights that stay may change, too (SparseGPT)."""
 
     sparsity: float
     allocation: Literal["uniform", "outlier"]
+
+    @property
+    def remade_without_data(self) -> bool:
+        """Without moved weights, the base and the mask are enough."""
+        return not self.moves_weights
 
     @abstractmethod
     def scores(self, weight_oi: Tensor, inputs: InputStatistics | None) -> Tensor:
@@ -104,7 +124,7 @@ class Pruner(Link):
         """Which weights stay, and what they become.
 
         weight_oi  (o, i) any float dtype, not written to
-        inputs     statistics of the layer's input; None unless `calibrated`
+        inputs     statistics of the layer's input; None unless it declares `statistics`
         returns    keep (o, i) bool, False where the weight becomes zero; and the weight (o, i), weight_oi itself where
                    nothing is moved
         """
@@ -114,16 +134,22 @@ class Pruner(Link):
 class Quantizer(Link):
     """Puts the weight on a grid: scales (and zero points, or a code book) fixed once, codes stored packed."""
 
+    kind: ClassVar[Kind] = "quantizer"
     keeps_zeros: ClassVar[bool] = True
     """The grid has an exact zero, so that a pruned weight stays zero. CLAM §3.1 asks it of every quantizer in a pruned
     chain."""
+
+    @property
+    def remade_without_data(self) -> bool:
+        """Without statistics, the base is enough."""
+        return not self.statistics
 
     @abstractmethod
     def quantize(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> QuantizedWeight:
         """The weight's grid and packed codes.
 
         weight_oi  (o, i), float32 or wider values are what is rounded
-        inputs     statistics of the layer's input; None unless `calibrated`
+        inputs     statistics of the layer's input; None unless it declares `statistics`
         """
 
     def quantize_from(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> tuple[QuantizedWeight, Tensor]:
@@ -144,6 +170,7 @@ class Quantizer(Link):
 class Adapter(Link):
     """Trainable change of `(W, b)`. Identity at init."""
 
+    kind: ClassVar[Kind] = "adapter"
     differentiable: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 4e-4
     """Default learning rate (CLAM Table 4), scaled by the run's `lr_scale`."""
@@ -244,6 +271,7 @@ class Base(Protocol):
 class Constraint(Link):
     """Re-imposes an invariant of the base on whatever came before; no parameters."""
 
+    kind: ClassVar[Kind] = "constraint"
     differentiable: ClassVar[bool] = True
     keeps_zeros: ClassVar[bool] = True
     keeps_grid: ClassVar[bool] = True
@@ -298,9 +326,12 @@ def identity_of(quantizer: Quantizer) -> str:
     return f"{quantizer.name}({given})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chain:
-    """Links in the order in which they are applied. Immutable; `>>` joins links and chains."""
+    """Links in the order in which they are applied. Immutable; `>>` joins links and chains.
+
+    A chain as it was written; `dovetail.chains.check` makes a `CheckedChain` of one that can run.
+    """
 
     links: tuple[Link, ...]
 
@@ -312,6 +343,12 @@ class Chain:
 
     def __rshift__(self, other: Link | Chain) -> Chain:
         return Chain(self.links + (other.links if isinstance(other, Chain) else (other,)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Chain) and self.links == other.links
+
+    def __hash__(self) -> int:
+        return hash(self.links)
 
     def __iter__(self) -> Iterator[Link]:
         return iter(self.links)

@@ -3,45 +3,127 @@ A.10)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
-from dovetail.chains.link import Adapter, Chain, Link
+from dovetail.chains.link import Adapter, Chain, Constraint, Link, Quantizer
+from dovetail.chains.registry import links
+
+_MADE_BY = {"zeros": "pruner", "grid": "quantizer"}
+"""What a base can have -> the kind of link that makes it."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Links of one stage.
+    """The links of one stage, what the base keeps for them, and what merging them would lose.
 
-    applied  pruners and quantizers, applied once to the base, in order
-    trained  differentiable links, trained together
+    applied     pruners and quantizers, applied once to the base, in order
+    trained     differentiable links, trained together
+    keep_mask   the base keeps the pruner's mask: a constraint of this stage or of a later one reads it
+    keep_start  the base keeps its weights as they were before this stage's quantizer: a constraint starts from them
+    missing     the constraints to add at the end so that the stage merges without loss of zeros or grid
     """
 
     applied: tuple[Link, ...]
     trained: tuple[Link, ...]
+    keep_mask: bool = field(default=False, compare=False)
+    keep_start: bool = field(default=False, compare=False)
+    missing: tuple[Constraint, ...] = field(default=(), compare=False)
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
         """The links that own trainable parameters."""
         return tuple(link for link in self.trained if isinstance(link, Adapter))
 
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """The links that re-impose the base's zeros or grid."""
+        return tuple(link for link in self.trained if isinstance(link, Constraint))
+
+    @property
+    def from_codes(self) -> tuple[bool, ...]:
+        """Of each trained link, whether the weight that it receives at the start is the base as stored."""
+        on_codes = all(link.from_codes for link in self.constraints)
+        found = []
+        for link in self.trained:
+            found.append(on_codes)
+            on_codes = on_codes or (isinstance(link, Constraint) and link.restores == "grid")
+        return tuple(found)
+
+    def breaker(self, what: str) -> str:
+        """The name of the first trained link that does not keep "zeros" or "grid"."""
+        return next(link.name for link in self.trained if not getattr(link, f"keeps_{what}"))
+
     def __str__(self) -> str:
         return " >> ".join(map(str, self.applied + self.trained))
 
 
+@dataclass(frozen=True, eq=False)
+class CheckedChain(Chain):
+    """A chain that can run, with its stages. Made by `dovetail.chains.check.check` alone."""
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """Its stages, in order."""
+        return stages(self)
+
+    @cached_property
+    def quantizer(self) -> Quantizer | None:
+        """Its quantizer; a legal chain has at most one."""
+        return next((link for link in self if isinstance(link, Quantizer)), None)
+
+    def quantizer_at(self, stage: int) -> Quantizer | None:
+        """The quantizer on whose grid the base is in that stage."""
+        return self.quantizer if any(self.quantizer in part.applied for part in self.stages[: stage + 1]) else None
+
+
 def stages(chain: Chain) -> tuple[Stage, ...]:
-    """Splits a chain by (N* D*).
+    """Split a chain by (N* D*).
 
     >>> from dovetail import chain
     >>> [str(stage) for stage in stages(chain("lora >> wanda(0.5) >> nf4 >> lora >> ia3"))]
     ['lora(r=8)', 'wanda(0.5) >> nf4 >> lora(r=8) >> ia3']
     """
-    found: list[Stage] = []
-    applied: list[Link] = []
-    trained: list[Link] = []
+    split: list[tuple[list[Link], list[Link]]] = [([], [])]
     for link in chain:
-        if trained and not link.differentiable:
-            found.append(Stage(tuple(applied), tuple(trained)))
-            applied, trained = [], []
-        (trained if link.differentiable else applied).append(link)
-    found.append(Stage(tuple(applied), tuple(trained)))
+        if split[-1][1] and not link.differentiable:
+            split.append(([], []))
+        split[-1][1 if link.differentiable else 0].append(link)
+    found = []
+    for number, (applied, trained) in enumerate(split):
+        so_far = [link for part, _ in split[: number + 1] for link in part]
+        still = [link for _, part in split[number:] for link in part if isinstance(link, Constraint)]
+        pruned = any(link.kind == "pruner" for link in so_far)
+        quantized_here = any(link.kind == "quantizer" for link in applied)
+        found.append(
+            Stage(
+                tuple(applied),
+                tuple(trained),
+                keep_mask=pruned and any(link.restores == "zeros" for link in still),
+                keep_start=quantized_here
+                and any(isinstance(link, Constraint) and not link.from_codes for link in trained),
+                missing=_missing(so_far, trained),
+            )
+        )
     return tuple(found)
+
+
+def _missing(applied: Sequence[Link], trained: Sequence[Link]) -> tuple[Constraint, ...]:
+    """The constraints that restore what merging `trained` into a base made by `applied` would lose."""
+    found = []
+    for what, kind in _MADE_BY.items():
+        kept = True
+        for link in trained:
+            if isinstance(link, Constraint) and link.restores == what:
+                kept = True
+            elif not getattr(link, f"keeps_{what}"):
+                kept = False
+        if not kept and any(link.kind == kind for link in applied):
+            found.append(constraint_of(what))
+    return tuple(found)
+
+
+def constraint_of(what: str) -> Constraint:
+    """The registered constraint that restores "zeros" or "grid", with its default arguments."""
+    return next(cls() for cls in links().values() if issubclass(cls, Constraint) and cls.restores == what)

@@ -26,14 +26,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dovetail.chains.check import check
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.bits import pack_bits, unpack_bits
 from dovetail.chains.layer.elastic import check_saved, load_ranks, saved_ranks, shapes_at
 from dovetail.chains.layer.fingerprint import base_fingerprint
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
-from dovetail.chains.link import Adapter, Chain, Pruner
-from dovetail.chains.notation import chain
-from dovetail.chains.stages import stages
+from dovetail.chains.link import Adapter, Pruner
+from dovetail.chains.stages import CheckedChain
 from dovetail.compression.apply import apply, restore
 from dovetail.errors import ChainError, LoadError
 from dovetail.files import atomic, read_json, write_whole
@@ -107,21 +107,21 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
     errors   ChainError when the model carries no chain, or is between two stages
     """
     record, layers, directory = applied(model), chain_layers(model), Path(directory)
-    links = stages(record.chain)[record.stage].trained
+    links = record.stage.trained
     if any(len(layer.states) != len(links) for layer in layers.values()):
         raise ChainError(
             f"save_adapter of {record.chain}",
-            found=f"stage {record.stage + 1}, merged, and the next one not begun",
+            found=f"stage {record.number + 1}, merged, and the next one not begun",
             rule="an adapter is saved while its stage is current",
             fix="call dovetail.advance again, which failed before",
         )
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: parameter.detach() for key, parameter in parameters_of(model).items()}
     for name, layer in layers.items():
-        if _keeps_bases(record.chain, record.stage):
+        if _keeps_bases(record.chain, record.number):
             kept = {**layer.base.state_dict(), "start": layer.base.start, "bias": layer.bias}
             tensors |= {f"base/{name}/{key}": value for key, value in kept.items() if value is not None}
-        elif any(isinstance(link, Pruner) for link in stages(record.chain)[0].applied):
+        elif any(isinstance(link, Pruner) for link in record.stage.applied):
             tensors[f"mask/{name}"] = _mask_bits(layer)
     with atomic(directory / "adapter.safetensors") as part:
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part, metadata={"format": "pt"})
@@ -138,7 +138,7 @@ def describe(model: nn.Module) -> AdapterFile:
         chain=str(record.chain),
         targets=record.targets if isinstance(record.targets, str) else list(record.targets),
         seed=record.seed,
-        stage=record.stage,
+        stage=record.number,
         base_fingerprint=record.base_fingerprint,
         chain_fingerprint=base_fingerprint(layers),
         quantizer=base.identity,
@@ -148,9 +148,9 @@ def describe(model: nn.Module) -> AdapterFile:
     )
 
 
-def _keeps_bases(chain_: Chain, stage: int) -> bool:
+def _keeps_bases(chain_: CheckedChain, stage: int) -> bool:
     """Return whether the bases cannot be computed again from the model and its masks: trained or fitted to data."""
-    return stage > 0 or any(link.needs_gram for link in stages(chain_)[0].applied)
+    return stage > 0 or any(not link.remade_without_data for link in chain_.stages[0].applied)
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
@@ -200,10 +200,10 @@ def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], w
         _apply_again(model, file, tensors, where)
         layers = chain_layers(model)
         _round_again(model, file, tensors)
-    elif str(applied(model).chain) != file.chain or applied(model).stage != file.stage:
+    elif str(applied(model).chain) != file.chain or applied(model).number != file.stage:
         raise LoadError(
             where,
-            found=f"a model that carries {applied(model).chain}, stage {applied(model).stage + 1}",
+            found=f"a model that carries {applied(model).chain}, stage {applied(model).number + 1}",
             rule=f"this adapter belongs to {file.chain}, stage {file.stage + 1}",
         )
     check_constants(model, file.seed, where)
@@ -233,10 +233,10 @@ def check_constants(model: nn.Module, seed: int, where: str) -> None:
 
 
 def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
-    links = chain(file.chain)
-    parts = stages(links)
-    if file.stage >= len(parts):
-        raise LoadError(where, found=f"stage={file.stage}", rule=f"{file.chain} has {len(parts)} stages, from 0")
+    links = check(file.chain)
+    if file.stage >= len(links.stages):
+        rule = f"{file.chain} has {len(links.stages)} stages, numbered from 0"
+        raise LoadError(where, found=f"stage={file.stage}", rule=rule)
     bases: dict[str, dict[str, Tensor]] = {}
     masks = {}
     for key, tensor in tensors.items():
@@ -257,9 +257,9 @@ def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor]
             bases.setdefault(name, {})[what] = tensor
     try:
         if _keeps_bases(links, file.stage):
-            restore(model, file.chain, targets=file.targets, seed=file.seed, stage=file.stage, bases=bases)
+            restore(model, links, targets=file.targets, seed=file.seed, stage=file.stage, bases=bases)
         else:
-            apply(model, file.chain, targets=file.targets, seed=file.seed, masks=masks or None)
+            apply(model, links, targets=file.targets, seed=file.seed, masks=masks or None)
     except (KeyError, RuntimeError) as error:  # a layer that the file lacks, or another name or shape in a base
         raise LoadError(
             where,

@@ -10,20 +10,18 @@ the size that the footprint counts. Stock: transformers' own modules, the values
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dovetail.chains.check import check_merge, closing, lost
-from dovetail.chains.layer.applied import applied, stages_left
+from dovetail.chains.check import check_merge
+from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.fingerprint import packed_fingerprint
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.chains.link import Constraint
-from dovetail.chains.notation import chain
-from dovetail.chains.stages import stages
 from dovetail.checkpoint.footprint import Footprint, footprint
 from dovetail.compression.apply import replace_module
 from dovetail.compression.calibration import Batch
@@ -73,7 +71,7 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
     from transformers import PreTrainedModel
 
     record = applied(model)
-    if left := stages_left(model):
+    if left := record.stages_left:
         raise ChainError(
             str(record.chain),
             found=f"{left} stage(s) not yet run",
@@ -85,7 +83,7 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
     except CannotMerge:
         if not lossy or any(not link.mergeable for link in record.chain):
             raise
-    layers = chain_layers(model)
+    layers = record.layers
     for name, layer in layers.items():
         for parameter in layer.links.parameters():
             if not bool(torch.isfinite(parameter).all()):
@@ -105,12 +103,10 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
         raise
     identity = next(iter(layers.values())).base.identity
     tally = _Tally()
-    parts = stages(record.chain)
-    restore = closing(lost([link for part in parts for link in part.applied], parts[-1].trained))
     for layer in layers.values():
-        _absorb(layer, restore, tally)
+        _absorb(layer, record.stage.missing, tally)
         layer.record = None  # merged: no chain to train, save or merge any more
-    del layers
+    layers.clear()  # or codes and values of all layers would be held together in `to_stock`
     summary = footprint(model)
     model.requires_grad_(False)
     if isinstance(model, PreTrainedModel):
@@ -173,7 +169,7 @@ class _Tally:
     square: float = 0.0
 
 
-def _absorb(layer: ChainLinear, restore: str, tally: _Tally) -> None:
+def _absorb(layer: ChainLinear, restore: Sequence[Constraint], tally: _Tally) -> None:
     """Merge one layer into its base and count the effect."""
     base = layer.base
     tally.weights += base.shape[0] * base.shape[1]
@@ -183,8 +179,7 @@ def _absorb(layer: ChainLinear, restore: str, tally: _Tally) -> None:
     tally.zeros_before += _zeros(base.matrix() if restore else used)
     if restore:
         weight = used.clone()
-        for link in chain(restore):
-            assert isinstance(link, Constraint)
+        for link in restore:
             weight = (
                 link.project(weight, base)
                 if link.restores == "grid" or base.mask_bits is not None

@@ -40,7 +40,7 @@ def method_rows() -> list[dict[str, Any]]:
                 "keeps_zeros": link.keeps_zeros,
                 "keeps_grid": link.keeps_grid,
                 "mergeable": link.mergeable,
-                "calibrated": link.calibrated,
+                "calibrated": bool(link.statistics),
                 "learning_rate": link.learning_rate if issubclass(link, Adapter) else None,
                 "summary": link.summary,
                 "source": link.source,

@@ -16,9 +16,8 @@ from dovetail.chains.check import check
 from dovetail.chains.layer.applied import AppliedChain, Inputs, applied, stages_left
 from dovetail.chains.layer.attach import attach, replace_module
 from dovetail.chains.layer.linear import ChainLinear, LinkState, Shared, adapter_dtype, chain_layers
-from dovetail.chains.link import Adapter, Chain, Constraint, Link, Quantizer, arguments
-from dovetail.chains.notation import chain
-from dovetail.chains.stages import Stage, stages
+from dovetail.chains.link import Adapter, Chain, Link, arguments
+from dovetail.chains.stages import Stage
 from dovetail.compression.calibration import Batch, checked
 from dovetail.compression.compress import compress, refuse_bad_weights
 from dovetail.errors import ChainError, DataError
@@ -39,7 +38,7 @@ def apply(
     on_link: Callable[[Link], None] | None = None,
     progress: bool = False,
 ) -> nn.Module:
-    """Puts a chain on the model, in place, up to the end of its first stage's pruners and quantizers.
+    """Put a chain on the model, in place, up to the end of its first stage's pruners and quantizers.
 
     Layers are compressed one after the other, and what they were is let go: no second copy of the model is held.
 
@@ -57,27 +56,25 @@ def apply(
                  layer is compressed already (calibration data of which a later batch is bad, a kill) leaves a model
                  that every further use refuses: load it again
     """
-    the_chain = chain(chain_)
-    check(the_chain)
+    checked = check(chain_)
     if calibration_inputs not in get_args(Inputs):
         known = " or ".join(get_args(Inputs))
-        raise ChainError("apply", found=f"calibration_inputs={calibration_inputs!r}", rule=f"it is {known}")
-    first = stages(the_chain)[0]
-    batches = _calibration(first, calibration) if masks is None else None
-    record, layers, found = attach(model, the_chain, targets, seed)
+        raise ChainError("apply", found=f"calibration_inputs={calibration_inputs!r}", rule=f"it must be {known}")
+    batches = _calibration(checked.stages[0], calibration) if masks is None else None
+    record, found = attach(model, checked, targets, seed)
     record.on_link, record.calibration_inputs = on_link, calibration_inputs
     untouched = {target.name: target.module for target in found}
-    del found  # or the weights as they were would live until the end
+    del found  # or the original weights would live until the end
     try:
-        _start(model, layers, first, record, batches, masks, progress, untouched)
+        _start(model, record, batches, masks, progress, untouched)
     except BaseException:
-        if len(untouched) == len(layers):
+        if len(untouched) == len(record.layers):
             for name, module in untouched.items():
-                replace_module(model, layers[name], module)
+                replace_module(model, record.layers[name], module)
         else:
             record.broken = True
         raise
-    _freeze(model, layers)
+    _freeze(model, record)
     return model
 
 
@@ -90,21 +87,37 @@ def restore(
     stage: int,
     bases: Mapping[str, Mapping[str, Tensor]],
 ) -> nn.Module:
-    """Puts a chain on the model at a later stage, with the bases that earlier stages trained."""
-    the_chain = chain(chain_)
-    check(the_chain)
-    parts = stages(the_chain)[: stage + 1]
-    record, layers, _ = attach(model, the_chain, targets, seed)
-    record.stage = stage
-    quantizers = [link for part in parts for link in part.applied if isinstance(link, Quantizer)]
-    for name, layer in layers.items():
-        kept = dict(bases[name])
-        bias = kept.pop("bias", None)
-        layer.base.restore(quantizers[0] if quantizers else None, kept)
+    """Put a chain on the model at a later stage, with the bases that earlier stages trained."""
+    record, _ = attach(model, check(chain_), targets, seed)
+    record.number = stage
+    quantizer = record.chain.quantizer_at(stage)
+    for name, layer in record.layers.items():
+        state = dict(bases[name])
+        bias = state.pop("bias", None)
+        layer.base.restore(quantizer, state)
         if bias is not None:
             layer.bias = nn.Parameter(bias.to(layer.base.device), requires_grad=False)
-    start_links(layers, parts[stage], record)
-    _freeze(model, layers)
+    _start_links(record)
+    _freeze(model, record)
+    return model
+
+
+def apply_on_meta(
+    model: nn.Module, chain_: str | Chain | Link, targets: str | Sequence[str] = "all-linear", stage: int = 0
+) -> nn.Module:
+    """Put a chain on a model without storage, in place, as it stands in a stage: every check, no computation.
+
+    model   on the meta device, such as `dovetail.checkpoint.load.empty_model` returns
+    errors  what `apply` raises before it changes anything
+    """
+    with torch.device("meta"):
+        record, _ = attach(model, check(chain_), targets, 0)
+        record.number = stage
+        here = record.stage
+        for layer in record.layers.values():
+            layer.base.allocate(record.chain.quantizer_at(stage), mask=here.keep_mask, start=here.keep_start)
+        _start_links(record)
+    _freeze(model, record)
     return model
 
 
@@ -112,48 +125,45 @@ def restore(
 def advance(
     model: nn.Module, *, calibration: Iterable[Batch] | None = None, seed: int | None = None, progress: bool = False
 ) -> nn.Module:
-    """Merges the stage in hand into the base, exactly, and starts the next: its pruners and quantizers run.
+    """Merge the current stage into the base, exactly, and start the next: its pruners and quantizers run.
 
-    A quantized base stays quantized. ChainError when no stage is left. Where calibration fails, the stage in hand is
-    merged already, but the next one isn't begun: `advance` can be called again, unless a layer was compressed.
+    A quantized base stays quantized. ChainError when no stage is left. Where calibration fails, the current stage is
+    already merged and the next one has not begun: `advance` can be called again, unless a layer was compressed.
     """
     record = applied(model)
-    parts = stages(record.chain)
-    if record.stage + 1 >= len(parts):
+    if not record.stages_left:
         raise ChainError(
             str(record.chain),
-            found=f"stage {record.stage + 1} of {len(parts)} in hand",
+            found=f"stage {record.number + 1} of {len(record.chain.stages)}, the last one",
             rule="advance needs a next stage",
             fix="merge the model",
         )
-    following = parts[record.stage + 1]
-    batches = _calibration(following, calibration)
-    layers = chain_layers(model)
-    for layer in layers.values():
+    batches = _calibration(record.chain.stages[record.number + 1], calibration)
+    for layer in record.layers.values():
         layer.absorb()
-    if record.on_link is not None and (merged := parts[record.stage].trained):
+    if record.on_link is not None and (merged := record.stage.trained):
         record.on_link(merged[-1])
-    record.stage += 1
+    record.number += 1
     if seed is not None:
         record.seed = seed
-    untouched = dict.fromkeys(layers)
+    untouched = dict.fromkeys(record.layers)
     try:
-        _start(model, layers, following, record, batches, None, progress, untouched)
+        _start(model, record, batches, None, progress, untouched)
     except BaseException:
-        record.stage -= 1  # or `merge` would take the stage for done
-        record.broken = len(untouched) < len(layers)
+        record.number -= 1  # or `merge` would take the stage for done
+        record.broken = len(untouched) < len(record.layers)
         raise
     return model
 
 
 def _calibration(stage: Stage, calibration: Iterable[Batch] | None) -> list[Batch] | None:
-    needing = [link for link in stage.applied if link.calibrated]
+    needing = [link for link in stage.applied if link.statistics]
     if needing and calibration is None:
         raise ChainError(
             f"{needing[0].name} in {stage}",
             found="no calibration data",
             rule=f"{needing[0].name} looks at the activations of some text",
-            fix="apply(…, calibration=[{'input_ids': …}, …]); magnitude needs none",
+            fix="pass calibration=[{'input_ids': …}, …], or use magnitude, which needs none",
         )
     batches = None if calibration is None else checked(calibration)
     if needing and not batches:
@@ -166,8 +176,8 @@ def _calibration(stage: Stage, calibration: Iterable[Batch] | None) -> list[Batc
     return batches
 
 
-def _freeze(model: nn.Module, layers: Mapping[str, ChainLinear]) -> None:
-    """Freezes everything but adapters and a sequence classifier's own head, which starts untrained."""
+def _freeze(model: nn.Module, record: AppliedChain) -> None:
+    """Freeze everything but adapters and a sequence classifier's own head, which starts untrained."""
     new: set[int] = set()
     if type(model).__name__.endswith("ForSequenceClassification"):
         body = getattr(model, "base_model", model)
@@ -175,66 +185,53 @@ def _freeze(model: nn.Module, layers: Mapping[str, ChainLinear]) -> None:
         new = {id(p) for p in model.parameters() if id(p) not in inside}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in new)
-    for layer in layers.values():
+    for layer in record.layers.values():
         layer.links.requires_grad_(True)
 
 
 def _start(
     model: nn.Module,
-    layers: Mapping[str, ChainLinear],
-    stage: Stage,
     record: AppliedChain,
     batches: list[Batch] | None,
     masks: Mapping[str, Tensor] | None,
     progress: bool,
     untouched: dict[str, Any],
 ) -> None:
-    """Runs the stage's pruners and quantizers on the bases, then puts its differentiable links on the layers.
+    """Run the current stage's pruners and quantizers on the bases, then put its differentiable links on the layers.
 
-    untouched  layer name -> what holds its weight as it was; let go as layers are compressed
+    untouched  layer name -> what holds its original weight; let go as layers are compressed
     """
-    later = [link for part in stages(record.chain)[record.stage :] for link in part.trained]
-    keep_mask = any(isinstance(link, Constraint) and link.restores == "zeros" for link in later)
-    keep_start = any(isinstance(link, Constraint) and not link.from_codes for link in stage.trained)
+    stage, layers = record.stage, record.layers
     if stage.applied:
         refuse_bad_weights(layers)
     for link in stage.applied:
         compress(
-            model, layers, link, batches, inputs=record.calibration_inputs, keep_start=keep_start, masks=masks,
+            model, layers, link, batches, inputs=record.calibration_inputs, keep_start=stage.keep_start, masks=masks,
             progress=progress, touch=lambda name: untouched.pop(name, None),
         )  # fmt: skip
-        if not keep_mask:
+        if not stage.keep_mask:
             for layer in layers.values():
                 layer.base.mask_bits = None
         if record.on_link is not None:
             record.on_link(link)
-    start_links(layers, stage, record)
+    _start_links(record)
 
 
-def start_links(layers: Mapping[str, ChainLinear], stage: Stage, record: AppliedChain) -> None:
-    """Puts a stage's differentiable links on the layers, with their initial values."""
+def _start_links(record: AppliedChain) -> None:
+    """Put the current stage's differentiable links on the layers, with their initial values."""
+    stage, layers = record.stage, record.layers
+    shapes = [layer.base.shape for layer in layers.values()]
+    widest = max(o for o, _ in shapes), max(i for _, i in shapes)
     shared = [
-        Shared(
-            link.constants(_widest(layers.values()), record.seed, torch.float32) if isinstance(link, Adapter) else {}
-        )
+        Shared(link.constants(widest, record.seed, torch.float32) if isinstance(link, Adapter) else {})
         for link in stage.trained
     ]
-    from_codes = _from_codes(stage)
     for layer in layers.values():
-        layer.set_links(
-            _state(link, layer, shared[place], record, place, from_codes[place])
-            for place, link in enumerate(stage.trained)
-        )
-
-
-def _from_codes(stage: Stage) -> list[bool]:
-    """Of each trained link, whether the weight that it receives is the quantized one."""
-    on_codes = all(link.from_codes for link in stage.trained if isinstance(link, Constraint))
-    found = []
-    for link in stage.trained:
-        found.append(on_codes)
-        on_codes = on_codes or (isinstance(link, Constraint) and link.restores == "grid")
-    return found
+        states = []
+        for place, link in enumerate(stage.trained):
+            values = _initial(layer, record, place, record.seed)
+            states.append(LinkState(link, layer.site, values, shared[place]).train(layer.training))
+        layer.set_links(states)
 
 
 @torch.inference_mode(mode=False)
@@ -250,37 +247,24 @@ def initial_values(model: nn.Module, seed: int | None = None) -> dict[str, Tenso
     errors   ChainError when the model carries no chain
     """
     record = applied(model)
-    stage, seed = stages(record.chain)[record.stage], record.seed if seed is None else seed
-    from_codes, found = _from_codes(stage), {}
-    for name, layer in chain_layers(model).items():
-        for place, state in enumerate(layer.states):
-            link = stage.trained[place]
-            values = _initial(link, layer, seed, record.stage, place, from_codes[place])
+    found = {}
+    for name, layer in record.layers.items():
+        for place, (link, state) in enumerate(zip(record.stage.trained, layer.states, strict=True)):
+            values = _initial(layer, record, place, record.seed if seed is None else seed)
             if isinstance(link, Adapter) and link.ranks and state.rank is None:
                 values = {key: value.clone() for key, value in link.at_rank(values, arguments(state.link)["r"]).items()}
             found |= {f"{name}/{place}/{key}": value for key, value in values.items()}
     return found
 
 
-def _widest(layers: Iterable[ChainLinear]) -> tuple[int, int]:
-    shapes = [layer.base.shape for layer in layers]
-    return max(o for o, _ in shapes), max(i for _, i in shapes)
-
-
-def _state(
-    link: Link, layer: ChainLinear, shared: Shared, record: AppliedChain, place: int, from_codes: bool
-) -> LinkState:
-    values = _initial(link, layer, record.seed, record.stage, place, from_codes)
-    return LinkState(link, layer.site, values, shared).train(layer.training)
-
-
 @torch.no_grad()
-def _initial(link: Link, layer: ChainLinear, seed: int, stage: int, place: int, from_codes: bool) -> dict[str, Tensor]:
-    """A link's initial values; they depend on nothing else than the arguments and the layer's base."""
+def _initial(layer: ChainLinear, record: AppliedChain, place: int, seed: int) -> dict[str, Tensor]:
+    """Return the initial values of the link at `place`; they depend on its arguments and the layer's base alone."""
+    link = record.stage.trained[place]
     if not isinstance(link, Adapter):
         return {}
-    weight = layer.base.start_weight(from_codes)
-    text = f"{seed}/{stage}/{place}/{layer.site.name}"
+    weight = layer.base.start_weight(record.stage.from_codes[place])
+    text = f"{seed}/{record.number}/{place}/{layer.site.name}"
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
     dtype = adapter_dtype(layer.base.dtype)
     values = link.init(layer.site, weight.to(dtype), generator)

@@ -11,7 +11,7 @@ Source: GPTQ's and SparseGPT's drivers (Frantar et al. 2022, §4; 2023, §3.4), 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dovetail.chains.layer.applied import Inputs
 from dovetail.chains.layer.linear import ChainLinear
-from dovetail.chains.statistics import InputStatistics, padding_mask
+from dovetail.chains.statistics import InputStatistics, Statistic, padding_mask
 from dovetail.compression.passes import (
     LOOK,
     Batch,
@@ -66,7 +66,7 @@ def calibrate_blocks(
     batches: Sequence[Batch],
     compress: Compress,
     *,
-    gram: bool,
+    wanted: Collection[Statistic],
     inputs: Inputs = "compressed",
     title: str = "calibrating",
     progress: bool = False,
@@ -76,7 +76,7 @@ def calibrate_blocks(
     layers    the layers to watch, all inside the model
     batches   keyword arguments of the model's forward; `attention_mask` (b, t), where there is one, tells padding apart
     compress  called once for each block, with layer name -> statistics; may take entries out to free them
-    gram      whether Gram matrices are wanted
+    wanted    the statistics that the link declares
     inputs    what a block is fed: the outputs of the "compressed" blocks before it, or of the "original" ones
     errors    DataError for NaN activations, for a layer that no input reaches, for too few tokens: names the layer.
               What the first rows show, they show before `compress` is called
@@ -97,7 +97,9 @@ def calibrate_blocks(
                     if not names:  # a block that is used again
                         passes.go_on(here)
                         continue
-                    statistics = _statistics(passes, here, {name: layers[name] for name in names}, gram, once, decoded)
+                    statistics = _statistics(
+                        passes, here, {name: layers[name] for name in names}, wanted, once, decoded
+                    )
                     if inputs == "original":
                         if left:
                             passes.go_on(here)
@@ -115,12 +117,17 @@ def calibrate_blocks(
 
 
 def _statistics(
-    passes: Passes, here: list[Pass], layers: Mapping[str, ChainLinear], gram: bool, once: set[str], decoded: set[str]
+    passes: Passes,
+    here: list[Pass],
+    layers: Mapping[str, ChainLinear],
+    wanted: Collection[Statistic],
+    once: set[str],
+    decoded: set[str],
 ) -> dict[str, InputStatistics]:
     """Runs the block on what every pass brings it, and adds up what its layers are fed."""
-    found = _watch(passes, here, layers, gram, once, decoded, share=True)
+    found = _watch(passes, here, layers, wanted, once, decoded, share=True)
     if found is None:
-        found = _watch(passes, here, layers, gram, once, decoded, share=False)
+        found = _watch(passes, here, layers, wanted, once, decoded, share=False)
     assert found is not None
     for name, statistics in found.items():
         if not statistics.tokens:
@@ -131,7 +138,7 @@ def _statistics(
             raise _not_finite(name)
         if not bool(statistics.square_i.any()):
             raise _unreached(name)
-        if gram and statistics.tokens < LEAST_TOKENS:
+        if "gram" in wanted and statistics.tokens < LEAST_TOKENS:
             raise DataError(
                 f"calibration of {name}",
                 found=f"{statistics.tokens} tokens",
@@ -145,7 +152,7 @@ def _watch(
     passes: Passes,
     here: list[Pass],
     layers: Mapping[str, ChainLinear],
-    gram: bool,
+    wanted: Collection[Statistic],
     once: set[str],
     decoded: set[str],
     *,
@@ -173,7 +180,7 @@ def _watch(
             consistent &= leader.setdefault(name, first) == first
             if first == name:
                 if name not in found:
-                    found[name] = InputStatistics(layer.in_features, gram=gram, dtype=x.dtype, device=x.device)
+                    found[name] = InputStatistics(layer.in_features, wanted, dtype=x.dtype, device=x.device)
                 seen[name] = (weakref.ref(x), x._version)
                 found[name].add(input_rows(x, layer.layout, one.decoder_mask if name in decoded else one.mask))
 
@@ -182,9 +189,7 @@ def _watch(
             return None
     for name, layer in layers.items():
         if name not in leader:
-            found[name] = InputStatistics(
-                layer.in_features, gram=False, dtype=layer.base.dtype, device=layer.base.device
-            )
+            found[name] = InputStatistics(layer.in_features, (), dtype=layer.base.dtype, device=layer.base.device)
     return {name: found[leader.get(name, name)] for name in layers}
 
 

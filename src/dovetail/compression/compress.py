@@ -33,7 +33,7 @@ def compress(
 ) -> None:
     """Prunes or quantizes the bases of the layers, in place.
 
-    batches     calibration data, where the link is calibrated
+    batches     calibration data, where the link needs statistics
     inputs      what a block is calibrated on (`dovetail.calibrate_blocks`)
     keep_start  a quantizer keeps the dense weights beside the codes
     masks       layer name -> (o, i) bool: pruners take these and look at no data
@@ -58,7 +58,7 @@ def compress(
         elif isinstance(own, Quantizer):
             base.quantize(own, statistics, keep_start)
 
-    if not link.calibrated:
+    if not link.statistics:
         for name in layers:
             one(name, None)
         return
@@ -71,7 +71,7 @@ def compress(
 
     assert batches is not None
     calibrate_blocks(
-        model, layers, batches, block, gram=link.needs_gram, inputs=inputs, title=link.name, progress=progress
+        model, layers, batches, block, wanted=link.statistics, inputs=inputs, title=link.name, progress=progress
     )
 
 
@@ -85,9 +85,11 @@ def _allocated(
         for name, statistics in found.items():
             ratios[name] = outlier_ratio(link.scores(layers[name].base.matrix(), statistics))
 
-    if link.calibrated:
+    if link.statistics:
         assert batches is not None
-        calibrate_blocks(model, layers, batches, look, gram=False, title=f"{link.name}: outliers", progress=progress)
+        calibrate_blocks(
+            model, layers, batches, look, wanted=("norm",), title=f"{link.name}: outliers", progress=progress
+        )
     else:
         ratios = {name: outlier_ratio(link.scores(layer.base.matrix(), None)) for name, layer in layers.items()}
     sizes = {name: layer.base.shape[0] * layer.base.shape[1] for name, layer in layers.items()}

@@ -19,10 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dovetail.chains.check import check
 from dovetail.chains.layer.elastic import load_ranks
 from dovetail.chains.layer.linear import chain_layers
-from dovetail.chains.notation import chain
-from dovetail.chains.stages import stages
 from dovetail.checkpoint.adapter import Before, put_chain, save_adapter
 from dovetail.checkpoint.formats.peft.write import write_adapter
 from dovetail.checkpoint.load import load_tokenizer
@@ -118,8 +117,8 @@ def begin_chain(model: nn.Module, origin: Origin) -> None:
     if file is None:
         rule = 'an expert with initial="chain" must hold its adapter.json'
         raise LoadError("expert", found="no adapter", rule=rule, fix="pack the adapter again")
-    links = chain(file.chain)
-    fitted = [str(link) for link in stages(links)[0].applied if link.calibrated]
+    links = check(file.chain)
+    fitted = [str(link) for link in links.stages[0].applied if link.statistics]
     fresh = not chain_layers(model)
     if fresh and (fitted or file.stage):
         raise ChainError(

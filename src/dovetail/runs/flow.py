@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from dovetail.chains.check import check, check_merge
-from dovetail.chains.link import Adapter, Chain, Pruner, Quantizer
-from dovetail.chains.notation import chain
-from dovetail.chains.stages import stages
+from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.adapter import save_adapter
 from dovetail.checkpoint.footprint import Footprint, footprint
 from dovetail.checkpoint.load import HEAD_KINDS, best_device, empty_model, load, load_config
@@ -124,7 +122,7 @@ def run(
         merged, checkpoint, packed = None, None, None
         if recipe.merge != "none":
             merged = merge(model, lossy=recipe.merge == "lossy", probe=_probe(batches), packed=True)
-            if any(not link.differentiable for link in links):
+            if any(stage.applied for stage in links.stages):
                 packed = deliver_packed(folder.path / PACKED, model, tokenizer, _probe(batches), task.kind)
             to_stock(model)
             rows.add("merged", merged.footprint)
@@ -152,7 +150,7 @@ def run(
     return report
 
 
-def row_names(links: Chain, *, head: bool = False) -> list[str]:
+def row_names(links: CheckedChain, *, head: bool = False) -> list[str]:
     """The names of the rows between "base" and "merged", in order: pruned, quantized, tuned.
 
     Of several rows of one kind the last has the plain name, the others say their stage: "tuned, stage 1".
@@ -160,11 +158,11 @@ def row_names(links: Chain, *, head: bool = False) -> list[str]:
     head   whether a new task head is trained beside the chain, so that the last stage is tuned in any case
     """
     found: list[tuple[str, int]] = []
-    parts = stages(links)
+    parts = links.stages
     for number, stage in enumerate(parts, 1):
-        found += [("pruned" if isinstance(link, Pruner) else "quantized", number) for link in stage.applied]
+        found += [("pruned" if link.kind == "pruner" else "quantized", number) for link in stage.applied]
         last = number == len(parts)
-        if (stage.trained and not last) or (last and (head or any(isinstance(k, Adapter) for k in stage.trained))):
+        if (stage.trained and not last) or (last and (head or stage.adapters)):
             found.append(("tuned", number))
     latest = {kind: index for index, (kind, _) in enumerate(found)}
     return [kind if latest[kind] == index else f"{kind}, stage {number}" for index, (kind, number) in enumerate(found)]
@@ -211,13 +209,12 @@ def _recipe(recipe: Recipe | str | Path | Mapping[str, Any]) -> tuple[Recipe, st
     return (recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)), "run"
 
 
-def legal_chain(recipe: Recipe) -> Chain:
+def legal_chain(recipe: Recipe) -> CheckedChain:
     """The chain, once it is known that it can run and be merged as asked."""
-    links = chain(recipe.chain)
-    check(links)
+    links = check(recipe.chain)
     if recipe.merge == "exact" or (recipe.merge == "lossy" and any(not link.mergeable for link in links)):
         check_merge(links)
-    if recipe.search is not None and not any(link.ranks for link in stages(links)[-1].adapters):
+    if recipe.search is not None and not any(link.ranks for link in links.stages[-1].adapters):
         raise RecipeError(
             "search", found=f"chain {links}", rule="a search needs elastic ranks in the chain's last stage",
             fix="lora(r=16, elastic=[16, 12, 8]), or no search",
@@ -257,8 +254,8 @@ def _probe(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: tensor[:PROBE_ROWS] for name, tensor in batches[0].items()}
 
 
-def _verdict(merged: MergeReport | None, recipe: Recipe, links: Chain) -> str:
-    quantized = any(isinstance(link, Quantizer) for link in links)
+def _verdict(merged: MergeReport | None, recipe: Recipe, links: CheckedChain) -> str:
+    quantized = links.quantizer is not None
     return verdict(merged, lossy=recipe.merge == "lossy", quantized=quantized)
 
 

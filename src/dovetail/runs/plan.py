@@ -19,16 +19,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dovetail.chains import packing
 from dovetail.chains.check import check, check_merge
 from dovetail.chains.layer import bits
-from dovetail.chains.link import Adapter, Chain, Constraint, Link, Pruner, Quantizer, Site
+from dovetail.chains.layer.applied import applied
+from dovetail.chains.link import Chain, Link
 from dovetail.chains.notation import chain
-from dovetail.chains.stages import stages
+from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.footprint import stored_nbytes, weight_nbytes
 from dovetail.checkpoint.load import HEAD_KINDS, empty_model, load_config, load_tokenizer
-from dovetail.compression.apply import chain_layers, restore
+from dovetail.compression.apply import apply_on_meta
 from dovetail.errors import CannotMerge, ChainError, DovetailError
 from dovetail.links.quantize import nearest
-from dovetail.models.layouts import layout_of
-from dovetail.models.targets import find_targets, fused_experts
+from dovetail.models.targets import fused_experts
 from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import Collator, encode, length_limit, pad_id
 from dovetail.training.optimizer import TrainSettings, cast_frozen, make_optimizer, trained_parts
@@ -133,6 +133,8 @@ def plan(
     rows, tokens = batch["input_ids"].shape
     nothing = replace(nothing, batch_size=rows, length=tokens)
     try:
+        nothing = replace(nothing, chain=str(chain(chain_)))
+        the_chain = check(chain_)
         apply_on_meta(empty, the_chain, targets)
     except DovetailError as error:
         return replace(nothing, problem=f"{type(error).__name__}: {error}")
@@ -143,9 +145,10 @@ def plan(
         mergeable, advice = False, error.fix
     settings = TrainSettings(batch_size=batch_size, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
     parts = []
-    for number, stage in enumerate(stages(the_chain)):
+    for number, stage in enumerate(the_chain.stages):
         model_here = empty_model(config, task_kind=kind, num_labels=num_labels, dtype=dtype)
-        layers = chain_layers(apply_on_meta(model_here, the_chain, targets, number))
+        apply_on_meta(model_here, the_chain, targets, number)
+        layers = applied(model_here).layers
         weights = sum(layer.base.shape[0] * layer.base.shape[1] for layer in layers.values())
         parts.append(
             StagePlan(
@@ -172,49 +175,12 @@ def plan(
     )
 
 
-def _rounding(the_chain: Chain, model: PreTrainedModel) -> str:
+def _rounding(the_chain: CheckedChain, model: PreTrainedModel) -> str:
     """What merging rounds: adapters behind which nothing closes, on a dense half-precision model."""
-    last = stages(the_chain)[-1].trained
-    open_ = any(isinstance(link, Adapter) for link in last) and not any(isinstance(link, Constraint) for link in last)
+    last = the_chain.stages[-1]
+    open_ = last.adapters and not last.constraints
     half = model.dtype in (torch.bfloat16, torch.float16)
     return f"sums are rounded once to the model's {str(model.dtype).removeprefix('torch.')}" if open_ and half else ""
-
-
-def apply_on_meta(
-    model: PreTrainedModel, chain_: Chain, targets: str | Sequence[str] = "all-linear", stage: int = 0
-) -> PreTrainedModel:
-    """Puts a chain on a model without storage, in place, as it stands in a stage: every check, no computing.
-
-    model   of `dovetail.load.empty_model`
-    errors  what `dovetail.apply` raises before it changes anything
-    """
-    check(chain_)
-    parts = stages(chain_)
-    applied = [link for part in parts[: stage + 1] for link in part.applied]
-    quantizers = [link for link in applied if isinstance(link, Quantizer)]
-    pruned = any(isinstance(link, Pruner) for link in applied)
-    constraints = [link for part in parts[stage:] for link in part.trained if isinstance(link, Constraint)]
-    keep_mask = pruned and any(constraint.restores == "zeros" for constraint in constraints)
-    from_start = any(not constraint.from_codes for constraint in constraints if constraint in parts[stage].trained)
-    keep_start = from_start and any(isinstance(link, Quantizer) for link in parts[stage].applied)
-    bases: dict[str, dict[str, Tensor]] = {}
-    with torch.device("meta"):
-        for target in find_targets(model, targets):
-            layout, weight = layout_of(target.name, target.module), target.module.get_parameter("weight").detach()
-            o, i = layout.out_features, layout.in_features
-            has_bias = getattr(target.module, "bias", None) is not None
-            for link in chain_:
-                link.check(Site(target.name, o, i, has_bias, target.feedforward))
-            kept = {"dense": weight}
-            if quantizers:
-                kept = {f"quantized.{name}": t for name, t in quantizers[0].empty((o, i)).state_dict().items()}
-            if keep_start:
-                kept["start"] = weight
-            if keep_mask:
-                kept["mask_bits"] = torch.empty(o, -(-i // 8), dtype=torch.uint8)
-            bases[target.name] = kept
-        restore(model, chain_, targets=targets, seed=0, stage=stage, bases=bases)
-    return model
 
 
 def widest_batch(

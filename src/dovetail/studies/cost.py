@@ -27,11 +27,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dovetail.chains.check import check
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.elastic import extract, groups
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.chains.link import Chain
-from dovetail.chains.stages import stages
 from dovetail.checkpoint.load import load
 from dovetail.checkpoint.merge import merge
 from dovetail.checkpoint.packed import save_packed
@@ -276,11 +276,11 @@ def _parameters(model: PreTrainedModel) -> dict[str, Tensor]:
 def _save_base(model: PreTrainedModel, place: Path) -> None:
     """Write the base under the adapter, packed; a base that no link has changed is written in full."""
     record = applied(model)
-    last = stages(record.chain)[-1].trained
+    last = record.chain.stages[-1].trained
     links = record.chain.links[: len(record.chain) - len(last)]
     for layer in chain_layers(model).values():
         layer.set_links([])
-    record.chain = Chain(links) if links else record.chain
+    record.chain = check(Chain(links)) if links else record.chain
     merge(model, lossy=not links, packed=bool(links))
     if links:
         save_packed(model, place)

@@ -26,7 +26,7 @@ import pydantic
 import yaml
 from pydantic import Field, StrictFloat, StrictInt, StrictStr
 
-from dovetail.chains.notation import chain
+from dovetail.chains.check import check
 from dovetail.errors import ChainError, RecipeError
 from dovetail.files import refusal, write_whole
 from dovetail.runs.flow import row_names
@@ -165,7 +165,7 @@ def expand(study: Study) -> list[Line]:
         source = found[row.of]
         for line in source:
             recipe = line.runs[0].recipe
-            stages = ["base", *row_names(chain(recipe.chain)), *(["searched"] if recipe.search else []),
+            stages = ["base", *row_names(check(recipe.chain)), *(["searched"] if recipe.search else []),
                       *(["merged"] if recipe.merge != "none" else [])]  # fmt: skip
             if row.stage not in stages:
                 rule = f"stage must be one of the stages of {row.of}: " + ", ".join(stages)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pydantic
 from safetensors import safe_open
 
-from dovetail.chains.link import Adapter, Quantizer, arguments
+from dovetail.chains.link import Quantizer, arguments
 from dovetail.chains.notation import chain
 from dovetail.checkpoint.adapter import load_adapter
 from dovetail.checkpoint.load import load
@@ -51,7 +51,7 @@ def check_mergeable(folder: Path, kept: Path) -> Judgement:
 
 def _verify(folder: Path) -> Judgement:
     report, recipe = Report.load(folder), Recipe.load(folder / RECIPE)
-    if not any(isinstance(link, Adapter) for link in chain(report.chain)):
+    if not any(link.kind == "adapter" for link in chain(report.chain)):
         return Judgement(mergeable=None, why="")
     if recipe.merge == "exact" and report.merge is not None:
         before, after = report.score(report.row(last_stage(report))), report.score(report.row(MERGED))

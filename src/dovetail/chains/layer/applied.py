@@ -8,9 +8,9 @@ from typing import Literal
 
 from torch import nn
 
-from dovetail.chains.layer.linear import chain_layers
-from dovetail.chains.link import Chain, Link
-from dovetail.chains.stages import stages
+from dovetail.chains.layer.linear import ChainLinear, chain_layers
+from dovetail.chains.link import Link
+from dovetail.chains.stages import CheckedChain, Stage
 from dovetail.errors import ChainError
 
 Inputs = Literal["compressed", "original"]
@@ -22,40 +22,52 @@ class AppliedChain:
     """What a model under a chain remembers of it; one object, held by every chain layer's `record`.
 
     chain             the whole chain
-    targets           as they were asked for
+    targets           the targets as given
     seed              of initial values and shared projections
     base_fingerprint  of the model before anything was done to it
-    stage             the stage in hand, from 0
+    layers            the layers under the chain by their paths in the model
+    number            the current stage, from 0
     on_link           see `apply`
     calibration_inputs  see `apply`
-    broken            compressing was interrupted: some layers are compressed and others not
+    broken            compression was interrupted: some layers are compressed and others are not
     """
 
-    chain: Chain
+    chain: CheckedChain
     targets: str | tuple[str, ...]
     seed: int
     base_fingerprint: str
-    stage: int = 0
+    layers: dict[str, ChainLinear] = field(default_factory=dict, repr=False, compare=False)
+    number: int = 0
     on_link: Callable[[Link], None] | None = field(default=None, repr=False, compare=False)
     calibration_inputs: Inputs = "compressed"
     broken: bool = False
 
+    @property
+    def stage(self) -> Stage:
+        """The current stage."""
+        return self.chain.stages[self.number]
+
+    @property
+    def stages_left(self) -> int:
+        """The number of stages after the current one."""
+        return len(self.chain.stages) - self.number - 1
+
 
 def applied(model: nn.Module) -> AppliedChain:
-    """What the model remembers of its chain; ChainError when it carries none."""
+    """Return what the model remembers of its chain; raise ChainError when it carries none."""
     for layer in chain_layers(model).values():
         if layer.record is None:
             raise ChainError(
                 "model",
                 found="a packed model, whose chain is merged",
                 rule="this needs a model that carries a chain",
-                fix="dovetail.to_stock(model), then apply another chain",
+                fix="call dovetail.to_stock(model), then apply another chain",
             )
         assert isinstance(layer.record, AppliedChain)
         if layer.record.broken:
             raise ChainError(
                 f"model under {layer.record.chain}",
-                found="a model that was compressed in part when something went wrong",
+                found="a model whose compression was interrupted",
                 rule="all layers of a model are compressed, or none",
                 fix="load the model again",
             )
@@ -64,11 +76,10 @@ def applied(model: nn.Module) -> AppliedChain:
         "model",
         found="no layer with a chain",
         rule="this needs a model that a chain was applied to",
-        fix="dovetail.apply(model, chain)",
+        fix="call dovetail.apply(model, chain)",
     )
 
 
 def stages_left(model: nn.Module) -> int:
-    """Stages still to come after the one in hand."""
-    record = applied(model)
-    return len(stages(record.chain)) - record.stage - 1
+    """Return the number of stages that follow the current one."""
+    return applied(model).stages_left

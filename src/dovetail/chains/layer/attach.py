@@ -9,8 +9,9 @@ from torch import nn
 from dovetail.chains.layer.applied import AppliedChain, applied
 from dovetail.chains.layer.base import Base, Scratch
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
-from dovetail.chains.link import Chain, Quantizer, Site, arguments
+from dovetail.chains.link import Quantizer, Site, arguments
 from dovetail.chains.notation import chain
+from dovetail.chains.stages import CheckedChain
 from dovetail.errors import ChainError
 from dovetail.models.fingerprint import model_fingerprint
 from dovetail.models.layouts import layout_of
@@ -18,9 +19,12 @@ from dovetail.models.targets import Target, find_targets
 
 
 def attach(
-    model: nn.Module, the_chain: Chain, targets: str | Sequence[str], seed: int
-) -> tuple[AppliedChain, dict[str, ChainLinear], list[Target]]:
-    """Replaces the target layers, after every check that needs no run, by layers that carry an empty chain."""
+    model: nn.Module, the_chain: CheckedChain, targets: str | Sequence[str], seed: int
+) -> tuple[AppliedChain, list[Target]]:
+    """Replace the target layers, after every check that needs no run, by layers that carry an empty chain.
+
+    Return what the model remembers of the chain, and the replaced layers.
+    """
     if chain_layers(model):
         raise ChainError(
             "apply",
@@ -39,7 +43,7 @@ def attach(
     record = AppliedChain(
         the_chain, targets if isinstance(targets, str) else tuple(targets), seed, model_fingerprint(model)
     )
-    scratch, layers = Scratch(), {}
+    scratch = Scratch()
     for target in found:
         module = target.module
         weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
@@ -47,13 +51,13 @@ def attach(
         layer = ChainLinear(sites[target.name], base, None if bias is None else bias.detach(), record)
         layer.train(module.training)
         replace_module(model, module, layer)
-        layers[target.name] = layer
-    return record, layers, found
+        record.layers[target.name] = layer
+    return record, found
 
 
-def _refuse_second_quantizer(model: nn.Module, the_chain: Chain) -> None:
+def _refuse_second_quantizer(model: nn.Module, the_chain: CheckedChain) -> None:
     """A merged model's config says on which grid its weights are (`dovetail.merge`)."""
-    again = next((link for link in the_chain if isinstance(link, Quantizer)), None)
+    again = the_chain.quantizer
     said = getattr(getattr(model, "config", None), "dovetail", None)
     text = said.get("chain") if isinstance(said, dict) else None
     if again is None or not isinstance(text, str):  # a config comes from outside
@@ -79,7 +83,7 @@ def _site(target: Target) -> Site:
     )
 
 
-def _refuse_dropout(target: Target, the_chain: Chain) -> None:
+def _refuse_dropout(target: Target, the_chain: CheckedChain) -> None:
     """A convolution's W' is made by its definition, which doesn't know the input that dropout would act on."""
     for link in the_chain:
         if arguments(link).get("dropout") and not layout_of(target.name, target.module).linear:

@@ -186,15 +186,24 @@ class Base(nn.Module):
         """What the base is made of: its dtype, or its quantizer."""
         return str(self.dtype) if self.quantized is None else self.quantized.identity
 
-    def restore(self, quantizer: Quantizer | None, state: Mapping[str, Tensor]) -> None:
-        """Takes over a base's `state_dict`, on the grid of `quantizer`, and its `start` where there is one."""
+    def allocate(self, quantizer: Quantizer | None, *, mask: bool, start: bool) -> None:
+        """Hold what a stage's base holds, with values of no account: a dense weight or zeroed codes, a mask, a start.
+
+        quantizer  on whose grid the base is; None leaves the dense weight
+        """
+        o, i = self.shape
+        self.mask_bits = torch.zeros(o, -(-i // 8), dtype=torch.uint8, device=self.device) if mask else None
+        self.start = self.layout.empty(self.dtype, self.device) if start else None
         if quantizer is not None:
             self.set_quantized(quantizer.empty(self.shape).to(self.device))
-        bits = state.get("mask_bits")
-        self.mask_bits = None if bits is None else torch.zeros_like(bits, device=self.device)
-        self.load_state_dict({name: value for name, value in state.items() if name != "start"})
+
+    def restore(self, quantizer: Quantizer | None, state: Mapping[str, Tensor]) -> None:
+        """Take over a base's `state_dict`, on the grid of `quantizer`, and its `start` where there is one."""
         start = state.get("start")
-        self.start = None if start is None else start.to(self.device)
+        self.allocate(quantizer, mask="mask_bits" in state, start=start is not None)
+        self.load_state_dict({name: value for name, value in state.items() if name != "start"})
+        if start is not None:
+            self.start = start.to(self.device)
         self._row_square = {}
 
     def set_mask(self, keep_oi: Tensor, weight_oi: Tensor | None = None) -> None:

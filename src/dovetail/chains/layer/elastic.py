@@ -21,7 +21,6 @@ from torch import nn
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.linear import LinkState, chain_layers
 from dovetail.chains.link import Adapter, arguments
-from dovetail.chains.stages import stages
 from dovetail.errors import ChainError, LoadError
 from dovetail.models.targets import CROSS_ATTENTION, roles_of
 
@@ -148,7 +147,7 @@ def extract(model: nn.Module) -> nn.Module:
 def specs(model: nn.Module) -> dict[str, tuple[Adapter, LinkState]]:
     """ "LAYER/PLACE" -> the elastic link as the chain has it, and what stands there, extracted or not."""
     record = applied(model)
-    trained = stages(record.chain)[record.stage].trained
+    trained = record.stage.trained
     return {
         f"{name}/{place}": (link, layer.states[place])
         for name, layer in chain_layers(model).items()

@@ -181,7 +181,7 @@ def _part(model: nn.Module) -> str:
         return f"peft {adapter}"
     if chain_layers(model):
         record = applied(model)
-        return f"chain {id(record)}, stage {record.stage}"  # `_Active` holds the record, so its id is unique
+        return f"chain {id(record)}, stage {record.number}"  # `_Active` holds the record, so its id is unique
     return ""
 
 

@@ -230,11 +230,11 @@ def check_origin(model: nn.Module, origin: Origin, names: Iterable[str]) -> str 
 def _check_chain(model: nn.Module, origin: Origin) -> AdapterFile | None:
     record, file = applied(model), adapter_file(origin)
     chain = origin.chain if file is None else file.chain
-    stage = record.stage if file is None else file.stage
-    if chain is not None and (chain, stage) != (str(record.chain), record.stage):
+    stage = record.number if file is None else file.stage
+    if chain is not None and (chain, stage) != (str(record.chain), record.number):
         raise LoadError(
             "expert",
-            found=f"a model with {record.chain}, stage {record.stage + 1}",
+            found=f"a model with {record.chain}, stage {record.number + 1}",
             rule=f"this expert belongs to {chain}, stage {stage + 1}",
         )
     if file is None:

@@ -58,7 +58,7 @@ class ScoredPruner(Pruner):
             check_width(f"{self.name} at {site.name}", self.pattern, site.in_features)
 
     def scores(self, weight_oi: Tensor, inputs: InputStatistics | None) -> Tensor:
-        if not self.calibrated:
+        if not self.statistics:
             return self._refuse_bad(self.score(weight_oi), weight_oi, None)
         assert inputs is not None
         return self._refuse_bad(self.score(weight_oi, inputs.norm_i), weight_oi, inputs.norm_i)
@@ -130,7 +130,7 @@ def scoring(
                 frozen=True,
                 namespace={
                     "score": staticmethod(score),
-                    "calibrated": calibrated,
+                    "statistics": frozenset({"norm"}) if calibrated else frozenset(),
                     "summary": summary,
                     "source": source,
                     "__doc__": score.__doc__,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dovetail.chains.link import Pruner, Site, positional
 from dovetail.chains.registry import register
-from dovetail.chains.statistics import InputStatistics
+from dovetail.chains.statistics import InputStatistics, Statistic
 from dovetail.errors import DovetailError
 from dovetail.links.column_solver import factor, reconstruct
 from dovetail.links.prune.pattern import DEFAULT_SPARSITY, check_width, pattern_sparsity, read_pattern
@@ -43,8 +43,8 @@ class SparseGPT(Pruner):
     pattern: str | None = None
     damping: float = 0.01
 
-    calibrated: ClassVar[bool] = True
-    needs_gram: ClassVar[bool] = True
+    statistics: ClassVar[frozenset[Statistic]] = frozenset({"gram"})
+    moves_weights: ClassVar[bool] = True
     summary: ClassVar[str] = "zeroes input by input, the weights that stay make up for it; needs calibration data"
     source: ClassVar[str] = "Frantar and Alistarh 2023"
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from dovetail.chains.grid import refuse_bad_weight
 from dovetail.chains.link import identity_of
 from dovetail.chains.registry import register
-from dovetail.chains.statistics import InputStatistics
+from dovetail.chains.statistics import InputStatistics, Statistic
 from dovetail.errors import CalibrationWarning
 from dovetail.links.column_solver import factor, reconstruct
 from dovetail.links.quantize.affine import AffineQuantizer, AffineWeight, affine_range
@@ -45,8 +45,7 @@ class GPTQ(AffineQuantizer):
     act_order: bool = True
     damping: float = 0.01
 
-    calibrated: ClassVar[bool] = True
-    needs_gram: ClassVar[bool] = True
+    statistics: ClassVar[frozenset[Statistic]] = frozenset({"gram"})
     summary: ClassVar[str] = "integers, each column's rounding error made up for by the next; needs calibration data"
     source: ClassVar[str] = "Frantar et al. 2022"
 

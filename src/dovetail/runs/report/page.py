@@ -8,9 +8,8 @@ from html import escape
 
 import yaml
 
+from dovetail.chains.check import check
 from dovetail.chains.link import Adapter, Constraint, Link, Pruner, arguments
-from dovetail.chains.notation import chain
-from dovetail.chains.stages import stages
 from dovetail.display.format import SHARES, duration, format_score, metric_name, percent, size
 from dovetail.display.html import definitions, html_page, html_table, section
 from dovetail.runs.recipe import Recipe
@@ -71,7 +70,7 @@ def _banner(state: str, mark: str, text: str) -> str:
 def _stages(report: Report) -> str:
     """Draw the stages of the chain as boxes of links, those applied once and those trained."""
     boxes = []
-    parts = stages(chain(report.chain))
+    parts = check(report.chain).stages
     for number, stage in enumerate(parts, 1):
         groups = [("applied once", stage.applied), ("trained together", stage.trained)]
         inside = '<span class="arrow">→</span>'.join(

@@ -22,9 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dovetail.chains.layer.applied import AppliedChain, applied
-from dovetail.chains.layer.linear import ChainLinear, LinkState, chain_layers
+from dovetail.chains.layer.linear import ChainLinear, LinkState
 from dovetail.chains.link import Constraint
-from dovetail.chains.stages import stages
 from dovetail.errors import ChainError
 from dovetail.files import atomic, write_whole
 from dovetail.links.adapt.peft import PeftAdapter, name_layers
@@ -45,7 +44,8 @@ def export_peft(model: nn.Module, directory: str | Path) -> Path:
     returns   the directory. The config is written last, so an interrupted export leaves nothing that loads
     errors    ChainError that names what peft cannot express and what to do instead; nothing is written then
     """
-    record, layers = applied(model), chain_layers(model)
+    record = applied(model)
+    layers = record.layers
     kind = _kind(record)
     _check_layers(model, record, layers, kind)
     states = [layer.states[0] for layer in layers.values()]
@@ -78,7 +78,7 @@ def _refused(record: AppliedChain, found: str, rule: str, fix: str = "") -> Chai
 
 def _kind(record: AppliedChain) -> type[PeftAdapter]:
     """Return the class of the one adapter that the stage trains; raise ChainError for any other stage."""
-    links = stages(record.chain)[record.stage].trained
+    links = record.stage.trained
     merged = "merge the chain and save the model, which then has no adapter"
     for link in links:
         if isinstance(link, Constraint):
@@ -139,7 +139,7 @@ def _config(
     written = config(target_modules=name_layers(layers, others, "."), **fields).to_dict()
     written = {key: sorted(value) if isinstance(value, set) else value for key, value in written.items()}
     # A changed base has no name: peft would otherwise load the unchanged base of that name.
-    plain = isinstance(model, PreTrainedModel) and record.stage == 0 and not stages(record.chain)[0].applied
+    plain = isinstance(model, PreTrainedModel) and record.number == 0 and not record.stage.applied
     written["base_model_name_or_path"] = (model.name_or_path or None) if plain else None
     written["inference_mode"] = True
     return written
