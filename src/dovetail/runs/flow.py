@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dovetail.chains.check import check, check_merge
+from dovetail.chains.link import Chain
 from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.adapter import save_adapter
 from dovetail.checkpoint.footprint import Footprint, footprint
@@ -150,7 +151,7 @@ def run(
     return report
 
 
-def row_names(links: CheckedChain, *, head: bool = False) -> list[str]:
+def row_names(links: Chain, *, head: bool = False) -> list[str]:
     """The names of the rows between "base" and "merged", in order: pruned, quantized, tuned.
 
     Of several rows of one kind the last has the plain name, the others say their stage: "tuned, stage 1".
@@ -158,7 +159,7 @@ def row_names(links: CheckedChain, *, head: bool = False) -> list[str]:
     head   whether a new task head is trained beside the chain, so that the last stage is tuned in any case
     """
     found: list[tuple[str, int]] = []
-    parts = links.stages
+    parts = check(links).stages
     for number, stage in enumerate(parts, 1):
         found += [("pruned" if link.kind == "pruner" else "quantized", number) for link in stage.applied]
         last = number == len(parts)
