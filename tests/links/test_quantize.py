@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.link import Quantizer, Site
-from dovetail.chains.packing import pack, packed_nbytes, unpack
+from dovetail.chains.packing import unpack
 from dovetail.chains.registry import links
 from dovetail.errors import ChainError, DovetailError
 from dovetail.links.quantize import accelerate, dynamic8, nearest
@@ -216,21 +216,6 @@ def test_zero_and_tiny_weights(quantizer: Quantizer):
     dense = values(weight)
     assert dense.abs().max() < 1e-36
     assert weight.off_grid(dense) == 0
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_packing(bits: int):
-    generator = torch.Generator().manual_seed(bits)
-    for count in range(1, 70):
-        codes = torch.randint(0, 2**bits, (count,), generator=generator, dtype=torch.uint8)
-        packed = pack(codes, bits)
-        assert packed.numel() == packed_nbytes(count, bits)
-        assert torch.equal(unpack(packed, bits, 0, count), codes)
-        start = int(torch.randint(0, count, (), generator=generator))
-        assert torch.equal(unpack(packed, bits, start, count), codes[start:])
-        as_number = int.from_bytes(bytes(packed.tolist()), "big")
-        digits = [as_number >> (8 * packed.numel() - bits * (k + 1)) & (2**bits - 1) for k in range(count)]
-        assert digits == codes.tolist()
 
 
 def test_int_codes_are_the_nearest():

@@ -400,3 +400,12 @@ def test_the_docstrings_examples_run(module: str) -> None:
     found = doctest.testmod(importlib.import_module(f"dovetail.links.prune.{module}"))
     assert found.attempted
     assert not found.failed
+
+
+def test_outliers_are_scores_above_five_times_their_mean() -> None:
+    """OWL's threshold M = 5 (Yin et al. 2024, §4): neither 3 nor 10."""
+    scores = torch.ones(1, 100)
+    scores[0, :2] = torch.tensor([4.5, 6.0])  # 4.2 and 5.5 times the mean
+    assert outlier_ratio(scores) == 0.01
+    scores[0, :2] = torch.tensor([6.0, 12.0])  # 5.2 and 10.3 times the mean
+    assert outlier_ratio(scores) == 0.02
