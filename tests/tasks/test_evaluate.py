@@ -196,3 +196,23 @@ def test_what_cannot_be_scored_is_refused():
         evaluate(llama(), tokenizer, TEXTS, limit=0, progress=False)
     with pytest.raises(DataError, match="batch_size"):
         evaluate(llama(), tokenizer, TEXTS, batch_size=0, progress=False)
+
+
+def test_outputs_are_those_that_are_scored():
+    said: dict[str, list[str]] = {}
+    sums = [{"prompt": prompt, "answer": "one"} for prompt in PROMPTS]
+    choices = [{"prompt": prompt, "choices": ["one", "two plus"], "label": 0} for prompt in PROMPTS]
+    pairs = [{"good": "one plus", "bad": "plus plus one"}]
+    tasks = [
+        Task("sums", "generation", "exact_match", {"test": sums}), Task("pairs", "pairs", "accuracy", {"test": pairs}),
+        Task("choices", "choice", "accuracy", {"test": choices}), TEXTS,
+    ]  # fmt: skip
+    model, tokenizer = llama(), make_tokenizer()
+    scores = evaluate(model, tokenizer, tasks, progress=False, on_outputs=said.__setitem__)
+    assert [len(said[task.name]) for task in tasks] == [len(PROMPTS), 1, len(PROMPTS), 0]
+    assert said["choices"].count("one") / len(PROMPTS) == scores["choices"]["accuracy"]
+    assert (said["pairs"] == ["one plus"]) == bool(scores["pairs"]["accuracy"])
+    assert sum(text.strip() == "one" for text in said["sums"]) / len(PROMPTS) == scores["sums"]["exact_match"]
+    labels = Task("labels", "classification", "accuracy", {"test": [{"text": prompt, "label": 1} for prompt in PROMPTS]})
+    scores = evaluate(bert(2), tokenizer, labels, progress=False, on_outputs=said.__setitem__)
+    assert said["labels"].count("1") / len(PROMPTS) == scores["labels"]["accuracy"]

@@ -14,14 +14,14 @@ from dovetail.tasks.find import as_task
 from dovetail.tasks.scoring.classification import score_labels, score_values
 from dovetail.tasks.scoring.generation import score_generation
 from dovetail.tasks.scoring.likelihood import score_choices, score_pairs, score_text
-from dovetail.tasks.scoring.runner import Runner
+from dovetail.tasks.scoring.runner import Runner, Scored
 from dovetail.tasks.task import Record, Task
 from dovetail.tasks.tokens import length_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-METHODS: Mapping[str, Callable[[Runner, Sequence[Record]], dict[str, float]]] = {
+METHODS: Mapping[str, Callable[[Runner, Sequence[Record]], Scored]] = {
     "generation": score_generation,
     "choice": score_choices,
     "pairs": score_pairs,
@@ -42,6 +42,7 @@ def evaluate(
     batch_size: int = 64,
     max_length: int = 1024,
     progress: bool = True,
+    on_outputs: Callable[[str, list[str]], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return the scores of a model on tasks: task name -> metric -> score, and `n`, the number of records.
 
@@ -51,6 +52,8 @@ def evaluate(
     batch_size   rows at a time; records are sorted by length, so that little is spent on padding
     max_length   tokens of a row, or fewer where the model's positions end earlier
     progress     a bar for what takes longer than 3 s
+    on_outputs   called with the name of each task and the model's output for each record: the continuation, choice,
+                 sentence, label or value; no outputs for texts
 
     Metrics per kind: generation exact_match; choice accuracy, accuracy_norm; pairs accuracy; text perplexity,
     nats_per_token; classification accuracy, matthews; regression pearson, spearman.
@@ -79,7 +82,10 @@ def evaluate(
                 max_length=length_limit(model, tokenizer, max_length),
                 progress=progress,
             )
-            scores[task.name] = {**METHODS[task.kind](runner, records), "n": len(records)}
+            found, outputs = METHODS[task.kind](runner, records)
+            scores[task.name] = {**found, "n": len(records)}
+            if on_outputs is not None:
+                on_outputs(task.name, outputs)
     return scores
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dovetail.errors import DataError
-from dovetail.tasks.scoring.runner import Runner
+from dovetail.tasks.scoring.runner import Runner, Scored
 from dovetail.tasks.task import Record
 from dovetail.tasks.tokens import end_id, pad_id, prompt_rows
 
@@ -17,11 +17,11 @@ MORE = 4
 """Tokens that a continuation may have beyond the longest answer."""
 
 
-def score_generation(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
+def score_generation(runner: Runner, records: Sequence[Record]) -> Scored:
     """Return exact_match: the fraction of records whose greedy continuation is the answer."""
     said = continuations(runner, records)
     right = [text.strip() == record["answer"].strip() for text, record in zip(said, records, strict=True)]
-    return {"exact_match": sum(right) / len(right)}
+    return {"exact_match": sum(right) / len(right)}, said
 
 
 def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:

@@ -18,12 +18,12 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 
-from dovetail.tasks.scoring.runner import Runner
+from dovetail.tasks.scoring.runner import Runner, Scored
 from dovetail.tasks.task import Record
 from dovetail.tasks.tokens import answer_rows, text_rows
 
 
-def score_choices(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
+def score_choices(runner: Runner, records: Sequence[Record]) -> Scored:
     """Return accuracy, by the sum of log-likelihoods, and accuracy_norm, per character. The first wins a tie."""
     prompts = [record["prompt"] for record in records for _ in record["choices"]]
     choices = [choice for record in records for choice in record["choices"]]
@@ -39,25 +39,30 @@ def score_choices(runner: Runner, records: Sequence[Record]) -> dict[str, float]
     per_character = [value / max(1, len(choice)) for value, choice in zip(sums, choices, strict=True)]
     ends = list(accumulate(len(record["choices"]) for record in records))
     right = norm_right = 0
+    chosen = []
     for record, end in zip(records, ends, strict=True):
         places = range(end - len(record["choices"]), end)
         label = places[record["label"]]
-        right += max(places, key=sums.__getitem__) == label
+        likeliest = max(places, key=sums.__getitem__)
+        chosen.append(choices[likeliest])
+        right += likeliest == label
         norm_right += max(places, key=per_character.__getitem__) == label
-    return {"accuracy": right / len(records), "accuracy_norm": norm_right / len(records)}
+    return {"accuracy": right / len(records), "accuracy_norm": norm_right / len(records)}, chosen
 
 
-def score_pairs(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
+def score_pairs(runner: Runner, records: Sequence[Record]) -> Scored:
     """Return accuracy: the fraction of pairs whose good sentence is strictly more likely."""
     texts = [record["good"] for record in records] + [record["bad"] for record in records]
     rows = text_rows(
         texts, runner.tokenizer, encoder_decoder=runner.encoder_decoder, max_length=runner.max_length, split=False
     )
     good, bad = runner.log_likelihoods(rows)[0].chunk(2)
-    return {"accuracy": (good > bad).double().mean().item()}
+    right = good > bad
+    said = [record["good" if better else "bad"] for record, better in zip(records, right.tolist(), strict=True)]
+    return {"accuracy": right.double().mean().item()}, said
 
 
-def score_text(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
+def score_text(runner: Runner, records: Sequence[Record]) -> Scored:
     """Return perplexity, and nats_per_token, its logarithm; inf where exp would overflow."""
     rows = text_rows(
         [record["text"] for record in records],
@@ -68,4 +73,4 @@ def score_text(runner: Runner, records: Sequence[Record]) -> dict[str, float]:
     )
     sums, counts = runner.log_likelihoods(rows)
     nats = -(sums.sum() / counts.sum()).item()
-    return {"perplexity": math.exp(nats) if nats < 700 else math.inf, "nats_per_token": nats}
+    return {"perplexity": math.exp(nats) if nats < 700 else math.inf, "nats_per_token": nats}, []

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Scored = tuple[dict[str, float], list[str]]
+"""What a method returns: metric -> score, and the model's output for each record as text."""
+
+
 @dataclass(frozen=True)
 class Runner:
     """A model, its tokenizer and how to run it: rows at a time, tokens of a row, whether to show a bar."""
