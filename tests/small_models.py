@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from random import Random
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
@@ -19,6 +23,7 @@ from transformers import (
 
 from dovetail.tasks.task import Task
 from dovetail.training.train import train
+from dovetail.training.trainer import StageTrainer
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "plus", "is", "the", "sum", "of"]
 PAD, BEGIN, END, UNKNOWN = range(4)
@@ -99,3 +104,19 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def quiet(model, data, tokenizer=None, **settings):
     return train(model, tokenizer or make_tokenizer(), data, **{"batch_size": 8, "progress": False, **settings})
+
+
+@contextmanager
+def training_killed_at(batch: int) -> Iterator[None]:
+    """Stop training with a KeyboardInterrupt before this batch, counted from 1, and expect that it stops the block."""
+    step, count = StageTrainer.training_step, itertools.count(1)
+
+    def killed(*args, **kwargs):
+        if next(count) == batch:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            yield

@@ -16,10 +16,9 @@ from dovetail.chains.layer.elastic import draw_ranks, extract, groups, ranks, se
 from dovetail.chains.layer.linear import ChainLinear, LinkState, chain_layers
 from dovetail.checkpoint.adapter import load_adapter, save_adapter
 from dovetail.errors import ChainError, LoadError, TrainError
-from dovetail.training.trainer import StageTrainer
 from families import batch, logits, make
 from samples import by_definition, chained, closed_chains, input_of, move
-from small_models import SUMS, llama, make_tokenizer, parameters, quiet, same
+from small_models import SUMS, llama, make_tokenizer, parameters, quiet, same, training_killed_at
 from tolerance import difference
 
 ELASTIC = [
@@ -361,22 +360,13 @@ def test_one_draw_a_step_in_all_batches_and_in_what_is_computed_again(monkeypatc
     assert same(found[1][1], found[3][1])
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     chain = "lora(r=4, elastic=[4, 2, 1]) >> magnitude(0.3) >> loha(r=3, elastic=[3, 2, 1]) >> remask"
     settings = {"max_steps": 10, "checkpoint_every": 4, "evaluate_every": 5}
     whole = dovetail.apply(llama(), chain)
     expected = quiet(whole, SUMS, **settings)
-    step, count = StageTrainer.training_step, itertools.count(1)
-
-    def killed(*args, **kwargs):
-        if next(count) == 17:
-            raise KeyboardInterrupt
-        return step(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageTrainer, "training_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            quiet(dovetail.apply(llama(), chain), SUMS, output_dir=tmp_path / "run", **settings)
+    with training_killed_at(17):
+        quiet(dovetail.apply(llama(), chain), SUMS, output_dir=tmp_path / "run", **settings)
     model = dovetail.apply(llama(), chain)
     report = quiet(model, SUMS, output_dir=tmp_path / "run", resume=True, **settings)
     assert same(parameters(model), parameters(whole))

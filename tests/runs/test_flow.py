@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import pytest
@@ -10,18 +9,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import dovetail.runs.flow as flow
+import dovetail.runs.rows as rows_of_runs
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.chains.notation import chain
 from dovetail.checkpoint.adapter import load_adapter
 from dovetail.checkpoint.load import load
 from dovetail.errors import CannotMerge, RecipeError, TrainError
-from dovetail.runs.flow import row_names, run
+from dovetail.runs.flow import run
 from dovetail.runs.plan import plan
 from dovetail.runs.recipe import Recipe
-from dovetail.runs.report.record import Report
+from dovetail.runs.report.record import Example, Report
+from dovetail.runs.rows import row_names
+from dovetail.tasks.find import load_task
 from dovetail.tasks.playground import task
-from dovetail.training.trainer import StageTrainer
+from dovetail.tasks.scoring import evaluate
+from small_models import training_killed_at
 from small_runs import MAIN, save_labels, save_model, small_recipe
 
 FIELDS = {
@@ -74,27 +76,35 @@ def test_a_run_directory(tmp_path):
     events = [json.loads(line)["event"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert events.count("row") == 5
     assert events.count("loss") == 4
+    assert written["training"][0]["validation"] == []
+    sums = load_task(Recipe.load(folder / "recipe.yaml").data).split("test")
+    assert [(shown["prompt"], shown["expected"]) for shown in written["examples"]] == [
+        (record["prompt"], record["answer"]) for record in sums[:10]
+    ]
     stock = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert type(stock.model.layers[0].mlp.up_proj) is torch.nn.Linear
     weights = load_file(folder / "model" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert (weights == 0).float().mean() >= 0.5
 
 
+def steps_in(log, event):
+    """The steps of the events of one kind; a line that is not whole is none."""
+    found = [line for line in log.read_text().splitlines() if f'"event": "{event}"' in line]
+    return [json.loads(line)["step"] for line in found]
+
+
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     recipe = small_recipe(tmp_path)
+    recipe["data"] |= {"validation": recipe["data"]["test"]}
+    recipe["train"] |= {"evaluate_every": 2, "evaluate_limit": 4}
     expected = quiet(recipe, tmp_path / "whole")
-    step, count = StageTrainer.training_step, itertools.count(1)
-
-    def killed(*args, **kwargs):
-        if next(count) == 4:
-            raise KeyboardInterrupt
-        return step(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageTrainer, "training_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            quiet(recipe, tmp_path / "run")
+    with training_killed_at(4):
+        quiet(recipe, tmp_path / "run")
     assert left_in(tmp_path, "run") == ["run.partial"]
+    log = tmp_path / "run.partial" / "log.jsonl"
+    assert steps_in(log, "loss") == [1, 2, 3]  # the last checkpoint holds two
+    lines = [line for line in log.read_text().splitlines() if '"step": 1' not in line]
+    log.write_text("\n".join(lines) + '\n{"event": "lo')  # what a crash of the machine may leave
     progress = tmp_path / "run.partial" / "progress.jsonl"
     progress.write_text(progress.read_text() + '{"name": "tun')  # half a line
     with pytest.raises(RecipeError, match="another chain"):
@@ -102,20 +112,25 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     with pytest.raises(RecipeError, match=r"another evaluate\.batch_size: 64"):
         quiet(recipe | {"evaluate": {**recipe.get("evaluate", {}), "batch_size": 7}}, tmp_path / "run")
     assert left_in(tmp_path, "run") == ["run.partial"]
-    evaluated, evaluate = [], flow.evaluate
+    evaluated = []
 
     def counted(*args, **kwargs):
         evaluated.append(1)
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(flow, "evaluate", counted)
+    monkeypatch.setattr(rows_of_runs, "evaluate", counted)
     report = quiet(recipe, tmp_path / "run")
     assert len(evaluated) == 2  # tuned and merged
     assert left_in(tmp_path, "run") == ["run"]
     for ours, theirs in zip(report.stages, expected.stages, strict=True):
         assert (ours.name, ours.metrics, ours.footprint) == (theirs.name, theirs.metrics, theirs.footprint)
-    assert report.training[0].losses == expected.training[0].losses
+    assert report.training == [expected.training[0].model_copy(update={"seconds": report.training[0].seconds})]
+    assert report.examples == expected.examples
+    log = tmp_path / "run" / "log.jsonl"
+    assert sorted(steps_in(log, "loss")) == [1, 2, 3, 4]
+    assert steps_in(log, "validation") == [2, 4]
     assert report.merge == expected.merge
+    assert [step for step, _ in report.training[0].validation] == [2, 4]
     (tmp_path / "again.partial").mkdir()
     (tmp_path / "again.partial" / "file").touch()
     with pytest.raises(RecipeError, match="no run"):
@@ -163,8 +178,8 @@ def test_kept_apart(tmp_path):
     assert not (tmp_path / "run" / "model").exists()
     model, tokenizer = load(tmp_path / "base")
     load_adapter(model, tmp_path / "run" / "adapter")
-    task_ = flow.load_task(Recipe.parse(recipe).data)
-    assert flow.evaluate(model, tokenizer, task_, progress=False) == report.row("tuned").metrics
+    task_ = load_task(Recipe.parse(recipe).data)
+    assert evaluate(model, tokenizer, task_, progress=False) == report.row("tuned").metrics
 
 
 def test_merging_as_asked(tmp_path):
@@ -193,6 +208,29 @@ def test_a_head_from_files(tmp_path):
     assert set(report.row("base").metrics["labels"]) == {"accuracy", "matthews", "n"}
     assert list(report.training[0].learning_rates) == ["lora(r=2)", "heads"]
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+
+
+def test_examples_are_the_outputs_that_are_scored(tmp_path):
+    data = save_labels(tmp_path) | {"metric": "accuracy"}
+    recipe = small_recipe(tmp_path, chain="lora(r=2)", data=data, evaluate={"limit": 6})
+    recipe["model"] = str(save_model(tmp_path / "bert", labels=2))
+    report = quiet(recipe, tmp_path / "run")
+    assert len(report.examples) == 6
+    for row, side in ((report.row("base"), "before"), (report.stages[-1], "after")):
+        right = sum(getattr(shown, side) == shown.expected for shown in report.examples)
+        assert row.metrics["labels"]["accuracy"] == pytest.approx(right / 6)
+    assert "\n" in report.examples[0].prompt  # text and pair
+    long = Example.of("choice", {"prompt": "x" * 9999, "choices": ["one", "two"], "label": 1}, "one", "two")
+    assert (len(long.prompt), long.expected) == (500, "two")
+    assert Example.of("pairs", {"good": "a", "bad": "b"}, "a", "b").expected == "a"
+
+
+def test_an_experiment_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("dovetail.training.settings.find_spec", lambda name: None)
+    recipe = small_recipe(tmp_path, model="there/is/none", train={"report_to": "mlflow"})
+    with pytest.raises(TrainError, match="pip install mlflow"):
+        quiet(recipe, tmp_path / "run")
+    assert left_in(tmp_path, "run") == []
 
 
 def test_divergence_leaves_nothing(tmp_path):

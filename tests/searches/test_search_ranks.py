@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dovetail
-import dovetail.runs.search as in_run
+import dovetail.runs.steps as steps
 from dovetail.chains.layer.elastic import draw_ranks, groups, ranks
 from dovetail.checkpoint.adapter import load_adapter
 from dovetail.checkpoint.load import load
@@ -256,14 +256,14 @@ def test_a_killed_run_remembers_its_ranks(tmp_path, monkeypatch):
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    for where in ("dovetail.runs.search.search_ranks", "dovetail.runs.flow.merge"):
+    for where in ("dovetail.runs.steps.search_ranks", "dovetail.runs.flow.merge"):
         with monkeypatch.context() as patch:
             patch.setattr(where, killed)
             with pytest.raises(KeyboardInterrupt):
                 run(recipe, output=tmp_path / "run", progress=False)
     assert (tmp_path / "run.partial" / "training" / "ranks.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(in_run, "search_ranks", None)  # not to be searched again
+        patch.setattr(steps, "search_ranks", None)  # not to be searched again
         report = run(recipe, output=tmp_path / "run", progress=False)
     assert report.search == expected.search
     assert report.merge == expected.merge

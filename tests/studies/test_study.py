@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import pickle
 import re
@@ -30,6 +29,7 @@ from dovetail.studies.report import Result, Spread, StudyReport
 from dovetail.studies.tables import curve, score_axis, spread
 from dovetail.training.trainer import StageTrainer
 from places import ROOT
+from small_models import training_killed_at
 from small_runs import MAIN, small_recipe
 
 OPEN = "wanda({sparsity}) >> lora(r=2)"
@@ -281,19 +281,12 @@ def test_the_page_needs_nothing_from_outside(finished):
 def test_a_killed_study_goes_on(tmp_path, monkeypatch):
     rows = [{"name": "one", "chain": MAIN}, {"name": "two", "chain": "lora(r=2)"}]
     asked = plain(tmp_path, *rows)
-    step, count, seen = StageTrainer.training_step, itertools.count(1), []
-
-    def killed(*args, **kwargs):
-        if next(count) == 4:  # the second step of the second run
-            raise KeyboardInterrupt
-        return step(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageTrainer, "training_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            done(asked, tmp_path / "out")
+    with training_killed_at(4):  # the second step of the second run
+        done(asked, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out" / "runs").iterdir()) == ["one-s0", "two-s0.partial"]
     first = (tmp_path / "out" / "runs" / "one-s0" / "report.json").stat().st_mtime_ns
+
+    step, seen = StageTrainer.training_step, []
 
     def counted(*args, **kwargs):
         seen.append(1)

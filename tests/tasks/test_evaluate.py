@@ -213,6 +213,8 @@ def test_outputs_are_those_that_are_scored():
     assert said["choices"].count("one") / len(PROMPTS) == scores["choices"]["accuracy"]
     assert (said["pairs"] == ["one plus"]) == bool(scores["pairs"]["accuracy"])
     assert sum(text.strip() == "one" for text in said["sums"]) / len(PROMPTS) == scores["sums"]["exact_match"]
-    labels = Task("labels", "classification", "accuracy", {"test": [{"text": prompt, "label": 1} for prompt in PROMPTS]})
+    labels = Task(
+        "labels", "classification", "accuracy", {"test": [{"text": prompt, "label": 1} for prompt in PROMPTS]}
+    )
     scores = evaluate(bert(2), tokenizer, labels, progress=False, on_outputs=said.__setitem__)
     assert said["labels"].count("1") / len(PROMPTS) == scores["labels"]["accuracy"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib.machinery
-import itertools
 import re
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from dovetail.training.optimizer import make_optimizer
 from dovetail.training.peak_memory import PeakMemory, predict_peak_memory
 from dovetail.training.settings import TrainSettings
 from dovetail.training.train import train
-from dovetail.training.trainer import BatchOrder, StageTrainer, mean_loss
+from dovetail.training.trainer import BatchOrder, mean_loss
 from small_models import (
     BEGIN,
     END,
@@ -42,6 +41,7 @@ from small_models import (
     same,
     sum_records,
     t5,
+    training_killed_at,
 )
 
 gc.freeze()  # the Trainer collects garbage at every start: not all that torch and transformers have loaded
@@ -99,7 +99,7 @@ TWO_STAGES = "magnitude(0.3) >> lora(r=4) >> remask >> int(bits=4, group=32) >> 
 @pytest.mark.parametrize(
     ("chain", "stopped_at"), [(None, 3), ("lora(r=4, dropout=0.1)", 13), (TWO_STAGES, 13), (TWO_STAGES, 33)]
 )
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, chain, stopped_at):
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, chain, stopped_at):
     settings = {"max_steps": 20, "checkpoint_every": 5, "evaluate_every": 10}
 
     def fresh():
@@ -107,18 +107,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, chain, sto
 
     whole = fresh()
     expected = quiet(whole, SUMS, **settings)
-    step = StageTrainer.training_step
-    count = itertools.count(1)
-
-    def killed(*args, **kwargs):
-        if next(count) == stopped_at:
-            raise KeyboardInterrupt
-        return step(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageTrainer, "training_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            quiet(fresh(), SUMS, output_dir=tmp_path / "run", **settings)
+    with training_killed_at(stopped_at):
+        quiet(fresh(), SUMS, output_dir=tmp_path / "run", **settings)
     for path in (tmp_path / "run").glob("stage-*/checkpoint-*/complete"):
         assert {"trained.safetensors", "optimizer.pt"} <= {file.name for file in path.parent.iterdir()}
         (path.parent.parent / "checkpoint-99").mkdir(exist_ok=True)  # a half-written one, which doesn't count
@@ -357,19 +347,10 @@ def test_rows_of_a_batch_agree_with_the_tokenizer():
     assert Collator(0)(rows)["labels"].tolist() == [[-100, rows[0]["input_ids"][1]]]
 
 
-def test_a_run_is_not_resumed_on_another_base(tmp_path, monkeypatch):
+def test_a_run_is_not_resumed_on_another_base(tmp_path):
     settings = {"max_steps": 6, "checkpoint_every": 2}
-    step, count = StageTrainer.training_step, itertools.count(1)
-
-    def killed(*args, **kwargs):
-        if next(count) == 4:
-            raise KeyboardInterrupt
-        return step(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageTrainer, "training_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            quiet(apply(llama(), "magnitude(0.3) >> lora(r=4)"), SUMS, output_dir=tmp_path / "run", **settings)
+    with training_killed_at(4):
+        quiet(apply(llama(), "magnitude(0.3) >> lora(r=4)"), SUMS, output_dir=tmp_path / "run", **settings)
     other = apply(llama(), "magnitude(0.4) >> lora(r=4)")
     with pytest.raises(TrainError, match="base other than"):
         quiet(other, SUMS, output_dir=tmp_path / "run", resume=True, **settings)

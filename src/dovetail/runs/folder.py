@@ -1,8 +1,8 @@
-"""A run's folder: written beside its final place and renamed when whole; what is left of a killed run goes on there.
+"""The folder of a run: written beside its final place and renamed when complete; a killed run continues there.
 
-OUTPUT.partial/recipe.yaml      what the run was begun with
-OUTPUT.partial/progress.jsonl   the rows that are finished
-OUTPUT.partial/training/        checkpoints of training (`dovetail.checkpoints`)
+OUTPUT.partial/recipe.yaml      the recipe that the run started with
+OUTPUT.partial/progress.jsonl   the finished rows
+OUTPUT.partial/training/        checkpoints of training (`dovetail.training.checkpoints`)
 OUTPUT.partial/...              everything that OUTPUT will hold
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -20,56 +20,80 @@ from typing import Any
 import pydantic
 
 from dovetail.errors import DovetailError, RecipeError
+from dovetail.files import check_folder, writing
 from dovetail.runs.recipe import Recipe
-from dovetail.runs.report.record import REPORT, Row
+from dovetail.runs.report.record import Row, finite
+from dovetail.training.train import StageReport
 
 RECIPE, LOG, PAGE = "recipe.yaml", "log.jsonl", "report.html"
-MODEL, PACKED, ADAPTER = "model", "packed", "adapter"
+MODEL, PACKED, ADAPTER, TENSORBOARD = "model", "packed", "adapter", "tensorboard"
 _PROGRESS, _TRAINING = "progress.jsonl", "training"
 
 
-class RunFolder:
-    """The folder while the run goes on.
+class FinishedRow(pydantic.BaseModel, extra="forbid", frozen=True):
+    """A finished row, and the outputs of the model for the first records of the task."""
 
-    path      where to write now
-    rows      name -> row, of those that an earlier start of this run finished
-    resumed   whether there was an earlier start
+    row: Row
+    outputs: list[str]
+
+
+class RunFolder:
+    """The folder of a run in progress.
+
+    path   the folder to write to
+    rows   name -> row, of the rows that an earlier start of this run finished
     """
 
-    def __init__(self, path: Path, rows: dict[str, Row], resumed: bool) -> None:
-        self.path, self.rows, self.resumed = path, rows, resumed
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, FinishedRow] = {}
+        for line in _lines(path / _PROGRESS):
+            with suppress(pydantic.ValidationError):  # written by another version
+                finished = FinishedRow.model_validate(line)
+                self.rows[finished.row.name] = finished
+        self._logged = {_step(line) for line in _lines(path / LOG)}
 
     @property
     def training(self) -> Path:
-        """Where training keeps its checkpoints."""
+        """The folder of the checkpoints of training."""
         return self.path / _TRAINING
 
-    def add(self, row: Row) -> None:
-        """Remembers a finished row."""
-        self.rows[row.name] = row
-        _append(self.path / _PROGRESS, row.model_dump_json())
-        self.log("row", row=row.model_dump(mode="json"))
+    def add(self, finished: FinishedRow) -> None:
+        """Remember a finished row."""
+        self.rows[finished.row.name] = finished
+        _append(self.path / _PROGRESS, finished.model_dump_json())
+        self.log("row", row=finished.row.model_dump(mode="json"))
 
     def log(self, event: str, **what: Any) -> None:
-        """A line of log.jsonl: when, what happened, and its details."""
+        """Append a line to log.jsonl: the time, the event and its details."""
         _append(self.path / LOG, json.dumps({"time": round(time.time(), 3), "event": event, **what}))
 
+    def log_step(self, stage: int, step: int, what: dict[str, Any]) -> None:
+        """Log the loss or the validation scores of a step of training, unless an earlier start logged them.
 
-def check_free(output: Path) -> None:
-    """RecipeError where the output folder holds something already."""
-    fix = "another --output, or remove it first"
-    rule = "a run is written to a folder of its own, new or empty"
-    if output.is_dir():
-        names = sorted(path.name for path in output.iterdir())
-        if names:
-            found = "a finished run" if REPORT in names else f"{len(names)} files or folders, {names[0]} among them"
-            raise RecipeError(f"output {output}", found=found, rule=rule, fix=fix)
-    elif output.exists():
-        raise RecipeError(f"output {output}", found="a file", rule=rule, fix=fix)
+        A resumed run repeats the steps after its last checkpoint, to the same bits.
+        """
+        (event,) = what
+        values = {"loss": what["loss"]} if event == "loss" else finite(what["validation"])
+        if (event, stage, step) not in self._logged:
+            self._logged.add((event, stage, step))
+            self.log(event, stage=stage, step=step, **values)
+
+    def log_training(self, stages: Sequence[StageReport]) -> None:
+        """Log every step that is not in the log yet: those that a crash of the machine took from it."""
+        for number, stage in enumerate(stages, 1):
+            for step, loss in stage.losses:
+                self.log_step(number, step, {"loss": loss})
+            for step, scores in stage.evaluations:
+                self.log_step(number, step, {"validation": scores})
+
+
+def _step(line: dict[str, Any]) -> tuple[Any, Any, Any]:
+    return line.get("event"), line.get("stage"), line.get("step")
 
 
 def choose_output(asked: str | Path | None, name: str) -> Path:
-    """The folder that was asked for; else runs/NAME, or runs/NAME-2, -3, ... where that holds something already."""
+    """Return the folder that was asked for; else runs/NAME, or runs/NAME-2, -3, ... if that is not empty."""
     if asked is not None:
         return Path(asked)
     for number in count(1):
@@ -81,12 +105,12 @@ def choose_output(asked: str | Path | None, name: str) -> Path:
 
 @contextmanager
 def run_folder(output: Path, recipe: Recipe, resume: bool) -> Iterator[RunFolder]:
-    """The folder to write to; becomes `output` when the block ends well.
+    """Yield the folder to write to, which becomes `output` when the block succeeds.
 
-    Bad input (a DovetailError) leaves nothing behind of a run that was begun here; anything else, a kill or a full
-    disk, leaves what a later start goes on with. With `resume` False an unfinished run is thrown away.
+    Bad input (a DovetailError) leaves nothing behind of a run that was started here; after any other error, such as a
+    kill or a full disk, a later start continues. With `resume` False, an unfinished run is discarded.
     """
-    check_free(output)
+    check_folder(output)
     partial = output.with_name(output.name + ".partial")
     made = [path for path in (partial, *partial.parents) if not path.exists()]
     if partial.is_dir() and (not resume or not any(partial.iterdir())):
@@ -96,9 +120,10 @@ def run_folder(output: Path, recipe: Recipe, resume: bool) -> Iterator[RunFolder
         _check_same(partial, recipe, output)
     try:
         if not resumed:
-            _make(partial, output)
-            recipe.dump(partial / RECIPE)  # the first file there: a folder without it is not ours
-        yield RunFolder(partial, _read_rows(partial / _PROGRESS), resumed)
+            with writing(output):
+                partial.mkdir(parents=True)
+            recipe.dump(partial / RECIPE)  # the first file: a folder without it was not written by a run
+        yield RunFolder(partial)
     except DovetailError:
         if not resumed:
             shutil.rmtree(partial, ignore_errors=True)
@@ -111,19 +136,11 @@ def run_folder(output: Path, recipe: Recipe, resume: bool) -> Iterator[RunFolder
     partial.replace(output)
 
 
-def _make(partial: Path, output: Path) -> None:
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        rule, fix = "a run writes to a folder beside its output first", "another --output"
-        raise RecipeError(f"output {output}", found=str(error), rule=rule, fix=fix) from None
-
-
 def _check_same(partial: Path, recipe: Recipe, output: Path) -> None:
-    where, fix = f"output {output}", "another --output, or --no-resume to throw the unfinished run away"
+    where, fix = f"output {output}", "choose another --output, or pass --no-resume to discard the unfinished run"
     if not (partial / RECIPE).is_file():
-        rule = "that name is for the unfinished run"
-        raise RecipeError(where, found=f"{partial.name} beside it, which is no run", rule=rule, fix=fix)
+        rule = "this name is reserved for the unfinished run"
+        raise RecipeError(where, found=f"{partial.name} beside it, which is no run of Dovetail", rule=rule, fix=fix)
     begun = Recipe.load(partial / RECIPE).model_copy(update={"output": None})
     if begun != recipe.model_copy(update={"output": None}):
         mine, theirs = recipe.model_dump(mode="json"), begun.model_dump(mode="json")
@@ -133,21 +150,23 @@ def _check_same(partial: Path, recipe: Recipe, output: Path) -> None:
             inner = next(name for name in mine if mine[name] != theirs[name])
             key, mine, theirs = f"{key}.{inner}", mine[inner], theirs[inner]
         found = f"{partial.name}, an unfinished run with another {key}: {theirs}"
-        raise RecipeError(where, found=found[:500], rule="a run goes on with the recipe that it began with", fix=fix)
+        raise RecipeError(
+            where, found=found[:500], rule="a run must continue with the recipe that it started with", fix=fix
+        )
 
 
-def _read_rows(path: Path) -> dict[str, Row]:
-    rows: dict[str, Row] = {}
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON Lines file; a killed run may leave an incomplete line, which is skipped."""
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(pydantic.ValidationError):  # a killed run may leave half a line
-                row = Row.model_validate_json(line)
-                rows[row.name] = row
-    return rows
+            with suppress(ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    yield found
 
 
 def _append(path: Path, line: str) -> None:
-    """Adds a line to a file; a half line that a killed run left is ended first."""
+    """Append a line to a file, after ending an incomplete line that a killed run left."""
     with path.open("ab+") as file:
         file.seek(0, 2)
         if file.tell():

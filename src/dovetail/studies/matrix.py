@@ -29,8 +29,8 @@ from pydantic import Field, StrictFloat, StrictInt, StrictStr
 from dovetail.chains.check import check
 from dovetail.errors import ChainError, RecipeError
 from dovetail.files import refusal, write_whole
-from dovetail.runs.flow import row_names
 from dovetail.runs.recipe import Recipe
+from dovetail.runs.rows import row_names
 from dovetail.runs.yaml import read_yaml
 
 Value = StrictInt | StrictFloat | StrictStr

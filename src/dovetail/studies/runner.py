@@ -24,8 +24,9 @@ import torch
 from dovetail.checkpoint.load import empty_model, load_config
 from dovetail.errors import DovetailError, RecipeError
 from dovetail.files import write_whole
-from dovetail.runs.flow import legal_chain, run
+from dovetail.runs.flow import run
 from dovetail.runs.folder import RECIPE
+from dovetail.runs.inputs import legal_chain
 from dovetail.runs.plan import apply_on_meta
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import REPORT, Report

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pydantic
+import torch
 
 from dovetail.checkpoint.footprint import Footprint
 from dovetail.checkpoint.merge import MergeReport
@@ -16,8 +19,14 @@ from dovetail.errors import LoadError
 from dovetail.files import read_json, write_whole
 from dovetail.searches import RankSearch
 from dovetail.tasks.task import Task
+from dovetail.training.train import StageReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 REPORT = "report.json"
+EXAMPLE_CHARACTERS = 500
+"""Maximum length of each text of an example."""
 MAX_NBYTES = 1 << 28
 """The maximum size of a report.json, which holds the losses of millions of steps."""
 
@@ -122,6 +131,15 @@ class Losses(_Record):
     seconds: float
     validation: list[tuple[int, float]] = []
 
+    @classmethod
+    def of(cls, stage: StageReport, metric: str) -> Losses:
+        """Take the part of a StageReport that a report holds; infinite scores are left out."""
+        scores = [(step, found[metric]) for step, found in stage.evaluations]
+        return cls(
+            links=stage.links, losses=stage.losses, learning_rates=stage.learning_rates, seconds=stage.seconds,
+            validation=[(step, score) for step, score in scores if math.isfinite(score)],
+        )  # fmt: skip
+
 
 class Example(_Record):
     """A record of the task with the model's output before and after tuning.
@@ -136,6 +154,28 @@ class Example(_Record):
     expected: str
     before: str
     after: str
+
+    @classmethod
+    def of(cls, kind: str, record: Mapping[str, Any], before: str, after: str) -> Example:
+        """Show a record of a task of this kind."""
+        match kind:
+            case "generation":
+                prompt, expected = record["prompt"], record["answer"]
+            case "choice":
+                prompt, expected = record["prompt"], record["choices"][record["label"]]
+            case "pairs":
+                prompt, expected = "", record["good"]
+            case _:
+                prompt, expected = record["text"], str(record["label"])
+                if "pair" in record:
+                    prompt += "\n" + record["pair"]
+        texts = {"prompt": prompt, "expected": expected, "before": before, "after": after}
+        return cls(**{name: cls.shorten(text) for name, text in texts.items()})
+
+    @staticmethod
+    def shorten(text: str) -> str:
+        """Return the beginning of a long text."""
+        return text if len(text) <= EXAMPLE_CHARACTERS else text[: EXAMPLE_CHARACTERS - 1] + "…"
 
 
 class Searched(_Record):
@@ -246,3 +286,17 @@ class Report(_Record):
             if report.task.metric not in row.metrics.get(report.task.name, {}):
                 raise LoadError(str(path), found=f"row {row.name} without {report.task.metric}", rule=rule, fix=fix)
         return report
+
+
+def environment(model: PreTrainedModel) -> dict[str, str]:
+    """Return what is needed to repeat a run: versions, device, threads and dtype."""
+    packages = {name: version(name) for name in ("dovetail", "torch", "transformers")}
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return packages | {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "device": f"{device.type} ({name})",
+        "threads": str(torch.get_num_threads()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }

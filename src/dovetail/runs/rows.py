@@ -1,0 +1,92 @@
+"""The rows of a report: the model after each stage, scored; and the first records of the task with its outputs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dovetail.chains.check import check
+from dovetail.chains.link import Chain
+from dovetail.checkpoint.footprint import Footprint, footprint
+from dovetail.runs.folder import FinishedRow, RunFolder
+from dovetail.runs.recipe import Recipe
+from dovetail.runs.report.record import Example, Row
+from dovetail.tasks.scoring import evaluate
+from dovetail.tasks.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EXAMPLES = 10
+"""Records whose outputs a report shows."""
+
+
+def row_names(links: Chain, *, head: bool = False) -> list[str]:
+    """Return the names of the rows between "base" and "merged", in order: pruned, quantized, tuned.
+
+    Of several rows of one kind, the last has the plain name, and the others name their stage: "tuned, stage 1".
+
+    head   a new task head is trained beside the chain, so that the last stage is tuned in any case
+    """
+    found: list[tuple[str, int]] = []
+    parts = check(links).stages
+    for number, stage in enumerate(parts, 1):
+        found += [("pruned" if link.kind == "pruner" else "quantized", number) for link in stage.applied]
+        last = number == len(parts)
+        if (stage.trained and not last) or (last and (head or stage.adapters)):
+            found.append(("tuned", number))
+    latest = {kind: index for index, (kind, _) in enumerate(found)}
+    return [kind if latest[kind] == index else f"{kind}, stage {number}" for index, (kind, number) in enumerate(found)]
+
+
+class Rows:
+    """The rows of a run in order; rows that an earlier start finished are not computed again."""
+
+    def __init__(
+        self, folder: RunFolder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task],
+        recipe: Recipe, *, progress: bool, on_row: Callable[[Row], None] | None,
+    ) -> None:  # fmt: skip
+        self.folder, self.model, self.tokenizer, self.tasks = folder, model, tokenizer, tasks
+        self.settings, self.progress, self.on_row = recipe.evaluate, progress, on_row
+        self.split = recipe.evaluate.split or "test"
+        self.seconds_before = 0.0
+        self._finished: list[FinishedRow] = []
+        self._started = time.perf_counter()
+
+    @property
+    def done(self) -> list[Row]:
+        """The rows that are finished."""
+        return [finished.row for finished in self._finished]
+
+    def add(self, name: str, taken: Footprint | None = None) -> None:
+        """Score the model; `taken` is its footprint if that differs from what `footprint` counts now."""
+        finished = self.folder.rows.get(name)
+        if finished is None:
+            finished = self._score(name, taken)
+            self.folder.add(finished)
+        else:
+            self.seconds_before += finished.row.seconds
+        self._finished.append(finished)
+        if self.on_row is not None:
+            self.on_row(finished.row)
+        self._started = time.perf_counter()
+
+    def _score(self, name: str, taken: Footprint | None) -> FinishedRow:
+        outputs: dict[str, list[str]] = {}
+        scores: dict[str, Any] = dict(evaluate(
+            self.model, self.tokenizer, self.tasks, split=self.split, limit=self.settings.limit,
+            batch_size=self.settings.batch_size, progress=self.progress, on_outputs=outputs.__setitem__,
+        ))  # fmt: skip
+        for task in self.tasks:  # the primary metric of a task comes first
+            scores[task.name] = {task.metric: scores[task.name][task.metric], **scores[task.name]}
+        seconds = time.perf_counter() - self._started
+        row = Row(name=name, metrics=scores, footprint=taken or footprint(self.model), seconds=seconds)
+        said = [Example.shorten(text) for text in outputs[self.tasks[0].name][:EXAMPLES]]
+        return FinishedRow(row=row, outputs=said)
+
+    def examples(self) -> list[Example]:
+        """Return the first records of the first task with the outputs of the base row and of the last row."""
+        task, before, after = self.tasks[0], self._finished[0].outputs, self._finished[-1].outputs
+        records = task.split(self.split)[: len(before)]
+        return [Example.of(task.kind, *shown) for shown in zip(records, before, after, strict=True)]
