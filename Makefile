@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUTPUT ?=
 
-.PHONY: demo test tiny check fix docs bench clean
+.PHONY: demo test portable tiny check fix docs bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,8 +16,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## prune, quantize, fine-tune, merge, evaluate and report on the playground, in minutes
 	$(BIN)/dovetail quickstart $(if $(OUTPUT),--output $(OUTPUT))
 
-test: $(READY)  ## the whole suite
+test: $(READY)  ## the whole suite, with the examples in docstrings
 	$(BIN)/python -m pytest -n 2
+
+portable: $(READY)  ## the numeric tests as on other processors, one line for each setting; 20 to 30 minutes
+	$(BIN)/python tests/portable.py
 
 tiny: $(READY)  ## the whole flow on a two-layer model, in seconds
 	$(BIN)/python -m pytest tests/test_tiny.py

@@ -35,7 +35,16 @@ def run(name: str, workers: str, arguments: list[str]) -> bool:
     """Run the numeric tests under a setting, print one line and the failures, and return whether all passed."""
     places = ONLY_NUMBA if name.startswith("numba") else FOLDERS
     places = [str(TESTS / place) for place in places if (TESTS / place).exists()]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", workers, "--durations=0", *places]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        workers,
+        "-o",
+        "addopts=-q -rfE --strict-markers --tb=short",
+        *places,
+    ]
     start = time.monotonic()
     done = subprocess.run(
         [*command, *arguments], env=os.environ | SETTINGS[name], capture_output=True, text=True, check=False

@@ -25,8 +25,15 @@ CHAINS = [
 IDS = torch.arange(4, 16).view(2, 6)
 
 
-@pytest.mark.parametrize("text", CHAINS)
-@pytest.mark.parametrize("make", [llama, lambda: bert(3), t5], ids=["llama", "bert", "t5"])
+def classifier():
+    return bert(3)
+
+
+# Every chain on the decoder, and on either the encoder or the encoder-decoder.
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [(llama, text) for text in CHAINS] + [((classifier, t5)[place % 2], text) for place, text in enumerate(CHAINS)],
+)
 def test_sizes_are_exact(make, text):
     model = make()
     kind = "classification" if model.config.model_type == "bert" else "generation"
