@@ -129,7 +129,7 @@ def test_a_directory_holds_one_run(tmp_path):
         quiet(llama(), SUMS, max_steps=2, output_dir=tmp_path)
     with pytest.raises(TrainError, match="max_steps"):
         quiet(llama(), SUMS, max_steps=3, output_dir=tmp_path, resume=True)
-    with pytest.raises(TrainError, match="goes on with the chain"):
+    with pytest.raises(TrainError, match="continue with the chain"):
         quiet(apply(llama(), "lora(r=4)"), SUMS, max_steps=2, output_dir=tmp_path, resume=True)
     with pytest.raises(TrainError, match="output_dir"):
         quiet(llama(), SUMS, max_steps=2, resume=True)

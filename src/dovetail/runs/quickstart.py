@@ -1,4 +1,4 @@
-"""The recipe of `dovetail quickstart`. `examples/quickstart.yaml` is the same text (a test sees to it)."""
+"""The recipe of `dovetail quickstart`. `examples/quickstart.yaml` has the same text, which a test verifies."""
 
 RECIPE = """\
 # The main job: half of the weights pruned, the rest in 4 bits, a LoRA trained inside the mask and on the grid,

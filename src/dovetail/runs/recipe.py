@@ -1,10 +1,10 @@
-"""Recipes: everything that fixes a run, in one YAML file; what isn't known is an error, what isn't said has a default.
+"""Recipes: one YAML file defines a run; unknown keys are errors, and every optional key has a default.
 
     model: playground
     chain: wanda(0.5) >> int(bits=4, group=64) >> lora(r=16) >> remask >> regrid
     data: {task: word_problems}
 
-A recipe comes from outside: it is read with a size limit, without YAML's anchors and tags, and every key is checked.
+A recipe is untrusted: it is read with a size limit, without YAML's anchors and tags, and every key is checked.
 `docs/recipes.md` lists all keys.
 """
 
@@ -27,9 +27,9 @@ from dovetail.training.settings import Training
 
 
 class Calibration(Part):
-    """What links that look at activations look at: so many records of a split, or passages of a text file.
+    """The data of links that need activations: records of a split, or passages of a text file.
 
-    text    a UTF-8 file, one passage a line, relative to the recipe; then `split` doesn't count
+    text    a UTF-8 file, one passage a line, relative to the recipe; it takes precedence over `split`
     inputs  what a block is calibrated on: the outputs of the "compressed" blocks before it, or of the "original" ones
     """
 
@@ -40,7 +40,7 @@ class Calibration(Part):
 
 
 class Search(Part):
-    """How to search ranks after training: the arguments of `dovetail.search_ranks` with the same names."""
+    """The search over ranks after training; each key is an argument of `dovetail.search_ranks`."""
 
     turns: Positive = 10
     neighbours: Positive = 8
@@ -50,11 +50,11 @@ class Search(Part):
 
 
 class Evaluation(Part):
-    """What is scored after each stage.
+    """The evaluation after each stage.
 
-    tasks       further tasks beside the one that is trained: names of the playground, or data parts
+    tasks       further tasks besides the one that is trained: names of playground tasks, or data parts
     split       of every task; test where the data has one, else validation
-    limit       only the first so many records
+    limit       score only this many records
     """
 
     tasks: tuple[Data, ...] = ()
@@ -68,8 +68,8 @@ class Recipe(Part):
 
     model   playground, a folder (relative to the recipe), a hub id, or package:NAME/FOLDER
     chain   the notation; kept in its canonical form
-    search  ranks of the elastic adapters, after training; not at all when not given
-    merge   exact: CannotMerge before training starts if the chain can't be merged without loss; lossy: merge anyway
+    search  search the ranks of the elastic adapters after training; None: no search
+    merge   exact: CannotMerge before training starts if the chain cannot be merged without loss; lossy: merge anyway
             and measure the loss; none: keep the adapter apart
     output  folder of the run, relative to where the command is given
     """
@@ -95,16 +95,16 @@ class Recipe(Part):
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Reads a recipe file; paths in it are taken relative to its folder."""
+        """Read a recipe file; relative paths in it start from its folder."""
         path = Path(path)
         return cls.parse(read_yaml(path), where=str(path), folder=path.parent)
 
     @classmethod
     def parse(cls, value: Mapping[str, Any], *, where: str = "recipe", folder: str | Path = ".") -> Recipe:
-        """A recipe from a mapping as YAML gives it.
+        """Return the recipe of a mapping, in the form that YAML gives.
 
-        where   what messages call it
-        folder  that relative paths start from
+        where   the name of the recipe in messages
+        folder  the start of relative paths
         """
         if not isinstance(value, Mapping):
             raise RecipeError(
@@ -122,12 +122,12 @@ class Recipe(Part):
             raise refusal(where, error, kind=RecipeError, keys=_keys, hints=_HINTS) from None
 
     def dump(self, path: str | Path) -> None:
-        """Writes the recipe with every default, atomically; the file alone repeats the run from anywhere."""
+        """Write the recipe with all defaults, atomically; the file repeats the run from any folder."""
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
         write_whole(Path(path), text)
 
     def _resolved(self, folder: Path) -> Recipe:
-        """Paths absolute, and what depends on other keys filled in."""
+        """Make paths absolute, and fill in defaults that depend on other keys."""
         model = self.model
         if not model.startswith("package:") and model != "playground" and (folder / model).expanduser().is_dir():
             model = str((folder / Path(model).expanduser()).resolve())

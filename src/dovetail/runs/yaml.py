@@ -15,7 +15,7 @@ MAX_DEPTH = 20
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds, of plain values only; RecipeError says where it is no recipe."""
+    """Return the plain values of a YAML file; raise RecipeError at the place of a problem."""
     where = f"recipe {path}"
     rule, fix = "a recipe must be a YAML file", "see examples/, or run `dovetail quickstart`, which needs no recipe"
     raw = read_bytes(path, rule=rule, fix=fix, error=RecipeError)
@@ -35,12 +35,12 @@ def read_yaml(path: Path) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that doesn't let a second key of the same name win in silence, and says where a value is none."""
+    """A SafeLoader that refuses duplicate keys, and names the place of a value that does not fit its tag."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, KeyError, AttributeError) as error:  # a month 13, 5000 digits, a tag that doesn't fit
+        except (ValueError, KeyError, AttributeError) as error:  # a month 13, 5000 digits, a tag that does not fit
             text = f"{str(node.value)[:40]!r} is no {node.tag.rpartition(':')[2]}"
             raise yaml.MarkedYAMLError(problem=text, problem_mark=node.start_mark) from error
 

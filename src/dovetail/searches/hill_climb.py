@@ -1,4 +1,4 @@
-"""Hill climbing over any space of configurations: SQFT's Algorithm 1, knowing nothing of what it climbs.
+"""Hill climbing over any space of configurations (SQFT, Algorithm 1).
 
 anchor, visited = start, {start}
 for each turn:
@@ -19,7 +19,7 @@ T = TypeVar("T", bound=Hashable)
 
 @dataclass(frozen=True)
 class Evaluation(Generic[T]):
-    """A configuration that was scored, and in which turn; the start's turn is 0."""
+    """A scored configuration, and its turn; the turn of the start is 0."""
 
     turn: int
     configuration: T
@@ -28,7 +28,7 @@ class Evaluation(Generic[T]):
 
 @dataclass(frozen=True)
 class Climb(Generic[T]):
-    """Where a climb ended, and every evaluation in its order; `history[0]` is the start."""
+    """The best evaluation of a climb, and all evaluations in order; `history[0]` is the start."""
 
     best: Evaluation[T]
     history: tuple[Evaluation[T], ...]
@@ -41,15 +41,15 @@ def hill_climb(
     turns: int,
     on_evaluation: Callable[[Evaluation[T], Evaluation[T]], None] | None = None,
 ) -> Climb[T]:
-    """Climbs from `start` for at most so many turns (SQFT, Algorithm 1).
+    """Climb from `start` for at most `turns` turns (SQFT, Algorithm 1).
 
     sample_neighbours  (anchor, visited) -> neighbours to try; visited ones and repeats among them are left out
     evaluate           configuration -> score, larger is better; NaN counts as the worst. Called once for each
                        configuration at most: the visited set is the cache
     on_evaluation      called with each evaluation and the anchor's, before the anchor moves
 
-    The anchor moves only to a strictly better score, of equal ones to the first; so the answer is never worse than the
-    start. A turn without an unvisited neighbour ends the climb: the anchor would stay where it is.
+    The anchor moves only to a strictly better score, and to the first of equal ones, so the result is never worse than
+    the start. A turn without an unvisited neighbour ends the climb.
 
     >>> hill_climb(0, lambda anchor, visited: [anchor - 1, anchor + 1], lambda x: -abs(x - 3), turns=10).best.score
     0

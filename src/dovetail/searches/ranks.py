@@ -1,6 +1,6 @@
-"""Which ranks of a trained elastic adapter to use: hill climbing from the reference ranks (SQFT §3.3, Algorithm 1).
+"""Search for the ranks of a trained elastic adapter: hill climbing from the reference (SQFT §3.3, Algorithm 1).
 
-Nothing is trained: a sub-adapter is scored as it lies in the super-adapter, on a small sample of the validation split.
+Nothing is trained: a sub-adapter is a part of the super-adapter, scored on a small sample of the validation split.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _TRIES = 20
 
 @dataclass(frozen=True)
 class RankSearch:
-    """What a search over ranks found; scores are figures of `metric` on the proxy sample.
+    """The result of a search over ranks; scores are values of `metric` on the proxy sample.
 
     start        score of the reference ranks
     best         score of the ranks found; never worse than `start`
     ranks        group -> rank found (`dovetail.chains.layer.elastic.groups`)
-    evaluations  sub-adapters scored, the reference among them
+    evaluations  number of sub-adapters scored, including the reference
     samples      records of the proxy sample
     history      (turn, group -> rank, score) of each evaluation, in order
     """
@@ -66,30 +66,30 @@ def search_ranks(
     seed: int = 0,
     progress: bool = True,
 ) -> RankSearch:
-    """Searches the ranks of the elastic adapters in hand, and leaves the model at the best ones found.
+    """Search the ranks of the elastic adapters of the current stage, and leave the model at the best ones.
 
-    task        its metric is what is climbed (the other way where a smaller figure is better)
-    turns       T of Algorithm 1: how often neighbours of the anchor are tried, at most
-    neighbours  N: how many a turn
-    step        S: how many groups differ between neighbours at most (`sample_neighbours`)
-    samples     M: records of the proxy sample, or all that the split has
-    split       where they come from. A task without a validation split is refused; split="train" searches on what was
-                trained on, which favours large ranks
+    task        its metric is maximized, or minimized if smaller is better
+    turns       T of Algorithm 1: the maximum number of times that neighbours of the anchor are tried
+    neighbours  N: neighbours per turn
+    step        S: the maximum number of groups in which neighbours differ (`sample_neighbours`)
+    samples     M: records of the proxy sample; all records if the split has fewer
+    split       the split that they come from. A task without a validation split is refused; split="train" searches on
+                the training records, which favours large ranks
     seed        of the sample and the neighbours
     errors      SearchError for a model without an elastic adapter and settings out of range; DataError for a missing
-                split. The model is then at the ranks that it had
+                split. The ranks of the model are then unchanged
     """
     numbers = {"turns": turns, "neighbours": neighbours, "step": step, "samples": samples}
     for name, value in numbers.items():
         if value < 1:
-            raise SearchError("search_ranks", found=f"{name}={value}", rule=f"{name} is at least 1")
+            raise SearchError("search_ranks", found=f"{name}={value}", rule=f"{name} must be at least 1")
     elastic = groups(model)
     if not elastic:
         raise SearchError(
             "search_ranks",
-            found="no elastic adapter in the stage in hand",
-            rule="ranks are searched among those that an elastic adapter was trained for",
-            fix="lora(r=16, elastic=[16, 12, 8])",
+            found="no elastic adapter in the current stage",
+            rule="the search needs an elastic adapter, whose ranks it chooses from",
+            fix="train with lora(r=16, elastic=[16, 12, 8])",
         )
     proxy = proxy_task(as_task(task, split), split, samples, seed)
     sign = -1.0 if proxy.metric in LOWER_IS_BETTER else 1.0
@@ -132,7 +132,7 @@ def search_ranks(
 
 
 def proxy_task(task: Task, split: str, samples: int, seed: int) -> Task:
-    """The task with nothing but so many records of a split, drawn by the seed, in the split's order."""
+    """Return the task with a sample of one split only, drawn by the seed, in the order of the split."""
     records = task.split(split)
     drawn = sorted(Random(f"{seed} proxy").sample(range(len(records)), min(samples, len(records))))
     return Task(task.name, task.kind, task.metric, {split: [records[index] for index in drawn]})
@@ -141,13 +141,12 @@ def proxy_task(task: Task, split: str, samples: int, seed: int) -> Task:
 def sample_neighbours(
     anchor: Ranks, choices: Sequence[Ranks], count: int, step: int, visited: Collection[Ranks], random: Random
 ) -> list[Ranks]:
-    """So many S-step neighbours of the anchor that are not visited, or as many as there are.
+    """Return `count` S-step neighbours of the anchor that are not visited, or all of them if there are fewer.
 
-    The paper doesn't say what an S-step neighbour is. Here: at least one and at most S groups move, each to the next
-    larger or the next smaller rank of its list. How many move is drawn first, each number as likely; then which, and
-    which way.
+    The paper does not define an S-step neighbour. Here, between one and S groups move, each to the next larger or the
+    next smaller rank of its list. The number of groups is drawn first, uniformly; then the groups and the directions.
 
-    choices  per group its ranks in order
+    choices  the ranks of each group in order
     """
     most = min(step, len(anchor))
     found: dict[Ranks, None] = {}
@@ -160,7 +159,7 @@ def sample_neighbours(
             neighbour[group] = random.choice(_adjacent(anchor[group], choices[group]))
         if tuple(neighbour) != anchor and tuple(neighbour) not in visited:
             found[tuple(neighbour)] = None
-    # Hardly any is left: look at all in turn, of which at most the visited ones are in vain.
+    # Few are left: enumerate all.
     for neighbour in _all_neighbours(anchor, choices, most):
         if len(found) == count:
             break
@@ -170,7 +169,7 @@ def sample_neighbours(
 
 
 def _adjacent(rank: int, choices: Ranks) -> Ranks:
-    """The entries beside a rank in its list; the rank itself where the list has no other."""
+    """Return the entries next to a rank in its list, or the rank itself if the list has no other."""
     at = choices.index(rank)
     return choices[max(0, at - 1) : at] + choices[at + 1 : at + 2] or (rank,)
 

@@ -1,11 +1,11 @@
-"""What a run leaves on disk so that a killed one goes on: trained parameters as safetensors, the rest by the Trainer.
+"""Checkpoints from which a killed run continues: trained parameters as safetensors, and the state of the Trainer.
 
-    output_dir/settings.json                     what the run was begun with
-    output_dir/stage-1/base                      fingerprint of what the stage's links sit on
-    output_dir/stage-1/checkpoint-200/           the newest two while the stage runs
-    output_dir/stage-1/trained.safetensors       once the stage is done, with report.json
+    output_dir/settings.json                     the settings that the run started with
+    output_dir/stage-1/base                      fingerprint of the bases of the stage
+    output_dir/stage-1/checkpoint-200/           the two latest, while the stage runs
+    output_dir/stage-1/trained.safetensors       after the stage, with report.json
 
-Every file is whole or not there; a checkpoint counts once its last file, `complete`, is. The Trainer's own files
+Every file is written atomically; a checkpoint is valid once its last file, `complete`, exists. The Trainer's own files
 (optimizer.pt, scheduler.pt, rng_state.pth) are read with `weights_only`: nothing is unpickled.
 """
 
@@ -38,10 +38,15 @@ _COMPLETE, _SETTINGS, _BASE = "complete", "settings.json", "base"
 
 @contextmanager
 def run_directory(output_dir: Path | None, settings: Mapping[str, Any], resume: bool) -> Iterator[Path]:
-    """Where the run is kept: a temporary directory, or output_dir, which holds this run and no other."""
+    """Yield the directory of the run: a temporary one, or output_dir, which holds this run only."""
     if output_dir is None:
         if resume:
-            raise TrainError("train", found="resume without output_dir", rule="a run goes on from its output_dir")
+            raise TrainError(
+                "train",
+                found="resume without output_dir",
+                rule="a run resumes from its output_dir",
+                fix="pass output_dir",
+            )
         with tempfile.TemporaryDirectory(prefix="dovetail-") as name:
             yield Path(name)
         return
@@ -51,8 +56,8 @@ def run_directory(output_dir: Path | None, settings: Mapping[str, Any], resume: 
             raise TrainError(
                 "train",
                 found=f"an earlier run in {output_dir}",
-                rule="a directory holds one run",
-                fix="resume=True, or another output_dir",
+                rule="a directory must hold one run only",
+                fix="pass resume=True, or another output_dir",
             )
         theirs = read_json(path, dict[str, Any], rule="an output directory must hold the settings of its run")
         differing = [name for name in mine if mine[name] != theirs.get(name)]
@@ -60,8 +65,9 @@ def run_directory(output_dir: Path | None, settings: Mapping[str, Any], resume: 
             name = differing[0]
             raise TrainError(
                 f"resume from {output_dir}",
-                found=f"{name}={mine[name]}, and {theirs.get(name)} when it began",
-                rule="a run goes on with the settings that it began with",
+                found=f"{name}={mine[name]}, but {name}={theirs.get(name)} at the start",
+                rule="a run must continue with the settings that it started with",
+                fix="pass the same settings, or another output_dir",
             )
     else:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -70,12 +76,12 @@ def run_directory(output_dir: Path | None, settings: Mapping[str, Any], resume: 
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Makes a written checkpoint count."""
+    """Mark a written checkpoint as valid."""
     (checkpoint / _COMPLETE).touch()
 
 
 def save_trained(model: nn.Module, path: Path) -> None:
-    """Writes the parameters that are trained, under their names in the model."""
+    """Write the trained parameters, under their names in the model."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     with atomic(path) as part:
         save_file(tensors, part)
@@ -83,7 +89,7 @@ def save_trained(model: nn.Module, path: Path) -> None:
 
 @torch.no_grad()
 def load_trained(model: nn.Module, path: Path) -> None:
-    """Puts back what `save_trained` wrote; TrainError when the model trains other parameters."""
+    """Restore the parameters that `save_trained` wrote; TrainError if the model trains other parameters."""
     tensors = load_file(path)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = {name: tuple(p.shape) for name, p in trained.items()}
@@ -93,24 +99,24 @@ def load_trained(model: nn.Module, path: Path) -> None:
         raise TrainError(
             f"resume from {path.parent.name}",
             found=f"{name}: {stored.get(name)} stored, {shapes.get(name)} in the model",
-            rule="a run goes on with the chain that it began with",
-            fix="another output directory, or resume=False",
+            rule="a run must continue with the chain that it started with",
+            fix="pass another output directory, or resume=False",
         )
     for name, parameter in trained.items():
         parameter.copy_(tensors[name])
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest whole checkpoint under a stage's directory, if any."""
+    """Return the latest valid checkpoint in the directory of a stage, or None."""
     whole = [path.parent for path in directory.glob(f"checkpoint-*/{_COMPLETE}")]
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def check_base(model: nn.Module, stage: Path) -> None:
-    """TrainError where a stage that was begun in this folder sat on other bases; else remembers which these are.
+    """Raise TrainError if the stage in this folder was trained on other bases; remember the bases of a new stage.
 
-    A resumed run prunes and quantizes again. On another machine GPTQ may choose other codes, and what was trained over
-    the first ones doesn't belong to them.
+    A resumed run prunes and quantizes again. On another machine, GPTQ may choose other codes, to which the trained
+    adapters do not belong.
     """
     layers, path = chain_layers(model), stage / _BASE
     if not layers:
@@ -122,7 +128,7 @@ def check_base(model: nn.Module, stage: Path) -> None:
     elif path.read_text(encoding="utf-8") != found:
         raise TrainError(
             str(stage),
-            found="a base other than the one that this run was begun on",
-            rule="a run is resumed on the same model, pruned and quantized to the same bits",
-            fix="go on where it was begun, with as many threads, or start anew",
+            found="a base other than the one that this run started on",
+            rule="a run must resume on the same model, pruned and quantized to the same bits",
+            fix="resume on the machine where it started, with the same number of threads, or start a new run",
         )

@@ -1,8 +1,8 @@
 """Parameters that are trained, their learning rates and their precision.
 
-Each link has its own learning rate (CLAM, Table 4: they lie orders of magnitude apart), times one scale for all
-(CLAM §3.2's c). AdamW with betas 0.9 and 0.999 (Table 5); otherwise than there no weight decay unless asked, none on
-vectors in any case, and AdamW's state isn't paged.
+Each link has its own learning rate (CLAM, Table 4: they differ by orders of magnitude), times one common scale (the c
+of CLAM §3.2). AdamW has betas 0.9 and 0.999 (Table 5). Differences from the table: no weight decay by default, none of
+vectors, and no paging of AdamW's state.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dovetail.chains.link import Adapter
 from dovetail.training.settings import TrainSettings
 
 HEADS, MODEL = "heads", "model"
-"""Names of the groups outside the chain: new task heads, and a whole model without a chain."""
+"""Names of the parts outside the chain: new task heads, and a whole model without a chain."""
 
 
 def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """What is trained by name of its part: a link as text, "heads", or, for a model without a chain, "model".
+    """Return the trained parameters by part: a link as text, "heads", or "model" for a model without a chain.
 
-    In the order of the chain; equal links are one part, links that differ from layer to layer are several.
+    Parts are in the order of the chain. Equal links are one part; links that differ between layers are several.
     """
     layers = chain_layers(model)
     parts: dict[str, list[nn.Parameter]] = {}
@@ -41,7 +41,7 @@ def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def learning_rates(model: nn.Module, settings: TrainSettings) -> dict[str, float]:
-    """The learning rate of each of `trained_parts`, at its highest."""
+    """Return the maximum learning rate of each of `trained_parts`."""
     of_links = {
         str(state.link): state.link.learning_rate
         for layer in chain_layers(model).values()
@@ -53,7 +53,7 @@ def learning_rates(model: nn.Module, settings: TrainSettings) -> dict[str, float
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over the trained parameters, a group per part and kind (matrices, and vectors, which don't decay)."""
+    """Return AdamW with a group per part and kind: matrices, and vectors, which have no weight decay."""
     rates = learning_rates(model, settings)
     groups: list[dict[str, Any]] = []
     for part, parameters in trained_parts(model).items():
@@ -65,7 +65,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ada
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Rounds every frozen parameter to `dtype`, in place; what is trained, and quantized codes, stay as they are."""
+    """Round every frozen parameter to `dtype` in place; trained parameters and quantized codes are unchanged."""
     for layer in chain_layers(model).values():
         layer.base.to(dtype)
     for parameter in model.parameters():
@@ -74,6 +74,6 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
 
 
 def cast_heads(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Rounds trained heads, so that the model runs without autocast. Adapters do by themselves."""
+    """Round trained heads to `dtype`, so that the model runs without autocast; adapters need no rounding."""
     for parameter in trained_parts(model).get(HEADS, []):
         parameter.data = parameter.data.to(dtype)

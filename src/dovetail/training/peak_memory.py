@@ -1,9 +1,9 @@
-"""The most bytes of tensors alive at once, counted op by op: the same on any device, and on tensors that don't exist.
+"""The maximum bytes of tensors alive at once, counted per operation: equal on any device, and on fake tensors.
 
-Every op's inputs and outputs are seen, and a storage counts from when it is first seen until it is freed. Because the
-count needs sizes only, a training step on fake tensors tells what a real one will need, from a configuration alone.
-What a kernel allocates inside itself, and what the allocator keeps back, isn't seen; on a GPU a run reports what the
-allocator says instead.
+The inputs and outputs of every operation are counted, each storage from its first use until it is freed. The count
+needs sizes only, so a training step on fake tensors predicts a real one from a configuration alone. Memory that a
+kernel allocates internally, and memory that the allocator holds back, is not counted; on a GPU, a run reports the
+allocator's own count instead.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class PeakMemory(TorchDispatchMode):
-    """Context manager that counts the bytes of live storages while it is entered.
+    """A context manager that counts the bytes of live storages.
 
-    roots   tensors that are there before: parameters and buffers, say
+    roots   tensors that exist before, such as parameters and buffers
     """
 
     def __init__(self, roots: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live_nbytes = 0
         self.peak_nbytes = 0
-        """The most that `live_nbytes` ever was."""
+        """The maximum of `live_nbytes` so far."""
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for tensor in roots:
             self._see(tensor)
@@ -46,7 +46,7 @@ class PeakMemory(TorchDispatchMode):
         for tensor in _tensors((args, *kwargs.values())):
             self._see(tensor)
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return False if args[0].dtype == torch.bool else 0  # there is no value: branches go the way of zero
+            return False if args[0].dtype == torch.bool else 0  # there is no value: branches take the path of zero
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
             self._see(tensor)
@@ -85,12 +85,12 @@ def training_step_peak(
     bf16: bool = False,
     max_grad_norm: float = 1.0,
 ) -> int:
-    """The bytes that training needs: the peak over two steps, the second of which has the optimizer's state.
+    """Return the peak in bytes over two steps of training, the second of which has the optimizer's state.
 
     model            with its chain applied; real (it is then trained two steps), or of fake tensors
     batch            what the model is called with, `labels` included: the widest batch gives the run's peak
-    make_optimizer   from the model: `lambda model: dovetail.optimizer.make_optimizer(model, settings)`
-    bf16             autocast, as in a run with bf16; cast the model with `dovetail.optimizer.cast_frozen` before
+    make_optimizer   from the model: `lambda model: make_optimizer(model, settings)`
+    bf16             autocast, as in a run with bf16; cast the model with `cast_frozen` before
     """
     model.train()
     optimizer = make_optimizer(model)
@@ -117,14 +117,14 @@ def predict_peak_memory(
     max_grad_norm: float = 1.0,
     device: str = "cpu",
 ) -> int:
-    """`training_step_peak` without weights or computing: what the model would need on `device`.
+    """Return `training_step_peak` of a model on `device`, without weights and without computing.
 
-    model   on the device "meta" (`dovetail.load.empty_model`), the chain applied; it isn't changed
+    model   on the device "meta" (`dovetail.checkpoint.load.empty_model`), with its chain; it is unchanged
     batch   the widest batch of the run: only its shapes count
     """
     model = copy.deepcopy(model)
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        # Code that asks whether two tensors are one place finds that all are, which no size depends on.
+        # Code that compares the addresses of tensors finds all equal; no size depends on it.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         _place(model, device)
         shapes = {name: mode.from_tensor(tensor).to(device) for name, tensor in batch.items()}
@@ -132,7 +132,7 @@ def predict_peak_memory(
 
 
 def _place(model: nn.Module, device: str) -> None:
-    """Parameters and buffers become empty ones on the device; what was shared stays shared (`Module.to` would not)."""
+    """Make parameters and buffers empty ones on the device; shared ones remain shared, unlike with `Module.to`."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         parameters = module.named_parameters(recurse=False, remove_duplicate=False)
