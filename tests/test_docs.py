@@ -5,43 +5,12 @@ import shlex
 import sys
 
 import pytest
-import torch
 
 import dovetail
 import generated
 from dovetail.chains.registry import _REGISTERED as REGISTRY
 from dovetail.cli.main import main
-from dovetail.compression.apply import chain_layers
-from families import batch, logits, make
 from places import ROOT
-
-
-def test_the_sample_method_stands_in_the_document_and_works():
-    text = (ROOT / "tests/sample_method.py").read_text(encoding="utf-8")
-    assert text.strip() in (ROOT / "docs/add_a_method.md").read_text(encoding="utf-8")
-    import sample_method
-
-    try:
-        model = make("llama").eval()
-        inputs = batch(model)
-        dovetail.apply(model, "wanda(0.5) >> nf4 >> lora_fa(r=4) >> remask >> regrid", calibration=[inputs])
-        start = logits(model, inputs).detach()
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-        for _ in range(3):
-            optimizer.zero_grad()
-            logits(model, inputs).square().mean().backward()
-            optimizer.step()
-        tuned = logits(model, inputs).detach()
-        assert not torch.equal(start, tuned)
-        report = dovetail.merge(model)
-        assert report.exact
-        assert report.max_abs_logit_diff == 0
-        assert not chain_layers(model)
-        assert torch.equal(logits(model, inputs), tuned)
-    finally:
-        del REGISTRY[sample_method.LoRAFA.name]
-        del sys.modules["sample_method"]
-
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"(<!-- not run: [^\n]+ -->\n)?^```(\w+)(?: title=\"(.+?)\")?\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -25,14 +25,14 @@ from families import batch, make
 
 # Chain -> where, found, rule, fix: words of each.
 ILLEGAL = {
-    "nf4 >> int(bits=4)": ("int, link 2 of nf4 >> int", "int after nf4", "at most once", "take one of nf4 and int out"),
-    "nf4 >> lora >> regrid >> fp8": ("fp8, link 4", "fp8 after nf4", "at most once", "take one"),
-    "lora >> remask": ("remask, link 2", "no pruner before it", "pruner's mask", "put wanda(0.5) or magnitude(0.5)"),
-    "remask >> wanda(0.5)": ("remask, link 1", "no pruner", "mask", "take remask out"),
-    "wanda(0.5) >> lora >> regrid": ("regrid, link 3", "no quantizer", "quantizer's grid", "put nf4 or int(bits=4)"),
-    "bottleneck >> lora": ("lora, link 2", "lora after bottleneck", "non-linear", "put bottleneck last"),
-    "wanda(0.5) >> bottleneck >> remask": ("remask, link 3", "remask after bottleneck", "no weight", "bottleneck last"),
-    "bottleneck >> nf4": ("nf4, link 2", "nf4 after bottleneck", "non-linear", "put bottleneck last"),
+    "nf4 >> int(bits=4)": ("int, link 2 of nf4 >> int", "int after nf4", "at most one quantizer", "remove nf4 or int"),
+    "nf4 >> lora >> regrid >> fp8": ("fp8, link 4", "fp8 after nf4", "at most one quantizer", "remove"),
+    "lora >> remask": ("remask, link 2", "no pruner before it", "mask of a pruner", "put wanda(0.5) or magnitude(0.5)"),
+    "remask >> wanda(0.5)": ("remask, link 1", "no pruner", "mask", "remove remask"),
+    "wanda(0.5) >> lora >> regrid": ("regrid, link 3", "no quantizer", "grid of a quantizer", "put nf4 or int(bits=4)"),
+    "bottleneck >> lora": ("lora, link 2", "lora after bottleneck", "function of the layer", "put bottleneck last"),
+    "wanda(0.5) >> bottleneck >> remask": ("remask, link 3", "remask after bottleneck", "links that change the weight", "bottleneck last"),
+    "bottleneck >> nf4": ("nf4, link 2", "nf4 after bottleneck", "function of the layer", "put bottleneck last"),
     "wanda(0.5) >> lora(dropout=0.1) >> remask": ("lora in stage 1", "dropout=0.1", "remask projects", "dropout=0 in"),
     "nf4 >> vera(dropout=0.2) >> regrid": ("vera in stage 1", "dropout=0.2", "regrid projects", "dropout=0 in vera"),
     "wanda(0.5) >> lora >> nf4": ("stage 1 of 2", "lora does not", "before nf4 is applied", "add remask at the end"),
@@ -150,7 +150,7 @@ FAILING = {
     "rank": ("lora(r=65)", {}, ChainError, "at most the layer's smaller side"),
     "rank of a narrow layer": ("lora(r=33)", {}, ChainError, "k_proj"),
     "group": ("int(bits=4, group=48)", {}, ChainError, "group must divide in_features"),
-    "group after a pruner": ("magnitude(0.5) >> int(group=48) >> lora", {}, ChainError, "fix:   group=32"),
+    "group after a pruner": ("magnitude(0.5) >> int(group=48) >> lora", {}, ChainError, "fix:   use group=32"),
     "group in a later stage": ("lora >> int(group=48)", {}, ChainError, "group must divide"),
 }
 
@@ -194,7 +194,7 @@ def test_weights_and_activations_that_are_not_finite_are_refused_by_name(text: s
 def test_a_second_chain_is_refused() -> None:
     model = dovetail.apply(make("llama"), "lora(r=4)")
     layers = chain_layers(model)
-    with pytest.raises(ChainError, match=r"(?s)already carries lora\(r=4\).*one chain.*merge the first"):
+    with pytest.raises(ChainError, match=r"(?s)with the chain lora\(r=4\).*one chain.*merge the first one"):
         dovetail.apply(model, "ia3")
     assert chain_layers(model) == layers
     dovetail.merge(model)

@@ -258,7 +258,7 @@ def test_a_later_batch_that_fails_leaves_a_model_that_refuses_use(
     with pytest.raises(error):
         dovetail.apply(model, chain, calibration=data(0, hurt))
     clean(model, threads)
-    with pytest.raises(ChainError, match=r"compressed in part|compression was interrupted"):
+    with pytest.raises(ChainError, match="compression was interrupted"):
         dovetail.merge(model)
 
 

@@ -430,7 +430,7 @@ def test_group_must_divide():
         "int at model.layers.3.mlp.up_proj\n"
         "  found: in_features=1000, group=128\n"
         "  rule:  group must divide in_features\n"
-        "  fix:   group=125, or group=0 for one group per row"
+        "  fix:   use group=125, or group=0 for one group per row"
     )
     with pytest.raises(ChainError, match="group must divide in_features"):
         Int(group=64).quantize(torch.zeros(4, 100))

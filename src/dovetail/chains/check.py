@@ -5,7 +5,7 @@ Rules (CLAM §3.1, A.7, A.10; DESIGN.md §1):
 2. a quantizer after a pruner has an exact zero;
 3. remask needs a pruner before it, regrid a quantizer;
 4. a link without an effective weight (bottleneck) is followed by nothing but its like;
-5. dropout on a low rank's input can't be closed: W' doesn't know the input;
+5. dropout on a low rank's input cannot be closed: W' does not know the input;
 6. a stage that is followed by another merges into the base, so it must keep the base's zeros and grid.
 """
 
@@ -40,7 +40,7 @@ def _check_order(chain: CheckedChain) -> None:
             raise ChainError(
                 where,
                 found=f"{link.name} after {last.name}",
-                rule=f"{last.name} is a non-linear function of the layer's output and has no weight to go on with",
+                rule=f"{last.name} is a function of the layer's output: links that change the weight come before it",
                 fix=f"put {last.name} last",
             )
         match link:
@@ -49,8 +49,8 @@ def _check_order(chain: CheckedChain) -> None:
                     raise ChainError(
                         where,
                         found=f"{link.name} after {quantizer.name}",
-                        rule="a chain quantizes at most once",
-                        fix=f"take one of {quantizer.name} and {link.name} out",
+                        rule="a chain has at most one quantizer",
+                        fix=f"remove {quantizer.name} or {link.name}",
                     )
                 if pruner is not None and not link.keeps_zeros:
                     raise ChainError(
@@ -67,16 +67,16 @@ def _check_order(chain: CheckedChain) -> None:
                     raise ChainError(
                         where,
                         found="no pruner before it",
-                        rule=f"{link.name} re-imposes a pruner's mask",
-                        fix=f"put wanda(0.5) or magnitude(0.5) before it, or take {link.name} out",
+                        rule=f"{link.name} re-imposes the mask of a pruner before it",
+                        fix=f"put wanda(0.5) or magnitude(0.5) before it, or remove {link.name}",
                     )
             case Constraint(restores="grid"):
                 if quantizer is None:
                     raise ChainError(
                         where,
                         found="no quantizer before it",
-                        rule=f"{link.name} re-imposes a quantizer's grid",
-                        fix=f"put nf4 or int(bits=4) before it, or take {link.name} out",
+                        rule=f"{link.name} re-imposes the grid of a quantizer before it",
+                        fix=f"put nf4 or int(bits=4) before it, or remove {link.name}",
                     )
             case OutputAdapter():
                 last = link
@@ -113,7 +113,7 @@ def check_merge(text: str | Chain | Link) -> None:
                 f"{link.name} in {chain}",
                 found="a non-linear function of the layer's output",
                 rule="only a chain that changes the weight alone can be merged",
-                fix=f"keep the model unmerged and save its adapter, or take {link.name} out",
+                fix=f"keep the model unmerged and save its adapter, or remove {link.name}",
             )
     last = chain.stages[-1]
     if last.missing:
@@ -122,6 +122,6 @@ def check_merge(text: str | Chain | Link) -> None:
         raise CannotMerge(
             str(chain),
             found=f"{last.breaker(last.missing[0].restores)} does not keep the base's {lost}",
-            rule="merging must not lose sparsity, nor leave the quantization grid",
+            rule="merging must keep the zeros and the quantization grid of the base",
             fix=f"train with {ending} at the end: {chain} >> {ending}; or call merge(lossy=True)",
         )

@@ -1,7 +1,7 @@
 """A weight on its grid: packed codes, scales, and the four things one can ask of a grid.
 
 `dequantize` gives the values, `snap_` rounds other weights to the same grid, `encode` gives their codes, `inside` says
-where the grid's range doesn't clip. They agree to the bit: `snap_` gives what `dequantize` gives for `encode`'s codes.
+where the grid's range does not clip. They agree to the bit: `snap_` gives what `dequantize` gives for `encode`'s codes.
 
 A grid cuts the weight, in row-major order, into blocks of equal length that share a scale (the last one may be short).
 Work goes by chunks of rows that fit the processor's cache. Everything is computed in float32 and rounded once.
@@ -46,11 +46,11 @@ class QuantizedWeight(nn.Module, ABC):
 
     @abstractmethod
     def _decode(self, start: int, stop: int, rows: Tensor) -> None:
-        """Writes the values of weight rows [start, stop) into `rows`, contiguous float32, a fresh tensor's start."""
+        """Write the values of weight rows [start, stop) into `rows`, contiguous float32, a fresh tensor's start."""
 
     @abstractmethod
     def _snap(self, rows: Tensor, start: int, inside: Tensor | None = None) -> None:
-        """Replaces `rows`, contiguous float32, by the nearest grid values; fills `inside`, bool, as `_inside` does."""
+        """Replace `rows`, contiguous float32, by the nearest grid values; fill `inside`, bool, as `_inside` does."""
 
     @abstractmethod
     def _encode(self, rows: Tensor, start: int) -> Tensor:
@@ -58,20 +58,20 @@ class QuantizedWeight(nn.Module, ABC):
 
     @abstractmethod
     def _inside(self, rows: Tensor, start: int, inside: Tensor) -> None:
-        """Writes into `inside`, bool, where `rows`, contiguous float32, are not clipped; may overwrite `rows`."""
+        """Write into `inside`, bool, where `rows`, contiguous float32, are not clipped; may overwrite `rows`."""
 
     @abstractmethod
     def _with_codes(self, codes: Tensor) -> Self:
-        """The same grid, tensors shared, with other codes (o, i), not packed."""
+        """Return the same grid, sharing its tensors, with other codes (o, i), not packed."""
 
     @abstractmethod
     def zero_codes(self, start: int, stop: int) -> Tensor:
-        """The code of exact zero in weight rows [start, stop), uint8: (stop - start, i), or (1, 1) if it is but one."""
+        """Return the code of zero in weight rows [start, stop): uint8 (stop - start, i), or (1, 1) if one code."""
 
     # ---- public -----------------------------------------------------------------------------------------------
 
     def dequantize(self, out: Tensor) -> Tensor:
-        """Writes the values into `out` and returns it.
+        """Write the values into `out` and return it.
 
         out  (o, i) any float dtype, any strides; value = code * scale in float32, rounded once to out's dtype
         """
@@ -97,7 +97,7 @@ class QuantizedWeight(nn.Module, ABC):
 
     @torch.no_grad()
     def snap_(self, rows: Tensor, start: int, inside: Tensor | None = None) -> Tensor:
-        """Replaces rows in place by the nearest values on the grid: those of `dequantize` for `encode`'s codes.
+        """Replace rows in place by the nearest values on the grid: those of `dequantize` for `encode`'s codes.
 
         rows   (n, i) contiguous; float32, or a wider or narrower dtype that is rounded to float32 first
         start  the weight row of rows[0]; start and start + n must be ends of blocks (see `rows_per_chunk`)
@@ -123,7 +123,7 @@ class QuantizedWeight(nn.Module, ABC):
 
     @torch.no_grad()
     def encode(self, weight_oi: Tensor) -> Self:
-        """The same grid, its tensors shared, with the codes nearest to weight_oi (o, i), any float dtype."""
+        """Return the same grid, sharing its tensors, with the codes nearest to weight_oi (o, i), any float dtype."""
         self._check_shape(weight_oi)
         return self._with_codes(
             torch.cat([self._encode(rows_32, at) for rows_32, at in self._float32_chunks(weight_oi, 0, copy=True)])
@@ -131,7 +131,7 @@ class QuantizedWeight(nn.Module, ABC):
 
     @torch.no_grad()
     def with_zeros(self, keep_oi: Tensor) -> Self:
-        """The same grid, with the code of exact zero where keep_oi (o, i) bool is False: prunes a quantized weight."""
+        """Return the same grid with the code of zero where keep_oi (o, i) bool is False: prunes a quantized weight."""
         self._check_shape(keep_oi)
         codes, zero = self.codes_of(0, self.shape[0])
         return self._with_codes(torch.where(keep_oi, codes, zero))
@@ -143,7 +143,7 @@ class QuantizedWeight(nn.Module, ABC):
         return unpack(flat, self.bits, start * i, stop * i).view(-1, i), self.zero_codes(start, stop)
 
     def with_codes(self, codes_oi: Tensor) -> Self:
-        """The same grid, its tensors shared, with these codes: uint8 (o, i), not packed."""
+        """Return the same grid, sharing its tensors, with these codes: uint8 (o, i), not packed."""
         self._check_shape(codes_oi)
         return self._with_codes(codes_oi)
 
@@ -167,7 +167,7 @@ class QuantizedWeight(nn.Module, ABC):
     # ---- what grids share -------------------------------------------------------------------------------------
 
     def _by_block(self, operation: Callable[[Tensor, Tensor], Tensor], rows: Tensor, per_block: Tensor) -> None:
-        """Applies an in-place operation to the rows with one operand a block; per_block (blocks in rows,)."""
+        """Apply an in-place operation to the rows with one operand per block; per_block (blocks in rows,)."""
         if rows.shape[1] % self.block == 0:
             operation(rows.view(-1, self.block), per_block[:, None])
             return
@@ -191,7 +191,7 @@ class QuantizedWeight(nn.Module, ABC):
         o, i = self.shape
         stop = start + len(rows)
         if rows.shape[1:] != (i,) or start * i % self.block or (stop * i % self.block and stop != o) or stop > o:
-            raise ValueError(f"rows [{start}, {stop}) of shape {tuple(rows.shape)} don't cut {self.shape} into blocks")
+            raise ValueError(f"rows [{start}, {stop}) of shape {tuple(rows.shape)} do not cut {self.shape} into blocks")
         for first, last in self._chunks(len(rows), start):
             chunk = rows[first - start : last - start]
             yield chunk.to(torch.float32, copy=copy, memory_format=torch.contiguous_format).contiguous(), first
@@ -201,7 +201,7 @@ class QuantizedWeight(nn.Module, ABC):
             raise ValueError(f"a tensor of shape {tuple(tensor.shape)} for a weight of shape {self.shape}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves with the model, but keeps its dtypes: `model.to(bfloat16)` must not round the grid."""
+        """Move with the model but keep the dtypes: `model.to(bfloat16)` must not round the grid."""
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 moved = fn(buffer)
@@ -213,12 +213,12 @@ class QuantizedWeight(nn.Module, ABC):
 
 
 def refuse_bad_weight(where: str, weight_oi: Tensor) -> Tensor:
-    """weight_oi in float32, contiguous; a DovetailError by name where it isn't a finite matrix."""
+    """weight_oi in float32, contiguous; a DovetailError by name where it is not a finite matrix."""
     if weight_oi.dim() != 2 or not weight_oi.is_floating_point():
         raise DovetailError(
             where,
             found=f"a tensor of shape {tuple(weight_oi.shape)} and dtype {weight_oi.dtype}",
-            rule="a quantizer takes a matrix (out, in) of floats",
+            rule="the weight to quantize must be a matrix (out, in) of floats",
             fix="flatten a convolution's kernel into its input dimension",
         )
     weight_32 = weight_oi.detach().to(torch.float32).contiguous()
@@ -227,7 +227,7 @@ def refuse_bad_weight(where: str, weight_oi: Tensor) -> Tensor:
         raise DovetailError(
             where,
             found=f"{bad} weights that are NaN or infinite in float32",
-            rule="a grid is made from finite weights",
+            rule="weights to quantize must be finite",
             fix="check the checkpoint, or the training that made these weights",
         )
     return weight_32

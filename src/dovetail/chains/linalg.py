@@ -1,9 +1,9 @@
 """A Bᵀ while calibrating: on CPUs in float32 by oneDNN, which torch otherwise keeps for narrower types.
 
 torch gives a float32 product to the BLAS that it was built with. MKL, in the usual builds, takes its slow path on
-processors that aren't Intel's: measured on an AMD core with AVX512, oneDNN does 205 GFLOP/s where MKL does 95, on the
+processors that are not Intel's: measured on an AMD core with AVX512, oneDNN does 205 GFLOP/s where MKL does 95, on the
 same float32 numbers; they differ in the order of the sums. Calibration is mostly such products. Training, evaluation
-and merging don't come here: they agree to the bit with the stock layers of a merged model.
+and merging do not come here: they agree to the bit with the stock layers of a merged model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def times_transposed(a_ni: Tensor, b_oi: Tensor) -> Tensor:
-    """A Bᵀ, (n, o), in the dtype of both; no gradient."""
+    """Return A Bᵀ, (n, o), in the dtype of both; no gradient."""
     known = a_ni.device.type == "cpu" and a_ni.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     if not known or not a_ni.numel():
         return a_ni @ b_oi.t()

@@ -80,7 +80,7 @@ class Link(ABC):
         return True
 
     def check(self, site: Site) -> None:
-        """Raises ChainError when this link can't stand on that layer."""
+        """Raise ChainError when this link cannot be used on that layer."""
 
     def __rshift__(self, other: Link | Chain) -> Chain:
         return Chain((self,)) >> other
@@ -117,7 +117,7 @@ class Pruner(Link):
 
     @abstractmethod
     def scores(self, weight_oi: Tensor, inputs: InputStatistics | None) -> Tensor:
-        """Importance of each weight, (o, i) float32 or wider, larger stays longer; what the allocation looks at."""
+        """Return the importance of each weight, (o, i) float32 or wider; larger is more important."""
 
     @abstractmethod
     def prune(self, weight_oi: Tensor, inputs: InputStatistics | None) -> tuple[Tensor, Tensor]:
@@ -146,7 +146,7 @@ class Quantizer(Link):
 
     @abstractmethod
     def quantize(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> QuantizedWeight:
-        """The weight's grid and packed codes.
+        """Return the weight's grid and packed codes.
 
         weight_oi  (o, i), float32 or wider values are what is rounded
         inputs     statistics of the layer's input; None unless it declares `statistics`
@@ -159,7 +159,7 @@ class Quantizer(Link):
 
     @abstractmethod
     def empty(self, shape: tuple[int, int]) -> QuantizedWeight:
-        """A weight (o, i) on this quantizer's grid: zeroed buffers of the right shapes, for a state_dict to fill."""
+        """Return a weight (o, i) on this quantizer's grid with zeroed buffers, for a state_dict to fill."""
 
     @abstractmethod
     def stored_nbytes(self, site: Site) -> int:
@@ -183,7 +183,7 @@ class Adapter(Link):
 
     @abstractmethod
     def init(self, site: Site, weight_oi: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Initial values of the trainable parameters, so that the chain starts as the identity.
+        """Return initial values of the trainable parameters, so that the chain starts as the identity.
 
         weight_oi  (o, i) the weight that this link receives at the start of its stage
         returns    name -> tensor of `parameter_shapes`, in float32 (float64 for a float64 weight), on weight_oi's
@@ -199,30 +199,30 @@ class Adapter(Link):
         return {}
 
     def local(self, shared: Mapping[str, Tensor], site: Site) -> dict[str, Tensor]:
-        """This layer's part (views) of what `constants` gave."""
+        """Return this layer's part (views) of what `constants` returned."""
         return dict(shared)
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks that it can run at, the largest first; empty where it isn't elastic (`adapt/elastic.py`)."""
+        """The ranks that it can run at, the largest first; empty where it is not elastic (`adapt/elastic.py`)."""
         return ()
 
     def plain(self, rank: int) -> Adapter:
-        """The link that isn't elastic and does, over the leading `rank` of the parameters, what this one does there."""
-        raise NotImplementedError(f"{self.name} isn't elastic")
+        """Return the link that is not elastic and equals this one over the leading `rank` of the parameters."""
+        raise NotImplementedError(f"{self.name} is not elastic")
 
     def at_rank(self, p: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-        """The leading `rank` of each tensor (views), by `rank_axes`; what has no ranks stays whole."""
+        """Return the leading `rank` of each tensor (views), by `rank_axes`; tensors without ranks stay whole."""
         axes = self.rank_axes
         return {name: t.narrow(axes[name], 0, rank) if name in axes else t for name, t in p.items()}
 
     @abstractmethod
     def fold(self, weight_oi: Tensor, bias_o: Tensor | None, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The definition: `(W, b) -> (W', b')` of the same shapes, in ordinary autograd, dropout aside."""
+        """Compute the definition `(W, b) -> (W', b')`, same shapes, in ordinary autograd, without dropout."""
 
     @abstractmethod
     def lower(self, p: Mapping[str, Tensor]) -> list[Term]:
-        """The same change as terms of the planner's algebra (`chain/terms.py`)."""
+        """Return the same change as terms of the planner's algebra (`dovetail.chains.terms`)."""
 
 
 @dataclass(frozen=True)
@@ -233,14 +233,14 @@ class OutputAdapter(Adapter):
 
     @abstractmethod
     def output(self, y: Tensor, p: Mapping[str, Tensor]) -> Tensor:
-        """The new output. y, returned: (..., o)."""
+        """Return the new output. y, returned: (..., o)."""
 
     def fold(self, weight_oi: Tensor, bias_o: Tensor | None, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         raise CannotMerge(
             self.name,
             found="a non-linear function of the layer's output",
             rule="only links that change the weight have an effective weight",
-            fix=f"keep the model unmerged and save the adapter, or take {self.name} out of the chain",
+            fix=f"keep the model unmerged and save the adapter, or remove {self.name} from the chain",
         )
 
     def lower(self, p: Mapping[str, Tensor]) -> list[Term]:
@@ -255,7 +255,7 @@ class Base(Protocol):
         """The codes and their grid; None for a dense base."""
 
     def take(self, slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous tensor, in memory that all layers of the model share for this slot."""
+        """Return an uninitialised contiguous tensor in memory that all layers of the model share for this slot."""
         ...
 
     def mask_rows(self, rows: slice) -> Tensor:
@@ -288,23 +288,23 @@ class Constraint(Link):
 
     @abstractmethod
     def project(self, weight_oi: Tensor, base: Base) -> Tensor:
-        """The definition: the projected weight (o, i), in ordinary autograd."""
+        """Compute the definition: the projected weight (o, i), in ordinary autograd."""
 
     @abstractmethod
     def project_rows_(self, rows_ni: Tensor, start: int, base: Base, grad_ni: Tensor | None = None) -> None:
-        """The same in place, on rows [start, start + n) of the weight.
+        """Project rows [start, start + n) of the weight in place.
 
         grad_ni  gradient of the closed rows, where wanted: masked in place on its way back, any float dtype
         """
 
 
 def always_print(default: Any) -> Any:
-    """A dataclass field that the notation always prints, also at its default: `lora` prints as `lora(r=8)`."""
+    """Declare a field that the notation always prints, also at its default: `lora` prints as `lora(r=8)`."""
     return field(default=default, metadata={"always_print": True})
 
 
 def positional(default: Any) -> Any:
-    """A dataclass field that the notation takes and prints without its name: `wanda(0.5)`."""
+    """Declare a field that the notation accepts and prints without its name: `wanda(0.5)`."""
     return field(default=default, metadata={"always_print": True, "positional": True})
 
 
@@ -316,7 +316,7 @@ def arguments(link: Link | type[Link]) -> dict[str, Any]:
 
 
 def identity_of(quantizer: Quantizer) -> str:
-    """The quantizer with all its arguments, defaults too: what a checkpoint says of the grid its codes belong to.
+    """Return the quantizer with all its arguments, which identifies the grid of a checkpoint's codes.
 
     >>> from dovetail.links.quantize.nf import NormalFloat4
     >>> identity_of(NormalFloat4(double=True))
@@ -338,7 +338,7 @@ class Chain:
     def __post_init__(self) -> None:
         if not self.links:
             raise ChainError(
-                "chain", found="no link", rule="a chain holds at least one link", fix="for example lora(r=16)"
+                "chain", found="no link", rule="a chain holds at least one link", fix="write one, such as lora(r=16)"
             )
 
     def __rshift__(self, other: Link | Chain) -> Chain:

@@ -77,7 +77,7 @@ def read(packed: Tensor, bits: int, start: int, stop: int, table: Tensor, out: T
 
 
 def value_table(levels: tuple[float, ...], bits: int, like: Tensor) -> Tensor:
-    """The float32 values of every index: (2 ** INDEX_BITS, codes an index). `levels[code]` is a code's value.
+    """Return the float32 values of every index: (2 ** INDEX_BITS, codes per index). `levels[code]` is a code's value.
 
     Kept per device, except for tensors that are not plain (fake tensors of a dry run).
     """

@@ -59,6 +59,6 @@ def _load() -> None:
             raise ChainError(
                 f"links of {entry.dist.name if entry.dist else entry.name}",
                 found=f"{entry.value} cannot be imported: {type(error).__name__}: {error}"[:500],
-                rule=f"an entry point of the group {GROUP!r} names a module that registers links",
+                rule=f"an entry point of the group {GROUP!r} must name a module that registers links",
                 fix=f"repair or uninstall {entry.dist.name if entry.dist else entry.name}",
             ) from error

@@ -52,7 +52,7 @@ class Stage:
         return tuple(found)
 
     def breaker(self, what: str) -> str:
-        """The name of the first trained link that does not keep "zeros" or "grid"."""
+        """Return the name of the first trained link that does not keep "zeros" or "grid"."""
         return next(link.name for link in self.trained if not getattr(link, f"keeps_{what}"))
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class CheckedChain(Chain):
         return next((link for link in self if isinstance(link, Quantizer)), None)
 
     def quantizer_at(self, stage: int) -> Quantizer | None:
-        """The quantizer on whose grid the base is in that stage."""
+        """Return the quantizer on whose grid the base is in that stage."""
         return self.quantizer if any(self.quantizer in part.applied for part in self.stages[: stage + 1]) else None
 
 
@@ -110,7 +110,7 @@ def stages(chain: Chain) -> tuple[Stage, ...]:
 
 
 def _missing(applied: Sequence[Link], trained: Sequence[Link]) -> tuple[Constraint, ...]:
-    """The constraints that restore what merging `trained` into a base made by `applied` would lose."""
+    """Return the constraints that restore what merging `trained` into a base made by `applied` loses."""
     found = []
     for what, kind in _MADE_BY.items():
         kept = True
@@ -125,5 +125,5 @@ def _missing(applied: Sequence[Link], trained: Sequence[Link]) -> tuple[Constrai
 
 
 def constraint_of(what: str) -> Constraint:
-    """The registered constraint that restores "zeros" or "grid", with its default arguments."""
+    """Return the registered constraint that restores "zeros" or "grid", with its default arguments."""
     return next(cls() for cls in links().values() if issubclass(cls, Constraint) and cls.restores == what)

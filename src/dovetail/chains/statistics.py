@@ -78,6 +78,6 @@ class InputStatistics:
 
 
 def padding_mask(batch: Mapping[str, Tensor], key: str = "attention_mask") -> Tensor | None:
-    """(b, t) bool, False where the batch is padding; None where nothing is, or where it doesn't say."""
+    """(b, t) bool, False where the batch is padding; None where nothing is, or where it does not say."""
     mask = batch.get(key)
     return None if mask is None or mask.dim() != 2 or bool(mask.all()) else mask.bool()

@@ -1,6 +1,6 @@
 """Puts a chain on a model: target layers become `ChainLinear`, and the first stage's pruners and quantizers run.
 
-A chain of several stages is walked by `advance`: it merges the stage in hand into the base and starts the next.
+A chain of several stages is walked by `advance`: it merges the current stage into the base and starts the next.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _calibration(stage: Stage, calibration: Iterable[Batch] | None) -> list[Batc
         raise ChainError(
             f"{needing[0].name} in {stage}",
             found="no calibration data",
-            rule=f"{needing[0].name} looks at the activations of some text",
+            rule=f"{needing[0].name} needs the activations of calibration data",
             fix="pass calibration=[{'input_ids': …}, …], or use magnitude, which needs none",
         )
     batches = None if calibration is None else checked(calibration)
@@ -170,7 +170,7 @@ def _calibration(stage: Stage, calibration: Iterable[Batch] | None) -> list[Batc
         raise DataError(
             f"calibration of {needing[0].name}",
             found="no batch",
-            rule="pruning by activations needs at least one batch",
+            rule="calibration needs at least one batch",
             fix="pass calibration=[{'input_ids': …}, …]",
         )
     return batches
@@ -236,10 +236,11 @@ def _start_links(record: AppliedChain) -> None:
 
 @torch.inference_mode(mode=False)
 def initial_values(model: nn.Module, seed: int | None = None) -> dict[str, Tensor]:
-    """What the adapters of the stage in hand started with, drawn again: "LAYER/PLACE/NAME" -> tensor, as in a saved
-    adapter's link/ keys.
+    """Draw the initial values of the current stage's adapters again: "LAYER/PLACE/NAME" -> tensor.
 
-    model    under a chain; it isn't changed
+    The keys are those of a saved adapter behind "link/".
+
+    model    under a chain; it is not changed
     seed     that they were drawn with; None: the model's own
     returns  new tensors on the layers' devices, in the dtype of adapters (float32 or wider); of extracted elastic
              adapters the part at their rank. What starts from the base's weights (DoRA's magnitudes) starts from the

@@ -44,7 +44,7 @@ LEAST_TOKENS = 8
 
 
 def blocks_of(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
-    """The blocks of the model and the layers in each: block's path -> layers' paths, in the order of `names`.
+    """Return the model's blocks and the layers in each: block path -> layer paths, in the order of `names`.
 
     A block is an element of the outermost nn.ModuleList that a layer lies in; a layer outside of any is its own block.
     """
@@ -71,7 +71,7 @@ def calibrate_blocks(
     title: str = "calibrating",
     progress: bool = False,
 ) -> None:
-    """Takes the statistics of each block's layers in turn, and lets `compress` change them.
+    """Collect the statistics of each block's layers in turn, and call `compress` to change them.
 
     layers    the layers to watch, all inside the model
     batches   keyword arguments of the model's forward; `attention_mask` (b, t), where there is one, tells padding apart
@@ -124,7 +124,7 @@ def _statistics(
     once: set[str],
     decoded: set[str],
 ) -> dict[str, InputStatistics]:
-    """Runs the block on what every pass brings it, and adds up what its layers are fed."""
+    """Run the block on the input of every pass, and accumulate the statistics of its layers' inputs."""
     found = _watch(passes, here, layers, wanted, once, decoded, share=True)
     if found is None:
         found = _watch(passes, here, layers, wanted, once, decoded, share=False)
@@ -143,7 +143,7 @@ def _statistics(
                 f"calibration of {name}",
                 found=f"{statistics.tokens} tokens",
                 rule=f"a Gram matrix is estimated from {LEAST_TOKENS} tokens or more; tens of thousands are usual",
-                fix="more calibration data",
+                fix="add calibration data",
             )
     return found
 
@@ -196,7 +196,7 @@ def _watch(
 def _look_ahead(
     model: nn.Module, layers: Mapping[str, ChainLinear], pieces: Sequence[Batch]
 ) -> tuple[dict[str, list[str]], set[str]]:
-    """Runs the model on the first piece, on more only to find a layer that this one doesn't reach.
+    """Run the model on the first piece, and on more pieces only to find a layer that it does not reach.
 
     returns  the blocks with the layers that are called in each (`blocks_of`, unless a block calls a layer from
              elsewhere, or a layer is called outside of its own), and the layers that a forward pass calls just once
@@ -254,8 +254,8 @@ def _not_finite(name: str) -> DataError:
     return DataError(
         f"calibration of {name}",
         found="NaN or infinite activations",
-        rule="activations are finite",
-        fix="look at the layers before it, or calibrate in float32",
+        rule="activations must be finite",
+        fix="check the layers before it, or calibrate in float32",
     )
 
 
@@ -264,6 +264,6 @@ def _unreached(name: str) -> DataError:
     return DataError(
         f"calibration of {name}",
         found="no input, or nothing but zeros",
-        rule="every layer that is compressed by its inputs sees some of the calibration data",
-        fix="more calibration data, leave the layer out of the targets, or compress it without data",
+        rule="calibration data must reach every layer that is compressed by its inputs",
+        fix="add calibration data, leave the layer out of the targets, or compress it without data",
     )

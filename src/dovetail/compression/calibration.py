@@ -26,7 +26,7 @@ MAX_TEXT_NBYTES = 1 << 28
 
 
 def checked(calibration: Iterable[Batch]) -> list[Batch]:
-    """The batches as a list; DataError for what is none: one batch alone, texts, lists of numbers, another mask."""
+    """Return the batches as a list; raise DataError for one batch alone, texts, lists of numbers or a wrong mask."""
     rule = "calibration is a list of batches, each the model's arguments by name, as tensors"
     found: object = calibration
     if isinstance(calibration, Iterable) and not isinstance(calibration, str | bytes | Mapping | Tensor):
@@ -44,24 +44,24 @@ def checked(calibration: Iterable[Batch]) -> list[Batch]:
 
 
 def _check_mask(batch: Batch) -> None:
-    """A mask of another shape would be spread over the rows, and padding counted in silence."""
+    """Refuse a mask of another shape: it would be broadcast over the rows, and padding counted silently."""
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     if ids is not None and mask is not None and mask.dim() == 2 and mask.shape != ids.shape:
         found = f"attention_mask of {list(mask.shape)} beside input_ids of {list(ids.shape)}"
-        raise DataError("calibration", found=found, rule="the mask says of each token whether it is padding")
+        raise DataError("calibration", found=found, rule="the mask must have one value per token")
 
 
 def text_task(path: Path, *, encoder_decoder: bool) -> Task:
-    """The passages of a text file, one a line, as a task to calibrate on; an encoder-decoder reads and says them."""
-    rule = "calibration.text must be a UTF-8 file with one passage a line"
+    """Return the passages of a text file, one per line, as a task to calibrate on."""
+    rule = "calibration.text must be a UTF-8 file with one passage per line"
     content = read_bytes(path, rule=rule, limit=MAX_TEXT_NBYTES, error=DataError)
     try:
         lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
-        raise DataError(str(path), found=f"byte {error.start} is no UTF-8", rule="data files are UTF-8 text") from None
+        raise DataError(str(path), found=f"byte {error.start} is not UTF-8", rule="the file must be UTF-8") from None
     passages = [line for line in lines if line]
     if not passages:
-        raise DataError(str(path), found="no passage", rule="calibration.text has a passage on at least one line")
+        raise DataError(str(path), found="no passage", rule="calibration.text must hold a passage")
     if encoder_decoder:
         return Task(path.name, "generation", "exact_match", {"train": [{"prompt": p, "answer": p} for p in passages]})
     return Task(path.name, "text", METRICS["text"][0], {"train": [{"text": p} for p in passages]})
@@ -77,7 +77,7 @@ def calibration_batches(
     max_length: int = 512,
     decoder_start: int | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Inputs to calibrate pruning and quantization on: `samples` rows of the train split, drawn by `seed`.
+    """Return inputs to calibrate on: `samples` rows of the train split, drawn by `seed`.
 
     decoder_start   the token that an encoder-decoder's decoder begins with; None for other models
     returns         batches of input_ids, attention_mask (rows, tokens), padded right, and for an encoder-decoder

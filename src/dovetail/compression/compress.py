@@ -78,7 +78,7 @@ def compress(
 def _allocated(
     model: nn.Module, layers: Mapping[str, ChainLinear], link: Pruner, batches: Sequence[Batch] | None, progress: bool
 ) -> dict[str, Link]:
-    """The pruner of each layer, with the sparsity that its block gets for its outliers."""
+    """Return the pruner of each layer, with the sparsity that its block gets for its outliers."""
     ratios: dict[str, float] = {}
 
     def look(found: dict[str, InputStatistics]) -> None:
@@ -99,13 +99,13 @@ def _allocated(
 
 
 def refuse_bad_weights(layers: Mapping[str, ChainLinear]) -> None:
-    """DovetailError for a layer with weights that aren't finite: before any layer is changed."""
+    """DovetailError for a layer with weights that are not finite: before any layer is changed."""
     for name, layer in layers.items():
         weight = layer.base.dense
         if weight is not None and not weight.is_meta and not bool(torch.isfinite(weight).all()):
             raise DovetailError(
                 name,
                 found=f"{int((~torch.isfinite(weight)).sum())} weights that are NaN or infinite",
-                rule="pruning and quantizing take finite weights",
+                rule="weights to prune or quantize must be finite",
                 fix="check the checkpoint, or the training that made these weights",
             )

@@ -27,7 +27,7 @@ _ROWS = {"input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "
 
 
 def split(model: nn.Module, batches: Sequence[Batch], most: int = TOKENS) -> list[Batch]:
-    """The batches, joined and cut by rows to about `most` tokens where they are token ids; others as they are."""
+    """Return the batches, joined and split by rows to about `most` tokens where they are token ids."""
     from transformers import PreTrainedModel
 
     pieces: list[Batch] = []
@@ -59,7 +59,7 @@ def _joined(batches: Sequence[Batch], most: int) -> Iterator[Batch]:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Decoders keep no keys and values: a block that is run twice would find its own. T5's parts have own configs."""
+    """Disable the key-value cache: a block that runs twice would find its own keys. T5's parts have own configs."""
     from transformers import PreTrainedModel
 
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
@@ -96,15 +96,15 @@ def _forward(layer: ChainLinear) -> Any:
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a layer is called with."""
+    """Return the layer's input among the arguments of its call."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 def input_rows(x: Tensor, layout: Layout, mask: Tensor | None) -> Tensor:
-    """A layer's input as rows of X, (n, i), without padding.
+    """Return a layer's input as rows of X, (n, i), without padding.
 
     x     (..., i), or what a convolution takes
-    mask  (b, t) bool of the tokens that aren't padding; counts where x is (b, t, i) or (b · t, i)
+    mask  (b, t) bool of the tokens that are not padding; counts where x is (b, t, i) or (b · t, i)
     """
     if layout.linear and mask is not None:
         if x.dim() == 3 and x.shape[:2] == mask.shape:
@@ -151,19 +151,19 @@ class Pass:
         self._wait()
 
     def go_on(self, output: Any) -> None:
-        """Gives the block's output to the pass and waits until it stands at the next one."""
+        """Give the block's output to the pass and wait until it reaches the next block."""
         self.block, self.args, self.kwargs = None, (), {}
         self._told.put(output)
         self._wait()
 
     def stop(self) -> None:
-        """Ends the pass where it stands."""
+        """End the pass at its current block."""
         if self._thread.is_alive():
             self._told.put(Stop())
             self._thread.join()
 
     def arrive(self, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Called in the pass's thread, in place of the block's forward."""
+        """Run in the pass's thread in place of the block's forward."""
         self.block, self.args, self.kwargs = block, args, kwargs
         self._answer.put(None)
         del args, kwargs  # or a block's input would live as long as its output
@@ -239,7 +239,7 @@ class Passes:
         return [one for one in self._passes if first is not None and one.block == first]
 
     def go_on(self, here: Sequence[Pass]) -> None:
-        """Runs the block for each, and lets it come to the next."""
+        """Run the block for each pass, and let the pass go on to the next block."""
         for one in here:
             assert one.block is not None
             one.go_on(self._forward[one.block](*one.args, **one.kwargs))
@@ -251,7 +251,7 @@ class Passes:
         see: Callable[[str, Tensor], None],
         left: set[str] | None,
     ) -> None:
-        """Runs the block for the sake of what its layers are fed: `see(layer, x)`.
+        """Run the block to observe the inputs of its layers: `see(layer, x)`.
 
         left  the layers still to be seen, where each is called once: the block's run ends with the last of them
         """

@@ -16,7 +16,7 @@ from dovetail.chains.link import (
     positional,
 )
 from dovetail.chains.registry import register
-from dovetail.chains.terms import Hadamard, InScale, LowRank, OutScale, RowNorm
+from dovetail.chains.terms import Hadamard, InScale, LowRank, OutScale, RowNorm, Term
 from dovetail.links import adapt, constrain, prune, quantize
 from dovetail.links.adapt.peft import PeftAdapter, PeftConfig, PeftLink
 from dovetail.links.adapt.rank import RankAdapter

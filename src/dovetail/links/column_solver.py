@@ -46,11 +46,11 @@ class Factor:
 
 
 def factor(inputs: InputStatistics, damping: float, *, by_size: bool = False) -> Factor | None:
-    """The factor of the inputs' Gram matrix, which is let go for it: kept for other layers that read the same inputs.
+    """Return the factor of the inputs' Gram matrix, which it replaces; cached for layers with the same inputs.
 
     damping  share of the mean diagonal to add; ten times more is tried where G is singular even so
     by_size  visit the inputs of largest norm first (GPTQ's act-order), else from left to right
-    returns  None for a matrix that can't be factored with any damping up to 1
+    returns  None for a matrix that cannot be factored with any damping up to 1
     """
     key = (damping, by_size)
     if key not in inputs.factors:
@@ -85,7 +85,7 @@ def _factor(inputs: InputStatistics, damping: float, by_size: bool) -> Factor | 
 
 
 def reconstruct(weight_oi: Tensor, factor: Factor, visit: Visit, window: int = 1) -> Tensor:
-    """The weight, changed column by column.
+    """Return the weight, changed column by column.
 
     weight_oi  (o, i) in the factor's dtype; not written to
     visit      called at the start of each block with its weights (b, o), updated for all errors before, with the

@@ -60,7 +60,7 @@ def applied(model: nn.Module) -> AppliedChain:
             raise ChainError(
                 "model",
                 found="a packed model, whose chain is merged",
-                rule="this needs a model that carries a chain",
+                rule="this operation needs a model under a chain",
                 fix="call dovetail.to_stock(model), then apply another chain",
             )
         assert isinstance(layer.record, AppliedChain)
@@ -75,7 +75,7 @@ def applied(model: nn.Module) -> AppliedChain:
     raise ChainError(
         "model",
         found="no layer with a chain",
-        rule="this needs a model that a chain was applied to",
+        rule="this operation needs a model under a chain",
         fix="call dovetail.apply(model, chain)",
     )
 

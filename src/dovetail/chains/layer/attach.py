@@ -28,9 +28,9 @@ def attach(
     if chain_layers(model):
         raise ChainError(
             "apply",
-            found=f"the model already carries {applied(model).chain}",
-            rule="a model carries one chain",
-            fix="write both as one chain, or merge the first",
+            found=f"a model with the chain {applied(model).chain}",
+            rule="a model has at most one chain",
+            fix="write both as one chain, or merge the first one",
         )
     _refuse_second_quantizer(model, the_chain)
     found = find_targets(model, targets)
@@ -56,7 +56,7 @@ def attach(
 
 
 def _refuse_second_quantizer(model: nn.Module, the_chain: CheckedChain) -> None:
-    """A merged model's config says on which grid its weights are (`dovetail.merge`)."""
+    """Refuse a quantizer on a merged model whose config names a grid (`dovetail.merge`)."""
     again = the_chain.quantizer
     said = getattr(getattr(model, "config", None), "dovetail", None)
     text = said.get("chain") if isinstance(said, dict) else None
@@ -67,8 +67,8 @@ def _refuse_second_quantizer(model: nn.Module, the_chain: CheckedChain) -> None:
         raise ChainError(
             f"{again.name} in {the_chain}",
             found=f"a model that was merged on the grid of {before}",
-            rule="a model is quantized at most once: another grid rounds what was rounded already",
-            fix=f"start from the base model, or take {again.name} out",
+            rule="a model is quantized at most once: a second grid would round rounded weights",
+            fix=f"start from the base model, or remove {again.name}",
         )
 
 
@@ -84,19 +84,19 @@ def _site(target: Target) -> Site:
 
 
 def _refuse_dropout(target: Target, the_chain: CheckedChain) -> None:
-    """A convolution's W' is made by its definition, which doesn't know the input that dropout would act on."""
+    """Refuse dropout on convolutions: their W' is made by its definition, which does not see the input."""
     for link in the_chain:
         if arguments(link).get("dropout") and not layout_of(target.name, target.module).linear:
             raise ChainError(
                 f"{link.name} at {target.name}",
                 found=f"dropout={arguments(link)['dropout']} on a {type(target.module).__name__}",
-                rule="dropout of a low rank's input is for linear layers only",
-                fix=f"dropout=0 in {link.name}, or leave this layer out of the targets",
+                rule="dropout on the input of a low rank is supported for linear layers only",
+                fix=f"set dropout=0 in {link.name}, or leave this layer out of the targets",
             )
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts `new` wherever `old` is registered, under every name that it has."""
+    """Put `new` wherever `old` is registered, under every name that it has."""
     for parent in model.modules():
         for name, child in parent._modules.items():
             if child is old:

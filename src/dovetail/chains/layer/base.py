@@ -3,7 +3,7 @@
     dense      the weight itself, frozen, in the layer's own layout
     quantized  packed codes and scales (`dovetail.chains.grid.QuantizedWeight`)
     mask_bits  one bit a weight: where the pruner left a weight; kept when a later link needs it
-    start      the weight as it was before quantizing, in full precision; kept while training for
+    start      the weight before quantizing, in full precision; kept while training for
                `regrid(start=weights)`
 
 The planner asks three things of it: the matrix (o, i) in a dtype, its row norms, and the mask's rows.
@@ -34,7 +34,7 @@ class Scratch:
         self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def take(self, slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised contiguous tensor; the same memory at every call with that slot, dtype and device."""
+        """Return an uninitialised contiguous tensor: the same memory at each call with that slot, dtype and device."""
         key, numel = (slot, dtype, device), 1
         for n in shape:
             numel *= n
@@ -95,7 +95,7 @@ class Base(nn.Module):
         return self.dense.device if self.dense is not None else next(self.buffers()).device
 
     def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The base weight (o, i), in its own dtype unless told. Dense: a view; quantized: a new tensor."""
+        """Return the base weight (o, i), in its own dtype by default. Dense: a view; quantized: a new tensor."""
         dtype = dtype or self.dtype
         if self.dense is not None:
             return self.layout.matrix(self.dense.detach()).to(dtype)
@@ -103,7 +103,7 @@ class Base(nn.Module):
         return self.quantized.dequantize(torch.empty(self.shape, dtype=dtype, device=self.device))
 
     def native(self, dtype: torch.dtype, slot: str = "weight") -> Tensor:
-        """The base weight in the layer's own layout: itself, or dequantized into the shared buffer `slot`."""
+        """Return the base weight in the layer's own layout: itself, or dequantized into the shared buffer `slot`."""
         if self.dense is not None:
             return self.dense.detach().to(dtype)
         assert self.quantized is not None
@@ -112,16 +112,16 @@ class Base(nn.Module):
         return native
 
     def buffer(self, dtype: torch.dtype, slot: str) -> Tensor:
-        """The shared buffer in the layer's own layout, uninitialised."""
+        """Return the shared buffer in the layer's own layout, uninitialised."""
         shape = tuple(self.layout.empty(dtype, torch.device("meta")).shape)
         return self.take(slot, shape, dtype)
 
     def take(self, slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous tensor, in memory that all layers of the model share for this slot."""
+        """Return an uninitialised contiguous tensor in memory that all layers of the model share for this slot."""
         return self.scratch.take(slot, shape, dtype, self.device)
 
     def start_weight(self, from_codes: bool, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight (o, i) that the chain's differentiable links start from; not to be written to.
+        """Return the weight (o, i) that the chain's differentiable links start from; it must not be written to.
 
         from_codes  the base as stored; else the weight before quantizing, where it was kept
         dtype       codes are dequantized to it, into a buffer of their own; None: to the base's dtype, into the buffer
@@ -160,19 +160,19 @@ class Base(nn.Module):
     # What pruners, quantizers and merging do to the base.
 
     def set_dense(self, weight_oi: Tensor) -> None:
-        """Replaces a dense base by another weight (o, i)."""
+        """Replace a dense base by another weight (o, i)."""
         self.dense = nn.Parameter(self.layout.native(weight_oi.to(self.dtype)), requires_grad=False)
         self.quantized = None
         self._row_square = {}
 
     def set_quantized(self, quantized: QuantizedWeight) -> None:
-        """Replaces the base by codes on a grid."""
+        """Replace the base by codes on a grid."""
         self.quantized = quantized
         self.dense = None
         self._row_square = {}
 
     def quantize(self, quantizer: Quantizer, inputs: InputStatistics | None = None, keep_start: bool = False) -> None:
-        """Puts a dense base on the quantizer's grid; `keep_start` keeps beside the codes what was rounded to them."""
+        """Quantize a dense base; with `keep_start`, keep the weights that were rounded beside the codes."""
         weight = self.matrix()
         if keep_start:
             quantized, rounded = quantizer.quantize_from(weight, inputs)
@@ -207,7 +207,7 @@ class Base(nn.Module):
         self._row_square = {}
 
     def set_mask(self, keep_oi: Tensor, weight_oi: Tensor | None = None) -> None:
-        """Zeros the weights that don't stay, and keeps the mask, one bit a weight.
+        """Zeros the weights that do not stay, and keeps the mask, one bit a weight.
 
         What was zero before, pruned earlier in the chain or in the checkpoint, stays zero. A quantized weight's zeros
         may be rounded ones: there only an earlier mask counts.

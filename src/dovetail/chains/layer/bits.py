@@ -37,11 +37,11 @@ def _table(device: torch.device) -> Tensor:
 
 
 def split_zeros(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Separates numbers into where they aren't zero and what they are there.
+    """Separate numbers into a mask of the nonzero ones and their values.
 
     parts    chunks of the numbers, in order: (n,) integers, and what stands for zero, (n,) or (1,); all chunks but the
              last of a multiple of 8 numbers
-    returns  mask, uint8 (ceil(numbers / 8),), the first number's bit lowest; and the numbers that aren't zero, in order
+    returns  mask, uint8 (ceil(numbers / 8),), the first number's bit lowest; and the nonzero numbers, in order
     """
     masks, values = [], []
     for numbers, zero in parts:
@@ -52,10 +52,10 @@ def split_zeros(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
 
 
 def join_zeros(mask: Tensor, values: Tensor, zeros: Iterable[Tensor]) -> Tensor:
-    """What `split_zeros` separated.
+    """Join what `split_zeros` separated.
 
     zeros   what stands for zero, (n,), in the chunks that were split
-    errors  ValueError where the mask hasn't as many bits set as there are values
+    errors  ValueError where the mask has not as many bits set as there are values
     """
     parts, at, first = [], 0, 0
     for zero in zeros:

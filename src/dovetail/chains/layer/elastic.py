@@ -48,13 +48,13 @@ class Group:
         return self.states[0].reference or self.ranks[0]
 
     def use_rank(self, rank: int) -> None:
-        """Runs at this rank, one of `ranks`, from now on."""
+        """Run at this rank, one of `ranks`, from now on."""
         for state in self.states:
             state.use_rank(rank)
 
 
 def groups(model: nn.Module) -> list[Group]:
-    """The groups of the stage in hand, in module order; none without an elastic link, or once it is extracted.
+    """Return the groups of the current stage in module order; none without an elastic link, or once it is extracted.
 
     The query, key and value layers of one attention are a group, without the query where it reads another input
     (cross-attention); every other layer, and every layer that has no label (`dovetail.targets`), is one by itself.
@@ -82,7 +82,7 @@ def _named(place: int, states: Mapping[str, LinkState]) -> Group:
 
 
 def _elastic(model: nn.Module) -> dict[tuple[str, int], LinkState]:
-    """(Layer, place in the stage) -> the elastic adapters of the stage in hand."""
+    """(Layer, place in the stage) -> the elastic adapters of the current stage."""
     return {
         (name, place): state
         for name, layer in chain_layers(model).items()
@@ -92,13 +92,13 @@ def _elastic(model: nn.Module) -> dict[tuple[str, int], LinkState]:
 
 
 def use_reference(elastic: Sequence[Group]) -> None:
-    """Runs every group at its reference rank."""
+    """Run every group at its reference rank."""
     for group in elastic:
         group.use_rank(group.reference)
 
 
 def draw_ranks(elastic: Sequence[Group], seed: str) -> None:
-    """Runs every group at a rank drawn from its list, each as likely; fixed by the seed, whatever was drawn before."""
+    """Run every group at a rank drawn uniformly from its list; the seed alone determines the draw."""
     random = Random(seed)
     for group in elastic:
         group.use_rank(random.choice(group.ranks))
@@ -110,20 +110,24 @@ def ranks(model: nn.Module) -> dict[str, int]:
 
 
 def set_ranks(model: nn.Module, chosen: Mapping[str, int]) -> None:
-    """Runs groups, by their names, at these ranks; ChainError for another name or rank, and nothing is changed."""
+    """Run groups, by name, at these ranks; raise ChainError for an unknown name or rank and change nothing."""
     named = {group.name: group for group in groups(model)}
     for name, rank in chosen.items():
         if name not in named:
             some = ", ".join([*list(named)[:3], *(["…"] if len(named) > 3 else [])]) or "none here"
-            raise ChainError("set_ranks", found=f"{name!r}"[:200], rule=f"groups of elastic adapters: {some}")
+            raise ChainError(
+                "set_ranks", found=f"{name!r}"[:200], rule=f"the name must be a group of elastic adapters: {some}"
+            )
         if rank not in named[name].ranks:
-            raise ChainError(f"set_ranks at {name}", found=f"rank {rank}", rule=f"one of {list(named[name].ranks)}")
+            raise ChainError(
+                f"set_ranks at {name}", found=f"rank {rank}", rule=f"the rank must be one of {list(named[name].ranks)}"
+            )
     for name, rank in chosen.items():
         named[name].use_rank(rank)
 
 
 def extract(model: nn.Module) -> nn.Module:
-    """Makes plain adapters of the ranks that the elastic ones run at, in place: the rest of their parameters is gone.
+    """Replace elastic adapters, in place, by plain ones of their current ranks; the other parameters are dropped.
 
     returns  the same model, its effective weights the same to the bit; each layer's link now says its rank, and
              alpha such that the scale stays
@@ -132,9 +136,9 @@ def extract(model: nn.Module) -> nn.Module:
     if not _elastic(model):
         raise ChainError(
             str(applied(model).chain),
-            found="no elastic adapter in the stage in hand",
-            rule="extract makes elastic adapters plain ones",
-            fix="lora(r=16, elastic=[16, 12, 8])",
+            found="no elastic adapter in the current stage",
+            rule="extract needs at least one elastic adapter",
+            fix="use an elastic link, such as lora(r=16, elastic=[16, 12, 8])",
         )
     for layer in chain_layers(model).values():
         layer.extract()
@@ -169,7 +173,7 @@ def check_saved(model: nn.Module, saved: Mapping[str, int], extracted: bool, whe
     for key in sorted(here.keys() ^ saved.keys()):
         found = f"ranks of {key}"[:200] + (" in the file alone" if key in saved else " missing from the file")
         raise LoadError(
-            where, found=found, rule="the file holds a rank for each elastic adapter and layer, and no more"
+            where, found=found, rule="the file must hold exactly one rank for each elastic adapter and layer"
         )
     for key, rank in saved.items():
         link, state = here[key]
@@ -186,7 +190,7 @@ def shapes_at(model: nn.Module, saved: Mapping[str, int]) -> dict[str, dict[str,
 
 
 def load_ranks(model: nn.Module, saved: Mapping[str, int], extracted: bool) -> None:
-    """Runs, and extracts where they were, the adapters as `saved_ranks` said; after `check_saved`."""
+    """Run the adapters at the ranks of `saved_ranks`, extracted where they were; call `check_saved` first."""
     for key, (_, state) in specs(model).items():
         if state.rank is not None:
             state.use_rank(saved[key])

@@ -28,7 +28,7 @@ def run_open(x: Tensor, form: Form, base: Base) -> Tensor:
     a_ri, b_ro, out_o, in_i = _factors(form, x.dtype)
     bias_o = None if form.bias_o is None else form.bias_o.to(x.dtype)
     y_to = _Open.apply(x, base, a_ri, b_ro, out_o, in_i, bias_o)
-    y = y_to.view(*x.shape[:-1], y_to.shape[1])  # outside: a Function's view can't be changed in place (y += x)
+    y = y_to.view(*x.shape[:-1], y_to.shape[1])  # outside: a Function's view cannot be changed in place (y += x)
     for probability, a, b in form.dropped:
         u = functional.linear(functional.dropout(x, probability), a.to(x.dtype))
         y = y + functional.linear(u, b.to(x.dtype))
@@ -36,7 +36,7 @@ def run_open(x: Tensor, form: Form, base: Base) -> Tensor:
 
 
 def _factors(form: Form, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """a (r, i), b (r, o), s - 1 (o,), t - 1 (i,), cast to `dtype`."""
+    """Return a (r, i), b (r, o), s - 1 (o,), t - 1 (i,), cast to `dtype`."""
     return (
         None if form.a_ri is None else form.a_ri.to(dtype),
         None if form.b_or is None else form.b_or.t().to(dtype, memory_format=torch.contiguous_format),
@@ -124,7 +124,7 @@ def run_closed(x: Tensor, form: Form, base: Base, constraints: Sequence[Constrai
 
 
 def work_dtype(dtype: torch.dtype, constraints: Sequence[Constraint]) -> torch.dtype:
-    """What the weight is computed in: its own dtype, float32 where a constraint asks for it."""
+    """Return the dtype the weight is computed in: its own, or float32 where a constraint requires it."""
     if dtype != torch.float64 and any(constraint.float32 for constraint in constraints):
         return torch.float32
     return dtype
@@ -264,7 +264,7 @@ Fold = Callable[[], tuple[Tensor, Tensor | None]]
 
 
 def run_recomputed(x: Tensor, fold: Fold, base: Base, parameters: Sequence[Tensor]) -> Tensor:
-    """The layer's own operation on W' by definition; nothing of the size of W is saved between forward and backward."""
+    """Run the layer on W' by definition; save nothing of the size of W between forward and backward."""
     return _Recomputed.apply(x, fold, base, *parameters)  # type: ignore[no-any-return]
 
 

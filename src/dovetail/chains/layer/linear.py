@@ -30,7 +30,7 @@ class Shared:
         self._leading: dict[int, Shared] = {}
 
     def on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors on that device, in that dtype."""
+        """Return the tensors on that device, in that dtype."""
         if not self._tensors:
             return {}
         if (device, dtype) not in self._placed:
@@ -39,7 +39,7 @@ class Shared:
         return self._placed[device, dtype]
 
     def leading(self, link: Adapter, rank: int) -> Shared:
-        """The part that an elastic link uses at this rank; the same object each time, which all its layers share."""
+        """Return the part that an elastic link uses at this rank: the same object each time, shared by its layers."""
         if not self._tensors:
             return self
         if rank not in self._leading:
@@ -66,7 +66,7 @@ class LinkState(nn.Module):
         self.use_rank(self.reference)
 
     def use_rank(self, rank: int | None) -> None:
-        """Runs an elastic adapter at this rank from now on."""
+        """Run an elastic adapter at this rank from now on."""
         self.rank = rank
         self.running = self.link if rank is None or not isinstance(self.link, Adapter) else self.link.plain(rank)
 
@@ -75,7 +75,7 @@ class LinkState(nn.Module):
         return self._at(self.rank)
 
     def terms(self, *, whole: bool = False) -> list[Term]:
-        """What it does to the weight, in terms of the planner's algebra; `whole`: at its full rank."""
+        """Return what it does to the weight as terms of the planner's algebra; `whole`: at its full rank."""
         link, rank = (self.link, None) if whole else (self.running, self.rank)
         return link.lower(self._at(rank)) if isinstance(link, Adapter) else []
 
@@ -92,7 +92,7 @@ class LinkState(nn.Module):
         return {**own, **self.link.local(shared, self.site)}
 
     def extracted(self) -> LinkState:
-        """The running sub-adapter as a plain link with parameters of its own; itself where it isn't elastic."""
+        """Return the running sub-adapter as a plain link with its own parameters; itself where it is not elastic."""
         if self.rank is None:
             return self
         assert isinstance(self.link, Adapter)
@@ -110,7 +110,7 @@ class ChainLinear(nn.Module):
 
     base     dense or quantized weight (`chain/base.py`), frozen
     bias     (o,) frozen, or None
-    links    the differentiable links of the stage in hand, in order
+    links    the differentiable links of the current stage, in order
     record   what the model remembers of its chain (`dovetail.apply.AppliedChain`), the same object in every layer
     """
 
@@ -137,7 +137,7 @@ class ChainLinear(nn.Module):
         return self.base.quantized
 
     def set_links(self, states: Iterable[LinkState], path: Path | None = None) -> None:
-        """Puts another stage's links on the layer and chooses how they run, elastic ones at their full rank.
+        """Put a stage's links on the layer and choose how they run, elastic ones at their full rank.
 
         Sorted by kind here, once, and not in every forward pass:
         states    the links with their parameters
@@ -164,11 +164,11 @@ class ChainLinear(nn.Module):
         return choose_path(closes, self._terms(whole=True), self.layout)
 
     def extract(self) -> None:
-        """Makes elastic adapters plain ones of the ranks that they run at, in place; W' keeps its bits."""
+        """Replace elastic adapters, in place, by plain ones of their current ranks; W' is unchanged bit for bit."""
         self.set_links([state.extracted() for state in self.states], self.path)
 
     def effective_weight(self) -> tuple[Tensor, Tensor | None]:
-        """The definition: (W', b') of the whole chain, with ordinary autograd. (o, i) and (o,), in the base's dtype.
+        """Return the definition (W', b') of the whole chain by ordinary autograd: (o, i) and (o,), in the base's dtype.
 
         Computed in the adapters' dtype (float32 for a half-precision base) and rounded once.
         """
@@ -193,7 +193,7 @@ class ChainLinear(nn.Module):
         return self.layout.native(weight.to(self.base.dtype)), bias
 
     def form(self) -> Form:
-        """The chain's adapters as one form of the planner's algebra."""
+        """Return the chain's adapters as one form of the planner's algebra."""
         return compose(self._terms(), self.base, self.bias, self.training, self.from_codes)
 
     def _terms(self, *, whole: bool = False) -> list[Term]:
@@ -219,7 +219,7 @@ class ChainLinear(nn.Module):
 
     @torch.no_grad()
     def absorb(self, weight: Tensor | None = None) -> None:
-        """Merges the stage in hand into the base, which keeps its form: dense stays dense, quantized stays on its grid.
+        """Merge the current stage into the base: a dense base stays dense, a quantized one stays on its grid.
 
         weight  to store instead of the effective one, in the layer's own layout
         """
@@ -265,7 +265,7 @@ class ChainLinear(nn.Module):
 
 
 def chain_layers(model: nn.Module) -> dict[str, ChainLinear]:
-    """Module path -> layer, of every layer of the model that carries a chain; each once."""
+    """Return module path -> layer for every layer of the model that carries a chain, each once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ChainLinear)}
 
 

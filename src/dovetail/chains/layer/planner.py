@@ -92,7 +92,7 @@ def choose_path(closes: Sequence[bool], terms: Sequence[Term], layout: Layout) -
     """How a chain runs on a layer. closes: for each link that changes the weight, whether it is a constraint."""
     if not layout.linear:
         return "recomputed"
-    # Dropout acts on a low rank's input, which the definition of W' doesn't know: such a chain stays open.
+    # Dropout acts on a low rank's input, which the definition of W' does not know: such a chain stays open.
     dropout = any(isinstance(term, LowRank) and term.dropout > 0 for term in terms)
     shape = layout.out_features, layout.in_features
     if not dropout and any(isinstance(term, Hadamard) and not low_rank_is_cheap(term, shape) for term in terms):

@@ -29,11 +29,11 @@ class Remask(Constraint):
     source: ClassVar[str] = "SQFT §2.3"
 
     def project(self, weight_oi: Tensor, base: Base) -> Tensor:
-        # Not a product: a negative weight times zero is -0.0, whose bits aren't those of zero.
+        # Not a product: a negative weight times zero is -0.0, whose bits are not those of zero.
         return torch.where(base.mask_rows(slice(None)), weight_oi, 0)
 
     def project_rows_(self, rows_ni: Tensor, start: int, base: Base, grad_ni: Tensor | None = None) -> None:
-        # A bitwise AND with all ones or zeros: several times faster than `where`, and NaN can't survive it.
+        # A bitwise AND with all ones or zeros: several times faster than `where`, and NaN cannot survive it.
         rows = slice(start, start + rows_ni.shape[0])
         words = base.mask_words(rows, rows_ni.dtype)
         rows_ni.view(words.dtype).bitwise_and_(words)

@@ -44,7 +44,7 @@ def allocate(
 
     ratios    layer -> `outlier_ratio` of its scores
     weights   layer -> number of its weights
-    groups    layer -> its transformer block; a layer that isn't in here is a group of its own
+    groups    layer -> its transformer block; a layer that is not in here is a group of its own
     sparsity  mean wanted, in [0, 1)
     spread    how far a group's sparsity may lie from the mean
     returns   layer -> sparsity, in [0, 1) and in sparsity ± spread; all equal where no group stands out

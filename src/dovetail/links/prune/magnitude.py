@@ -14,7 +14,7 @@ from dovetail.links.prune.scored import scoring
 
 
 def magnitude_scores(weight_oi: Tensor) -> Tensor:
-    """Importance of each weight: |W[o,i]|. (out, in), the weight's dtype."""
+    """Return the importance of each weight: |W[o,i]|. (out, in), the weight's dtype."""
     return weight_oi.abs()
 
 

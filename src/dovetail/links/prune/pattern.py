@@ -30,8 +30,8 @@ def read_pattern(method: str, pattern: str) -> tuple[int, int]:
         raise ChainError(
             method,
             found=f"pattern={pattern!r}",
-            rule=f"a pattern is N:M with 1 <= N < M <= {MOST}: N weights of every M consecutive inputs are not zero",
-            fix='pattern="2:4"',
+            rule=f"a pattern must be N:M with 1 <= N < M <= {MOST}: N nonzero weights of every M inputs",
+            fix='set pattern="2:4"',
         )
     return n, m
 
@@ -39,7 +39,7 @@ def read_pattern(method: str, pattern: str) -> tuple[int, int]:
 def pattern_sparsity(
     method: str, pattern: str, sparsity: float, allocation: Literal["uniform", "outlier"] = "uniform"
 ) -> float:
-    """The pattern's sparsity, 1 - N/M; ChainError where the pruner's other arguments contradict it.
+    """Return the pattern's sparsity, 1 - N/M; raise ChainError where the pruner's other arguments contradict it.
 
     sparsity  as given beside the pattern: 1 - N/M to three places, or the default
     """
@@ -59,13 +59,13 @@ def pattern_sparsity(
             method,
             found=f'allocation={allocation}, pattern="{pattern}"',
             rule="a pattern gives every layer the same sparsity",
-            fix="leave one of the two out",
+            fix="remove one of the two",
         )
     return exact
 
 
 def check_width(where: str, pattern: str, width: int) -> None:
-    """ChainError where M doesn't divide width, the layer's inputs."""
+    """ChainError where M does not divide width, the layer's inputs."""
     n, m = read_pattern(where, pattern)
     if width % m == 0:
         return

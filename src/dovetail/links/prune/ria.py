@@ -16,7 +16,7 @@ from dovetail.links.prune.scored import scoring
 
 
 def ria_scores(weight_oi: Tensor, input_norm_i: Tensor) -> Tensor:
-    """Importance of each weight: its relative importance times √‖x_i‖₂  (Zhang et al. 2024).
+    """Return the importance of each weight: its relative importance times √‖x_i‖₂  (Zhang et al. 2024).
 
     weight_oi     (out, in)  any float; scored in float32
     input_norm_i  (in,)      L2 norm of each input feature over the calibration tokens

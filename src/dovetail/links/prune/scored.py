@@ -53,7 +53,7 @@ class ScoredPruner(Pruner):
         return _remake, (self.name, arguments(self))  # the class may be bound to another name than its own
 
     def check(self, site: Site) -> None:
-        """Raises ChainError where the pattern's M doesn't divide the layer's inputs."""
+        """Raise ChainError where the pattern's M does not divide the layer's inputs."""
         if self.pattern is not None:
             check_width(f"{self.name} at {site.name}", self.pattern, site.in_features)
 
@@ -81,7 +81,7 @@ class ScoredPruner(Pruner):
             raise DovetailError(
                 self.name,
                 found=shape or repr(told)[:200],
-                rule=f"a score is a floating-point number for each weight, here of shape {tuple(weight_oi.shape)}",
+                rule=f"scores must be floating-point numbers, one per weight, of shape {tuple(weight_oi.shape)}",
                 fix=f"check the function that scores {self.name}",
             )
         finite = torch.isfinite(scores)
@@ -94,7 +94,7 @@ class ScoredPruner(Pruner):
             raise DovetailError(
                 self.name,
                 found=f"{int((~finite).sum())} of {scores.numel()} scores are NaN or infinite{cause}",
-                rule="weights are ranked by finite scores",
+                rule="scores must be finite",
                 fix=fix,
             )
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -107,7 +107,7 @@ Score = Callable[..., Tensor]
 def scoring(
     name: str, *, per: Literal["layer", "row"], calibrated: bool, summary: str, source: str
 ) -> Callable[[Score], type[ScoredPruner]]:
-    """Decorator: registers a pruner that keeps the weights with the highest scores, and returns its class.
+    """Return a decorator that registers a pruner which keeps the weights with the highest scores.
 
     name        of the link in chains: `name(0.5, pattern="2:4")`
     per         where weights are compared unless the chain says otherwise: in the "layer" or in each output "row"
@@ -150,5 +150,8 @@ def _remake(name: str, values: dict[str, Any]) -> Any:
 def _one_of(method: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ChainError(
-            method, found=f"{name}={value!r}", rule=f"{name} is {' or '.join(allowed)}", fix=f"{name}={allowed[0]}"
+            method,
+            found=f"{name}={value!r}",
+            rule=f"{name} must be {' or '.join(allowed)}",
+            fix=f"set {name}={allowed[0]}",
         )

@@ -16,12 +16,15 @@ def check_sparsity(method: str, sparsity: float) -> None:
     """ChainError unless 0 <= sparsity < 1."""
     if not 0 <= sparsity < 1:
         raise ChainError(
-            method, found=f"sparsity={sparsity}", rule="sparsity, the fraction of zeros, lies in [0, 1)", fix="0.5"
+            method,
+            found=f"sparsity={sparsity}",
+            rule="sparsity, the fraction of zeros, must be in [0, 1)",
+            fix="set it to 0.5",
         )
 
 
 def keep_top(scores_gn: Tensor, sparsity: float) -> Tensor:
-    """Keeps all but the round(sparsity · n) lowest scores of each row, exactly; among equal scores the first ones go.
+    """Keep all but the round(sparsity · n) lowest scores of each row, exactly; of equal scores, prune the first.
 
     scores_gn  (groups, n) any float dtype
     returns    (groups, n) bool, True where a weight stays
@@ -45,7 +48,7 @@ def keep_top(scores_gn: Tensor, sparsity: float) -> Tensor:
 
 
 def keep_pattern(scores_oi: Tensor, n: int, m: int) -> Tensor:
-    """Keeps the n best of every m consecutive inputs, exactly; among equal scores the first ones go.
+    """Keep the n best of every m consecutive inputs, exactly; of equal scores, prune the first.
 
     scores_oi  (o, i) any float dtype; m divides i
     n, m       1 <= n < m <= 128
@@ -64,7 +67,7 @@ def keep_pattern(scores_oi: Tensor, n: int, m: int) -> Tensor:
 
 
 def _kth_lowest(scores_gn: Tensor, k: int) -> Tensor:
-    """The k-th lowest score of each row, from 1: (groups, 1), the scores' dtype."""
+    """Return the k-th lowest score of each row, from 1: (groups, 1), the scores' dtype."""
     if scores_gn.device.type != "cpu":
         return torch.kthvalue(scores_gn, k, dim=1, keepdim=True).values
     # On CPU a tenth of torch.kthvalue's time, which moreover is quadratic on falling rows: minutes for 3 million.

@@ -57,12 +57,12 @@ class SparseGPT(Pruner):
             object.__setattr__(self, "sparsity", sparsity)
 
     def check(self, site: Site) -> None:
-        """Raises ChainError where the pattern's M doesn't divide the layer's inputs."""
+        """Raise ChainError where the pattern's M does not divide the layer's inputs."""
         if self.pattern is not None:
             check_width(f"{self.name} at {site.name}", self.pattern, site.in_features)
 
     def scores(self, weight_oi: Tensor, inputs: InputStatistics | None) -> Tensor:
-        """The weights' part of the output, (|w| ‖x‖)²: what U is where inputs don't correlate."""
+        """Return the weights' part of the output, (|w| ‖x‖)², which equals U for uncorrelated inputs."""
         assert inputs is not None
         return (weight_oi.abs().to(torch.float32) * inputs.norm_i).square()
 
@@ -73,8 +73,8 @@ class SparseGPT(Pruner):
             raise DovetailError(
                 self.name,
                 found=f"a Gram matrix of {inputs.tokens} tokens that is singular even with damping 1",
-                rule="the weights that stay make up for the others by the inputs' Gram matrix",
-                fix="more calibration data, or wanda",
+                rule="the inputs' Gram matrix must be invertible",
+                fix="add calibration data, or use wanda",
             )
         weight_oi = weight_oi.detach()
         alive_io = (weight_oi != 0).t()

@@ -15,7 +15,7 @@ from dovetail.links.prune.scored import scoring
 
 
 def wanda_scores(weight_oi: Tensor, input_norm_i: Tensor) -> Tensor:
-    """Importance of each weight: |W[o,i]| * ‖x_i‖₂  (Sun et al. 2023, eq. 1).
+    """Return the importance of each weight: |W[o,i]| * ‖x_i‖₂  (Sun et al. 2023, eq. 1).
 
     weight_oi     (out, in)  any float; scored in float32
     input_norm_i  (in,)      L2 norm of each input feature over the calibration tokens

@@ -1,7 +1,7 @@
 """bitsandbytes' dequantize kernel, where it is installed, faster, and equal to ours to the bit.
 
 Only the kernel is used, on our codes, into our buffer. Its import takes seconds, so small weights do without; it logs a
-complaint about a package that the kernel doesn't need, so that it is imported quietly. On CPU the kernel takes wrong
+complaint about a package that the kernel does not need, so that it is imported quietly. On CPU the kernel takes wrong
 scales where blocks straddle rows, and loses accuracy at blocks of 2048 and more: those are left to our own path.
 """
 
@@ -32,7 +32,7 @@ Kernel = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
 def four_bit_kernel(
     name: str, levels: tuple[float, ...], shape: tuple[int, int], block: int, dtype: torch.dtype, codes: Tensor
 ) -> Kernel | None:
-    """The kernel for a weight of this shape, or None where our own path is to be used."""
+    """Return the kernel for a weight of this shape, or None where the path in plain torch is used."""
     usable = shape[1] % block == 0 and block <= LARGEST_BLOCK and shape[0] * shape[1] >= SMALLEST
     usable = usable and dtype in (torch.float32, torch.bfloat16, torch.float16) and type(codes) is Tensor
     if not usable or codes.device.type not in ("cpu", "cuda") or not _available():
@@ -48,7 +48,7 @@ def _available() -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module("bitsandbytes")
-    except Exception:  # an optional accelerator that doesn't load on this machine is an absent one
+    except Exception:  # an optional accelerator that does not load on this machine is an absent one
         return False
     return True
 
@@ -57,7 +57,7 @@ def _available() -> bool:
 def _proved_kernel(
     name: str, levels: tuple[float, ...], block: int, dtype: torch.dtype, device: torch.device
 ) -> Kernel | None:
-    """The kernel if, on this device, it gives every pair of codes the value that the definition gives, to the bit."""
+    """Return the kernel if it equals the definition bit for bit, for every pair of codes, on this device."""
 
     def kernel(codes: Tensor, scale: Tensor, shape: tuple[int, int]) -> Tensor:
         return torch.ops.bitsandbytes.dequantize_4bit.default(codes, scale, block, name, shape, dtype)

@@ -50,7 +50,7 @@ class AffineWeight(QuantizedWeight):
     def from_scales(
         cls, weight_oi: Tensor, scale_og: Tensor, zero_og: Tensor | None, *, bits: int, identity: str
     ) -> AffineWeight:
-        """The grid of given scales, with the codes nearest to weight_oi.
+        """Return the grid of given scales, with the codes nearest to weight_oi.
 
         weight_oi  (o, i) any float dtype
         scale_og   (o, groups) float16, not negative
@@ -161,12 +161,14 @@ class AffineQuantizer(Quantizer):
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):
-            raise self._bad(f"bits={self.bits}", "bits is 2, 3, 4 or 8", "bits=4")
+            raise self._bad(f"bits={self.bits}", "bits must be 2, 3, 4 or 8", "set bits=4")
         if self.group < 0:
-            raise self._bad(f"group={self.group}", "group is at least 0", "group=64, or group=0 for one group per row")
+            raise self._bad(
+                f"group={self.group}", "group must be at least 0", "set group=64, or group=0 for one group per row"
+            )
 
     def check(self, site: Site) -> None:
-        """Raises ChainError where group doesn't divide the layer's inputs."""
+        """Raise ChainError where group does not divide the layer's inputs."""
         self._groups(site.in_features, f"{self.name} at {site.name}")
 
     def empty(self, shape: tuple[int, int]) -> AffineWeight:
@@ -192,7 +194,7 @@ class AffineQuantizer(Quantizer):
                 where,
                 found=f"in_features={in_features}, group={self.group}",
                 rule="group must divide in_features",
-                fix=f"group={nearest}, or group=0 for one group per row",
+                fix=f"use group={nearest}, or group=0 for one group per row",
             )
         return in_features // self.group
 
@@ -215,7 +217,7 @@ def affine_range(
         raise DovetailError(
             where,
             found=f"a group that needs the scale {float(exact.max()):.6g}",
-            rule=f"a scale is stored as float16, at most {torch.finfo(torch.float16).max:.0f}",
+            rule=f"a scale must fit float16, at most {torch.finfo(torch.float16).max:.0f}",
             fix="check the checkpoint: weights of a working model are far smaller; or use nf4 or fp8",
         )
     if symmetric:

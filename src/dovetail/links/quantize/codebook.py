@@ -42,11 +42,11 @@ class Book:
         return tuple(sorted(self.levels))
 
     def nearest_level(self, scaled: Tensor) -> Tensor:
-        """The level nearest to each number in [-1, 1], float32."""
+        """Return the level nearest to each number in [-1, 1], float32."""
         return nearest(scaled, self.ascending, self.ascending, torch.float32)
 
     def nearest_code(self, scaled: Tensor) -> Tensor:
-        """The code of the level nearest to each number in [-1, 1], uint8."""
+        """Return the code of the level nearest to each number in [-1, 1], uint8."""
         return nearest(scaled, self.ascending, self.order, torch.uint8)
 
     @property

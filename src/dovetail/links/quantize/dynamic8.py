@@ -51,7 +51,7 @@ def encode(scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def decode(encoded: Sequence[Tensor], start: int, stop: int) -> Tensor:
-    """The float32 scales [start, stop) of what `encode` returned."""
+    """Return the float32 scales [start, stop) of what `encode` returned."""
     codes, absmax, offset = encoded
     first = start // BLOCK
     factor = absmax[first : -(-stop // BLOCK)].repeat_interleave(BLOCK)[start - first * BLOCK :][: stop - start]

@@ -50,7 +50,7 @@ class Float8(Quantizer):
             raise self._bad(f'scale="{self.scale}"', 'scale is "row" or "tensor"', 'scale="row"')
 
     def quantize(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> Float8Weight:
-        """The scales and codes of weight_oi (o, i), any float dtype. Raises DovetailError on NaN or inf."""
+        """Return the scales and codes of weight_oi (o, i), any float dtype. Raise DovetailError on NaN or inf."""
         weight_32 = refuse_bad_weight(self.name, weight_oi)
         scale = weight_32.abs().amax(dim=1) / LARGEST
         if self.scale == "tensor":
@@ -67,7 +67,7 @@ class Float8(Quantizer):
         return Float8Weight(codes, scale, identity_of(self))
 
     def stored_nbytes(self, site: Site) -> int:
-        """A byte a weight and 4 bytes a scale."""
+        """Return one byte per weight and 4 bytes per scale."""
         return site.out_features * site.in_features + 4 * (site.out_features if self.scale == "row" else 1)
 
 
@@ -119,7 +119,7 @@ class Float8Weight(QuantizedWeight):
 
 
 def _write_numbers(codes: Tensor, out: Tensor) -> None:
-    """Writes the numbers that the codes stand for, none of them NaN, into `out`, float32.
+    """Write the values of the codes, none of them NaN, into `out`, float32.
 
     On CPU a cast is slow; there the bits of e4m3 are moved to float16's places, where they are the same number
     divided by 2^8, as the exponents' biases are 7 and 15.

@@ -55,11 +55,11 @@ class GPTQ(AffineQuantizer):
             raise self._bad(f"damping={self.damping}", "damping lies in [0, 1]", "damping=0.01")
 
     def quantize(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> AffineWeight:
-        """The grid and packed codes of weight_oi (o, i), any float. Raises DovetailError on NaN, inf, overflow."""
+        """Return the grid and packed codes of weight_oi (o, i), any float. DovetailError on NaN, inf, overflow."""
         return self._round(weight_oi, inputs, None)
 
     def quantize_from(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> tuple[AffineWeight, Tensor]:
-        """The same, and the weights as they were when their column was reached, the errors before it made up for."""
+        """Return the same, and the weights that were rounded, corrected for the errors of earlier columns."""
         rounded = weight_oi.to(torch.float32, copy=True)
         quantized = self._round(weight_oi, inputs, rounded)
         start = rounded.to(weight_oi.dtype)
@@ -105,7 +105,7 @@ class GPTQ(AffineQuantizer):
 
 
 def _on_grid(scale_og: Tensor, zero_og: Tensor | None, bits: int) -> Callable[[int, Tensor], Tensor]:
-    """A function of a group's number and weights (o,) in it: the nearest values on the grid, a new tensor."""
+    """Return a function of a group's number and weights (o,) that gives the nearest grid values, a new tensor."""
     scale_go = scale_og.t().float().contiguous()
     step_go = scale_go.masked_fill(scale_go == 0, torch.inf)
     if zero_og is None:

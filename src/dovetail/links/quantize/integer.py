@@ -40,7 +40,7 @@ class Int(AffineQuantizer):
     source: ClassVar[str] = "round-to-nearest, SQFT §2.2"
 
     def quantize(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> AffineWeight:
-        """The grid and packed codes of weight_oi (o, i), any float. Raises DovetailError on NaN, inf, overflow."""
+        """Return the grid and packed codes of weight_oi (o, i), any float. DovetailError on NaN, inf, overflow."""
         groups = self._groups(weight_oi.shape[-1], self.name)
         weight_32 = refuse_bad_weight(self.name, weight_oi)
         scale_og, zero_og = affine_range(weight_32, groups, bits=self.bits, symmetric=self.symmetric, where=self.name)

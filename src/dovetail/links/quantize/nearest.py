@@ -33,7 +33,7 @@ def nearest(scaled: Tensor, levels: tuple[float, ...], answers: tuple[float, ...
 
 
 def middles(levels: tuple[float, ...], device: torch.device) -> Tensor:
-    """The middles between neighbouring levels, computed in float32."""
+    """Return the midpoints between neighbouring levels, computed in float32."""
     ascending = torch.tensor(levels, dtype=torch.float32, device=device)
     return (ascending[:-1] + ascending[1:]) / 2
 

@@ -79,7 +79,7 @@ class _CodeBookQuantizer(Quantizer):
             raise self._bad(f"block={self.block}", rule, f"block={nearest}")
 
     def quantize(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> CodeBookWeight:
-        """The scales and packed codes of weight_oi (o, i), any float dtype. Raises DovetailError on NaN or inf."""
+        """Return the scales and packed codes of weight_oi (o, i), any float. DovetailError on NaN or inf."""
         weight_32 = refuse_bad_weight(self.name, weight_oi)
         return CodeBookWeight.from_weight(
             weight_32, block=self.block, double=self.double, book=self.book, identity=identity_of(self)

@@ -14,9 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dovetail.chains.terms import LowRank, Term
-from dovetail.links import Adapter, Site, always_print, register
-from dovetail.links.adapt.rank import check_rank, check_width, kaiming_uniform
+from dovetail.errors import ChainError
+from dovetail.links import Adapter, LowRank, Site, Term, always_print, register
 
 
 @register("lora_fa")
@@ -36,10 +35,8 @@ class LoRAFA(Adapter):
     source: ClassVar[str] = "Zhang et al. 2023"
 
     def __post_init__(self) -> None:
-        check_rank(self.name, self.r)
-
-    def check(self, site: Site) -> None:
-        check_width(self.name, self.r, site)
+        if self.r < 1:
+            raise ChainError(self.name, found=f"r={self.r}", rule="a rank is at least 1", fix="set r=8")
 
     def parameter_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         return {"B": (site.out_features, self.r)}
@@ -49,7 +46,7 @@ class LoRAFA(Adapter):
 
     def constants(self, widest: tuple[int, int], seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        return {"A": kaiming_uniform((self.r, widest[1]), generator).to(dtype)}
+        return {"A": (torch.randn(self.r, widest[1], generator=generator) / widest[1] ** 0.5).to(dtype)}
 
     def local(self, shared: Mapping[str, Tensor], site: Site) -> dict[str, Tensor]:
         return {"A": shared["A"][:, : site.in_features]}
