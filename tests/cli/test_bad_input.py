@@ -55,11 +55,11 @@ CHAINS = [
     ("lora(r=8", ["the end", "fix:   add ')'"]),
     ("lora(r=0)", ["r=0"]),
     ("wanda(1.5)", ["sparsity=1.5", "fix:"]),
-    ("nf4 >> int(bits=4) >> lora", ["a chain quantizes at most once", "fix:"]),
+    ("nf4 >> int(bits=4) >> lora", ["a chain has at most one quantizer", "fix:"]),
     ("lora >> remask", ["no pruner before it", "fix:"]),
     ("bottleneck >> lora", ["put bottleneck last"]),
     ("int(bits=4, group=48) >> lora(r=4) >> regrid", ["self_attn", "in_features=32, group=48", "group=32"]),
-    ("nf4 >> lora(r=4)", ["CannotMerge", "doesn't keep the base's grid", "regrid"]),
+    ("nf4 >> lora(r=4)", ["CannotMerge", "does not keep the base's grid", "regrid"]),
 ]
 
 

@@ -170,7 +170,7 @@ def test_plan(command, tmp_path):
     assert "merges without loss" in out
     code, out, err = command("plan", "nf4 >> int", "--model", model)
     assert (code, out) == (2, "")
-    assert "a chain quantizes at most once" in err
+    assert "a chain has at most one quantizer" in err
     code, out, _ = command("plan", "nf4 >> int", "--model", model, "--json")
     assert code == 2
     assert json.loads(out)["legal"] is False

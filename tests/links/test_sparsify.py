@@ -202,7 +202,7 @@ BAD = [
     ("wanda(pattern='-2:4')", ["pattern='-2:4'"]),
     ("wanda(0.3, pattern='2:4')", ['sparsity=0.3, pattern="2:4"', "1 - 2/4 = 0.5", "leave sparsity out"]),
     ("wanda(0.75, pattern='2:4')", ['sparsity=0.75, pattern="2:4"', 'leave sparsity out, or pattern="1:4"']),
-    ("wanda(pattern='2:4', allocation=outlier)", ["allocation=outlier", "same sparsity", "leave one of the two out"]),
+    ("wanda(pattern='2:4', allocation=outlier)", ["allocation=outlier", "same sparsity", "remove one of the two"]),
     ("wanda(per=column)", ["per=column", "'layer' or 'row'"]),
 ]
 
@@ -216,9 +216,9 @@ def test_bad_arguments_are_refused(text: str, words: list[str]) -> None:
 
 
 def test_bad_words_are_refused_in_python_too() -> None:
-    with pytest.raises(ChainError, match="allocation is uniform or outlier"):
+    with pytest.raises(ChainError, match="allocation must be uniform or outlier"):
         Magnitude(0.3, "row")  # type: ignore[arg-type]  # the second argument is not per
-    with pytest.raises(ChainError, match="per is layer or row"):
+    with pytest.raises(ChainError, match="per must be layer or row"):
         Magnitude(0.3, per="column")  # type: ignore[arg-type]
 
 
@@ -308,7 +308,7 @@ def test_a_score_of_the_wrong_form_is_refused_by_name() -> None:
         with pytest.raises(DovetailError, match=rf"{score.__name__}\n  found: {words}"):
             cls(0.5).prune(randn(4, 8), None)
     column: Any = "column"
-    with pytest.raises(ChainError, match="per is layer or row"):
+    with pytest.raises(ChainError, match="per must be layer or row"):
         dovetail.scoring("of_columns", per=column, calibrated=False, summary="-", source="-")
 
 

@@ -72,10 +72,10 @@ def test_the_playground_is_planned_exactly():
     ("text", "said"),
     [
         ("lorra", "did you mean lora"),
-        ("nf4 >> int", "quantizes at most once"),
+        ("nf4 >> int", "has at most one quantizer"),
         ("lora >> remask", "no pruner before it"),
         ("int(bits=4, group=48) >> lora", "int at model.layers.0.self_attn.q_proj"),
-        ("lora >> nf4 >> regrid >> lora >> int", "quantizes at most once"),
+        ("lora >> nf4 >> regrid >> lora >> int", "has at most one quantizer"),
     ],
 )
 def test_illegal_chains_say_why(text, said):
