@@ -31,7 +31,7 @@ ILLEGAL = {
     "remask >> wanda(0.5)": ("remask, link 1", "no pruner", "mask", "remove remask"),
     "wanda(0.5) >> lora >> regrid": ("regrid, link 3", "no quantizer", "grid of a quantizer", "put nf4 or int(bits=4)"),
     "bottleneck >> lora": ("lora, link 2", "lora after bottleneck", "function of the layer", "put bottleneck last"),
-    "wanda(0.5) >> bottleneck >> remask": ("remask, link 3", "remask after bottleneck", "come before", "bottleneck last"),
+    "wanda(0.5) >> bottleneck >> remask": ("remask, link 3", "remask after bottleneck", "come before", "bottleneck"),
     "bottleneck >> nf4": ("nf4, link 2", "nf4 after bottleneck", "function of the layer", "put bottleneck last"),
     "wanda(0.5) >> lora(dropout=0.1) >> remask": ("lora in stage 1", "dropout=0.1", "remask projects", "dropout=0 in"),
     "nf4 >> vera(dropout=0.2) >> regrid": ("vera in stage 1", "dropout=0.2", "regrid projects", "dropout=0 in vera"),
