@@ -145,7 +145,7 @@ def _check_closed(text: str) -> None:
 
 
 def _check_definition(text: str) -> None:
-    """The forward pass and all gradients equal those of the links' definitions."""
+    """Check that the forward pass and all gradients equal those of the links' definitions."""
     layer, x = _layer(text), _input(torch.float64).requires_grad_()
     _move(layer)
     weight, bias = layer.effective_weight()

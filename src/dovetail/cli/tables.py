@@ -27,7 +27,7 @@ KINDS = {Pruner: "pruner", Quantizer: "quantizer", Adapter: "adapter", Constrain
 
 
 def method_rows() -> list[dict[str, Any]]:
-    """What each registered link says of itself, by kind and name."""
+    """Return what each registered link declares, by kind and name."""
     found = []
     for cls, kind in KINDS.items():
         for name in sorted(name for name, link in links().items() if issubclass(link, cls)):
@@ -49,7 +49,7 @@ def method_rows() -> list[dict[str, Any]]:
 
 
 def markdown_table() -> str:
-    """The table of links as the README has it."""
+    """Return the table of links as the README has it."""
     lines = ["| link | kind | keeps | what it does |", "|---|---|---|---|"]
     for row in method_rows():
         keeps = ", ".join(what for what in ("zeros", "grid") if row[f"keeps_{what}"]) or "–"

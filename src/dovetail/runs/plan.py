@@ -108,10 +108,10 @@ def plan(
     batch_size, length   rows and tokens of the widest batch; length is the longest record's with a task
     max_length, bf16, gradient_checkpointing   as in `dovetail.train`
     memory      predict the peak, which takes seconds for small models and minutes for large ones; else it is None, as
-                it is for experts in three-dimensional parameters of float32, on which torch can't be asked
+                it is for experts in three-dimensional parameters of float32, for which torch gives no prediction
 
-    An illegal chain gives a plan that isn't `legal`; other errors are raised: LoadError for the model, DataError for
-    records that don't suit it.
+    An illegal chain gives a plan with `legal=False`; other errors are raised: LoadError for the model, DataError for
+    records that do not suit it.
     """
     nothing = Plan(str(chain_), False, "", False, "", 0, 0, [], 0.0, 0, 0, 0, batch_size, length)
     try:
@@ -176,7 +176,7 @@ def plan(
 
 
 def _rounding(the_chain: CheckedChain, model: PreTrainedModel) -> str:
-    """What merging rounds: adapters behind which nothing closes, on a dense half-precision model."""
+    """Return what merging rounds: adapters without a constraint, on a dense half-precision model."""
     last = the_chain.stages[-1]
     open_ = last.adapters and not last.constraints
     half = model.dtype in (torch.bfloat16, torch.float16)
@@ -186,7 +186,7 @@ def _rounding(the_chain: CheckedChain, model: PreTrainedModel) -> str:
 def widest_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, *, batch_size: int, max_length: int
 ) -> dict[str, Tensor]:
-    """The widest batch that training on the task sees: as many rows, each as wide as the task's longest."""
+    """Return the widest batch that training on the task sees: full, with the task's longest records."""
     config: Any = model.config
     rows = encode(
         task.kind,
@@ -200,7 +200,7 @@ def widest_batch(
 
 
 def _synthetic(model: PreTrainedModel, kind: str, batch_size: int, length: int) -> dict[str, Tensor]:
-    """A batch of that size, values of no account."""
+    """Return a batch of that size with arbitrary values."""
     ids = torch.ones(batch_size, length, dtype=torch.int64)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.ones_like(ids)}
     if kind in HEAD_KINDS:
@@ -209,7 +209,7 @@ def _synthetic(model: PreTrainedModel, kind: str, batch_size: int, length: int) 
 
 
 def _peak(model: PreTrainedModel, batch: Mapping[str, Tensor], settings: TrainSettings) -> int | None:
-    """The peak of memory of training steps on this batch: 0 where nothing is trained, None where it can't be told."""
+    """Return the peak memory of training steps on this batch: 0 without training, None where it is unknown."""
     if not trained_parts(model):
         return 0
     if fused_experts(model) and not settings.bf16 and model.dtype != torch.bfloat16:
