@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import dovetail
+from dovetail.chains.grid import QuantizedWeight
+from dovetail.checkpoint.merge import _probe
 from dovetail.compression.apply import chain_layers
 from dovetail.errors import CannotMerge, ChainError
 from families import batch, logits, make, move
@@ -269,3 +271,17 @@ def test_a_merged_model_is_known_again_and_another_is_refused(tmp_path: Path) ->
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(LoadError, match=r"nf4 >> lora\(r=4\) >> regrid over nf4"):
         dovetail.load(tmp_path)
+
+
+def test_weight_off_the_grid_is_reported_as_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chained("nf4 >> lora(r=4) >> regrid")
+    monkeypatch.setattr(QuantizedWeight, "off_grid", lambda *_: 1)
+    report = dovetail.merge(model)
+    assert (report.max_abs_weight_diff, report.exact) == (0, False)
+    assert report.off_grid > 0
+
+
+def test_probe_has_no_padding_token() -> None:
+    model = make("llama")
+    model.config.pad_token_id = int(_probe(model)["input_ids"][0, 0])
+    assert not bool((_probe(model)["input_ids"] == model.config.pad_token_id).any())

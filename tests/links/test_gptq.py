@@ -11,6 +11,7 @@ from torch import Tensor
 from calibrated import error, gram_of, sample
 from dovetail.chains.statistics import InputStatistics
 from dovetail.errors import CalibrationWarning, ChainError
+from dovetail.links.column_solver import factor
 from dovetail.links.quantize.affine import affine_range
 from dovetail.links.quantize.gptq import GPTQ
 from dovetail.links.quantize.integer import Int
@@ -128,3 +129,21 @@ def test_layers_with_the_same_inputs_share_the_factor() -> None:
 def test_bad_arguments(arguments: dict) -> None:
     with pytest.raises(ChainError, match=next(iter(arguments))):
         GPTQ(**arguments)
+
+
+@pytest.mark.parametrize(("lowest", "wanted"), [(1.0, 0.01), (-0.05, 0.1), (-0.5, 1.0), (-9.0, None)])
+def test_damping_is_raised_tenfold_up_to_the_mean_diagonal(lowest: float, wanted: float | None) -> None:
+    statistics = gram_of(torch.eye(4))
+    statistics.gram_ii = torch.diag(torch.tensor([1.0, 1.0, 1.0, lowest], dtype=torch.float64))
+    found = factor(statistics, 0.01)
+    assert (found and found.damping) == (wanted and pytest.approx(wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_start_of_regrid_is_rounded_to_the_codes_in_every_dtype(dtype: torch.dtype) -> None:
+    """A start that bfloat16 rounds over a boundary would be another code's: the code's own value replaces it."""
+    weight, x = sample(32, 64)
+    quantized, start = GPTQ(bits=8, group=32).quantize_from(weight.to(dtype), gram_of(x))
+    wanted = quantized.dequantize(torch.empty(weight.shape))
+    assert start.dtype == dtype
+    assert torch.equal(quantized.snap_(start.float(), 0), wanted)

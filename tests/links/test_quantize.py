@@ -475,3 +475,13 @@ def test_scale_overflow():
 def test_not_a_matrix():
     with pytest.raises(DovetailError, match="matrix"):
         Float8().quantize(torch.zeros(2, 3, 4))
+
+
+@each_quantizer
+def test_snapping_fills_inside_as_asking_for_it_does(quantizer: Quantizer):
+    """Row 1 is zero: a block without a scale holds nothing but zero."""
+    weight = quantizer.quantize(a_weight())
+    other = a_weight(seed=6) + 0.02
+    inside = torch.zeros(SHAPE, dtype=torch.bool)
+    weight.snap_(other.clone(), 0, inside)
+    assert torch.equal(inside, weight.inside(other, 0))
