@@ -21,5 +21,5 @@ def test_padding_of_the_decoder_is_masked() -> None:
     task = SUMS.__class__("sums", "generation", "exact_match", {"train": records})
     (batch,) = calibration_batches(task, make_tokenizer(end=True), decoder_start=PAD)
     ids, mask = batch["decoder_input_ids"], batch["decoder_attention_mask"]
-    assert sorted(mask.sum(1).tolist()) == [2, 4]  # the start, and the answer without its last token
+    assert sorted(mask.sum(1).tolist()) == [3, 4]  # the start, and the answer with its end where another is longer
     assert bool((ids[mask == 0] == PAD).all())
