@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.markup import escape
 from rich.text import Text
 
-from dovetail.chains.link import Adapter, Constraint, Link, Pruner, Quantizer
-from dovetail.chains.notation import chain
-from dovetail.chains.notation import format_value as format_value
+from dovetail.chains.link import Adapter, Kind, Link
+from dovetail.chains.notation import chain, format_value
 from dovetail.chains.registry import links
 from dovetail.chains.stages import stages
 from dovetail.display.format import format_score, metric_name, size
@@ -22,30 +21,26 @@ if TYPE_CHECKING:
 
     from dovetail.runs.plan import Plan
 
-KINDS = {Pruner: "pruner", Quantizer: "quantizer", Adapter: "adapter", Constraint: "constraint"}
-"""The kinds of links, in the order in which chains have them."""
-
 
 def method_rows() -> list[dict[str, Any]]:
     """Return what each registered link declares, by kind and name."""
-    found = []
-    for cls, kind in KINDS.items():
-        for name in sorted(name for name, link in links().items() if issubclass(link, cls)):
-            link = links()[name]
-            found.append({
-                "name": name,
-                "kind": kind,
-                "arguments": {f.name: None if f.default is MISSING else f.default for f in fields(link)},
-                "notation": _notation(link),
-                "keeps_zeros": link.keeps_zeros,
-                "keeps_grid": link.keeps_grid,
-                "mergeable": link.mergeable,
-                "calibrated": bool(link.statistics),
-                "learning_rate": link.learning_rate if issubclass(link, Adapter) else None,
-                "summary": link.summary,
-                "source": link.source,
-            })  # fmt: skip
-    return found
+    kinds = get_args(Kind)  # in the order in which chains have them
+    return [
+        {
+            "name": name,
+            "kind": link.kind,
+            "arguments": {f.name: None if f.default is MISSING else f.default for f in fields(link)},
+            "notation": _notation(link),
+            "keeps_zeros": link.keeps_zeros,
+            "keeps_grid": link.keeps_grid,
+            "mergeable": link.mergeable,
+            "calibrated": bool(link.statistics),
+            "learning_rate": link.learning_rate if issubclass(link, Adapter) else None,
+            "summary": link.summary,
+            "source": link.source,
+        }
+        for name, link in sorted(links().items(), key=lambda item: (kinds.index(item[1].kind), item[0]))
+    ]
 
 
 def markdown_table() -> str:

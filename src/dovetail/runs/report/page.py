@@ -9,7 +9,7 @@ from html import escape
 import yaml
 
 from dovetail.chains.check import check
-from dovetail.chains.link import Adapter, Constraint, Link, Pruner, arguments
+from dovetail.chains.link import Link, arguments
 from dovetail.display.format import SHARES, duration, format_score, metric_name, percent, size
 from dovetail.display.html import definitions, html_page, html_table, section
 from dovetail.runs.recipe import Recipe
@@ -86,13 +86,9 @@ def _stages(report: Report) -> str:
 
 
 def _link(link: Link) -> str:
-    kind = next((name for cls, name in _KINDS.items() if isinstance(link, cls)), "quantizer")
     said = [f"{name} {value}" for name, value in arguments(link).items() if value]
     details = f'<span class="details">{escape(", ".join(said))}</span>' if said else ""
-    return f'<div class="link {kind}"><b>{escape(link.name)}</b>{details}</div>'
-
-
-_KINDS: dict[type[Link], str] = {Pruner: "pruner", Adapter: "adapter", Constraint: "constraint"}
+    return f'<div class="link {link.kind}"><b>{escape(link.name)}</b>{details}</div>'
 
 
 def _table(report: Report) -> str:
