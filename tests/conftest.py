@@ -21,3 +21,9 @@ if missing := os.environ.get("DOVETAIL_TEST_WITHOUT"):
 import torch  # noqa: E402
 
 torch.set_num_threads(int(THREADS))
+
+
+def pytest_ignore_collect(collection_path):
+    """Leave helper modules to the tests that import them: some register links, some need other packages."""
+    helper = collection_path.suffix == ".py" and not collection_path.name.startswith(("test_", "conftest"))
+    return True if helper else None

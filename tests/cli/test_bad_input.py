@@ -138,7 +138,7 @@ def test_output(tmp_path, refused):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("dear")
     message = refused(recipe=recipe)
-    assert "thesis.txt among them" in message
+    assert "including thesis.txt" in message
     assert "new or empty" in message
     assert "a file" in refused(recipe=recipe, output="out/thesis.txt")
 

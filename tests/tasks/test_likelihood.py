@@ -19,4 +19,5 @@ def test_accuracy_norm_divides_by_characters_not_by_bytes() -> None:
         log_likelihoods=lambda rows: (torch.tensor([-6.0, -10.0]),),
     )
     record = {"prompt": "one plus two is", "choices": ["éééé", "nine six"], "label": 1}
-    assert score_choices(runner, [record]) == {"accuracy": 0.0, "accuracy_norm": 1.0}
+    scores, _ = score_choices(runner, [record])
+    assert scores == {"accuracy": 0.0, "accuracy_norm": 1.0}
