@@ -9,6 +9,7 @@ import pytest
 import dovetail
 import generated
 from dovetail.chains.registry import _REGISTERED as REGISTRY
+from dovetail.chains.registry import links
 from dovetail.cli.main import main
 from places import ROOT
 
@@ -52,7 +53,7 @@ def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch, command)
     """Python blocks share their names; a YAML block with a title is written to that file; bash lines are commands."""
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
-    before = dict(REGISTRY)
+    before = dict(links())
     try:
         for language, title, text in blocks(page):
             if language == "python":

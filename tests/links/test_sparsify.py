@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import dovetail
 from dovetail.chains.link import Link, Site
 from dovetail.chains.registry import _REGISTERED as REGISTRY
+from dovetail.chains.registry import links
 from dovetail.chains.statistics import InputStatistics
 from dovetail.compression.apply import chain_layers
 from dovetail.errors import ChainError, DovetailError
@@ -257,7 +258,7 @@ def test_scores_that_are_not_finite_are_refused_with_their_cause() -> None:
 @pytest.fixture
 def unregistered() -> Iterator[None]:
     """Links that a test registers go when it ends."""
-    before = dict(REGISTRY)
+    before = dict(links())
     yield
     REGISTRY.clear()
     REGISTRY.update(before)
