@@ -43,7 +43,7 @@ def apply(
     Layers are compressed one after the other, and what they were is let go: no second copy of the model is held.
 
     chain_       the notation, a Chain or a link
-    targets      labels, globs or "all-linear" (`dovetail.targets`)
+    targets      labels, globs or "all-linear" (`dovetail.models.targets`)
     calibration  batches of the model's keyword arguments; needed by links that look at activations
     calibration_inputs  what a block is calibrated on: the outputs of the "compressed" blocks before it, as it will be
                  fed, or of the "original" ones

@@ -1,4 +1,4 @@
-"""Calibration data: batches of a task's own text, for pruning and quantizing by activations (`dovetail.walk`)."""
+"""Calibration data: batches of a task's own text, for the links that need statistics of the inputs."""
 
 from __future__ import annotations
 

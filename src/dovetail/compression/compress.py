@@ -34,7 +34,7 @@ def compress(
     """Prunes or quantizes the bases of the layers, in place.
 
     batches     calibration data, where the link needs statistics
-    inputs      what a block is calibrated on (`dovetail.calibrate_blocks`)
+    inputs      what a block is calibrated on (`dovetail.compression.blocks`)
     keep_start  a quantizer keeps the dense weights beside the codes
     masks       layer name -> (o, i) bool: pruners take these and look at no data
     touch       called with a layer's name before it is changed

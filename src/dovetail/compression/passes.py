@@ -1,4 +1,4 @@
-"""Forward passes of one model, one a batch, that go from block to block in step: what `dovetail.walk` walks on."""
+"""Forward passes of one model, one per batch, that advance from block to block in step (`compression.blocks`)."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def groups(model: nn.Module) -> list[Group]:
     """Return the groups of the current stage in module order; none without an elastic link, or once it is extracted.
 
     The query, key and value layers of one attention are a group, without the query where it reads another input
-    (cross-attention); every other layer, and every layer that has no label (`dovetail.targets`), is one by itself.
+    (cross-attention); every other layer, and every layer without a label (`dovetail.models.targets`), is one by itself.
     """
     found: dict[tuple[str, int], dict[str, LinkState]] = {}
     for (name, place), state in _elastic(model).items():

@@ -3,7 +3,7 @@
     W', b' = fold of the chain's links over the base        `ChainLinear.effective_weight`
 
 Forward, merge, footprint and packing all read that definition; what runs is the planner's fast path, equal to it.
-Whatever layer it stands for (`chain/layout.py`), the chain sees a matrix (out, in).
+Whatever layer it stands for (`models/layouts.py`), the chain sees a matrix (out, in).
 """
 
 from __future__ import annotations
@@ -108,10 +108,10 @@ class LinkState(nn.Module):
 class ChainLinear(nn.Module):
     """A layer whose weight is a base plus a chain of links.
 
-    base     dense or quantized weight (`chain/base.py`), frozen
+    base     dense or quantized weight (`chains/layer/base.py`), frozen
     bias     (o,) frozen, or None
     links    the differentiable links of the current stage, in order
-    record   what the model remembers of its chain (`dovetail.apply.AppliedChain`), the same object in every layer
+    record   what the model remembers of its chain (`dovetail.chains.layer.applied`), the same object in every layer
     """
 
     def __init__(self, site: Site, base: Base, bias: Tensor | None, record: object = None) -> None:
