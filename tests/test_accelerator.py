@@ -84,7 +84,9 @@ def test_an_expert_is_put_in_and_taken_out(tmp_path: Path) -> None:
     model, inputs = covered("lora(r=4)", torch.float32, DEVICE)
     learn(model, inputs)
     dovetail.save_adapter(model, tmp_path / "adapter")
-    expert = dovetail.experts.compress(dovetail.experts.task_vector(tmp_path / "adapter"), density=0.2)
+    expert = dovetail.experts.compress(
+        dovetail.experts.task_vector(tmp_path / "adapter", base=make("llama")), density=0.2
+    )
     fresh, _ = covered("lora(r=4)", torch.float32, DEVICE)
     with torch.no_grad():
         before = logits(fresh, inputs)
