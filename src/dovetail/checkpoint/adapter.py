@@ -247,7 +247,8 @@ def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor]
             bits = (layout.out_features, -(-layout.in_features // 8))
             if kind == "mask":
                 _expect(key, tensor, bits)
-                masks[name] = unpack_bits(tensor.to(torch.uint8), layout.in_features, torch.int8).bool()
+                kept = unpack_bits(tensor.to(torch.uint8), layout.in_features, torch.int8).bool()
+                masks[name] = kept.to(module.get_parameter("weight").device)
                 continue
             weight, what = module.get_parameter("weight"), rest[0]
             shapes = {"mask_bits": bits, "bias": bits[:1], "start": tuple(weight.shape)}
