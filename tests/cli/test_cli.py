@@ -12,12 +12,14 @@ from signal import SIGINT
 from time import sleep
 
 import pytest
+import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
 from dovetail.chains.registry import links
 from dovetail.checkpoint.footprint import footprint
 from dovetail.checkpoint.load import load
-from dovetail.cli.main import main
+from dovetail.cli.main import app, main
 from dovetail.display.tables import print_table
 from small_runs import MAIN, save_model, save_sums, small_recipe
 
@@ -47,6 +49,19 @@ def test_help_has_examples(command):
         assert code == 0
         assert f"Example: dovetail {name}" in page
         assert "--json" in page
+
+
+def test_help_fits_80_columns_and_names_no_type_of_a_flag():
+    def walk(group, words=()):
+        yield words
+        for name, inner in getattr(group, "commands", {}).items():
+            yield from walk(inner, (*words, name))
+
+    for words in walk(typer.main.get_command(app)):
+        page = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "80"}).output
+        assert "Usage: dovetail" in page
+        assert "…" not in page
+        assert "<bool>" not in page
 
 
 _STARTUP = """

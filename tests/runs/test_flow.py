@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from time import monotonic, sleep
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import dovetail.runs.flow as flow
 import dovetail.runs.rows as rows_of_runs
+from dovetail import progress
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.chains.notation import chain
 from dovetail.checkpoint.adapter import load_adapter
@@ -91,6 +94,29 @@ def steps_in(log, event):
     """The steps of the events of one kind; a line that is not whole is none."""
     found = [line for line in log.read_text().splitlines() if f'"event": "{event}"' in line]
     return [json.loads(line)["step"] for line in found]
+
+
+def test_a_pipe_gets_lines_while_a_model_is_loaded_and_merged(tmp_path, monkeypatch, capfd):
+    def slow(function, told):
+        """Return only once the line was printed."""
+
+        def call(*args, **kwargs):
+            err, end = "", monotonic() + 60
+            while told not in err and monotonic() < end:
+                sleep(0.01)
+                err += capfd.readouterr().err
+            assert told in err
+            return function(*args, **kwargs)
+
+        return call
+
+    assert progress._LINE_SECONDS < 30
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.02)
+    recipe = small_recipe(tmp_path)
+    monkeypatch.setattr(flow, "load", slow(flow.load, f"load {recipe['model']}, "))
+    monkeypatch.setattr(flow, "apply", slow(flow.apply, f"run {MAIN}, "))
+    monkeypatch.setattr(flow, "merge", slow(flow.merge, "merge, "))
+    run(recipe, output=tmp_path / "run")
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):

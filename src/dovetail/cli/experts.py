@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dovetail.cli.pack import Base, Density, File
-from dovetail.cli.terminal import Json, console, find_task, print_json, quiet
+from dovetail.cli.terminal import Commands, Json, console, find_task, print_json, quiet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dovetail.experts import TaskVector
 
 experts_app = typer.Typer(
-    name="experts", no_args_is_help=True, rich_markup_mode="rich",
+    name="experts", cls=Commands, no_args_is_help=True, rich_markup_mode="rich",
     help="Task experts: task vectors as signs and a scale, at a fiftieth of their size. `dovetail pack` makes one.",
     epilog="Example: dovetail experts similarity store/*.dvt",
 )  # fmt: skip
@@ -137,8 +137,8 @@ def compose(
     output: Output,
     base: Annotated[str, typer.Option(metavar="MODEL", help="The base model of the experts.")],
     task: Annotated[str, typer.Option(metavar="TASK", help="A playground task, or a recipe for its data.")],
-    examples: Annotated[int, typer.Option(metavar="COUNT", min=1, help="Training records to use.")] = 32,
-    budget: Annotated[int, typer.Option(metavar="COUNT", min=1, help="Compositions to try.")] = 40,
+    examples: Annotated[int, typer.Option(metavar="N", min=1, help="Training records to use.")] = 32,
+    budget: Annotated[int, typer.Option(metavar="N", min=1, help="Compositions to try.")] = 40,
     density: Density = 0.2,
     alpha: Alpha = None,
     seed: Annotated[int, typer.Option(metavar="SEED", help="Seed of the search.")] = 0,
@@ -221,8 +221,8 @@ def index(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folde
 @experts_app.command(epilog="Example: dovetail experts bench french.dvt")
 def bench(
     expert: File,
-    rounds: Annotated[int, typer.Option(metavar="COUNT", min=1, help="Measurements of each part.")] = 5,
-    threads: Annotated[int, typer.Option(metavar="COUNT", min=1, help="Threads of the decoder.")] = 1,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Measurements of each part.")] = 5,
+    threads: Annotated[int, typer.Option(metavar="N", min=1, help="Threads of the decoder.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Measure reading, checking and decoding of an expert, compared with a copy of its uncompressed bytes."""

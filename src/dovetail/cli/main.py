@@ -12,6 +12,7 @@ from dovetail.cli import experts as cli_experts
 from dovetail.cli import pack as cli_pack
 from dovetail.cli.terminal import Commands, Json, console, find_task, print_json, quiet, resumable
 from dovetail.errors import DovetailError
+from dovetail.progress import Bar
 
 app = typer.Typer(
     name="dovetail", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -75,9 +76,7 @@ def study(
         typer.Option("--output", "-o", metavar="FOLDER", help="Results: new, empty, or of an earlier start."),
     ],
     resume: Annotated[bool, typer.Option(help="Keep the finished runs of an earlier start; else delete them.")] = True,
-    jobs: Annotated[
-        int, typer.Option(min=1, metavar="COUNT", help="Runs at a time, each in a process of one thread.")
-    ] = 1,
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs at a time, each in a process of one thread.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Run many recipes with several seeds and write tables of quality and measured cost, and curves."""
@@ -110,8 +109,8 @@ def plan(
     task: Annotated[
         str, typer.Option(metavar="TASK", help="A playground task or a recipe: its longest records set the batch.")
     ] = "",
-    batch_size: Annotated[int, typer.Option(min=1, metavar="COUNT", help="Rows of a batch.")] = 32,
-    length: Annotated[int, typer.Option(min=2, metavar="COUNT", help="Tokens of a row, without a task.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of a batch.")] = 32,
+    length: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of a row, without a task.")] = 128,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16.")] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, slower.")
@@ -166,10 +165,8 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(metavar="SPLIT", help="\\[default: test, or validation without a test split]")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="COUNT", help="Score only the first COUNT records.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="COUNT", help="Rows of a batch.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Score only the first N records.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of a batch.")] = 64,
     as_json: Json = False,
 ) -> None:
     """Score a model on tasks."""
@@ -223,7 +220,8 @@ app.add_typer(cli_experts.experts_app)
 def main() -> None:
     """Run the command line: bad input is one message on standard error and exit code 2."""
     try:
-        app(prog_name="dovetail")
+        with Bar(" ".join(["dovetail", *sys.argv[1:2]])):
+            app(prog_name="dovetail")
     except DovetailError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)

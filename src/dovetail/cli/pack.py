@@ -50,7 +50,7 @@ def pack(
         typer.Option(metavar="TASK", help="Choose density and alpha, unless given, by validation on this task."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(metavar="COUNT", min=1, help="Validation records of the sweep. \\[default: all]")
+        int | None, typer.Option(metavar="N", min=1, help="Validation records of the sweep. \\[default: all]")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the plot of the sweep to this PNG file.")
@@ -185,7 +185,7 @@ def unpack(
 
 def inspect(
     expert: File,
-    rows: Annotated[int, typer.Option(metavar="COUNT", min=0, help="Tensors to show, sorted by kept values.")] = 20,
+    rows: Annotated[int, typer.Option(metavar="N", min=0, help="Tensors to show, sorted by kept values.")] = 20,
     as_json: Json = False,
 ) -> None:
     """Show an expert: a table of its tensors and a histogram of densities."""

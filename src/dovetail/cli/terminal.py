@@ -26,7 +26,18 @@ INTERRUPTED, PIPE_CLOSED = 130, 141
 
 
 class Commands(TyperGroup):
-    """The group of all commands: Ctrl-C and a closed pipe end it without a traceback."""
+    """A group of commands: Ctrl-C and a closed pipe end it without a traceback; its help shows no type for a flag."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options of the group itself."""
+        return _untyped_flags(super().get_params(ctx))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command by name."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            _untyped_flags(command.get_params(ctx))
+        return command
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command and flush what it printed."""
@@ -42,6 +53,14 @@ class Commands(TyperGroup):
             for stream in (sys.stdout, sys.stderr):  # Python flushes both at its exit
                 os.dup2(nothing, stream.fileno())
             raise typer.Exit(PIPE_CLOSED) from None
+
+
+def _untyped_flags(parameters: list[Any]) -> list[Any]:
+    """Remove the type that typer shows beside a flag, `<bool>`: a flag takes no value."""
+    for parameter in parameters:
+        if parameter.param_type_name == "option" and parameter.is_flag:
+            parameter.metavar = ""
+    return parameters
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from dovetail.checkpoint.load import HEAD_KINDS, best_device, empty_model, load,
 from dovetail.checkpoint.merge import merge, to_stock
 from dovetail.compression.apply import apply, apply_on_meta, stages_left
 from dovetail.files import check_folder, write_whole
+from dovetail.progress import Bar
 from dovetail.runs.folder import ADAPTER, MODEL, PACKED, PAGE, TENSORBOARD, choose_output, run_folder
 from dovetail.runs.inputs import calibration, legal_chain, load_tasks, read_recipe
 from dovetail.runs.recipe import Recipe
@@ -63,10 +64,11 @@ def run(
     labels = number_of_labels(task, recipe.data.num_labels)
     config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     apply_on_meta(empty_model(config, task_kind=task.kind, num_labels=labels), links, recipe.targets)
-    model, tokenizer = load(
-        recipe.model, task_kind=task.kind, num_labels=labels, dtype=recipe.dtype,
-        trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
-    )  # fmt: skip
+    with Bar(f"load {recipe.model}", shown=progress):
+        model, tokenizer = load(
+            recipe.model, task_kind=task.kind, num_labels=labels, dtype=recipe.dtype,
+            trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
+        )  # fmt: skip
     torch.nn.Module.to(to_stock(model), best_device())
     model.requires_grad_(False)  # the base is frozen; a new head is trained once the chain is applied
     batches = calibration(recipe, task, model, tokenizer)
@@ -74,7 +76,7 @@ def run(
     names = iter(row_names(links, head=task.kind in HEAD_KINDS))
     trained, searched, merged, checkpoint, packed = None, None, None, None, None
 
-    with run_folder(output, recipe, resume) as folder:
+    with Bar(f"run {recipe.chain}", shown=progress), run_folder(output, recipe, resume) as folder:
         rows = Rows(folder, model, tokenizer, tasks, recipe, progress=progress, on_row=on_row)
         rows.add("base")
         apply(
@@ -97,7 +99,8 @@ def run(
         trainable = footprint(model).trainable_parameters
         save_adapter(model, folder.path / ADAPTER)
         if recipe.merge != "none":
-            merged = merge(model, lossy=recipe.merge == "lossy", probe=probe, packed=True)
+            with Bar("merge", shown=progress):
+                merged = merge(model, lossy=recipe.merge == "lossy", probe=probe, packed=True)
             if any(stage.applied for stage in links.stages):
                 packed = write_packed(folder.path / PACKED, model, tokenizer, probe, task.kind)
             to_stock(model)

@@ -219,7 +219,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
-        self._bar = Bar(self.title, state.max_steps, shown=self.shown, delay=1.0)
+        self._bar = Bar(self.title, state.max_steps, shown=self.shown, delay=1.0).__enter__()
         self._bar.advance(state.global_step)
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(args.device)
