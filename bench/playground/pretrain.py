@@ -14,13 +14,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from corpus import documents, held_out, pages
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from dovetail.tasks.playground import held_out
-from dovetail.tasks.playground.generator import documents, pages
 
 VOCABULARY = 768
 LENGTH = 128

@@ -11,7 +11,7 @@ from dovetail.compression.calibration import calibration_batches
 from dovetail.errors import DataError
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Task
-from dovetail.tasks.tokens import IGNORED, Collator, encode, prompt_rows
+from dovetail.tasks.tokens import IGNORED, Collator, RowMaker, encode
 from small_models import BEGIN, END, PAD, bert, llama, make_tokenizer, t5
 
 PROMPTS = ["the sum of one plus two is", "two plus two is", "is", "the sum of the sum of one plus three plus four is"]
@@ -157,7 +157,7 @@ def test_rows():
     rows = encode("text", [{"text": "one plus two is three"}], tokenizer, encoder_decoder=False, max_length=3)
     assert [row["input_ids"] for row in rows] == [[BEGIN, one, plus], [plus, two, is_], [is_, three]]
     assert [row["labels"][1:] for row in rows] == [[one, plus], [two, is_], [three]]
-    left = Collator(PAD, "left")(prompt_rows(["one", "one plus"], tokenizer, encoder_decoder=False, max_length=9))
+    left = Collator(PAD, "left")(RowMaker(tokenizer, False, 9).prompts(["one", "one plus"]))
     assert left["input_ids"].tolist() == [[PAD, one], [one, plus]]
     assert left["attention_mask"].tolist() == [[0, 1], [1, 1]]
 

@@ -7,15 +7,14 @@ from types import SimpleNamespace
 import torch
 
 from dovetail.tasks.scoring.likelihood import score_choices
+from dovetail.tasks.tokens import RowMaker
 from small_models import make_tokenizer
 
 
 def test_accuracy_norm_divides_by_characters_not_by_bytes() -> None:
     """Four characters in eight bytes at -6 are less likely for each character than eight ASCII ones at -10."""
     runner = SimpleNamespace(
-        tokenizer=make_tokenizer(),
-        encoder_decoder=False,
-        max_length=64,
+        make=RowMaker(make_tokenizer(), False, 64),
         log_likelihoods=lambda rows: (torch.tensor([-6.0, -10.0]),),
     )
     record = {"prompt": "one plus two is", "choices": ["éééé", "nine six"], "label": 1}

@@ -5,12 +5,12 @@ import random
 
 import pytest
 import torch
+from corpus import documents, held_out, parts
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dovetail.errors import DataError
-from dovetail.tasks.playground import MODEL_DIR, TASKS, TEXT_FIELDS, held_out, task
-from dovetail.tasks.playground.generator import documents, parts
+from dovetail.tasks.playground import MODEL_DIR, TASKS, TEXT_FIELDS, task
 from dovetail.tasks.playground.grammar import PHENOMENA
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Task

@@ -57,7 +57,7 @@ def test_bad_records_are_named(kind, change):
 def test_bad_tasks_are_named():
     with pytest.raises(DataError, match="kind=poem"):
         Task("t", "poem", "accuracy", {})
-    with pytest.raises(DataError, match="measured by"):
+    with pytest.raises(DataError, match="the metric of a text task must be"):
         Task("t", "text", "accuracy", {})
     with pytest.raises(DataError, match="splits of this task are train"):
         as_task([RECORDS["text"]]).split("test")

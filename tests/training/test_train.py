@@ -253,10 +253,10 @@ def test_refusals():
         quiet(bert(2), Task("labels", "classification", "accuracy", {"train": [{"text": "one", "label": 2}]}))
     with pytest.raises(DataError, match="split"):
         quiet(llama(), Task("sums", "generation", "exact_match", {"test": sum_records(2)}))
-    with pytest.raises(DataError, match="the task needs a language model"):
+    with pytest.raises(DataError, match="the model must be a language model"):
         quiet(bert(2), SUMS)
     for label in (1, 0.5):  # a causal model's config has num_labels too
-        with pytest.raises(DataError, match="the task needs a head over texts"):
+        with pytest.raises(DataError, match="the model must have a head over texts"):
             quiet(llama(), [{"text": "one", "label": label}])
     for data in ({"train": sum_records(2)}, (record for record in sum_records(2)), 5, ["one two"]):
         with pytest.raises(DataError, match="records"):

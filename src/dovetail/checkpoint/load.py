@@ -24,12 +24,11 @@ from dovetail.models.dtypes import FLOATS
 from dovetail.models.fingerprint import check_merged
 from dovetail.models.locate import ask_hub, resolve
 from dovetail.models.targets import HEADS, heads
-from dovetail.tasks.task import FIELDS
+from dovetail.tasks.task import FIELDS, HEAD_KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-HEAD_KINDS = ("classification", "regression")  # task kinds that put a head on the model
 INDEX_NBYTES = 1 << 28
 """The limit of the file that names the shard of each tensor."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")

@@ -38,7 +38,7 @@ from dovetail.tasks.find import as_task
 from dovetail.tasks.scoring import in_evaluation
 from dovetail.tasks.scoring.runner import Runner
 from dovetail.tasks.task import Record, Task
-from dovetail.tasks.tokens import IGNORED, check_labels, encode, length_limit
+from dovetail.tasks.tokens import IGNORED, check_model, encode, length_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -196,8 +196,7 @@ def train_scales(
             "train_scales", found=found, rule="epochs and batch_size must be at least 1, learning_rate above 0"
         )
     task = as_task(records)
-    if task.kind in ("classification", "regression"):
-        check_labels(task.name, task.kind, task.split("train"), model)
+    check_model(task.name, task.kind, task.split("train"), model)
     runner = Runner(model, tokenizer, task.name, batch_size, length_limit(model, tokenizer, max_length), progress=False)
     rows = encode(
         task.kind, task.split("train"), tokenizer, encoder_decoder=runner.encoder_decoder, max_length=runner.max_length

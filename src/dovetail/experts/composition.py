@@ -34,7 +34,7 @@ from dovetail.tasks.find import as_task
 from dovetail.tasks.scoring import in_evaluation
 from dovetail.tasks.scoring.runner import Runner
 from dovetail.tasks.task import Record, Task
-from dovetail.tasks.tokens import check_head, encode, length_limit
+from dovetail.tasks.tokens import check_model, encode, length_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,7 +110,7 @@ def compose(
     if task.kind in ("classification", "regression"):
         rule = "the task must be of kind generation, choice, pairs or text"
         raise DataError(f"compose for task {task.name}", found=f"a {task.kind} task", rule=rule)
-    check_head(task.name, task.kind, model)
+    check_model(task.name, task.kind, task.split(split), model)
     if limit is not None and limit < 1:
         raise DataError("compose", found=f"limit={limit}", rule="limit must be at least 1")
     length = length_limit(model, tokenizer, max_length)

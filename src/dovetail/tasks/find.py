@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from dovetail.errors import DataError
 from dovetail.tasks import playground
 from dovetail.tasks.spec import Data
-from dovetail.tasks.task import FIELDS, METRICS, Record, Task
+from dovetail.tasks.task import FIELDS, METRICS, Record, Task, check_labels, check_record
 
 MAX_LINE = 1 << 24
 """Characters that a line of a file may have."""
@@ -28,8 +27,6 @@ def as_task(data: Task | str | Iterable[Record], split: str = "train") -> Task:
     if isinstance(data, Task):
         return data
     if isinstance(data, str):
-        from dovetail.tasks import playground  # built on this module
-
         return playground.task(data)
     fix = "pass a list of dictionaries, or a dovetail.Task that names its splits"
     # A generator could be read only once, and a Mapping is one record or several splits.
@@ -37,7 +34,7 @@ def as_task(data: Task | str | Iterable[Record], split: str = "train") -> Task:
         raise DataError("data", found=f"a {type(data).__name__}", rule="data must be a list of records", fix=fix)
     data = list(data)
     if not data:
-        raise DataError("data", found="no records", rule="data must contain at least one record")
+        raise DataError("data", found="no records", rule="data must contain at least one record", fix=fix)
     for index, record in enumerate(data):
         if not isinstance(record, Mapping):
             found, rule = f"a {type(record).__name__}", "records must be dictionaries"
@@ -95,44 +92,36 @@ def read_records(
         rule = "a data file must be JSON Lines, one record per line; its path is relative to the recipe"
         raise DataError(str(path), found=error.strerror or str(error), rule=rule, fix="check the path") from None
     except UnicodeDecodeError as error:
-        raise DataError(
-            str(path), found=f"byte {error.start} is not UTF-8", rule="a data file must be UTF-8 text"
-        ) from None
+        found, rule = f"byte {error.start} is not UTF-8", "a data file must be UTF-8 text"
+        raise DataError(str(path), found=found, rule=rule, fix="save the file as UTF-8") from None
     if not records:
-        raise DataError(str(path), found="no records", rule="a split must contain at least one record")
+        rule = "a split must contain at least one record"
+        raise DataError(str(path), found="no records", rule=rule, fix="add records, or remove the split")
     return records
 
 
 def _record(where: str, line: str, kind: str, columns: Mapping[str, str], pair: bool) -> Record:
     if len(line) > MAX_LINE:
-        raise DataError(where, found=f"{len(line)} characters", rule=f"a record must have at most {MAX_LINE}")
+        found, rule = f"{len(line)} characters", f"a line must have at most {MAX_LINE} characters"
+        raise DataError(where, found=found, rule=rule, fix="split the record, or shorten its texts")
+    rule, fix = "a line must contain one JSON object", "write each record as one line of JSON"
     try:
         row: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(where, found=str(error)[:200], rule="a line must contain one JSON object") from None
+        raise DataError(where, found=str(error)[:200], rule=rule, fix=fix) from None
     if not isinstance(row, dict):
-        raise DataError(where, found=f"a JSON {type(row).__name__}", rule="a line must contain one JSON object")
+        raise DataError(where, found=f"a JSON {type(row).__name__}", rule=rule, fix=fix)
     wanted = [*FIELDS[kind], *(["pair"] if pair or columns["pair"] in row else [])]
     for name in wanted:
         if columns[name] not in row:
             raise DataError(
                 where,
                 found="columns " + ", ".join(map(str, row)),
-                rule=f"a {kind} record has a field {name!r}, looked for in column {columns[name]!r}",
+                rule=f"a {kind} record must have a field {name!r}, looked for in column {columns[name]!r}",
                 fix=f"set data.fields of the recipe: {{{name}: COLUMN}}",
             )
     record = {name: row[columns[name]] for name in wanted}
-    for name, rule, right in (
-        ("pair", "pair must be a str", lambda value: isinstance(value, str)),
-        (
-            "choices",
-            "choices must be a list of str",
-            lambda value: isinstance(value, list) and all(isinstance(choice, str) for choice in value),
-        ),
-        ("label", "label must be finite", lambda value: not isinstance(value, float) or math.isfinite(value)),
-    ):
-        if name in record and not right(record[name]):
-            raise DataError(where, found=f"{columns[name]}={record[name]!r}"[:200], rule=rule)
+    check_record(where, kind, record)
     return record
 
 
@@ -145,12 +134,6 @@ def number_of_labels(task: Task, stated: int | None = None) -> int | None:
     labels = [record["label"] for records in task.splits.values() for record in records]
     found = stated or min(max(2, max(labels) + 1), MAX_LABELS)
     for split, records in task.splits.items():
-        for index, record in enumerate(records):
-            if not 0 <= record["label"] < found:
-                raise DataError(
-                    f"task {task.name}, split {split}, record {index}",
-                    found=f"label={record['label']}, num_labels={found}",
-                    rule="labels must be from 0 to num_labels - 1",
-                    fix="number the labels from 0, or set data.num_labels",
-                )
+        fix = "number the labels from 0, or set data.num_labels"
+        check_labels(f"task {task.name}, split {split}", records, found, fix=fix)
     return found

@@ -41,6 +41,9 @@ METRICS: dict[str, tuple[str, ...]] = {
     "regression": ("pearson", "spearman"),
 }
 
+HEAD_KINDS = ("classification", "regression")
+"""The kinds whose tasks need a head on the model."""
+
 LOWER_IS_BETTER = ("perplexity",)
 """Metrics whose smaller value is better."""
 
@@ -66,34 +69,30 @@ class Task:
     def __post_init__(self) -> None:
         where = f"task {self.name}"
         if self.kind not in FIELDS:
-            raise DataError(where, found=f"kind={self.kind}", rule="kind must be one of " + ", ".join(FIELDS))
+            found, rule = f"kind={self.kind}", "kind must be one of " + ", ".join(FIELDS)
+            raise DataError(where, found=found, rule=rule, fix="name one of these kinds")
         if self.metric not in METRICS[self.kind]:
-            raise DataError(
-                where,
-                found=f"metric={self.metric}",
-                rule=f"a {self.kind} task is measured by " + " or ".join(METRICS[self.kind]),
-            )
+            rule = f"the metric of a {self.kind} task must be " + " or ".join(METRICS[self.kind])
+            raise DataError(where, found=f"metric={self.metric}", rule=rule, fix="name one of these metrics")
         for split, records in self.splits.items():
             if not records:
-                raise DataError(
-                    f"{where}, split {split}", found="no records", rule="a split must contain at least one record"
-                )
+                rule = "a split must contain at least one record"
+                raise DataError(f"{where}, split {split}", found="no records", rule=rule, fix="remove the split")
             for index, record in enumerate(records):
-                _check(f"{where}, split {split}, record {index}", self.kind, record)
+                check_record(f"{where}, split {split}, record {index}", self.kind, record)
 
     def split(self, name: str) -> Sequence[Record]:
         """Return the records of a split; DataError lists the splits."""
         if name not in self.splits:
-            raise DataError(
-                f"task {self.name}",
-                found=f"split {name!r}",
-                rule="the splits of this task are " + ", ".join(self.splits),
-            )
+            rule = "the splits of this task are " + ", ".join(self.splits)
+            raise DataError(f"task {self.name}", found=f"split {name!r}", rule=rule, fix="name one of these splits")
         return self.splits[name]
 
 
-def _check(where: str, kind: str, record: Record) -> None:
-    for name, kinds in FIELDS[kind].items():
+def check_record(where: str, kind: str, record: Record) -> None:
+    """Raise DataError for a record without the fields of its kind, or with a value that no model can use."""
+    fields = FIELDS[kind] | ({"pair": str} if kind in HEAD_KINDS and "pair" in record else {})
+    for name, kinds in fields.items():
         if name not in record:
             raise DataError(
                 where,
@@ -103,30 +102,41 @@ def _check(where: str, kind: str, record: Record) -> None:
             )
         value = record[name]
         if not isinstance(value, kinds) or isinstance(value, bool):
-            raise DataError(where, found=f"{name}={value!r}"[:200], rule=f"{name} is of type {_type_name(kinds)}")
+            found, rule = f"{name}={value!r}"[:200], f"{name} must be of type {_type_name(kinds)}"
+            fix = "replace each label by a number from 0" if name == "label" else f"convert {name} to that type"
+            raise DataError(where, found=found, rule=rule, fix=fix)
+    label, choices = record.get("label", 0), record.get("choices")
+    if "label" in fields and not abs(label) <= MAX_VALUE:
+        rule = f"label must be finite and at most {MAX_VALUE:.0e} in magnitude"
+        raise DataError(where, found=f"label={label!r}"[:200], rule=rule, fix="scale the labels")
+    if kind == "choice" and not all(isinstance(choice, str) for choice in choices):
+        found = f"choices={choices!r}"[:200]
+        raise DataError(where, found=found, rule="choices must be a list of str", fix="convert the choices to text")
+    if kind == "choice" and not 0 <= label < len(choices):
+        found, rule = f"label={label}, {len(choices)} choices", "label must be the index of the correct choice"
+        raise DataError(where, found=found, rule=rule, fix="number the choices from 0")
     for name, value in record.items():
-        _check_value(where, name, value)
-    if kind == "choice" and not 0 <= record["label"] < len(record["choices"]):
-        raise DataError(
-            where,
-            found=f"label={record['label']}, {len(record['choices'])} choices",
-            rule="label must be the index of the correct choice",
-        )
+        _check_unicode(where, name, value)
 
 
-def _check_value(where: str, name: str, value: Any) -> None:
-    """Raise DataError for a label too large for a loss, or text that a tokenizer refuses."""
-    if name == "label" and not abs(value) <= MAX_VALUE:
-        raise DataError(
-            where, found=f"label={value!r}"[:200], rule=f"label must be finite, at most {MAX_VALUE:.0e} in size"
-        )
+def _check_unicode(where: str, name: str, value: Any) -> None:
+    """Raise DataError for a text that a tokenizer refuses."""
     for text in value if isinstance(value, list) else [value]:
         try:
             if isinstance(text, str):
                 text.encode()
         except UnicodeEncodeError as error:
             found = f"{name} with half a surrogate pair, U+{ord(text[error.start]):04X}"
-            raise DataError(where, found=found, rule="texts must consist of whole Unicode characters") from None
+            rule = "texts must consist of whole Unicode characters"
+            raise DataError(where, found=found, rule=rule, fix="save the text as UTF-8 again") from None
+
+
+def check_labels(where: str, records: Sequence[Record], num_labels: int, *, fix: str) -> None:
+    """Raise DataError for a record whose label has no output in a head of `num_labels` outputs."""
+    for index, record in enumerate(records):
+        if not 0 <= record["label"] < num_labels:
+            found, rule = f"label={record['label']}, num_labels={num_labels}", "labels must be from 0 to num_labels - 1"
+            raise DataError(f"{where}, record {index}", found=found, rule=rule, fix=fix)
 
 
 def _type_name(kinds: type | tuple[type, ...]) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import DataError
-from dovetail.tasks.task import Record
+from dovetail.tasks.task import HEAD_KINDS, Record, check_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,133 +41,116 @@ def encode(
 
     Raises DataError that names the record, for an answer or sentence that does not fit.
     """
-    if kind in ("classification", "regression"):
-        return label_rows(records, tokenizer, max_length=max_length, number=float if kind == "regression" else int)
-    if kind == "generation":
-        answers = [record["answer"] for record in records]
-    elif kind == "choice":
+    make = RowMaker(tokenizer, encoder_decoder, max_length)
+    if kind in HEAD_KINDS:
+        return make.labels(records, float if kind == "regression" else int)
+    if kind == "text":
+        return make.texts([record["text"] for record in records], split=True)
+    if kind == "pairs":
+        return make.texts([record["good"] for record in records], split=False)
+    if kind == "choice":
         answers = [record["choices"][record["label"]] for record in records]
     else:
-        texts = [record["good" if kind == "pairs" else "text"] for record in records]
-        return text_rows(texts, tokenizer, encoder_decoder=encoder_decoder, max_length=max_length, split=kind == "text")
-    prompts = [record["prompt"] for record in records]
-    return answer_rows(prompts, answers, tokenizer, encoder_decoder=encoder_decoder, max_length=max_length, end=True)
+        answers = [record["answer"] for record in records]
+    return make.answers([record["prompt"] for record in records], answers, end=True)
 
 
-def answer_rows(
-    prompts: Sequence[str],
-    answers: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    encoder_decoder: bool,
-    max_length: int,
-    end: bool,
-) -> list[Example]:
-    """Return rows of a prompt and its answer, labels on the answer. `end`: the answer has the end token (training)."""
-    before, after = _marks(tokenizer)
-    eos = end_id(tokenizer)
-    if end and eos is None:
-        raise DataError(
-            "tokenizer",
-            found="no end token",
-            rule="an answer must end with an end token",
-            fix="set tokenizer.eos_token",
-        )
-    rows: list[Example] = []
-    for index, (prompt, answer) in enumerate(zip(_ids(prompts, tokenizer), _ids(answers, tokenizer), strict=True)):
-        if not answer and not end:
-            raise DataError(
-                f"record {index}", found=f"answer {answers[index]!r}", rule="an answer must have at least one token"
-            )
-        if encoder_decoder:
-            inputs = _keep_end(before, prompt, after, max_length) or _start(tokenizer)
-            labels = before + answer + (after if end else [])
-        else:
+class RowMaker:
+    """Makes the rows of texts for one model; the parameters are those of `encode`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool, max_length: int) -> None:
+        self.tokenizer, self.encoder_decoder, self.max_length = tokenizer, encoder_decoder, max_length
+        self.before, self.after = _marks(tokenizer)
+
+    def answers(self, prompts: Sequence[str], answers: Sequence[str], *, end: bool) -> list[Example]:
+        """Return rows of a prompt and its answer, labels on the answer. `end`: add the end token (training)."""
+        eos = end_id(self.tokenizer)
+        if end and eos is None:
+            rule = "an answer must end with an end token"
+            raise DataError("tokenizer", found="no end token", rule=rule, fix="set tokenizer.eos_token")
+        rows: list[Example] = []
+        for index, (prompt, answer) in enumerate(zip(self._ids(prompts), self._ids(answers), strict=True)):
+            if not answer and not end:
+                found, rule = f"answer {answers[index]!r}", "an answer must have at least one token"
+                raise DataError(f"record {index}", found=found, rule=rule, fix="leave the record out")
             labels = list(answer)
-        if eos is not None and end and labels[-1:] != [eos]:
-            labels.append(eos)
-        if len(labels) + (0 if encoder_decoder else max(1, len(before))) > max_length:
-            raise DataError(
-                f"record {index}",
-                found=f"an answer of {len(labels)} tokens, max_length={max_length}",
-                rule="prompt and answer must fit in max_length, because an answer is never cut",
-                fix="raise max_length or leave the record out",
-            )
-        if not encoder_decoder:
-            context = _keep_end(before, prompt, [], max_length - len(labels)) or _start(tokenizer)
-            inputs, labels = context + labels, [IGNORED] * len(context) + labels
-        rows.append({"input_ids": inputs, "labels": labels})
-    return rows
-
-
-def prompt_rows(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool, max_length: int
-) -> list[Example]:
-    """Return rows of prompts only, for generation."""
-    before, after = _marks(tokenizer)
-    return [
-        {"input_ids": _keep_end(before, ids, after if encoder_decoder else [], max_length) or _start(tokenizer)}
-        for ids in _ids(prompts, tokenizer)
-    ]
-
-
-def text_rows(
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    encoder_decoder: bool,
-    max_length: int,
-    split: bool,
-) -> list[Example]:
-    """Return rows of texts, labels on every token. A long text continues in the next row (`split`), or DataError.
-
-    A row that continues a text begins with the last token of the row before, so each token is predicted once. In an
-    encoder-decoder, the decoder generates the text and the encoder reads no text.
-    """
-    before, after = _marks(tokenizer)
-    start = before or _start(tokenizer)
-    room = max_length if encoder_decoder else max_length - len(start)
-    rows: list[Example] = []
-    for index, ids in enumerate(_ids(texts, tokenizer)):
-        if not ids or (len(ids) > room and not split):
-            raise DataError(
-                f"record {index}",
-                found=f"a text of {len(ids)} tokens",
-                rule=f"a text must have from 1 to {room} tokens"
-                if not split
-                else "a text must have at least one token",
-                fix="raise max_length or leave the record out",
-            )
-        context = start
-        for at in range(0, len(ids), room):
-            piece = ids[at : at + room]
-            if encoder_decoder:
-                rows.append({"input_ids": before + after or _start(tokenizer), "labels": piece})
+            if self.encoder_decoder:
+                labels = self.before + labels + (self.after if end else [])
+            if eos is not None and end and labels[-1:] != [eos]:
+                labels.append(eos)
+            room = self.max_length - len(labels)
+            if room < (0 if self.encoder_decoder else max(1, len(self.before))):
+                raise DataError(
+                    f"record {index}",
+                    found=f"an answer of {len(labels)} tokens, max_length={self.max_length}",
+                    rule="prompt and answer must fit in max_length, because an answer is never cut",
+                    fix="raise max_length or leave the record out",
+                )
+            if self.encoder_decoder:
+                rows.append({"input_ids": self._prompt(prompt, self.max_length), "labels": labels})
             else:
-                rows.append({"input_ids": context + piece, "labels": [IGNORED] * len(context) + piece})
-            context = piece[-1:]
-    return rows
+                rows.append(_continued(self._prompt(prompt, room), labels))
+        return rows
+
+    def prompts(self, prompts: Sequence[str]) -> list[Example]:
+        """Return rows of prompts only, for generation."""
+        return [{"input_ids": self._prompt(ids, self.max_length)} for ids in self._ids(prompts)]
+
+    def texts(self, texts: Sequence[str], *, split: bool) -> list[Example]:
+        """Return rows of texts, labels on every token. A long text continues in the next row (`split`), or DataError.
+
+        A row that continues a text begins with the last token of the row before, so each token is predicted once. In
+        an encoder-decoder, the decoder generates the text and the encoder reads no text.
+        """
+        start = self.before or _start(self.tokenizer)
+        room = self.max_length if self.encoder_decoder else self.max_length - len(start)
+        rows: list[Example] = []
+        for index, ids in enumerate(self._ids(texts)):
+            if not ids or (len(ids) > room and not split):
+                raise DataError(
+                    f"record {index}",
+                    found=f"a text of {len(ids)} tokens",
+                    rule="a text must have at least one token" + ("" if split else f" and at most {room}"),
+                    fix="raise max_length or leave the record out",
+                )
+            context = start
+            for at in range(0, len(ids), room):
+                piece = ids[at : at + room]
+                if self.encoder_decoder:
+                    rows.append({"input_ids": self._prompt([], self.max_length), "labels": piece})
+                else:
+                    rows.append(_continued(context, piece))
+                context = piece[-1:]
+        return rows
+
+    def labels(self, records: Sequence[Record], number: Callable[[Any], float] = int) -> list[Example]:
+        """Return rows of a text or two texts and their label; a long text (the longer of two) is cut at the end."""
+        paired = {"pair" in record for record in records}
+        if len(paired) > 1:
+            found, rule = "a field 'pair' in some of them", "all records must have a pair, or none"
+            raise DataError("records", found=found, rule=rule, fix="add the missing pairs, or remove the field")
+        texts = [record["text"] for record in records]
+        pairs = [record["pair"] for record in records] if paired == {True} else None
+        fields = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length)
+        names = [name for name in ("input_ids", "token_type_ids") if name in fields]
+        return [
+            {**{name: fields[name][row] for name in names}, "labels": number(record["label"])}
+            for row, record in enumerate(records)
+        ]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _prompt(self, ids: list[int], length: int) -> list[int]:
+        """Return a prompt with the tokenizer's marks, of at most `length` tokens; it loses its beginning."""
+        after = self.after if self.encoder_decoder else []
+        room = length - len(self.before) - len(after)
+        return self.before + ids[max(0, len(ids) - room) :] + after or _start(self.tokenizer)
 
 
-def label_rows(
-    records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    number: Callable[[Any], float] = int,
-) -> list[Example]:
-    """Return rows of a text or two texts and their label; a long text (the longer of two) is cut at the end."""
-    paired = {"pair" in record for record in records}
-    if len(paired) > 1:
-        raise DataError("records", found="a field 'pair' in some of them", rule="all records must have a pair, or none")
-    texts = [record["text"] for record in records]
-    pairs = [record["pair"] for record in records] if paired == {True} else None
-    fields = tokenizer(texts, pairs, truncation=True, max_length=max_length)
-    names = [name for name in ("input_ids", "token_type_ids") if name in fields]
-    return [
-        {**{name: fields[name][row] for name in names}, "labels": number(record["label"])}
-        for row, record in enumerate(records)
-    ]
+def _continued(context: list[int], labels: list[int]) -> Example:
+    """Return a row for a decoder, labels on what follows the context."""
+    return {"input_ids": context + labels, "labels": [IGNORED] * len(context) + labels}
 
 
 @dataclass(frozen=True)
@@ -207,12 +190,12 @@ class Collator:
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the tokenizer's padding token, else its end token, else 0; the attention mask hides it."""
-    return next((at for at in (_number(tokenizer.pad_token_id), end_id(tokenizer)) if at is not None), 0)
+    return _first(tokenizer.pad_token_id, tokenizer.eos_token_id) or 0
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the token that ends a text, or None."""
-    return _number(tokenizer.eos_token_id)
+    return _first(tokenizer.eos_token_id)
 
 
 def length_limit(model: nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
@@ -221,51 +204,39 @@ def length_limit(model: nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: i
     return min(wanted, tokenizer.model_max_length, positions or wanted)
 
 
-def check_head(name: str, kind: str, model: nn.Module) -> None:
-    """Raise DataError for a task with labels on a language model, or a language task on a model with a text head."""
+def wrong_model(name: str, model: nn.Module, *, head: str = "") -> DataError:
+    """Return the error for a model without the head that a task needs: of the kind `head`, or a language model's."""
+    if head:
+        rule, fix = "the model must have a head over texts", f'load the model with a head: task_kind="{head}"'
+    else:
+        rule, fix = "the model must be a language model", "load the model without a classification head"
+    return DataError(f"task {name}", found=f"a {type(model).__name__}", rule=rule, fix=fix)
+
+
+def check_model(name: str, kind: str, records: Sequence[Record], model: nn.Module) -> None:
+    """Raise DataError for a model that cannot learn or answer a task of this kind.
+
+    A task with labels needs a head over texts that has an output for every label, and a padding token. The other tasks
+    need a model without such a head.
+    """
     from transformers import PreTrainedModel
 
-    generates = isinstance(model, PreTrainedModel) and model.can_generate()
-    if kind in ("classification", "regression") and generates:
-        rule, fix = "the task needs a head over texts", f'load the model with a head: task_kind="{kind}"'
-    elif kind not in ("classification", "regression") and type(model).__name__.endswith("ForSequenceClassification"):
-        rule, fix = "the task needs a language model", "load the model without a classification head"
-    else:
-        return
-    raise DataError(f"task {name}", found=f"a {type(model).__name__}", rule=rule, fix=fix)
-
-
-def check_labels(name: str, kind: str, records: Sequence[Record], model: nn.Module) -> None:
-    """Raise DataError unless the model has a text head with an output for every label, and a padding token."""
     config: Any = model.config
-    check_head(name, kind, model)
-    if kind == "regression" and config.num_labels != 1:
-        raise DataError(
-            f"task {name}",
-            found=f"a head of {config.num_labels} outputs",
-            rule="a regression head must have 1 output",
-            fix="load the model with num_labels=1",
-        )
+    where = f"task {name}"
+    if kind not in HEAD_KINDS:
+        if type(model).__name__.endswith("ForSequenceClassification"):
+            raise wrong_model(name, model)
+        return
+    if isinstance(model, PreTrainedModel) and model.can_generate():
+        raise wrong_model(name, model, head=kind)
     if kind == "classification":
-        for index, record in enumerate(records):
-            if not 0 <= record["label"] < config.num_labels:
-                raise DataError(
-                    f"task {name}, record {index}",
-                    found=f"label={record['label']}, num_labels={config.num_labels}",
-                    rule="labels must be from 0 to num_labels - 1",
-                    fix="load the model with the right num_labels",
-                )
+        check_labels(where, records, config.num_labels, fix="load the model with the right num_labels")
+    elif config.num_labels != 1:
+        found, rule = f"a head of {config.num_labels} outputs", "a regression head must have 1 output"
+        raise DataError(where, found=found, rule=rule, fix="load the model with num_labels=1")
     if config.pad_token_id is None:
-        raise DataError(
-            f"task {name}",
-            found="config.pad_token_id=None",
-            rule="a head over texts needs a padding token",
-            fix="set model.config.pad_token_id = tokenizer.pad_token_id",
-        )
-
-
-def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        rule, fix = "a head over texts needs a padding token", "set model.config.pad_token_id = tokenizer.pad_token_id"
+        raise DataError(where, found="config.pad_token_id=None", rule=rule, fix=fix)
 
 
 def _marks(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -276,23 +247,15 @@ def _marks(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     return (ids[: own[0]], ids[own[-1] + 1 :]) if own else (ids, [])
 
 
-def _number(token_id: object) -> int | None:
-    return token_id if isinstance(token_id, int) else None
+def _first(*tokens: object) -> int | None:
+    """Return the first of the tokens that the tokenizer has."""
+    return next((token for token in tokens if isinstance(token, int)), None)
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the first token of a text without context: the begin token, or else the end token."""
-    for at in (_number(tokenizer.bos_token_id), end_id(tokenizer)):
-        if at is not None:
-            return [at]
-    raise DataError(
-        "tokenizer",
-        found="no begin or end token",
-        rule="a text must begin with a begin or end token",
-        fix="set tokenizer.eos_token",
-    )
-
-
-def _keep_end(before: list[int], ids: list[int], after: list[int], max_length: int) -> list[int]:
-    room = max_length - len(before) - len(after)
-    return before + ids[max(0, len(ids) - room) :] + after
+    token = _first(tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if token is None:
+        rule = "a text must begin with a begin or end token"
+        raise DataError("tokenizer", found="no begin or end token", rule=rule, fix="set tokenizer.eos_token")
+    return [token]

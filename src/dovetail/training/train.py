@@ -29,7 +29,7 @@ from dovetail.files import read_json, write_whole
 from dovetail.tasks.find import as_task
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Record, Task
-from dovetail.tasks.tokens import Collator, Example, check_head, check_labels, encode, length_limit, pad_id
+from dovetail.tasks.tokens import Collator, Example, check_model, encode, length_limit, pad_id
 from dovetail.training import checkpoints
 from dovetail.training.optimizer import (
     HEADS,
@@ -218,9 +218,7 @@ def _rows(
     """Return the tokenized records of a split; DataError for records that do not match the model."""
     config: Any = model.config
     records = data.split(split)[:limit]
-    check_head(data.name, data.kind, model)
-    if data.kind in ("classification", "regression"):
-        check_labels(data.name, data.kind, records, model)
+    check_model(data.name, data.kind, records, model)
     max_length = length_limit(model, tokenizer, settings.max_length)
     return encode(data.kind, records, tokenizer, encoder_decoder=config.is_encoder_decoder, max_length=max_length)
 

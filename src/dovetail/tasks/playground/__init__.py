@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from dovetail.errors import DataError
-from dovetail.tasks.playground.generator import PAGE, any_story, as_prompt, choice_question, document, parts
+from dovetail.tasks.playground.generator import PAGE, any_story, as_prompt, choice_question, document
 from dovetail.tasks.playground.grammar import minimal_pair
 from dovetail.tasks.task import Record, Task
 
@@ -89,16 +89,3 @@ def task(name: str) -> Task:
 
 
 TEXT_FIELDS = ("prompt", "good", "bad", "text")
-
-
-@cache
-def held_out() -> frozenset[str]:
-    """Return every text of every validation and test split, and their stories, which pretraining must not contain."""
-    texts: set[str] = set()
-    for name in TASKS:
-        for split in ("validation", "test"):
-            for record in task(name).split(split):
-                texts.update(record[field] for field in TEXT_FIELDS if field in record)
-                if "prompt" in record:
-                    texts.add(parts(record["prompt"])[2])
-    return frozenset(texts)

@@ -65,23 +65,18 @@ def evaluate(
     tasks = _tasks(tasks, split)
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
-        raise DataError("evaluate", found="tasks " + ", ".join(names), rule="the names of tasks must differ")
-    if limit is not None and limit < 1:
-        raise DataError("evaluate", found=f"limit={limit}", rule="limit must be at least 1")
-    if batch_size < 1:
-        raise DataError("evaluate", found=f"batch_size={batch_size}", rule="batch_size must be at least 1")
+        found, rule = "tasks " + ", ".join(names), "the names of tasks must differ"
+        raise DataError("evaluate", found=found, rule=rule, fix="rename one of them")
+    for name, value in (("limit", limit), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            rule = f"{name} must be at least 1"
+            raise DataError("evaluate", found=f"{name}={value}", rule=rule, fix=f"raise {name}")
     scores: dict[str, dict[str, float]] = {}
     with in_evaluation(model), torch.inference_mode():
         for task in tasks:
             records = task.split(split)[:limit]
-            runner = Runner(
-                model,
-                tokenizer,
-                name=task.name,
-                batch_size=batch_size,
-                max_length=length_limit(model, tokenizer, max_length),
-                progress=progress,
-            )
+            length = length_limit(model, tokenizer, max_length)
+            runner = Runner(model, tokenizer, task.name, batch_size, length, progress)
             found, outputs = METHODS[task.kind](runner, records)
             scores[task.name] = {**found, "n": len(records)}
             if on_outputs is not None:
@@ -96,9 +91,8 @@ def _tasks(tasks: Task | str | Sequence[Task | str] | Sequence[Record], split: s
     if records and len(records) == len(tasks):
         return [as_task(records, split)]
     if records:
-        raise DataError(
-            "evaluate", found="tasks and records in one list", rule="the list must contain tasks only, or records only"
-        )
+        found, rule = "tasks and records in one list", "the list must contain tasks only, or records only"
+        raise DataError("evaluate", found=found, rule=rule, fix="make a dovetail.Task of the records")
     return [as_task(task) for task in tasks if not isinstance(task, Mapping)]
 
 

@@ -11,18 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dovetail.errors import DataError
 from dovetail.tasks.scoring.runner import Runner, Scored
 from dovetail.tasks.task import Record
-from dovetail.tasks.tokens import check_labels, label_rows
+from dovetail.tasks.tokens import check_model, wrong_model
 
 
 def score_labels(runner: Runner, records: Sequence[Record]) -> Scored:
     """Return accuracy, and matthews, Matthews' correlation (also for more than two labels)."""
     from sklearn.metrics import accuracy_score, matthews_corrcoef
 
-    check_labels(runner.name, "classification", records, runner.model)
-    said = outputs(runner, records).argmax(1).numpy()
+    said = _outputs(runner, "classification", records).argmax(1).numpy()
     labels = np.array([record["label"] for record in records])
     scores = {"accuracy": float(accuracy_score(labels, said)), "matthews": float(matthews_corrcoef(labels, said))}
     return scores, [str(label) for label in said]
@@ -32,8 +30,7 @@ def score_values(runner: Runner, records: Sequence[Record]) -> Scored:
     """Return the correlations pearson and spearman of the head's values with the labels."""
     from scipy.stats import pearsonr, spearmanr
 
-    check_labels(runner.name, "regression", records, runner.model)
-    said = outputs(runner, records)[:, 0].double().numpy()
+    said = _outputs(runner, "regression", records)[:, 0].double().numpy()
     labels = np.array([record["label"] for record in records], dtype=np.float64)
     values = [f"{value:.4g}" for value in said]
     if len(labels) < 2 or np.ptp(said) == 0 or np.ptp(labels) == 0:
@@ -43,19 +40,15 @@ def score_values(runner: Runner, records: Sequence[Record]) -> Scored:
     return {"pearson": float(pearson[0]), "spearman": float(spearman[0])}, values
 
 
-def outputs(runner: Runner, records: Sequence[Record]) -> Tensor:
+def _outputs(runner: Runner, kind: str, records: Sequence[Record]) -> Tensor:
     """Return the head's outputs, float32 (records, labels)."""
-    rows = label_rows(records, runner.tokenizer, max_length=runner.max_length)
+    check_model(runner.name, kind, records, runner.model)
+    rows = runner.make.labels(records)
     results = torch.zeros(len(rows), runner.config.num_labels)
     for chosen, batch in runner.batches(rows):
         del batch["labels"]
         logits = runner.model(**batch).logits
         if logits.ndim != 2:
-            raise DataError(
-                f"task {runner.name}",
-                found=f"a {type(runner.model).__name__}",
-                rule="the task needs a head over texts",
-                fix="load the model with a classification head",
-            )
+            raise wrong_model(runner.name, runner.model, head=kind)
         results[chosen] = logits.float().cpu()
     return results

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dovetail.errors import DataError
 from dovetail.tasks.scoring.runner import Runner, Scored
 from dovetail.tasks.task import Record
-from dovetail.tasks.tokens import end_id, pad_id, prompt_rows
+from dovetail.tasks.tokens import RowMaker, end_id, pad_id, wrong_model
 
 MORE = 4
 """Tokens that a continuation may have beyond the longest answer."""
@@ -30,24 +30,14 @@ def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
 
     model, tokenizer = runner.model, runner.tokenizer
     if not (isinstance(model, GenerationMixin) and isinstance(model, PreTrainedModel) and model.can_generate()):
-        raise DataError(
-            f"task {runner.name}",
-            found=f"a {type(model).__name__}",
-            rule="the task needs a model that generates",
-            fix="load the model without a classification head",
-        )
+        raise wrong_model(runner.name, model)
     answers = tokenizer([record["answer"] for record in records], add_special_tokens=False)["input_ids"]
     new_tokens = max(map(len, answers)) + MORE
     room = runner.max_length if runner.encoder_decoder else runner.max_length - new_tokens
     if room < 1:
-        raise DataError(
-            f"task {runner.name}",
-            found=f"an answer of {new_tokens - MORE} tokens",
-            rule=f"prompt and answer must fit in {runner.max_length} tokens",
-        )
-    rows = prompt_rows(
-        [record["prompt"] for record in records], tokenizer, encoder_decoder=runner.encoder_decoder, max_length=room
-    )
+        found, rule = f"an answer of {new_tokens - MORE} tokens", "prompt and answer must fit in max_length tokens"
+        raise DataError(f"task {runner.name}", found=found, rule=rule, fix=f"raise max_length={runner.max_length}")
+    rows = RowMaker(tokenizer, runner.encoder_decoder, room).prompts([record["prompt"] for record in records])
     own = model.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     # The model's own settings (sampling, penalties) are put aside: generate() would mix them into ours.

@@ -20,22 +20,13 @@ from itertools import accumulate
 
 from dovetail.tasks.scoring.runner import Runner, Scored
 from dovetail.tasks.task import Record
-from dovetail.tasks.tokens import answer_rows, text_rows
 
 
 def score_choices(runner: Runner, records: Sequence[Record]) -> Scored:
     """Return accuracy, by the sum of log-likelihoods, and accuracy_norm, per character. The first wins a tie."""
     prompts = [record["prompt"] for record in records for _ in record["choices"]]
     choices = [choice for record in records for choice in record["choices"]]
-    rows = answer_rows(
-        prompts,
-        choices,
-        runner.tokenizer,
-        encoder_decoder=runner.encoder_decoder,
-        max_length=runner.max_length,
-        end=False,
-    )
-    sums = runner.log_likelihoods(rows)[0].tolist()
+    sums = runner.log_likelihoods(runner.make.answers(prompts, choices, end=False))[0].tolist()
     per_character = [value / max(1, len(choice)) for value, choice in zip(sums, choices, strict=True)]
     ends = list(accumulate(len(record["choices"]) for record in records))
     right = norm_right = 0
@@ -53,10 +44,7 @@ def score_choices(runner: Runner, records: Sequence[Record]) -> Scored:
 def score_pairs(runner: Runner, records: Sequence[Record]) -> Scored:
     """Return accuracy: the fraction of pairs whose good sentence is strictly more likely."""
     texts = [record["good"] for record in records] + [record["bad"] for record in records]
-    rows = text_rows(
-        texts, runner.tokenizer, encoder_decoder=runner.encoder_decoder, max_length=runner.max_length, split=False
-    )
-    good, bad = runner.log_likelihoods(rows)[0].chunk(2)
+    good, bad = runner.log_likelihoods(runner.make.texts(texts, split=False))[0].chunk(2)
     right = good > bad
     said = [record["good" if better else "bad"] for record, better in zip(records, right.tolist(), strict=True)]
     return {"accuracy": right.double().mean().item()}, said
@@ -64,13 +52,7 @@ def score_pairs(runner: Runner, records: Sequence[Record]) -> Scored:
 
 def score_text(runner: Runner, records: Sequence[Record]) -> Scored:
     """Return perplexity, and nats_per_token, its logarithm; inf where exp would overflow."""
-    rows = text_rows(
-        [record["text"] for record in records],
-        runner.tokenizer,
-        encoder_decoder=runner.encoder_decoder,
-        max_length=runner.max_length,
-        split=True,
-    )
-    sums, counts = runner.log_likelihoods(rows)
+    texts = [record["text"] for record in records]
+    sums, counts = runner.log_likelihoods(runner.make.texts(texts, split=True))
     nats = -(sums.sum() / counts.sum()).item()
     return {"perplexity": math.exp(nats) if nats < 700 else math.inf, "nats_per_token": nats}, []

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dovetail.errors import DataError
 from dovetail.progress import Bar
-from dovetail.tasks.tokens import IGNORED, Collator, Example, pad_id
+from dovetail.tasks.tokens import IGNORED, Collator, Example, RowMaker, pad_id, wrong_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +42,11 @@ class Runner:
         """Whether the prompt goes to an encoder."""
         return bool(self.config.is_encoder_decoder)
 
+    @property
+    def make(self) -> RowMaker:
+        """What makes the rows of the model."""
+        return RowMaker(self.tokenizer, self.encoder_decoder, self.max_length)
+
     def batches(
         self, rows: Sequence[Example], side: Literal["left", "right"] = "right"
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
@@ -69,12 +73,7 @@ class Runner:
                 logits_btv = self.model(**batch, use_cache=False).logits[:, :-1]
                 labels_bt = labels_bt[:, 1:]
             if logits_btv.ndim != 3:
-                raise DataError(
-                    f"task {self.name}",
-                    found=f"a {type(self.model).__name__}",
-                    rule="the task needs a language model",
-                    fix="load the model without a classification head",
-                )
+                raise wrong_model(self.name, self.model)
             counted_bt = labels_bt != IGNORED
             likelihood_bt = torch.zeros(labels_bt.shape, dtype=torch.float64, device=labels_bt.device)
             likelihood_bt[counted_bt] = -F.cross_entropy(
