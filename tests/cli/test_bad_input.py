@@ -130,7 +130,7 @@ def test_labels(tmp_path, refused):
     write_lines(tmp_path / "bad.jsonl", [{"sentence": "one", "other": "two", "label": 2}])
     assert "label=2, num_labels=2" in refused(recipe=recipe | {"data": data | {"train": "bad.jsonl", "num_labels": 2}})
     message = refused(recipe=recipe | {"data": data | {"kind": "regression", "metric": "accuracy"}})
-    assert "measured by pearson" in message
+    assert "must be pearson" in message
 
 
 def test_output(tmp_path, refused):

@@ -54,7 +54,7 @@ def test_paths_are_relative_to_the_recipe(tmp_path):
         ({"merge": "maybe"}, ["merge", "'maybe'", "exact"]),
         ({"data": {}}, ["data", "name a playground task"]),
         ({"data": {"train": "x.jsonl"}}, ["files need a kind"]),
-        ({"data": {"train": "x.jsonl", "kind": "text", "metric": "pearson"}}, ["measured by perplexity"]),
+        ({"data": {"train": "x.jsonl", "kind": "text", "metric": "pearson"}}, ["must be perplexity"]),
         ({"data": {"train": "x", "kind": "text", "fields": {"prompt": "q"}}}, ["no field 'prompt'", "text"]),
         ({"data": {"task": "word_problems", "kind": "text"}}, ["a playground task takes no kind"]),
         ({"model": ""}, ["model"]),

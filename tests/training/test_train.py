@@ -22,7 +22,6 @@ from dovetail.errors import DataError, TrainError
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import Collator, encode, pad_id
-from dovetail.training.optimizer import make_optimizer
 from dovetail.training.peak_memory import PeakMemory, predict_peak_memory
 from dovetail.training.settings import TrainSettings
 from dovetail.training.train import train
@@ -237,7 +236,7 @@ def test_peak_memory_is_predicted_without_weights(make):
     widest = {"input_ids": ids, "attention_mask": ids, "labels": ids}
     with torch.device("meta"):
         model = make()
-    predicted = predict_peak_memory(model, widest, make_optimizer=lambda model: make_optimizer(model, TrainSettings()))
+    predicted = predict_peak_memory(model, widest, TrainSettings())
     assert predicted == pytest.approx(measured, rel=0.02)
     assert all(p.is_meta for p in model.parameters())
 

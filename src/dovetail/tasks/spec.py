@@ -85,7 +85,7 @@ class Data(Part):
         if self.kind is None:
             raise ValueError("files need a kind: " + ", ".join(FIELDS))
         if self.metric is not None and self.metric not in METRICS[self.kind]:
-            raise ValueError(f"a {self.kind} task is measured by " + " or ".join(METRICS[self.kind]))
+            raise ValueError(f"the metric of a {self.kind} task must be " + " or ".join(METRICS[self.kind]))
         known = [*FIELDS[self.kind], *(["pair"] if self.kind in ("classification", "regression") else [])]
         for name in self.fields:
             if name not in known:

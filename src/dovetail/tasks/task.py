@@ -105,7 +105,7 @@ def check_record(where: str, kind: str, record: Record) -> None:
             found, rule = f"{name}={value!r}"[:200], f"{name} must be of type {_type_name(kinds)}"
             fix = "replace each label by a number from 0" if name == "label" else f"convert {name} to that type"
             raise DataError(where, found=found, rule=rule, fix=fix)
-    label, choices = record.get("label", 0), record.get("choices")
+    label, choices = record.get("label", 0), record.get("choices", [])
     if "label" in fields and not abs(label) <= MAX_VALUE:
         rule = f"label must be finite and at most {MAX_VALUE:.0e} in magnitude"
         raise DataError(where, found=f"label={label!r}"[:200], rule=rule, fix="scale the labels")

@@ -7,6 +7,7 @@ vectors, and no paging of AdamW's state.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,13 +28,11 @@ def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """
     layers = chain_layers(model)
     parts: dict[str, list[nn.Parameter]] = {}
-    in_chain: set[int] = set()
     for layer in layers.values():
         for state in layer.states:
-            for parameter in state.parameters():
-                if parameter.requires_grad and id(parameter) not in in_chain:
-                    in_chain.add(id(parameter))
-                    parts.setdefault(str(state.link), []).append(parameter)
+            if trained := [p for p in state.parameters() if p.requires_grad]:
+                parts.setdefault(str(state.link), []).extend(trained)
+    in_chain = {id(p) for parameters in parts.values() for p in parameters}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in in_chain]
     if rest:
         parts[HEADS if layers else MODEL] = rest
@@ -77,3 +76,8 @@ def cast_heads(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
     """Round trained heads to `dtype`, so that the model runs without autocast; adapters need no rounding."""
     for parameter in trained_parts(model).get(HEADS, []):
         parameter.data = parameter.data.to(dtype)
+
+
+def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
+    """Run the block under autocast to bfloat16, if `bf16`."""
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

@@ -12,16 +12,22 @@ import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+from dovetail.chains import packing
+from dovetail.chains.layer import bits
+from dovetail.links.quantize import nearest
+from dovetail.models.targets import fused_experts
+from dovetail.training.optimizer import TrainSettings, autocast, cast_frozen, make_optimizer, trained_parts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class PeakMemory(TorchDispatchMode):
@@ -81,7 +87,7 @@ def training_step_peak(
     model: nn.Module,
     batch: Mapping[str, Tensor],
     *,
-    make_optimizer: MakeOptimizer,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     bf16: bool = False,
     max_grad_norm: float = 1.0,
 ) -> int:
@@ -95,10 +101,9 @@ def training_step_peak(
     model.train()
     optimizer = make_optimizer(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    device = trained[0].device.type
     with PeakMemory([*model.parameters(), *model.buffers()]) as memory:
         for _ in range(2):
-            with torch.autocast(device, torch.bfloat16) if bf16 else nullcontext():
+            with autocast(trained[0].device, bf16):
                 loss = model(**batch).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
@@ -109,26 +114,40 @@ def training_step_peak(
 
 
 def predict_peak_memory(
-    model: nn.Module,
-    batch: Mapping[str, Tensor],
-    *,
-    make_optimizer: MakeOptimizer,
-    bf16: bool = False,
-    max_grad_norm: float = 1.0,
-    device: str = "cpu",
-) -> int:
-    """Return `training_step_peak` of a model on `device`, without weights and without computing.
+    model: PreTrainedModel, batch: Mapping[str, Tensor], settings: TrainSettings, *, device: str = "cpu"
+) -> int | None:
+    """Return the peak in bytes of a training on `device`, without weights and without computing.
 
-    model   on the device "meta" (`dovetail.checkpoint.load.empty_model`), with its chain; it is unchanged
-    batch   the widest batch of the run: only its shapes count
+    model     on the device "meta" (`dovetail.checkpoint.load.empty_model`), with its chain; it is unchanged
+    batch     the widest batch of the run: only its shapes count
+    settings  of the training
+    returns   0 for a model that trains nothing; None where torch gives no prediction, which is the case for MoE experts
+              in three-dimensional parameters of float32
     """
+    if not trained_parts(model):
+        return 0
+    if fused_experts(model) and not settings.bf16 and model.dtype != torch.bfloat16:
+        return None  # torch's grouped product takes no fake tensors of another dtype
     model = copy.deepcopy(model)
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        # Code that compares the addresses of tensors finds all equal; no size depends on it.
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        _place(model, device)
-        shapes = {name: mode.from_tensor(tensor).to(device) for name, tensor in batch.items()}
-        return training_step_peak(model, shapes, make_optimizer=make_optimizer, bf16=bf16, max_grad_norm=max_grad_norm)
+    if settings.bf16:
+        cast_frozen(model)
+    try:
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            # Code that compares the addresses of tensors finds all equal; no size depends on it.
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            _place(model, device)
+            if settings.gradient_checkpointing:
+                model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            return training_step_peak(
+                model,
+                {name: mode.from_tensor(tensor).to(device) for name, tensor in batch.items()},
+                make_optimizer=lambda model: make_optimizer(model, settings),
+                bf16=settings.bf16,
+                max_grad_norm=settings.max_grad_norm,
+            )
+    finally:
+        for table in (bits._table, packing._kept_table, nearest._tables):
+            table.cache_clear()  # what fake tensors put there is no good to real ones
 
 
 def _place(model: nn.Module, device: str) -> None:

@@ -11,7 +11,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,21 +31,13 @@ from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Record, Task
 from dovetail.tasks.tokens import Collator, Example, check_model, encode, length_limit, pad_id
 from dovetail.training import checkpoints
-from dovetail.training.optimizer import (
-    HEADS,
-    MODEL,
-    cast_frozen,
-    cast_heads,
-    learning_rates,
-    make_optimizer,
-    trained_parts,
-)
+from dovetail.training.optimizer import HEADS, MODEL, autocast, cast_frozen, cast_heads, learning_rates, trained_parts
 from dovetail.training.settings import TrainSettings, check_report_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dovetail.training.trainer import StageTrainer, Watch
+    from dovetail.training.trainer import StageTrainer
 
 _REPORT = "report.json"
 
@@ -127,7 +119,7 @@ def train(
     for records that do not match the model.
     """
     # Imported here: the Trainer takes seconds to import.
-    from dovetail.training.trainer import BatchOrder, StageTrainer, Watch, trackers, trainer_arguments
+    from dovetail.training.trainer import StageTrainer, Watch, trackers, trainer_arguments
 
     asked = TrainSettings(**settings)
     check_report_to(asked.report_to)
@@ -164,7 +156,7 @@ def train(
             cast_frozen(model)
         for stage in range(stages):
             if stage:
-                with _autocast(model, asked.bf16):
+                with autocast(model.device, asked.bf16):
                     advance(model, calibration=batches, seed=asked.seed, progress=progress)
             here = directory / f"stage-{stage + 1}"
             checkpoints.check_base(model, here)
@@ -186,19 +178,12 @@ def train(
                 trainer_arguments(model, asked, here, checkpoints=output_dir is not None),
                 rows,
                 Collator(pad_id(tokenizer)),
-                order=BatchOrder(
-                    [_tokens(row, config.is_encoder_decoder) for row in rows],
-                    batch_size=asked.batch_size,
-                    step_rows=asked.batch_size * asked.gradient_accumulation,
-                    grouped=asked.group_by_length,
-                    seed=f"{asked.seed} stage {stage}",
-                ),
-                bf16=asked.bf16,
-                watch=watch,
+                asked,
+                watch,
+                seed=f"{asked.seed} stage {stage}",
                 trackers=trackers(asked.report_to, (logging_dir or Path("tensorboard")) / here.name),
-                make_optimizer=lambda model: make_optimizer(model, asked),
             )
-            report = _train_stage(model, trainer, asked, watch, checkpoints.last_checkpoint(here) if resume else None)
+            report = _train_stage(model, trainer, checkpoints.last_checkpoint(here) if resume else None)
             reports.append(report)
             if output_dir is not None:
                 checkpoints.save_trained(model, here / checkpoints.TRAINED)
@@ -233,23 +218,21 @@ def _validation(
     rows = _rows(model, tokenizer, data, "validation", settings, limit)
 
     def validate() -> dict[str, float]:
-        with _autocast(model, settings.bf16):
+        with autocast(model.device, settings.bf16):
             scores = evaluate(model, tokenizer, data, split="validation", limit=limit, progress=False)[data.name]
             return scores | {"loss": mean_loss(model, rows, collate, settings.batch_size)}
 
     return validate
 
 
-def _train_stage(
-    model: PreTrainedModel, trainer: StageTrainer, settings: TrainSettings, watch: Watch, checkpoint: Path | None
-) -> StageReport:
-    started = time.perf_counter()
+def _train_stage(model: PreTrainedModel, trainer: StageTrainer, checkpoint: Path | None) -> StageReport:
+    started, settings = time.perf_counter(), trainer.settings
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
-        watch.close()
+        trainer.watch.close()
         if settings.gradient_checkpointing:
             model.activation_checkpointing_disable()
     history: list[dict[str, Any]] = trainer.state.log_history
@@ -262,7 +245,7 @@ def _train_stage(
         evaluations=[(entry["step"], entry["validation"]) for entry in history if "validation" in entry],
         trainable_parameters=sum(p.numel() for parameters in parts.values() for p in parameters),
         learning_rates=learning_rates(model, settings),
-        peak_memory_nbytes=watch.peak_memory_nbytes,
+        peak_memory_nbytes=trainer.watch.peak_memory_nbytes,
     )
 
 
@@ -290,12 +273,3 @@ def _kept_random_state() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-
-
-def _autocast(model: PreTrainedModel, bf16: bool) -> AbstractContextManager[Any]:
-    return torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext()
-
-
-def _tokens(row: Example, encoder_decoder: bool) -> int:
-    labels = row["labels"]
-    return len(row["input_ids"]) + (len(labels) if encoder_decoder and isinstance(labels, list) else 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
@@ -30,24 +30,12 @@ from dovetail.progress import Bar
 from dovetail.tasks.scoring import in_evaluation
 from dovetail.tasks.tokens import IGNORED, Collator, Example
 from dovetail.training.checkpoints import TRAINED, load_trained, mark_complete, save_trained
+from dovetail.training.optimizer import autocast, make_optimizer
 from dovetail.training.peak_memory import PeakMemory
 from dovetail.training.settings import TrainSettings
 
 _MEASURED_STEPS = 3
 _BATCHES_SORTED_TOGETHER = 50
-
-
-class Rows(Dataset[Example]):
-    """A dataset of examples."""
-
-    def __init__(self, rows: Sequence[Example]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.rows[index]
 
 
 class BatchOrder(Sampler[int]):
@@ -93,33 +81,39 @@ class BatchOrder(Sampler[int]):
 class StageTrainer(Trainer):
     """The Trainer of one stage.
 
-    make_optimizer   called with the model
-    order            of the rows
-    bf16             run the forward pass under autocast to bfloat16
-    watch            sees every step
-    trackers         further callbacks, which see what is logged
+    watch     sees every step
+    seed      of the order of rows and of the ranks of elastic adapters
+    trackers  further callbacks, which see what is logged
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         arguments: TrainingArguments,
         rows: Sequence[Example],
         collator: Collator,
-        *,
-        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-        order: BatchOrder,
-        bf16: bool,
+        settings: TrainSettings,
         watch: Watch,
-        trackers: Sequence[TrainerCallback] = (),
+        *,
+        seed: str,
+        trackers: Sequence[TrainerCallback],
     ) -> None:
         self.elastic = groups(model)
-        draws = [RankDraws(self.elastic, order.seed)] if self.elastic else []
+        draws = [RankDraws(self.elastic, seed)] if self.elastic else []
         # Draws are first, so that the reference ranks are restored at the end of a step before the watch evaluates.
-        super().__init__(model, arguments, collator, Rows(rows), callbacks=[*draws, watch, *trackers])
+        callbacks = [*draws, watch, *trackers]
+        super().__init__(model, arguments, collator, rows, callbacks=callbacks)  # pyright: ignore[reportArgumentType]
         self.remove_callback(PrinterCallback)
         watch.handler = self.callback_handler
-        self.make_optimizer, self.order, self.bf16 = make_optimizer, order, bf16
+        self.settings, self.watch = settings, watch
+        config: Any = model.config
+        self.order = BatchOrder(
+            [_tokens(row, config.is_encoder_decoder) for row in rows],
+            batch_size=settings.batch_size,
+            step_rows=settings.batch_size * settings.gradient_accumulation,
+            grouped=settings.group_by_length,
+            seed=seed,
+        )
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the labels; `compute_loss` scales by them
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +125,7 @@ class StageTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = self.make_optimizer(self.model)  # pyright: ignore[reportArgumentType]
+            self.optimizer = make_optimizer(self.model, self.settings)  # pyright: ignore[reportArgumentType]
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -142,7 +136,7 @@ class StageTrainer(Trainer):
         return 0
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
-        return torch.autocast(self.args.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+        return autocast(self.args.device, self.settings.bf16)
 
     def compute_loss(
         self,
@@ -252,7 +246,7 @@ class Watch(TrainerCallback):
                 raise TrainError(
                     f"{self.title}, step {state.global_step}",
                     found=f"{name}={logs[name]}",
-                    rule="loss and gradient stay finite",
+                    rule="loss and gradient must be finite",
                     fix="lower lr_scale, or add warmup",
                 )
         if self.log is not None:
@@ -278,6 +272,12 @@ class Watch(TrainerCallback):
             self._memory.__exit__(None, None, None)
             self.peak_memory_nbytes = self._memory.peak_nbytes
             self._memory = None
+
+
+def _tokens(row: Example, encoder_decoder: bool) -> int:
+    """Return the number of tokens that a row costs."""
+    labels = row["labels"]
+    return len(row["input_ids"]) + (len(labels) if encoder_decoder and isinstance(labels, list) else 0)
 
 
 def mean_loss(model: PreTrainedModel, rows: Sequence[Example], collate: Collator, batch_size: int) -> float:
