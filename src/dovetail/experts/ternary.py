@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dovetail.errors import DataError
 from dovetail.experts.codec.codec import word_count
-from dovetail.experts.codec.native import above64, compiled, get, popcount, prefetch, put, trailing_zeros
+from dovetail.experts.codec.native import above64, compiled, get, popcount, put, trailing_zeros
 from dovetail.experts.vectors import Spec, specs_of
 
 _INTEGERS = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
@@ -37,7 +37,6 @@ _EXPONENT = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F8
 _PIECE = 1 << 24
 """Values per piece: a multiple of 64, few enough to count in 32 bits."""
 _WORDS = 64  # mask words per batch
-_AHEAD = 4096  # distance of the prefetch, in values
 
 
 @dataclass(frozen=True)
@@ -245,13 +244,6 @@ def count_and_moment(bits, values, counts):
 
 
 @numba.njit(nogil=True)
-def _ask_ahead(bits, first):
-    """Prefetch 64 later values, since the processor itself prefetches only within a page."""
-    for at in range(0, 64, 64 // bits.itemsize):
-        prefetch(bits, first + _AHEAD + at)
-
-
-@numba.njit(nogil=True)
 def _rest(bits):
     """Return the values after the last complete 64, padded with zeros."""
     rest, whole = np.zeros(64, bits.dtype), len(bits) // 64 * 64
@@ -262,7 +254,6 @@ def _rest(bits):
 @numba.njit(nogil=True)
 def _count_words(bits, first, words, magnitude, low, high, shift, counts, held):
     for w in range(words):
-        _ask_ahead(bits, first + w * 64)
         above_low = above64(bits, first + w * 64, magnitude, low)
         put(held, w, above_low & ~above64(bits, first + w * 64, magnitude, high))
     for w in range(words):  # a separate loop, so that mispredicted branches do not wait for memory
@@ -285,7 +276,6 @@ def count_within(bits, magnitude, low, high, shift, counts):
 @numba.njit(nogil=True)
 def _select_words(bits, words, magnitude, every, threshold, below, ties, plus, minus, to):
     for w in range(words):
-        _ask_ahead(bits, w * 64)
         above = above64(bits, w * 64, magnitude, threshold)
         negative = above64(bits, w * 64, every, magnitude)
         if ties[0] > 0:

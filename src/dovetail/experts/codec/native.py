@@ -20,6 +20,7 @@ import google_crc32c
 import numba
 import numpy as np
 from llvmlite import ir
+from numba.cpython.unsafe.numbers import trailing_zeros as _trailing_zeros
 from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
@@ -84,14 +85,10 @@ def popcount(typing_context: Any, word: Any):
     return types.int64(types.uint64), generate
 
 
-@_instruction
-def trailing_zeros(typing_context: Any, word: Any):
+@numba.njit(nogil=True)
+def trailing_zeros(word):
     """Return the position of the lowest set bit of a uint64, as an int64; 64 if no bit is set."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], cgutils.false_bit)
-
-    return types.int64(types.uint64), generate
+    return np.int64(_trailing_zeros(word))
 
 
 def _place(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -131,21 +128,6 @@ def load64(typing_context: Any, data: Any, at: Any):
         return word
 
     return types.uint64(types.Array(types.uint8, 1, "C"), types.int64), generate
-
-
-@_instruction
-def prefetch(typing_context: Any, array: Any, at: Any):
-    """Prefetch the cache line of array[at], which may lie beyond the array's end."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [address, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        place = builder.bitcast(_place(context, builder, signature, arguments), address)
-        builder.call(function, [place, number(0), number(3), number(1)])  # to read, into the nearest cache, data
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64), generate
 
 
 def _spread(builder: Any, value: Any, lanes: int) -> Any:
