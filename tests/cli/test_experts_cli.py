@@ -109,6 +109,11 @@ def test_list_and_verify(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "CRC" in result.stderr
     assert "two.dvt: complete" in result.stdout
+    result = command("experts", "verify", tmp_path / "bad.dvt", folder / "store" / "two.dvt", "--json")
+    assert result.exit_code == 2
+    assert [(Path(row["file"]).name, row["complete"]) for row in json.loads(result.stdout)] == [
+        ("bad.dvt", False), ("two.dvt", True),
+    ]  # fmt: skip
 
 
 def test_a_damaged_file_hides_no_other(folder: Path, tmp_path: Path) -> None:
@@ -141,6 +146,8 @@ def test_merge(folder: Path, tmp_path: Path) -> None:
     for method in ("average", "task_arithmetic", "ties", "dare"):
         keep = ["--keep", 0.5] if method == "dare" else []
         done("experts", "merge", *files, "--method", method, *keep, "-o", tmp_path / f"{method}.dvt")
+    found = said("experts", "merge", *files, "-o", tmp_path / "again.dvt")
+    assert found == {"output": str(tmp_path / "again.dvt"), "merged": ["one.dvt", "two.dvt"], "method": "average"}
     assert experts.load(tmp_path / "ties.dvt").header.provenance == {"merged": ["one.dvt", "two.dvt"], "method": "ties"}
     done("experts", "merge", *files, "--weights", "1,-0.5", "--method", "task_arithmetic", "--base", "playground", "-o",
          tmp_path / "both")  # fmt: skip

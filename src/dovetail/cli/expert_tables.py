@@ -1,25 +1,27 @@
-"""Output of the expert commands: tables, a histogram and a matrix for the terminal, and the matrix as PNG."""
+"""Output of the expert commands: facts, timings and similarities, for JSON, for the terminal and as PNG."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import numpy as np
-from rich import box
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.style import Style
-from rich.table import Table
 from rich.text import Text
 
 from dovetail.display.format import size
 from dovetail.display.style import INK
+from dovetail.display.tables import print_table
 from dovetail.errors import LoadError
 from dovetail.experts.codec.codec import counts_of
-from dovetail.experts.expert import Expert, load, similarity
+from dovetail.experts.expert import Expert, load, similarity, verify
 from dovetail.experts.file import read_header
 from dovetail.experts.store.backends import LocalFolder
 
@@ -103,21 +105,17 @@ def print_expert(console: Console, path: Path, expert: Expert, rows: int) -> Non
         f"{'one scale per tensor' if said['scale'] == 'tensor' else 'one scale for all'}\n",
     ):
         console.print(line, soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("tensor", overflow="fold", min_width=24)
-    for column in ("shape", "kept", "%", "bits", "scale"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("coded", no_wrap=True)
     order = sorted(said["tensors"], key=lambda tensor: -tensor["kept"])
+    cells = []
     for tensor in order[:rows]:
         numel = math.prod(tensor["shape"])
         coded = ", ".join(tensor["modes"]) + (", columns" if tensor["order"] == "columns" else "")
         share = f"{100 * tensor['kept'] / numel:.2f}" if numel else ""
-        table.add_row(
-            escape(tensor["name"]), "x".join(map(str, tensor["shape"])), f"{tensor['kept']:,}", share,
-            f"{tensor['bits']:.3f}", f"{tensor['scale']:.3g}", coded,
-        )  # fmt: skip
-    console.print(table)
+        cells.append((
+            tensor["name"], coded, "x".join(map(str, tensor["shape"])), f"{tensor['kept']:,}", share,
+            f"{tensor['bits']:.3f}", f"{tensor['scale']:.3g}",
+        ))  # fmt: skip
+    print_table(console, ("tensor", "coded", "shape", "kept", "%", "bits", "scale"), cells, words=2)
     if len(order) > rows:
         console.print(f"and {len(order) - rows} more (--rows)\n")
     drawn = said["histogram"]
@@ -167,29 +165,22 @@ def similarities(files: Sequence[Path]) -> list[list[dict[str, float]]]:
 
 def print_list(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of experts."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("expert", "size", "values", "kept %", "origin", "base"):
-        table.add_column(column, justify="right" if column in ("size", "values", "kept %") else "left", overflow="fold")
+    cells = []
     for row in rows:
         share = "" if not row["values"] else f"{100 * row['kept'] / row['values']:.3g}"
         values = "" if row["values"] is None else f"{row['values']:,}"
-        table.add_row(
-            escape(row["name"]), size(row["nbytes"]), values, share, escape(row["of"]), (row["base"] or "")[:19]
-        )
-    console.print(table)
+        cells.append((row["name"], row["of"], (row["base"] or "")[:19], size(row["nbytes"]), values, share))
+    print_table(console, ("expert", "origin", "base", "size", "values", "kept %"), cells, words=3)
 
 
 def print_matrix(console: Console, names: Sequence[str], matrix: np.ndarray, what: str) -> None:
     """Print a symmetric matrix with shaded cells."""
     console.print(what)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for number in range(len(names)):
-        table.add_column(str(number + 1), justify="right")
-    for number, name in enumerate(names):
-        cells = [_cell(float(matrix[number, other])) for other in range(len(names))]
-        table.add_row(f"{number + 1} {escape(name)}", *cells)
-    console.print(table)
+    rows = [
+        (f"{number} {name}", *(_cell(float(value)) for value in matrix[number - 1]))
+        for number, name in enumerate(names, 1)
+    ]
+    print_table(console, ("", *(str(number) for number in range(1, len(names) + 1))), rows)
 
 
 def _cell(value: float) -> Text:
@@ -220,3 +211,64 @@ def matrix_plot(names: Sequence[str], matrix: np.ndarray, what: str) -> bytes:
     axes.tick_params(length=0)
     drawing.colorbar(shown, shrink=0.8).outline.set_visible(False)  # type: ignore[operator]
     return png(drawing)
+
+
+def measure(path: Path, rounds: int = 5, threads: int = 1) -> dict[str, Any]:
+    """Time the parts of decoding an expert, and return medians of `rounds` interleaved rounds after a warm-up round.
+
+    returns  `uncompressed_nbytes`, `nbytes`, and the `seconds` to copy the uncompressed bytes in memory ("copy"), to
+             read the file ("load"), to check it ("verify"), to decode it into reused tensors ("dense") and to two bits
+             per value ("masks")
+    """
+    expert = load(path)
+    out = {name: torch.zeros(shape, dtype=expert.dtypes[name]) for name, shape in expert.shapes.items()}
+    copies = {name: tensor.clone() for name, tensor in out.items()}
+
+    def copy() -> None:
+        for name, tensor in out.items():
+            tensor.copy_(copies[name])
+
+    parts: dict[str, Callable[[], object]] = {
+        "copy": copy,
+        "load": lambda: load(path),
+        "verify": lambda: verify(expert, threads=threads),
+        "dense": lambda: expert.dense(into=out, threads=threads),
+        "masks": lambda: expert.masks(threads=threads),
+    }
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for number in range(rounds + 1):
+            for name, part in parts.items():
+                started = perf_counter()
+                part()
+                if number:
+                    times[name].append(perf_counter() - started)
+    finally:
+        torch.set_num_threads(before)
+    return {
+        "nbytes": expert.nbytes,
+        "uncompressed_nbytes": sum(tensor.nbytes for tensor in out.values()),
+        "threads": threads,
+        "seconds": {name: median(values) for name, values in times.items()},
+    }
+
+
+def print_timings(console: Console, found: dict[str, Any]) -> None:
+    """Print a table of the result of `measure`."""
+    said = {
+        "copy": "copy the uncompressed bytes in memory",
+        "load": "read the file",
+        "verify": "check every block",
+        "dense": "decode into reused tensors, with checks",
+        "masks": "decode to two bits per value, with checks",
+    }
+    threads = f"{found['threads']} thread" + ("s" if found["threads"] > 1 else "")
+    console.print(f"{size(found['nbytes'])}, uncompressed {size(found['uncompressed_nbytes'])}; {threads}")
+    copied = found["seconds"]["copy"]
+    rows = []
+    for name, seconds in found["seconds"].items():
+        rate = found["uncompressed_nbytes"] / seconds / 1e9
+        rows.append((said[name], f"{1000 * seconds:.2f}", f"{rate:.2f}", f"{seconds / copied:.2f}"))
+    print_table(console, ("", "ms", "GB/s of uncompressed", "of a copy"), rows)

@@ -108,6 +108,7 @@ def merge(
     alpha: Alpha = None,
     base: Base = None,
     seed: Annotated[int, typer.Option(metavar="SEED", help="Seed of dare's random draws.")] = 0,
+    as_json: Json = False,
 ) -> None:
     """Merge experts into an expert (with --density and --alpha), or into a folder with the exact merged values."""
     from dovetail.errors import DataError
@@ -125,8 +126,12 @@ def merge(
 
     loaded = [experts.load(path) for path in files]
     merged = experts.merge(loaded, method, weights=chosen, density=keep, seed=seed)
-    done = _write(merged, output, density, alpha, base, {"merged": [path.name for path in files], "method": method})
-    print(done)
+    facts = {"merged": [path.name for path in files], "method": method}
+    written = str(_write(merged, output, density, alpha, base, facts))
+    if as_json:
+        print_json({"output": written, **facts})
+    else:
+        print(written)
 
 
 @experts_app.command(
@@ -193,20 +198,24 @@ def _write(
 
 
 @experts_app.command(epilog="Example: dovetail experts verify store/*.dvt")
-def verify(files: Files) -> None:
+def verify(files: Files, as_json: Json = False) -> None:
     """Check all checksums and blocks of expert files. The exit code is 2 if a file is damaged."""
     from dovetail import experts
     from dovetail.errors import DovetailError
 
-    wrong = 0
+    problems: dict[str, str | None] = {}
     for path in files:
         try:
             experts.verify(experts.load(path))
-            print(f"{path}: complete")
+            problems[str(path)] = None
+            if not as_json:
+                print(f"{path}: complete")
         except DovetailError as error:
+            problems[str(path)] = str(error)
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            wrong += 1
-    if wrong:
+    if as_json:
+        print_json([{"file": path, "complete": error is None, "error": error} for path, error in problems.items()])
+    if any(problems.values()):
         raise typer.Exit(2)
 
 
@@ -226,7 +235,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure reading, checking and decoding of an expert, compared with a copy of its uncompressed bytes."""
-    from dovetail.cli.expert_timing import measure, print_timings
+    from dovetail.cli.expert_tables import measure, print_timings
 
     found = measure(expert, rounds, threads)
     if as_json:

@@ -28,11 +28,11 @@ from torch.nn import functional
 from dovetail.errors import DataError
 from dovetail.experts import ternary
 from dovetail.experts.codec.codec import Coded, code, counts_of, decode_indices
-from dovetail.experts.expert import Expert, assemble
+from dovetail.experts.expert import Expert, assemble, check_density
 from dovetail.experts.live.activate import deactivate, put
 from dovetail.experts.live.placement import slots
 from dovetail.experts.merging import packed
-from dovetail.experts.vectors import Origin, TaskVector, specs_of
+from dovetail.experts.vectors import Origin, origin_of, specs_of
 from dovetail.progress import Bar
 from dovetail.tasks.find import as_task
 from dovetail.tasks.scoring import in_evaluation
@@ -103,7 +103,7 @@ def stc(vector: Mapping[str, Tensor], density: float, per: Literal["vector", "te
     per      "vector": the largest of all tensors, and one scale; "tensor": the largest of each tensor, and a scale each
     errors   DataError as of `compress`
     """
-    _check_density("stc", density)
+    check_density("stc", density)
     if per not in ("vector", "tensor"):
         raise DataError("stc", found=f"per={per!r}", rule='per must be "vector" or "tensor"')
     coded = {}
@@ -118,7 +118,7 @@ def prune(vector: Mapping[str, Tensor], density: float) -> SparseVector:
     density  share of values to keep, 0..1
     errors   DataError as of `compress`
     """
-    _check_density("prune", density)
+    check_density("prune", density)
     chosen = _top_k(vector, density)
 
     def kept() -> Iterator[tuple[str, Tensor]]:
@@ -128,7 +128,7 @@ def prune(vector: Mapping[str, Tensor], density: float) -> SparseVector:
             flat = tensor.reshape(-1)
             yield name, torch.zeros_like(flat).index_copy_(0, at, flat[at]).view(tensor.shape)
 
-    return sparse(kept(), density, _origin(vector))
+    return sparse(kept(), density, origin_of(vector))
 
 
 def dare(vector: Mapping[str, Tensor], density: float, seed: int = 0) -> SparseVector:
@@ -139,7 +139,7 @@ def dare(vector: Mapping[str, Tensor], density: float, seed: int = 0) -> SparseV
              `random_pruning` does in this order after torch.manual_seed(seed)
     errors   DataError for a density out of range, NaN, infinity or integers
     """
-    _check_density("dare", density)
+    check_density("dare", density)
     if density == 0:
         raise DataError("dare", found="density=0", rule="density must be above 0, since kept values are divided by it")
     generator = torch.Generator().manual_seed(seed)
@@ -152,7 +152,7 @@ def dare(vector: Mapping[str, Tensor], density: float, seed: int = 0) -> SparseV
                 raise DataError(f"task vector at {name}", found=found, rule="all values must be finite floats")
             yield name, tensor * torch.bernoulli(torch.full_like(tensor, density), generator=generator) / density
 
-    return sparse(kept(), density, _origin(vector))
+    return sparse(kept(), density, origin_of(vector))
 
 
 def bitdelta(vector: Mapping[str, Tensor]) -> Expert:
@@ -272,13 +272,4 @@ def _expert(
         sums, counts = [math.fsum(sums)], [sum(counts)]
     scales = [total / count if count else 0.0 for total, count in zip(sums, counts, strict=True)]
     dtypes = {name: spec.dtype for name, spec in specs_of(vector).items()}
-    return assemble(coded, dtypes, per, scales, density, 1.0, _origin(vector), {"method": method})
-
-
-def _origin(vector: Mapping[str, Tensor]) -> Origin:
-    return vector.origin if isinstance(vector, TaskVector) else Origin()
-
-
-def _check_density(where: str, density: float) -> None:
-    if not (isinstance(density, (int, float)) and 0 <= density <= 1):
-        raise DataError(where, found=f"density={density}", rule="density must be from 0 to 1")
+    return assemble(coded, dtypes, per, scales, density, 1.0, origin_of(vector), {"method": method})

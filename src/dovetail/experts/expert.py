@@ -22,7 +22,7 @@ from dovetail.errors import DataError, LoadError
 from dovetail.experts import file, ternary
 from dovetail.experts.codec.codec import Coded, code, decode_dense, decode_indices, decode_masks, word_count
 from dovetail.experts.masks import Masks, compare
-from dovetail.experts.vectors import Origin, TaskVector, specs_of
+from dovetail.experts.vectors import Origin, origin_of, specs_of
 from dovetail.files import writing
 
 
@@ -154,13 +154,7 @@ class Expert:
         if self.header.base is None:
             rule = "the expert must name the base that it is for"
             raise LoadError("expert", found="no base", rule=rule, fix="compress it again with base=model")
-        if found != self.header.base:
-            raise LoadError(
-                "expert",
-                found=f"a base with fingerprint {found}",
-                rule=f"this expert is for the base {self.header.base}",
-                fix="load the checkpoint and the dtype that the expert was trained on",
-            )
+        check_same_base(found, self.header.base)
 
 
 def compress(
@@ -185,8 +179,7 @@ def compress(
     provenance   further facts to store in the file
     errors       DataError for NaN, infinity, another dtype, density or alpha out of range
     """
-    if not (isinstance(density, (int, float)) and 0 <= density <= 1):
-        raise DataError("compress", found=f"density={density}", rule="density must be from 0 to 1")
+    check_density("compress", density)
     if scale not in ("vector", "tensor"):
         raise DataError("compress", found=f"scale={scale!r}", rule='scale must be "vector" or "tensor"')
     _check_alpha(alpha)
@@ -197,8 +190,7 @@ def compress(
     coded = {name: code(selection.masks.pop(name), specs[name].shape) for name in names}
     scales = [alpha * spreads[name] for name in names] if scale == "tensor" else [alpha * selection.spread]
     dtypes = {name: specs[name].dtype for name in names}
-    if origin is None:
-        origin = task_vector.origin if isinstance(task_vector, TaskVector) else Origin()
+    origin = origin or origin_of(task_vector)
     if base is not None:
         origin = replace(origin, base=_fingerprint(base))
     return assemble(coded, dtypes, scale, scales, density, alpha, origin, provenance or {})
@@ -312,3 +304,20 @@ def _fingerprint(base: nn.Module | str) -> str:
 def _check_alpha(alpha: float) -> None:
     if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
         raise DataError("alpha", found=str(alpha), rule="alpha must be a finite number above 0")
+
+
+def check_density(where: str, density: float) -> None:
+    """Raise DataError for a density out of range."""
+    if not (isinstance(density, (int, float)) and 0 <= density <= 1):
+        raise DataError(where, found=f"density={density}", rule="density must be from 0 to 1", fix="pass density=0.2")
+
+
+def check_same_base(found: str, expected: str) -> None:
+    """Raise LoadError unless both are the same fingerprint."""
+    if found != expected:
+        raise LoadError(
+            "expert",
+            found=f"a base with fingerprint {found}",
+            rule=f"this expert is for the base {expected}",
+            fix="load the checkpoint and the dtype that the expert was trained on",
+        )

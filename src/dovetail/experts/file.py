@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
@@ -25,6 +24,7 @@ from dovetail.errors import DataError, LoadError
 from dovetail.experts.codec.codec import ENTRY, Coded, block_count, counts_of
 from dovetail.experts.codec.native import crc32c
 from dovetail.experts.vectors import Initial
+from dovetail.files import atomic, first_problem
 
 HEADER_NBYTES = 1 << 24
 """Largest header of the container."""
@@ -127,26 +127,13 @@ def write(path: Path, header: Header, coded: Sequence[Coded]) -> None:
     if len(head) - 8 > HEADER_NBYTES:
         rule = f"a header may have at most {HEADER_NBYTES} bytes"
         raise DataError(str(path), found=f"a header of {len(head) - 8} bytes", rule=rule, fix="store less provenance")
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(head)
-            file.write(directory)
-            for each in coded:
-                file.write(each.blocks.data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o666 & ~_umask())
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with atomic(path, shared=True) as part, part.open("wb") as file:
+        file.write(head)
+        file.write(directory)
+        for each in coded:
+            file.write(each.blocks.data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read(path: Path, names: Sequence[str] | None = None) -> tuple[Header, dict[str, Coded]]:
@@ -201,12 +188,7 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
     except OSError as error:
         raise LoadError(str(path), found=error.strerror or str(error), rule="an expert must be a file") from None
     except pydantic.ValidationError as error:
-        first_error = error.errors(include_input=False)[0]
-        place = ".".join(map(str, first_error["loc"]))[:200] or "header"
-        found, rule = (
-            f"not an expert; {place}: {first_error['msg'][:200]}",
-            "an expert must be as docs/format.md defines",
-        )
+        found, rule = f"not an expert; {first_problem(error)}", "an expert must be as docs/format.md defines"
         raise LoadError(str(path), found=found, rule=rule, fix="make one with `dovetail pack`") from None
 
 

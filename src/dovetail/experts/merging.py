@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dovetail.errors import DataError
 from dovetail.experts.codec.codec import decode_masks, word_count
-from dovetail.experts.expert import Expert
+from dovetail.experts.expert import Expert, check_density
 from dovetail.experts.masks import Masks, elect, scaled_sum
 from dovetail.experts.vectors import Origin, Spec, TaskVector
 
@@ -108,8 +108,8 @@ def merge(
         raise DataError(
             "merge", found=f"election={election!r}", rule="election must be one of " + ", ".join(get_args(Election))
         )
-    if density is not None and not 0 <= density <= 1:
-        raise DataError("merge", found=f"density={density}", rule="density must be from 0 to 1")
+    if density is not None:
+        check_density("merge", density)
     given = None if weights is None else checked_weights(weights, len(experts))
     settings = MergeSettings(given, density, election, torch.Generator().manual_seed(seed))
     merged = {}

@@ -11,7 +11,6 @@ checkpoint and its base        as in the base's state_dict      the base's weigh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +30,13 @@ from dovetail.compression.apply import initial_values
 from dovetail.errors import DovetailError, LoadError
 from dovetail.experts.expert import Expert
 from dovetail.experts.vectors import Origin, Spec, TaskVector, specs_of
+from dovetail.files import read_json
 from dovetail.links.adapt import VeRA
 from dovetail.models.dtypes import FLOATS, STORED_FLOATS
 from dovetail.models.fingerprint import model_fingerprint
 from dovetail.models.layouts import layout_of
 from dovetail.models.locate import resolve
 
-_JSON_NBYTES = 1 << 20
 _CONSTANTS = (*VeRA.peft_constants.values(), "base_model.model.vera_A", "base_model.model.vera_B")
 _PREFIXES = ("head/", "base_model.model.")
 
@@ -130,17 +129,8 @@ def _of_peft(folder: Path, files: _Files, base: nn.Module | None) -> TaskVector:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read an adapter_config.json, of any method. LoadError unless it is a JSON object of at most a MiB."""
-    rule = f"the file must be a JSON object of at most {_JSON_NBYTES} bytes, as peft writes it"
-    try:
-        if path.stat().st_size > _JSON_NBYTES:
-            raise LoadError(str(path), found=f"{path.stat().st_size} bytes", rule=rule)
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(str(path), found=str(error)[:200], rule=rule) from None
-    if not isinstance(config, dict):
-        raise LoadError(str(path), found=type(config).__name__, rule=rule)
-    return config
+    """Read the JSON object of a configuration. LoadError unless the file holds one, of at most a MiB."""
+    return read_json(path, dict[str, Any], rule="the file must be a JSON object, as peft writes it")
 
 
 def _of_checkpoint(folder: Path, files: _Files, base: nn.Module) -> TaskVector:

@@ -128,7 +128,6 @@ class _Racer:
 
     density: float
     expert: Expert
-    nbytes: int
     scores: list[float] = field(default_factory=list)
     stopped: bool = False
 
@@ -163,9 +162,7 @@ def sweep(
     racers = []
     for density in sorted(set(densities)):
         made = compress(vector, density, 1.0, scale)
-        racers += [_Racer(density, made.with_alpha(alpha), 0) for alpha in sorted(set(alphas))]
-    for racer in racers:
-        racer.nbytes = racer.expert.nbytes
+        racers += [_Racer(density, made.with_alpha(alpha)) for alpha in sorted(set(alphas))]
     _race(racers, parts, certainty, progress)
     points = {id(racer): _point(racer, parts.sizes) for racer in racers}
     finished = [racer for racer in racers if not racer.stopped]
@@ -278,4 +275,6 @@ def _mean(scores: Sequence[float], sizes: Sequence[int]) -> float:
 
 def _point(racer: _Racer, sizes: Sequence[int]) -> Point:
     seen = sum(sizes[: len(racer.scores)])
-    return Point(racer.density, racer.expert.alpha, _mean(racer.scores, sizes), seen, racer.stopped, racer.nbytes)
+    return Point(
+        racer.density, racer.expert.alpha, _mean(racer.scores, sizes), seen, racer.stopped, racer.expert.nbytes
+    )

@@ -9,7 +9,6 @@ zero             task_vector.safetensors, only the tensors
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +30,7 @@ from dovetail.experts.live.activate import borrowed, put
 from dovetail.experts.live.placement import adapter_file, check_fingerprint
 from dovetail.experts.sources import base_of, peft_initial
 from dovetail.experts.vectors import Origin, TaskVector
+from dovetail.files import atomic
 from dovetail.models.fingerprint import model_fingerprint
 
 TENSORS = "task_vector.safetensors"
@@ -49,9 +49,8 @@ def unpack(source: Expert | TaskVector, directory: str | Path, base: nn.Module |
     vector: Mapping[str, Tensor] = source.dense() if isinstance(source, Expert) else source
     if origin.initial == "zero":
         directory.mkdir(parents=True, exist_ok=True)
-        part = directory / f".{TENSORS}.part"
-        save_file({name: tensor.contiguous() for name, tensor in vector.items()}, part)
-        os.replace(part, directory / TENSORS)
+        with atomic(directory / TENSORS) as part:
+            save_file({name: tensor.contiguous() for name, tensor in vector.items()}, part)
         return directory
     if origin.initial == "peft":
         model = base_of(source, base)[0] if isinstance(base, str | Path) else base

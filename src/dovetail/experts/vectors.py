@@ -66,6 +66,11 @@ class TaskVector(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
+def origin_of(vector: Mapping[str, Tensor]) -> Origin:
+    """Return the origin of a task vector; of other tensors, one with initial values of zero."""
+    return vector.origin if isinstance(vector, TaskVector) else Origin()
+
+
 def specs_of(vector: Mapping[str, Tensor]) -> dict[str, Spec]:
     """Return shape and dtype of every tensor, in the sorted order of their names."""
     known = vector.specs if isinstance(vector, TaskVector) else None

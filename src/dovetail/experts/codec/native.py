@@ -20,8 +20,8 @@ import google_crc32c
 import numba
 import numpy as np
 from llvmlite import ir
+from numba.core import config, types
 from numba.cpython.unsafe.numbers import trailing_zeros as _trailing_zeros
-from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
 _instruction = cast(Any, intrinsic)  # callers do not pass the first argument of an intrinsic

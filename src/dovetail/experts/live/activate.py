@@ -38,7 +38,7 @@ from dovetail.experts.live.placement import (
     peft_adapter,
     slots,
 )
-from dovetail.experts.vectors import Origin, Spec, TaskVector, specs_of
+from dovetail.experts.vectors import Origin, Spec, origin_of, specs_of
 
 Content = Expert | Mapping[str, Tensor]
 
@@ -144,9 +144,7 @@ def put(model: nn.Module, vector: Mapping[str, Tensor], origin: Origin | None = 
     origin  of the vector; None: that of a `TaskVector`, or initial values of zero
     errors  as `activate`; DataError for NaN or infinity, also in the live tensor's dtype
     """
-    if origin is None:
-        origin = vector.origin if isinstance(vector, TaskVector) else Origin()
-    _switch(model, vector, specs_of(vector), origin)
+    _switch(model, vector, specs_of(vector), origin or origin_of(vector))
 
 
 def deactivate(model: nn.Module) -> None:

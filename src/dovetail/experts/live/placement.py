@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pydantic
 import torch
 from torch import Tensor, nn
 
@@ -26,8 +25,10 @@ from dovetail.chains.layer.linear import chain_layers
 from dovetail.checkpoint.adapter import AdapterFile, check_constants, parameters_of
 from dovetail.compression.apply import initial_values as chain_initial_values
 from dovetail.errors import LoadError
+from dovetail.experts.expert import check_same_base
 from dovetail.experts.sources import peft_initial
 from dovetail.experts.vectors import Origin
+from dovetail.files import parse_json
 from dovetail.models.fingerprint import tensors_fingerprint
 from dovetail.models.targets import new_heads
 
@@ -199,13 +200,8 @@ def adapter_file(origin: Origin) -> AdapterFile | None:
     """Return the adapter.json of an origin. LoadError if it is invalid."""
     if origin.adapter is None:
         return None
-    try:
-        return AdapterFile.model_validate_json(json.dumps(origin.adapter))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "adapter"
-        rule = "the adapter of the origin must be a valid adapter.json"
-        raise LoadError("expert's origin", found=f"{place}: {first['msg']}"[:300], rule=rule) from None
+    rule = "the adapter of the origin must be a valid adapter.json"
+    return parse_json("expert's origin", json.dumps(origin.adapter), AdapterFile, rule=rule)
 
 
 def check_origin(model: nn.Module, origin: Origin, names: Iterable[str]) -> str | None:
@@ -216,7 +212,7 @@ def check_origin(model: nn.Module, origin: Origin, names: Iterable[str]) -> str 
     if chain_layers(model):
         record = applied(model)
         if origin.base is not None and "unknown" not in (origin.base, record.base_fingerprint):
-            _same_base(record.base_fingerprint, origin.base)
+            check_same_base(record.base_fingerprint, origin.base)
         if any(name.startswith(CHAIN_PREFIXES) for name in names):
             file = _check_chain(model, origin)
             return None if file is None else file.chain_fingerprint
@@ -320,14 +316,4 @@ def _under_peft(model: Any) -> dict[str, Tensor]:
 def check_fingerprint(found: str, expected: str) -> None:
     """Raise LoadError unless the fingerprints are equal, or one is unknown."""
     if "unknown" not in (found, expected):
-        _same_base(found, expected)
-
-
-def _same_base(found: str, expected: str) -> None:
-    if found != expected:
-        raise LoadError(
-            "expert",
-            found=f"a base with fingerprint {found}",
-            rule=f"this expert is for the base {expected}",
-            fix="load the checkpoint and the dtype that the expert was trained on",
-        )
+        check_same_base(found, expected)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import threading
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -20,11 +18,10 @@ import pydantic
 from dovetail.errors import LoadError
 from dovetail.experts import expert as experts
 from dovetail.experts.expert import Expert
-from dovetail.files import writing
+from dovetail.files import atomic, writing
 
 SUFFIX, INDEX = ".dvt", "index.json"
 _NAME = re.compile(r"[^./\\:\x00-\x1f\x7f][^/\\:\x00-\x1f\x7f]{0,199}")
-_CHUNK = 1 << 20
 Stamp = tuple[Any, ...]
 
 
@@ -123,15 +120,8 @@ def write_index(folder: Path) -> Path:
     entries = {}
     for name in LocalFolder(folder).names():
         with open(folder / f"{name}{SUFFIX}", "rb") as file:
-            digest = hashlib.sha256()
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+            digest = hashlib.file_digest(file, "sha256")
             entries[name] = Entry(nbytes=file.tell(), sha256=digest.hexdigest())
-    part = folder / f".{INDEX}.{os.getpid()}.{threading.get_ident()}.part"
-    with writing(folder / INDEX):
-        try:
-            part.write_text(json.dumps(Index(experts=entries).model_dump(), indent=1) + "\n", encoding="utf-8")
-            os.replace(part, folder / INDEX)
-        finally:
-            part.unlink(missing_ok=True)
+    with writing(folder / INDEX), atomic(folder / INDEX, shared=True) as part:
+        part.write_text(json.dumps(Index(experts=entries).model_dump(), indent=1) + "\n", encoding="utf-8")
     return folder / INDEX

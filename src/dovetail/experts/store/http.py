@@ -21,12 +21,12 @@ from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
 import httpx
-import pydantic
 
 from dovetail.errors import LoadError
 from dovetail.experts import expert as experts
 from dovetail.experts.expert import Expert
 from dovetail.experts.store.backends import INDEX, SUFFIX, Entry, Index, Stamp, good_name
+from dovetail.files import parse_json
 
 _INDEX_NBYTES, _MIB = 1 << 24, 1 << 20
 _PAUSE = 0.2  # seconds before the first retry; doubled before each further one
@@ -59,13 +59,8 @@ class HttpFolder:
         """Read the index again."""
         where, text = f"{self.url}/{INDEX}", io.BytesIO()
         self._download(where, None, text)
-        try:
-            self._entries = Index.model_validate_json(text.getvalue()).experts
-        except pydantic.ValidationError as error:
-            first = error.errors(include_input=False)[0]
-            found = f"{'.'.join(map(str, first['loc']))[:200]}: {first['msg'][:200]}"
-            fix = "run `dovetail experts index FOLDER` on the server"
-            raise LoadError(where, found=found, rule="the file must be an index of experts", fix=fix) from None
+        rule, fix = "the file must be an index of experts", "run `dovetail experts index FOLDER` on the server"
+        self._entries = parse_json(where, text.getvalue(), Index, rule=rule, fix=fix).experts
 
     def names(self) -> list[str]:
         return sorted(self._entries)
