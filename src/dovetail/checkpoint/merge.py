@@ -10,7 +10,8 @@ the size that the footprint counts. Stock: transformers' own modules, the values
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,8 @@ class MergeReport:
     """The effect of a merge.
 
     exact                 the merged weights are those that the forward pass used: none lost its zero or its grid
-                          value, and rounding to the model's dtype changed none
+                          value, and rounding to the model's dtype changed none; and the outputs on the probe are the
+                          same: bit for bit, or up to the order of summation where a chain is open
     max_abs_weight_diff   largest |merged - effective weight|, the effective weight in float32 (float64)
     max_abs_logit_diff    largest difference of the model's output before and after, on a probe batch; None where the
                           model takes no token ids and no probe was given
@@ -63,7 +65,8 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
              measured
     probe    a batch of the model's keyword arguments to compare outputs on; made from a seed when not given
     packed   stop before the stock modules: an inference model at its packed size, for `save_packed`; `to_stock` goes on
-    errors   CannotMerge naming the links to add, before anything is changed; ChainError when stages are still to come
+    errors   CannotMerge naming the links to add, or the layer whose merged weight is not finite, before anything is
+             changed; ChainError when stages are still to come
 
     A Hugging Face model's config says what was merged, under "dovetail": the chain, the quantizer's identity, and the
     fingerprints of the base and of the merged (or packed) weights, which `dovetail.load` checks.
@@ -85,24 +88,19 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
             raise
     layers = record.layers
     for name, layer in layers.items():
-        for parameter in layer.links.parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise CannotMerge(
-                    f"{name}",
-                    found="NaN or infinite adapter parameters",
-                    rule="merged weights must be finite",
-                    fix="train again with a smaller lr_scale",
-                )
+        _require_finite(name, "adapter parameters", *layer.links.parameters())  # a grid would round infinity to its end
+        _require_finite(name, "merged weights", *layer.frozen_weight())
     modes = {name: module.training for name, module in model.named_modules()}
     model.eval()
     probe = probe if probe is not None else _probe(model)
     try:
         before = None if probe is None else _outputs(model, probe)
-    except BaseException:  # a probe for another model: nothing is merged yet
+        _require_finite(str(record.chain), "outputs of the model before the merge", before)
+    except BaseException:  # a probe for another model, or outputs that are not finite: nothing is merged yet
         _set_modes(model, modes)
         raise
     identity = next(iter(layers.values())).base.identity
-    tally = _Tally()
+    tally, slack = _Tally(), _rounding_of_open_layers(layers.values())
     for layer in layers.values():
         _absorb(layer, record.stage.missing, tally)
         layer.record = None  # merged: no chain to train, save or merge any more
@@ -114,12 +112,15 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
         model.config.dovetail = note | ({"packed_fingerprint": packed_fingerprint(model)} if packed else {})
     if not packed:
         to_stock(model)
-    after = None if probe is None else _outputs(model, probe)
+    logit_diff, same = None, True
+    if probe is not None and before is not None:
+        logit_diff = float((_outputs(model, probe).double() - before.double()).abs().max())
+        same = logit_diff <= slack * float(before.abs().max())  # False where the difference is NaN
     _set_modes(model, modes)
     return MergeReport(
-        exact=tally.max_abs == 0 and tally.off_grid == 0,
+        exact=same and tally.max_abs == 0 and tally.off_grid == 0,
         max_abs_weight_diff=tally.max_abs,
-        max_abs_logit_diff=None if before is None or after is None else float((after - before).abs().max()),
+        max_abs_logit_diff=logit_diff,
         sparsity_before=tally.zeros_before / tally.weights,
         sparsity_after=tally.zeros_after / tally.weights,
         off_grid=tally.off_grid,
@@ -158,6 +159,26 @@ def to_stock(model: nn.Module) -> nn.Module:
     return model
 
 
+def _require_finite(where: str, what: str, *tensors: Tensor | None) -> None:
+    if not all(tensor is None or bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise CannotMerge(
+            where,
+            found=f"NaN or infinite {what}",
+            rule="the weights and outputs of a merged model must be finite",
+            fix="check the base model, train again with a smaller lr_scale, or use a wider dtype",
+        )
+
+
+def _rounding_of_open_layers(layers: Iterable[ChainLinear]) -> float:
+    """Bound the relative difference of the outputs that comes from the order of summation alone.
+
+    An open layer sums x W and the adapters' products apart, a merged one sums them together: √in roundings a layer,
+    which add up over the layers. All other layers multiply by the tensor that is stored: 0.
+    """
+    open_ = [layer for layer in layers if layer.path == "open" and layer.adapters]
+    return sum(torch.finfo(layer.base.dtype).eps * layer.in_features**0.5 for layer in open_)
+
+
 @dataclass
 class _Tally:
     max_abs: float = 0.0
@@ -174,7 +195,8 @@ def _absorb(layer: ChainLinear, restore: Sequence[Constraint], tally: _Tally) ->
     base = layer.base
     tally.weights += base.shape[0] * base.shape[1]
     wide = torch.promote_types(base.dtype, torch.float32)
-    used = layer.used_weight().to(wide)
+    frozen, bias = layer.frozen_weight()
+    used = layer.used_weight(frozen).to(wide)
     # Of the weight that merging writes down; where the chain fills zeros, of the base whose zeros are to be restored.
     tally.zeros_before += _zeros(base.matrix() if restore else used)
     if restore:
@@ -185,16 +207,16 @@ def _absorb(layer: ChainLinear, restore: Sequence[Constraint], tally: _Tally) ->
                 if link.restores == "grid" or base.mask_bits is not None
                 else (torch.where(base.matrix() == 0, 0, weight))
             )
-        layer.absorb(layer.layout.native(weight.to(base.dtype)))
-    else:
-        layer.absorb()
+        frozen = layer.layout.native(weight.to(base.dtype))
+    layer.absorb(frozen, bias)
     base.mask_bits = None  # the zeros are in the weights now
     merged = base.matrix()
     if base.quantized is not None:
         tally.off_grid += base.quantized.off_grid(merged)
     tally.zeros_after += _zeros(merged)
     difference = merged.to(wide) - used
-    tally.max_abs = max(tally.max_abs, float(difference.abs().max()))
+    largest = float(difference.abs().max())
+    tally.max_abs = largest if math.isnan(largest) else max(tally.max_abs, largest)
     tally.error_square += float(difference.square().sum(dtype=torch.float64))
     tally.square += float(used.square().sum(dtype=torch.float64))
 

@@ -140,7 +140,7 @@ def advance(
         )
     batches = _calibration(record.chain.stages[record.number + 1], calibration)
     for layer in record.layers.values():
-        layer.absorb()
+        layer.absorb(*layer.frozen_weight())
     if record.on_link is not None and (merged := record.stage.trained):
         record.on_link(merged[-1])
     record.number += 1

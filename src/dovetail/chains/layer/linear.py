@@ -170,13 +170,14 @@ class ChainLinear(nn.Module):
     def effective_weight(self) -> tuple[Tensor, Tensor | None]:
         """Return the definition (W', b') of the whole chain by ordinary autograd: (o, i) and (o,), in the base's dtype.
 
-        Computed in the adapters' dtype (float32 for a half-precision base) and rounded once.
+        Computed in float32 (float64 for a float64 base), also where the model was cast after `apply`, and rounded once.
         """
         weight, bias = self._fold()
         return weight.to(self.base.dtype), None if bias is None else bias.to(self.base.dtype)
 
     def _fold(self) -> tuple[Tensor, Tensor | None]:
-        weight = self.base.start_weight(self.from_codes, torch.promote_types(self.base.dtype, torch.float32))
+        wide = adapter_dtype(self.base.dtype)
+        weight = self.base.start_weight(self.from_codes, wide).to(wide)
         if self.base.dense is None:
             weight = weight.clone()  # out of the shared buffer
         bias: Tensor | None = self.bias
@@ -185,7 +186,8 @@ class ChainLinear(nn.Module):
             if isinstance(link, Constraint):
                 weight = link.project(weight, self.base)
             elif isinstance(link, Adapter) and not isinstance(link, OutputAdapter):
-                weight, bias = link.fold(weight, bias, state.values())
+                values = {name: value.to(wide) for name, value in state.values().items()}
+                weight, bias = link.fold(weight, bias, values)
         return weight, bias
 
     def _native_fold(self) -> tuple[Tensor, Tensor | None]:
@@ -210,21 +212,21 @@ class ChainLinear(nn.Module):
         return weight.to(self.base.dtype).clone(), None if bias is None else bias.to(self.base.dtype)
 
     @torch.no_grad()
-    def used_weight(self) -> Tensor:
-        """W' (o, i) as the forward pass uses it, unrounded where it never makes it: float32 on the open path."""
-        if self.path == "closed":
-            return self.layout.matrix(self.frozen_weight()[0])
-        made = self.path != "open" or not self.adapters  # without an adapter the base itself runs, in its own dtype
-        return self._fold()[0].to(self.base.dtype) if made else self._fold()[0]
+    def used_weight(self, frozen: Tensor | None = None) -> Tensor:
+        """W' (o, i) as the forward pass uses it, unrounded where it never makes it: float32 on the open path.
+
+        frozen  what `frozen_weight` returned, where it is at hand
+        """
+        if self.path == "open" and self.adapters:
+            return self._fold()[0]
+        return self.layout.matrix(self.frozen_weight()[0] if frozen is None else frozen)
 
     @torch.no_grad()
-    def absorb(self, weight: Tensor | None = None) -> None:
+    def absorb(self, weight: Tensor, bias: Tensor | None) -> None:
         """Merge the current stage into the base: a dense base stays dense, a quantized one stays on its grid.
 
-        weight  to store instead of the effective one, in the layer's own layout
+        weight, bias  what `frozen_weight` returned, or a projection of that weight
         """
-        frozen, bias = self.frozen_weight()
-        weight = frozen if weight is None else weight
         matrix = self.layout.matrix(weight)
         if self.base.quantized is not None:
             self.base.set_quantized(self.base.quantized.encode(matrix))
