@@ -104,7 +104,7 @@ def test_recipes(tmp_path, refused):
     assert "fix:   run the study: dovetail study" in refused(recipe={"title": "two", "rows": []})
     assert "recipe.yaml, line 3, column 5" in refused(recipe="model: playground\nchain: [lora\ndata: x")
     assert "No such file" in refused("run", tmp_path / "none.yaml")
-    assert "a recipe is a mapping" in refused(recipe="lora")
+    assert "a recipe must be a mapping" in refused(recipe="lora")
 
 
 def test_data(tmp_path, refused):

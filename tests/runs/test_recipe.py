@@ -78,7 +78,7 @@ def test_a_missing_key_and_a_bad_chain():
         Recipe.parse({"model": "playground", "chain": "lora"})
     with pytest.raises(ChainError, match="did you mean lora"):
         Recipe.parse(SHORT | {"chain": "nf4 >> lorra"})
-    with pytest.raises(RecipeError, match="a recipe is a mapping"):
+    with pytest.raises(RecipeError, match="a recipe must be a mapping"):
         Recipe.parse(["lora"])  # pyright: ignore[reportArgumentType]
 
 
@@ -97,8 +97,8 @@ def test_a_missing_key_and_a_bad_chain():
         ("seed: !!bool x\n", "'x' is no bool"),
         ("[model]: playground\n", "a list or mapping as a key"),
         ("# " + "x" * (1 << 20), "more than"),
-        ("- model", "a recipe is a mapping"),
-        ("", "a recipe is a mapping"),
+        ("- model", "a recipe must be a mapping"),
+        ("", "a recipe must be a mapping"),
     ],
 )
 def test_corrupt_files(tmp_path, text, said):

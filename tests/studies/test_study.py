@@ -20,7 +20,7 @@ from dovetail.checkpoint.load import load
 from dovetail.checkpoint.merge import merge
 from dovetail.cli.main import main
 from dovetail.display.plots import spaced_ticks
-from dovetail.errors import CannotMerge, ChainError, RecipeError, TrainError
+from dovetail.errors import CannotMerge, ChainError, DovetailError, RecipeError, TrainError
 from dovetail.runs.report.record import Report
 from dovetail.runs.yaml import read_yaml
 from dovetail.studies import cost, runner, verify
@@ -317,7 +317,7 @@ def test_a_killed_study_goes_on(tmp_path, monkeypatch):
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").touch()
-    with pytest.raises(RecipeError, match=r"thesis\.txt"):
+    with pytest.raises(DovetailError, match=r"thesis\.txt"):
         done(plain(tmp_path, ROW), tmp_path / "out", resume=False)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 

@@ -234,7 +234,7 @@ def _run(
     quiet()
     from dovetail.runs.recipe import Recipe
 
-    loaded = Recipe.load(recipe) if isinstance(recipe, Path) else Recipe.parse(recipe)
+    loaded = Recipe.read(recipe)
     from dovetail.cli.tables import untrained_notes
     from dovetail.runs.flow import run as run_recipe
     from dovetail.runs.folder import choose_output

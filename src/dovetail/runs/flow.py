@@ -18,7 +18,7 @@ from dovetail.compression.apply import apply, apply_on_meta, stages_left
 from dovetail.files import check_folder, write_whole
 from dovetail.progress import Bar
 from dovetail.runs.folder import ADAPTER, MODEL, PACKED, PAGE, TENSORBOARD, choose_output, run_folder
-from dovetail.runs.inputs import calibration, legal_chain, load_tasks, read_recipe
+from dovetail.runs.inputs import calibration, legal_chain, load_tasks
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.page import page
 from dovetail.runs.report.record import Losses, Merge, Report, Row, TaskInfo, environment
@@ -54,7 +54,8 @@ def run(
     merged as the recipe asks is refused before anything is loaded.
     """
     started = time.perf_counter()
-    recipe, name = read_recipe(recipe)
+    name = Path(recipe).stem if isinstance(recipe, str | Path) else "run"
+    recipe = Recipe.read(recipe)
     links = legal_chain(recipe)
     output = choose_output(output or recipe.output, name)
     check_folder(output)

@@ -141,18 +141,11 @@ def _check_same(partial: Path, recipe: Recipe, output: Path) -> None:
     if not (partial / RECIPE).is_file():
         rule = "this name is reserved for the unfinished run"
         raise RecipeError(where, found=f"{partial.name} beside it, which is no run of Dovetail", rule=rule, fix=fix)
-    begun = Recipe.load(partial / RECIPE).model_copy(update={"output": None})
-    if begun != recipe.model_copy(update={"output": None}):
-        mine, theirs = recipe.model_dump(mode="json"), begun.model_dump(mode="json")
-        key = next(key for key in mine if mine[key] != theirs[key] and key != "output")
-        mine, theirs = mine[key], theirs[key]
-        while isinstance(mine, dict) and isinstance(theirs, dict):
-            inner = next(name for name in mine if mine[name] != theirs[name])
-            key, mine, theirs = f"{key}.{inner}", mine[inner], theirs[inner]
-        found = f"{partial.name}, an unfinished run with another {key}: {theirs}"
-        raise RecipeError(
-            where, found=found[:500], rule="a run must continue with the recipe that it started with", fix=fix
-        )
+    differing = Recipe.load(partial / RECIPE).difference(recipe)
+    if differing is not None:
+        found = f"{partial.name}, an unfinished run with another {differing[0]}: {differing[1]}"[:500]
+        rule = "a run must continue with the recipe that it started with"
+        raise RecipeError(where, found=found, rule=rule, fix=fix)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dovetail.chains.check import check, check_merge
@@ -19,13 +17,6 @@ from dovetail.tasks.tokens import length_limit
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-def read_recipe(recipe: Recipe | str | Path | Mapping[str, Any]) -> tuple[Recipe, str]:
-    """Return the recipe and a name for its run."""
-    if isinstance(recipe, str | Path):
-        return Recipe.load(recipe), Path(recipe).stem
-    return (recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)), "run"
 
 
 def legal_chain(recipe: Recipe) -> CheckedChain:

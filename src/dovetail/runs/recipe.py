@@ -10,18 +10,15 @@ A recipe is untrusted: it is read with a size limit, without YAML's anchors and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 from pydantic import Field
 
 from dovetail.chains.notation import chain
-from dovetail.errors import RecipeError
-from dovetail.files import refusal, write_whole
-from dovetail.runs.yaml import read_yaml
+from dovetail.runs.yaml import YamlFile, write_yaml
 from dovetail.tasks.spec import Data, Limit, Part, Positive, at_folder
 from dovetail.training.settings import Training
 
@@ -63,8 +60,8 @@ class Evaluation(Part):
     batch_size: Positive = 64
 
 
-class Recipe(Part):
-    """A run. Build it with `Recipe.load(path)` or `Recipe.parse(mapping)`; both raise RecipeError or ChainError.
+class Recipe(YamlFile):
+    """A run. Build it with `Recipe.load(path)` or `Recipe.parse(mapping)`.
 
     model   playground, a folder (relative to the recipe), a hub id, or package:NAME/FOLDER
     chain   the notation; kept in its canonical form
@@ -93,41 +90,19 @@ class Recipe(Part):
     def _canonical(cls, text: str) -> str:
         return str(chain(text))
 
-    @classmethod
-    def load(cls, path: str | Path) -> Recipe:
-        """Read a recipe file; relative paths in it start from its folder."""
-        path = Path(path)
-        return cls.parse(read_yaml(path), where=str(path), folder=path.parent)
-
-    @classmethod
-    def parse(cls, value: Mapping[str, Any], *, where: str = "recipe", folder: str | Path = ".") -> Recipe:
-        """Return the recipe of a mapping, in the form that YAML gives.
-
-        where   the name of the recipe in messages
-        folder  the start of relative paths
-        """
-        if not isinstance(value, Mapping):
-            raise RecipeError(
-                where, found=f"a {type(value).__name__}", rule="a recipe is a mapping: model, chain, data"
-            )
-        if "rows" in value and "chain" not in value:
-            rule, fix = (
-                "a recipe holds one run: model, chain, data",
-                f"run the study: dovetail study {where} --output DIR",
-            )
-            raise RecipeError(where, found="a study: the key rows", rule=rule, fix=fix)
-        try:
-            return cls.model_validate(dict(value))._resolved(Path(folder))
-        except pydantic.ValidationError as error:
-            raise refusal(where, error, kind=RecipeError, keys=_keys, hints=_HINTS) from None
-
     def dump(self, path: str | Path) -> None:
         """Write the recipe with all defaults, atomically; the file repeats the run from any folder."""
-        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-        write_whole(Path(path), text)
+        write_yaml(Path(path), self.model_dump(mode="json"))
 
-    def _resolved(self, folder: Path) -> Recipe:
-        """Make paths absolute, and fill in defaults that depend on other keys."""
+    def difference(self, other: Recipe) -> tuple[str, Any, Any] | None:
+        """Return the first key to which two recipes give different values, and both values; outputs do not count."""
+        key, mine, theirs = "", *(each.model_dump(mode="json", exclude={"output"}) for each in (self, other))
+        while mine != theirs and isinstance(mine, dict) and isinstance(theirs, dict):
+            name = next(name for name in [*mine, *theirs] if mine.get(name) != theirs.get(name))
+            key, mine, theirs = f"{key}.{name}", mine.get(name), theirs.get(name)
+        return (key[1:], mine, theirs) if key else None
+
+    def _resolved(self, where: str, folder: Path) -> Recipe:
         model = self.model
         if not model.startswith("package:") and model != "playground" and (folder / model).expanduser().is_dir():
             model = str((folder / Path(model).expanduser()).resolve())
@@ -141,19 +116,13 @@ class Recipe(Part):
         changed = {"model": model, "data": data, "evaluate": evaluate, "calibration": calibration}
         return self.model_copy(update=changed)
 
-
-_HINTS = {"model": "model: playground", "chain": "chain: lora(r=16)", "data": "data: {task: word_problems}"}
-
-
-def _keys(place: Sequence[int | str]) -> tuple[str, list[str]]:
-    """Return the name of the part of a recipe at this place, and the keys that it knows."""
-    parts: dict[str, type[pydantic.BaseModel]] = {
-        "data": Data, "tasks": Data, "limit": Limit, "train": Training, "calibration": Calibration,
-        "evaluate": Evaluation, "search": Search,
-    }  # fmt: skip
-    names = [part for part in place if isinstance(part, str) and part in parts]
-    return (
-        (".".join(map(str, place)), list(parts[names[-1]].model_fields))
-        if names
-        else ("a recipe", list(Recipe.model_fields))
-    )
+    @classmethod
+    def _keys(cls, place: Sequence[int | str]) -> tuple[str, list[str]]:
+        parts: dict[int | str, type[Part]] = {
+            "data": Data, "tasks": Data, "limit": Limit, "train": Training, "calibration": Calibration,
+            "evaluate": Evaluation, "search": Search,
+        }  # fmt: skip
+        names = [part for part in place if part in parts]
+        if not names:
+            return "a recipe", list(cls.model_fields)
+        return ".".join(map(str, place)), list(parts[names[-1]].model_fields)

@@ -1,17 +1,87 @@
-"""Reading of untrusted YAML: bounded in size and depth, without anchors, tags of Python and duplicate keys."""
+"""YAML files, untrusted: bounded in size and depth, without anchors, tags of Python and duplicate keys."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pydantic
 import yaml
 
 from dovetail.errors import RecipeError
-from dovetail.files import read_bytes
+from dovetail.files import read_bytes, refusal, write_whole
+from dovetail.tasks.spec import Part
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MAX_DEPTH = 20
 """The limit of nesting; a recipe needs four levels."""
+
+
+class YamlFile(Part):
+    """A mapping that a person writes as a YAML file: a recipe or a study."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file; relative paths in it start from its folder. Raises RecipeError or ChainError."""
+        path = Path(path)
+        return cls.parse(read_yaml(path), where=str(path), folder=path.parent)
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any], *, where: str = "", folder: str | Path = ".") -> Self:
+        """Check a mapping, in the form that YAML gives. Raises RecipeError or ChainError.
+
+        where   the name of the file in messages
+        folder  the start of relative paths
+        """
+        kind = cls.__name__.lower()
+        where, holds = where or kind, f"a {kind} must be a mapping of {_KINDS[kind][1]}"
+        if not isinstance(value, Mapping):
+            raise RecipeError(where, found=f"a {type(value).__name__}", rule=holds, fix="write one key in a line")
+        for other, (key, _, command) in _KINDS.items():
+            if key in value and _KINDS[kind][0] not in value:
+                fix = f"run the {other}: {command.format(where)}"
+                raise RecipeError(where, found=f"a {other}: the key {key}", rule=holds, fix=fix)
+        try:
+            return cls.model_validate(dict(value))._resolved(where, Path(folder))
+        except pydantic.ValidationError as error:
+            raise refusal(where, error, kind=RecipeError, keys=cls._keys, hints=_HINTS) from None
+
+    @classmethod
+    def read(cls, given: Self | str | Path | Mapping[str, Any]) -> Self:
+        """Return what is given: the object itself, or that of a file or of a mapping."""
+        if isinstance(given, str | Path):
+            return cls.load(given)
+        return cls.parse(given) if isinstance(given, Mapping) else given
+
+    def _resolved(self, where: str, folder: Path) -> Self:
+        """Return a copy with absolute paths, and with the defaults that depend on other keys."""
+        raise NotImplementedError
+
+    @classmethod
+    def _keys(cls, place: Sequence[int | str]) -> tuple[str, list[str]]:
+        """Return the name of the part at this place, and the keys that it knows."""
+        raise NotImplementedError
+
+
+_KINDS = {
+    "recipe": ("chain", "one run: model, chain, data", "dovetail run {}"),
+    "study": ("rows", "many runs: title, rows", "dovetail study {} --output DIR"),
+}
+"""The kind of a file -> its distinctive key, the other keys that it needs, and the command that runs it."""
+_HINTS = {"model": "model: playground", "chain": "chain: lora(r=16)", "data": "data: {task: word_problems}"}
+
+
+def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a YAML file atomically."""
+    write_whole(path, yaml_text(values))
+
+
+def yaml_text(values: Mapping[str, Any]) -> str:
+    """Return values as YAML, in their order."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
 def read_yaml(path: Path) -> Any:
@@ -24,14 +94,14 @@ def read_yaml(path: Path) -> Any:
         _refuse_tricks(where, text)
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except UnicodeDecodeError as error:
-        raise RecipeError(where, found=f"byte {error.start} is no UTF-8", rule="a recipe is a text file") from None
+        found, fix = f"byte {error.start} is no UTF-8", "save the file as UTF-8"
+        raise RecipeError(where, found=found, rule="a recipe must be text in UTF-8", fix=fix) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(
-            where + at, found=str(problem), rule="a recipe is valid YAML", fix="quote special text"
-        ) from None
+        fix = "quote special text"
+        raise RecipeError(where + at, found=str(problem), rule="a recipe must be valid YAML", fix=fix) from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -65,7 +135,8 @@ def _refuse_tricks(where: str, text: str) -> None:
             depth -= 1
         line = f"{where}, line {event.start_mark.line + 1}"
         if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
-            rule = "a recipe holds no anchors (&) and aliases (*)"
+            rule = "a recipe must hold no anchors (&) and aliases (*)"
             raise RecipeError(line, found=f"{event.anchor!r}", rule=rule, fix="write it out, or quote it")
         if depth > MAX_DEPTH:
-            raise RecipeError(line, found=f"{depth} levels of nesting", rule=f"at most {MAX_DEPTH}")
+            rule = f"a recipe must have at most {MAX_DEPTH} levels"
+            raise RecipeError(line, found=f"{depth} levels of nesting", rule=rule, fix="remove brackets")

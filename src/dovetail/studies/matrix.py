@@ -23,15 +23,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
-import yaml
 from pydantic import Field, StrictFloat, StrictInt, StrictStr
 
 from dovetail.chains.check import check
 from dovetail.errors import ChainError, RecipeError
-from dovetail.files import refusal, write_whole
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.rows import row_names
-from dovetail.runs.yaml import read_yaml
+from dovetail.runs.yaml import YamlFile, write_yaml
+from dovetail.tasks.spec import Part
 
 Value = StrictInt | StrictFloat | StrictStr
 Name = Annotated[str, Field(min_length=1, max_length=100)]
@@ -40,11 +39,7 @@ _HELD = ("chain", "seed", "output")
 _AXIS = re.compile(r"\{(\w+)\}")
 
 
-class _Part(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-
-class Row(_Part):
+class Row(Part, populate_by_name=True):
     """A row of the study: a recipe or a chain that is run, or a stage of the runs of another row.
 
     recipe   a recipe file, relative to the study file
@@ -73,8 +68,8 @@ class Row(_Part):
         return self
 
 
-class Study(_Part):
-    """A study file. Build it with `Study.load(path)` or `Study.parse(mapping)`; both raise RecipeError.
+class Study(YamlFile):
+    """A study file. Build it with `Study.load(path)` or `Study.parse(mapping)`.
 
     title    of the page
     common   recipe keys that hold in every row, whatever its recipe file says
@@ -86,44 +81,26 @@ class Study(_Part):
     """
 
     title: Annotated[str, Field(min_length=1)]
-    common: dict[str, Any] = {}
+    common: dict[str, Any] = Field(default={})
     seeds: Annotated[tuple[Annotated[StrictInt, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (0,)
-    vary: dict[str, Annotated[tuple[Value, ...], Field(min_length=1)]] = {}
+    vary: dict[str, Annotated[tuple[Value, ...], Field(min_length=1)]] = Field(default={})
     rows: Annotated[tuple[Row, ...], Field(min_length=1)]
     compare: tuple[tuple[str, str], ...] = ()
     cost: tuple[str, ...] = ()
 
-    @classmethod
-    def load(cls, path: str | Path) -> Study:
-        """Read a study file; paths in it are relative to its folder."""
-        path = Path(path)
-        return cls.parse(read_yaml(path), where=str(path), folder=path.parent)
-
-    @classmethod
-    def parse(cls, value: Mapping[str, Any], *, where: str = "study", folder: str | Path = ".") -> Study:
-        """Build a study from a mapping with the keys of a study file.
-
-        where   name of the study in messages
-        folder  start of relative paths
-        """
-        if not isinstance(value, Mapping):
-            raise RecipeError(where, found=f"a {type(value).__name__}", rule="a study must be a mapping")
-        if "chain" in value and "rows" not in value:
-            rule, fix = "a study holds rows of many runs", f"run the recipe: dovetail run {where}"
-            raise RecipeError(where, found="a recipe: the key chain", rule=rule, fix=fix)
-        try:
-            found = cls.model_validate(dict(value))
-        except pydantic.ValidationError as error:
-            raise refusal(where, error, kind=RecipeError, keys=_keys) from None
-        _check_names(found, where)
-        rows = tuple(_resolved(row, found, where, Path(folder)) for row in found.rows)
-        return found.model_copy(update={"rows": rows, "common": {}})
-
     def dump(self, path: Path) -> None:
         """Write the study with the full recipe of every row, atomically; the file repeats the study from any folder."""
-        values = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
-        write_whole(path, text)
+        write_yaml(path, self.model_dump(mode="json", by_alias=True, exclude_defaults=True))
+
+    def _resolved(self, where: str, folder: Path) -> Study:
+        _check_names(self, where)
+        rows = tuple(_resolved(row, self, where, folder) for row in self.rows)
+        return self.model_copy(update={"rows": rows, "common": {}})
+
+    @classmethod
+    def _keys(cls, place: Sequence[int | str]) -> tuple[str, list[str]]:
+        name, part = ("a row", Row) if place and place[0] == "rows" else ("a study", cls)
+        return name, [field.alias or key for key, field in part.model_fields.items()]
 
 
 @dataclass(frozen=True)
@@ -283,12 +260,6 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
         found[key] = _over(found[key], value) if both else value
     return found
-
-
-def _keys(place: Sequence[int | str]) -> tuple[str, list[str]]:
-    """Return what the part of a study at this place is called, and the keys that it knows."""
-    name, part = ("a row", Row) if place and place[0] == "rows" else ("a study", Study)
-    return name, [field.alias or key for key, field in part.model_fields.items()]
 
 
 def unique_runs(lines: list[Line]) -> Iterator[Run]:

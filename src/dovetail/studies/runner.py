@@ -9,6 +9,7 @@ DIR/study.json, table.md, study.html, curve.png
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import shutil
 import warnings
@@ -22,15 +23,15 @@ from typing import Any
 import torch
 
 from dovetail.checkpoint.load import empty_model, load_config
+from dovetail.compression.apply import apply_on_meta
 from dovetail.errors import DovetailError, RecipeError
-from dovetail.files import write_whole
+from dovetail.files import check_folder, write_whole
 from dovetail.runs.flow import run
 from dovetail.runs.folder import RECIPE
 from dovetail.runs.inputs import legal_chain
-from dovetail.runs.plan import apply_on_meta
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import REPORT, Report
-from dovetail.studies.cost import measure
+from dovetail.studies.cost import KEPT, measure
 from dovetail.studies.matrix import Line, Run, Study, expand, unique_runs
 from dovetail.studies.report import Cost, Difference, Event, Failure, Result, Spread, StudyReport
 from dovetail.studies.tables import CURVE, curve, markdown, page
@@ -60,10 +61,7 @@ def study(
 
     Raises a DovetailError for a bad study before anything runs. The table lists the runs that fail later.
     """
-    if isinstance(recipe, Study):
-        asked = recipe
-    else:
-        asked = Study.load(recipe) if isinstance(recipe, str | Path) else Study.parse(recipe)
+    asked = Study.read(recipe)
     if jobs < 1:
         raise RecipeError("study", found=f"jobs={jobs}", rule="jobs must be at least 1", fix="pass --jobs 1")
     lines, folder = expand(asked), Path(output)
@@ -117,17 +115,12 @@ def _check(lines: list[Line]) -> None:
 
 def _claim(folder: Path, resume: bool) -> None:
     """Create the folder, or accept the folder of an earlier start."""
-    where, fix = f"output {folder}", "pass another --output, or remove this one"
-    rule = "the output must be a new folder, an empty one, or that of an earlier start"
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(where, found="a file", rule=rule, fix=fix)
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if names and STUDY not in names:
-        raise RecipeError(where, found=f"{len(names)} files or folders, {names[0]} among them", rule=rule, fix=fix)
+    if not (folder / STUDY).is_file():
+        check_folder(folder)
     if not resume:
         for name in ("runs", "merging"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / "cost.json").unlink(missing_ok=True)
+        (folder / KEPT).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -136,18 +129,13 @@ def _finished(run: Run, folder: Path) -> bool:
     place = folder / "runs" / run.slug
     if not (place / REPORT).is_file():
         return False
-    made = Recipe.load(place / RECIPE).model_dump(mode="json") | {"output": None}
-    mine = run.recipe.model_dump(mode="json")
-    if made != mine:
-        key = next(key for key in mine if mine[key] != made[key])
-        found = f"{run.slug}, made with {key}: {str(made[key])[:200]}, now {str(mine[key])[:200]}"
+    differing = run.recipe.difference(Recipe.load(place / RECIPE))
+    if differing is not None:
+        key, mine, made = differing
+        found = f"{run.slug}, made with {key}: {str(made)[:200]}, now {str(mine)[:200]}"
+        rule = "a resumed study must have the recipes that it was started with"
         fix = "pass another --output, or --no-resume to delete all runs"
-        raise RecipeError(
-            f"output {folder}",
-            found=found,
-            rule="a resumed study must have the recipes that it was started with",
-            fix=fix,
-        )
+        raise RecipeError(f"output {folder}", found=found, rule=rule, fix=fix)
     return True
 
 
@@ -250,7 +238,7 @@ def _result(line: Line, folder: Path, failed: Mapping[str, str]) -> Result:
 
 def _scores(reports: Mapping[str, Report], stage: str) -> list[float]:
     found = [report.score(report.row(stage)) for report in reports.values()]
-    return [float("inf") if value is None else value for value in found]
+    return [math.inf if value is None else value for value in found]
 
 
 def _cost(asked: Study, lines: list[Line], results: list[Result], folder: Path, progress: bool) -> list[Cost]:

@@ -6,8 +6,6 @@ import math
 from collections import Counter
 from html import escape
 
-import yaml
-
 from dovetail.chains.check import check
 from dovetail.chains.link import Link, arguments
 from dovetail.display.format import SHARES, duration, format_score, metric_name, percent, size
@@ -15,6 +13,7 @@ from dovetail.display.html import definitions, html_page, html_table, section
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Example, Report, Row
 from dovetail.runs.report.summary import learned_nothing
+from dovetail.runs.yaml import yaml_text
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 260, 64, 16, 14, 54
 """The size of a plot of training, and its margins."""
@@ -23,8 +22,7 @@ MOST_POINTS = 400
 
 def page(report: Report, recipe: Recipe) -> str:
     """Return the page as HTML text."""
-    values = recipe.model_dump(mode="json", exclude_defaults=True)
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    text = yaml_text(recipe.model_dump(mode="json", exclude_defaults=True))
     curves = _curves(report)
     parts = [
         _head(report),
