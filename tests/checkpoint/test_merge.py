@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import dovetail
 from dovetail.chains.grid import QuantizedWeight
-from dovetail.checkpoint.merge import _probe
 from dovetail.compression.apply import chain_layers
 from dovetail.errors import CannotMerge, ChainError
+from dovetail.models.probe import probe_batch
 from families import batch, logits, make, move
 
 
@@ -283,5 +283,5 @@ def test_weight_off_the_grid_is_reported_as_not_exact(monkeypatch: pytest.Monkey
 
 def test_probe_has_no_padding_token() -> None:
     model = make("llama")
-    model.config.pad_token_id = int(_probe(model)["input_ids"][0, 0])
-    assert not bool((_probe(model)["input_ids"] == model.config.pad_token_id).any())
+    model.config.pad_token_id = int(probe_batch(model)["input_ids"][0, 0])
+    assert not bool((probe_batch(model)["input_ids"] == model.config.pad_token_id).any())

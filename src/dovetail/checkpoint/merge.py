@@ -26,8 +26,9 @@ from dovetail.chains.link import Constraint
 from dovetail.checkpoint.footprint import Footprint, footprint
 from dovetail.compression.apply import replace_module
 from dovetail.compression.calibration import Batch
-from dovetail.errors import CannotMerge, ChainError
+from dovetail.errors import CannotMerge, ChainError, DovetailError
 from dovetail.models.fingerprint import fingerprint
+from dovetail.models.probe import probe_batch
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class MergeReport:
                           value, and rounding to the model's dtype changed none; and the outputs on the probe are the
                           same: bit for bit, or up to the order of summation where a chain is open
     max_abs_weight_diff   largest |merged - effective weight|, the effective weight in float32 (float64)
-    max_abs_logit_diff    largest difference of the model's output before and after, on a probe batch; None where the
-                          model takes no token ids and no probe was given
+    max_abs_logit_diff    largest difference of the model's output before and after, on a probe batch; None where no
+                          probe was given and none could be made
     sparsity_before, sparsity_after   fraction of zeros in the weights that the chain used before (a lossy merge: in its
                           base), in the merged weights after
     off_grid              merged weights that are not on the quantizer's grid (0 without a quantizer)
@@ -63,7 +64,8 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
 
     lossy    merge also where zeros or grid would be lost: the base's zeros and grid are re-imposed, and the error
              measured
-    probe    a batch of the model's keyword arguments to compare outputs on; made from a seed when not given
+    probe    a batch of the model's keyword arguments to compare outputs on; when not given, made from a Hugging Face
+             model's configuration (`dovetail.models.probe`)
     packed   stop before the stock modules: an inference model at its packed size, for `save_packed`; `to_stock` goes on
     errors   CannotMerge naming the links to add, or the layer whose merged weight is not finite, before anything is
              changed; ChainError when stages are still to come
@@ -92,13 +94,22 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
         _require_finite(name, "merged weights", *layer.frozen_weight())
     modes = {name: module.training for name, module in model.named_modules()}
     model.eval()
-    probe = probe if probe is not None else _probe(model)
+    made = None
+    if probe is None and isinstance(model, PreTrainedModel):
+        probe = made = probe_batch(model)
     try:
         before = None if probe is None else _outputs(model, probe)
         _require_finite(str(record.chain), "outputs of the model before the merge", before)
-    except BaseException:  # a probe for another model, or outputs that are not finite: nothing is merged yet
+    except BaseException as error:  # a probe for another model, or outputs that are not finite: nothing is merged yet
         _set_modes(model, modes)
-        raise
+        if made is None or isinstance(error, DovetailError) or not isinstance(error, Exception):
+            raise
+        raise CannotMerge(
+            f"{type(model).__name__}",
+            found=f"no outputs on a batch of {', '.join(made)} made from its configuration: {error}",
+            rule="the outputs before and after the merge are compared",
+            fix="pass probe=a batch of the model's keyword arguments",
+        ) from error
     identity = next(iter(layers.values())).base.identity
     tally, slack = _Tally(), _rounding_of_open_layers(layers.values())
     for layer in layers.values():
@@ -236,25 +247,6 @@ def _stock(layer: ChainLinear) -> nn.Module:
         weight = weight.clone()  # out of the shared buffer
     stock = layer.layout.build(weight, None if layer.bias is None else layer.bias.detach())
     return stock.train(layer.training)
-
-
-def _probe(model: nn.Module) -> dict[str, Tensor] | None:
-    """Return a small batch of token ids from a fixed seed; None unless the model is a Hugging Face model."""
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        return None
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
-    if vocabulary is None:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (4, 16), generator=generator).to(model.device)
-    # No padding in the middle: some models derive positions from it.
-    ids[ids == getattr(model.config, "pad_token_id", None)] = 0 if model.config.pad_token_id != 0 else 1
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:
-        batch["decoder_input_ids"] = ids[:, :8]
-    return batch
 
 
 def _outputs(model: nn.Module, probe: Batch) -> Tensor:
