@@ -16,46 +16,32 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from dovetail.chains.link import Pruner, Site, arguments, positional
+from dovetail.chains.link import arguments
 from dovetail.chains.registry import links, register
 from dovetail.chains.statistics import InputStatistics
 from dovetail.errors import ChainError, DovetailError
-from dovetail.links.prune.pattern import DEFAULT_SPARSITY, check_width, pattern_sparsity, read_pattern
-from dovetail.links.prune.select import check_sparsity, keep_pattern, keep_top
+from dovetail.links.prune.pattern import SparsityPruner
+from dovetail.links.prune.select import keep_pattern, keep_top
 
 
 @dataclass(frozen=True)
-class ScoredPruner(Pruner):
-    """Keeps the best-scored weights; made by `scoring`.
+class ScoredPruner(SparsityPruner):
+    """Keeps the weights with the highest scores; made by `scoring`.
 
-    sparsity    fraction of zeros; with a pattern it is the pattern's
-    allocation  "uniform": the same fraction in every layer; "outlier": fewer zeros where scores have more outliers
-    pattern     "N:M": of every M consecutive weights along a row's inputs, N are not zero (NVIDIA's convention)
-    per         weights are compared within the "layer" or within each output "row"; a pattern compares within windows
+    per  weights are compared within the "layer" or within each output "row"; a pattern compares within windows
     """
 
     score: ClassVar[Callable[..., Tensor]]
 
-    sparsity: float = positional(DEFAULT_SPARSITY)
-    allocation: Literal["uniform", "outlier"] = "uniform"
-    pattern: str | None = None
     per: Literal["layer", "row"] = "layer"
 
     def __post_init__(self) -> None:
-        check_sparsity(self.name, self.sparsity)
+        super().__post_init__()
         _one_of(self.name, "allocation", self.allocation, ("uniform", "outlier"))
         _one_of(self.name, "per", self.per, ("layer", "row"))
-        if self.pattern is not None:
-            sparsity = pattern_sparsity(self.name, self.pattern, self.sparsity, self.allocation)
-            object.__setattr__(self, "sparsity", sparsity)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _remake, (self.name, arguments(self))  # the class may be bound to another name than its own
-
-    def check(self, site: Site) -> None:
-        """Raise ChainError where the pattern's M does not divide the layer's inputs."""
-        if self.pattern is not None:
-            check_width(f"{self.name} at {site.name}", self.pattern, site.in_features)
 
     def scores(self, weight_oi: Tensor, inputs: InputStatistics | None) -> Tensor:
         if not self.statistics:
@@ -65,9 +51,9 @@ class ScoredPruner(Pruner):
 
     def prune(self, weight_oi: Tensor, inputs: InputStatistics | None) -> tuple[Tensor, Tensor]:
         scores_oi = self.scores(weight_oi, inputs)
-        if self.pattern is not None:
-            check_width(self.name, self.pattern, weight_oi.shape[1])
-            keep = keep_pattern(scores_oi, *read_pattern(self.name, self.pattern))
+        if self.window is not None:
+            self.check_width(self.name, weight_oi.shape[1])
+            keep = keep_pattern(scores_oi, *self.window)
         elif self.per == "row":
             keep = keep_top(scores_oi, self.sparsity)
         else:

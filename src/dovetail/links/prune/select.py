@@ -1,6 +1,6 @@
-"""What pruners share: the check of a sparsity, and keeping the best-scored weights exactly.
+"""The selection of the weights with the highest scores, with an exact number of zeros.
 
-Both selections agree on ties: among equal scores the first ones go. No score may be NaN; infinities are in order.
+Of equal scores, both selections prune the first. Scores may be infinite, but not NaN.
 """
 
 from __future__ import annotations
@@ -8,19 +8,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-
-from dovetail.errors import ChainError
-
-
-def check_sparsity(method: str, sparsity: float) -> None:
-    """ChainError unless 0 <= sparsity < 1."""
-    if not 0 <= sparsity < 1:
-        raise ChainError(
-            method,
-            found=f"sparsity={sparsity}",
-            rule="sparsity, the fraction of zeros, must be in [0, 1)",
-            fix="set it to 0.5",
-        )
 
 
 def keep_top(scores_gn: Tensor, sparsity: float) -> Tensor:

@@ -13,34 +13,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dovetail.chains.link import Pruner, Site, positional
 from dovetail.chains.registry import register
 from dovetail.chains.statistics import InputStatistics, Statistic
 from dovetail.errors import DovetailError
 from dovetail.links.column_solver import factor, reconstruct
-from dovetail.links.prune.pattern import DEFAULT_SPARSITY, check_width, pattern_sparsity, read_pattern
-from dovetail.links.prune.select import check_sparsity, keep_pattern, keep_top
+from dovetail.links.prune.pattern import SparsityPruner
+from dovetail.links.prune.select import keep_pattern, keep_top
 
 
 @register("sparsegpt")
 @dataclass(frozen=True)
-class SparseGPT(Pruner):
-    """Prunes, and moves the weights that stay.
+class SparseGPT(SparsityPruner):
+    """Prunes, and changes the remaining weights.
 
-    sparsity    fraction of zeros; with a pattern it is the pattern's
-    allocation  "uniform": the same fraction in every layer; "outlier": fewer zeros where scores have more outliers
-    pattern     "N:M": of every M consecutive weights along a row's inputs, N are not zero (NVIDIA's convention)
-    damping     share of the Gram matrix's mean diagonal that is added to its diagonal
+    damping  share of the Gram matrix's mean diagonal that is added to its diagonal
     """
 
-    sparsity: float = positional(DEFAULT_SPARSITY)
-    allocation: Literal["uniform", "outlier"] = "uniform"
-    pattern: str | None = None
     damping: float = 0.01
 
     statistics: ClassVar[frozenset[Statistic]] = frozenset({"gram"})
@@ -49,17 +42,9 @@ class SparseGPT(Pruner):
     source: ClassVar[str] = "Frantar and Alistarh 2023"
 
     def __post_init__(self) -> None:
-        check_sparsity(self.name, self.sparsity)
+        super().__post_init__()
         if not 0 <= self.damping <= 1:
-            raise self._bad(f"damping={self.damping}", "damping lies in [0, 1]", "damping=0.01")
-        if self.pattern is not None:
-            sparsity = pattern_sparsity(self.name, self.pattern, self.sparsity, self.allocation)
-            object.__setattr__(self, "sparsity", sparsity)
-
-    def check(self, site: Site) -> None:
-        """Raise ChainError where the pattern's M does not divide the layer's inputs."""
-        if self.pattern is not None:
-            check_width(f"{self.name} at {site.name}", self.pattern, site.in_features)
+            raise self._bad(f"damping={self.damping}", "damping must be in [0, 1]", "set damping=0.01")
 
     def scores(self, weight_oi: Tensor, inputs: InputStatistics | None) -> Tensor:
         """Return the weights' part of the output, (|w| ‖x‖)², which equals U for uncorrelated inputs."""
@@ -79,10 +64,8 @@ class SparseGPT(Pruner):
         weight_oi = weight_oi.detach()
         alive_io = (weight_oi != 0).t()
         keep_io = torch.zeros_like(alive_io, memory_format=torch.contiguous_format)
-        window = 1
-        if self.pattern is not None:
-            check_width(self.name, self.pattern, weight_oi.shape[1])
-            stay, window = read_pattern(self.name, self.pattern)
+        self.check_width(self.name, weight_oi.shape[1])
+        stay, window = self.window or (0, 1)
         rows = weight_oi.shape[0]
 
         def visit(weight_bo: Tensor, diagonal_b: Tensor, places: slice) -> Callable[[int, Tensor], Tensor]:
