@@ -478,10 +478,18 @@ def test_not_a_matrix():
 
 
 @each_quantizer
-def test_snapping_fills_inside_as_asking_for_it_does(quantizer: Quantizer):
-    """Row 1 is zero: a block without a scale holds nothing but zero."""
+def test_inside_ends_half_a_step_beyond_the_range(quantizer: Quantizer):
+    """Against all values of the grid; row 1 is zero: a block without a scale holds nothing but zero."""
     weight = quantizer.quantize(a_weight())
-    other = a_weight(seed=6) + 0.02
-    inside = torch.zeros(SHAPE, dtype=torch.bool)
-    weight.snap_(other.clone(), 0, inside)
-    assert torch.equal(inside, weight.inside(other, 0))
+    not_numbers = {0x7F, 0xFF} if weight.codes.dtype == torch.float8_e4m3fn else set()
+    codes = [torch.full(SHAPE, code, dtype=torch.uint8) for code in set(range(2**weight.bits)) - not_numbers]
+    ascending = torch.stack([values(weight.with_codes(code)) for code in codes]).double().sort(dim=0).values
+    lowest, second, highest = ascending[0], ascending[-2], ascending[-1]
+    reach = (highest - lowest) / 2 + (highest - second) / 2
+    other = 3 * a_weight(seed=6) + 0.02
+    beyond = ((other - (highest + lowest) / 2).abs() - reach) / reach
+    inside = weight.inside(other, 0)
+    assert inside[beyond < -1e-5].all()
+    assert not inside[beyond > 1e-5].any()
+    assert (beyond > 1e-5).any()
+    assert not inside[highest == 0].any()

@@ -1,4 +1,4 @@
-"""A weight on its grid: packed codes, scales, and the four things one can ask of a grid.
+"""The contract of a weight on a grid: packed codes and scales.
 
 `dequantize` gives the values, `snap_` rounds other weights to the same grid, `encode` gives their codes, `inside` says
 where the grid's range does not clip. They agree to the bit: `snap_` gives what `dequantize` gives for `encode`'s codes.
@@ -50,15 +50,14 @@ class QuantizedWeight(nn.Module, ABC):
 
     @abstractmethod
     def _snap(self, rows: Tensor, start: int, inside: Tensor | None = None) -> None:
-        """Replace `rows`, contiguous float32, by the nearest grid values; fill `inside`, bool, as `_inside` does."""
+        """Replace `rows`, contiguous float32, by the nearest grid values.
+
+        inside  bool, filled with whether each number was not clipped; where the block's scale is zero, with False
+        """
 
     @abstractmethod
     def _encode(self, rows: Tensor, start: int) -> Tensor:
         """Codes of the grid values nearest to `rows`, contiguous float32; may overwrite `rows`."""
-
-    @abstractmethod
-    def _inside(self, rows: Tensor, start: int, inside: Tensor) -> None:
-        """Write into `inside`, bool, where `rows`, contiguous float32, are not clipped; may overwrite `rows`."""
 
     @abstractmethod
     def _with_codes(self, codes: Tensor) -> Self:
@@ -101,7 +100,7 @@ class QuantizedWeight(nn.Module, ABC):
 
         rows   (n, i) contiguous; float32, or a wider or narrower dtype that is rounded to float32 first
         start  the weight row of rows[0]; start and start + n must be ends of blocks (see `rows_per_chunk`)
-        inside (n, i) bool, filled with what `inside` says of the rows before; cheaper than asking separately
+        inside (n, i) bool, filled with what `inside` returns for the rows
         """
         for rows_32, at in self._float32_chunks(rows, start, copy=False):
             part = None if inside is None else inside[at - start : at - start + len(rows_32)]
@@ -110,15 +109,14 @@ class QuantizedWeight(nn.Module, ABC):
                 rows[at - start : at - start + len(rows_32)].copy_(rows_32)
         return rows
 
-    @torch.no_grad()
     def inside(self, rows: Tensor, start: int) -> Tensor:
-        """(n, i) bool: where the straight-through gradient passes, that is up to half a step beyond the grid's range.
+        """Return where the straight-through gradient passes, up to half a step beyond the grid's range: (n, i) bool.
 
-        A block whose scale is zero holds only zero: nothing passes. Arguments as for `snap_`; rows are left alone.
+        Nothing passes in a block whose scale is zero, which holds only zero. Arguments as for `snap_`; the rows are
+        unchanged.
         """
         inside = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
-        for rows_32, at in self._float32_chunks(rows, start, copy=True):
-            self._inside(rows_32, at, inside[at - start : at - start + len(rows_32)])
+        self.snap_(rows.clone(memory_format=torch.contiguous_format), start, inside)
         return inside
 
     @torch.no_grad()

@@ -69,9 +69,11 @@ class _Snap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_oi: Tensor, quantized: QuantizedWeight) -> Tensor:
         wide = torch.float64 if weight_oi.dtype == torch.float64 else torch.float32
-        before = weight_oi.detach().to(wide).contiguous()
-        ctx.save_for_backward(quantized.inside(before, 0))
-        return quantized.snap_(before.clone(), 0).to(weight_oi.dtype)
+        rows = weight_oi.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
+        inside = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+        quantized.snap_(rows, 0, inside)
+        ctx.save_for_backward(inside)
+        return rows.to(weight_oi.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

@@ -94,13 +94,9 @@ class AffineWeight(QuantizedWeight):
             self._by_block(Tensor.sub_, rows, zero)
         self._by_block(Tensor.mul_, rows, scale)
 
-    def _to_steps(self, rows: Tensor, scale: Tensor) -> None:
-        """Rows in steps from zero; a block whose scale is zero holds only zero."""
-        self._by_block(Tensor.div_, rows, scale.masked_fill(scale == 0, torch.inf))
-
     def _to_codes(self, rows: Tensor, scale: Tensor, zero: Tensor | None, inside: Tensor | None = None) -> None:
-        """Rows replaced by their codes, minus 2^(bits-1) if symmetric; the zero code is +0."""
-        self._to_steps(rows, scale)
+        """Replace rows by their codes, minus 2^(bits-1) if symmetric; the zero code is +0."""
+        self._by_block(Tensor.div_, rows, scale.masked_fill(scale == 0, torch.inf))
         rows.round_()
         if zero is None:
             lowest, highest = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
@@ -128,16 +124,6 @@ class AffineWeight(QuantizedWeight):
         if zero is None:
             rows.add_(2 ** (self.bits - 1))
         return rows.to(torch.uint8)
-
-    def _inside(self, rows: Tensor, start: int, inside: Tensor) -> None:
-        scale, zero = self._grid(start, len(rows))
-        self._by_block(Tensor.div_, rows, scale)  # infinite or NaN, so not inside, where the scale is zero
-        rows.round_()
-        lowest = -(2 ** (self.bits - 1)) if zero is None else 0
-        if zero is not None:
-            self._by_block(Tensor.add_, rows, zero)
-        half_range = (2**self.bits - 1) / 2
-        torch.le(rows.sub_(lowest + half_range).abs_(), half_range, out=inside)
 
     def zero_codes(self, start: int, stop: int) -> Tensor:
         if self.zero_og is None:

@@ -161,10 +161,6 @@ class CodeBookWeight(QuantizedWeight):
         self._to_levels(rows, _never_zero(self.block_scales(start, len(rows))))
         return self.book.nearest_code(rows.clamp_(-1, 1))
 
-    def _inside(self, rows: Tensor, start: int, inside: Tensor) -> None:
-        self._to_levels(rows, self.block_scales(start, len(rows)))  # infinite or NaN where the scale is zero
-        torch.le(rows.abs_(), self.book.reach, out=inside)
-
     def zero_codes(self, start: int, stop: int) -> Tensor:
         return self.codes.new_full((1, 1), self.book.zero_code)
 

@@ -86,17 +86,14 @@ class Float8Weight(QuantizedWeight):
     def _row_scale(self, start: int, rows: int) -> Tensor:
         return (self.scale if len(self.scale) == 1 else self.scale[start : start + rows])[:, None]
 
-    def _to_numbers(self, rows: Tensor, start: int) -> Tensor:
-        scale = self._row_scale(start, len(rows))
-        return rows.div_(scale.masked_fill(scale == 0, torch.inf))
-
     def _decode(self, start: int, stop: int, rows: Tensor) -> None:
         _write_numbers(self.codes[start:stop], rows)
         rows.mul_(self._row_scale(start, stop - start))
 
     def _snap(self, rows: Tensor, start: int, inside: Tensor | None = None) -> None:
         if inside is not None:
-            self._inside(rows.clone(), start, inside)
+            beyond = rows / self._row_scale(start, len(rows))  # infinite or NaN where the scale is zero
+            torch.le(beyond.abs_(), REACH, out=inside)
         codes = self._encode(rows, start)
         if bool(rows.sum().isfinite()):
             _write_numbers(codes, rows)
@@ -105,11 +102,9 @@ class Float8Weight(QuantizedWeight):
         rows.mul_(self._row_scale(start, len(rows)))
 
     def _encode(self, rows: Tensor, start: int) -> Tensor:
-        return self._to_numbers(rows, start).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-
-    def _inside(self, rows: Tensor, start: int, inside: Tensor) -> None:
-        rows.div_(self._row_scale(start, len(rows)))  # infinite or NaN, so not inside, where the scale is zero
-        torch.le(rows.abs_(), REACH, out=inside)
+        scale = self._row_scale(start, len(rows))
+        rows.div_(scale.masked_fill(scale == 0, torch.inf))
+        return rows.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
     def zero_codes(self, start: int, stop: int) -> Tensor:
         return torch.zeros(1, 1, dtype=torch.uint8, device=self.codes.device)
