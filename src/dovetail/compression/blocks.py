@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +26,11 @@ from dovetail.compression.passes import (
     Batch,
     Pass,
     Passes,
-    first_input,
     input_rows,
     quick,
     read_by_decoder,
     split,
+    watching,
     without_cache,
 )
 from dovetail.errors import DataError
@@ -97,17 +98,15 @@ def calibrate_blocks(
                     if not names:  # a block that is used again
                         passes.go_on(here)
                         continue
-                    statistics = _statistics(
-                        passes, here, {name: layers[name] for name in names}, wanted, once, decoded
-                    )
-                    if inputs == "original":
-                        if left:
-                            passes.go_on(here)
-                        compress(statistics)
-                    else:
-                        compress(statistics)
-                        if left:
-                            passes.go_on(here)
+                    watch = partial(_watch, passes, here, {name: layers[name] for name in names}, wanted, once, decoded)
+                    statistics = watch(share=True) or watch(share=False)
+                    assert statistics is not None
+                    _finish(statistics, wanted)
+                    if left and inputs == "original":
+                        passes.go_on(here)
+                    compress(statistics)
+                    if left and inputs == "compressed":
+                        passes.go_on(here)
                     bar.advance()
             for names in left.values():
                 raise _unreached(names[0])
@@ -116,23 +115,11 @@ def calibrate_blocks(
             module.training = training
 
 
-def _statistics(
-    passes: Passes,
-    here: list[Pass],
-    layers: Mapping[str, ChainLinear],
-    wanted: Collection[Statistic],
-    once: set[str],
-    decoded: set[str],
-) -> dict[str, InputStatistics]:
-    """Run the block on the input of every pass, and accumulate the statistics of its layers' inputs."""
-    found = _watch(passes, here, layers, wanted, once, decoded, share=True)
-    if found is None:
-        found = _watch(passes, here, layers, wanted, once, decoded, share=False)
-    assert found is not None
+def _finish(found: Mapping[str, InputStatistics], wanted: Collection[Statistic]) -> None:
+    """Finish the statistics of a block's layers; raise DataError for a layer that cannot be compressed by them."""
     for name, statistics in found.items():
         if not statistics.tokens:
             raise _unreached(name)
-    for name, statistics in found.items():
         statistics.finish()
         if not bool(torch.isfinite(statistics.square_i).all()):
             raise _not_finite(name)
@@ -142,10 +129,9 @@ def _statistics(
             raise DataError(
                 f"calibration of {name}",
                 found=f"{statistics.tokens} tokens",
-                rule=f"a Gram matrix is estimated from {LEAST_TOKENS} tokens or more; tens of thousands are usual",
+                rule=f"a Gram matrix must be estimated from {LEAST_TOKENS} tokens or more; tens of thousands are usual",
                 fix="add calibration data",
             )
-    return found
 
 
 def _watch(
@@ -158,7 +144,9 @@ def _watch(
     *,
     share: bool,
 ) -> dict[str, InputStatistics] | None:
-    """Statistics of each layer; None where two layers turned out to share their input in some batches only.
+    """Run the block for every pass, and return the statistics of its layers' inputs.
+
+    None is returned where two layers share their input in some batches only.
 
     once     the layers that a forward pass calls just once
     decoded  the layers that read the decoder's tokens
@@ -209,17 +197,11 @@ def _look_ahead(
     decoded = read_by_decoder(model, layers)
     masks: dict[bool, Tensor | None] = {}
 
-    def watch(name: str, layer: ChainLinear) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[name] += 1
-            called_in.setdefault(name, inside[0] if inside else name)
-            x = input_rows(first_input(args, kwargs), layer.layout, masks[name in decoded])
-            if not bool(torch.isfinite(x).all()):
-                raise _not_finite(name)
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(watch(name, layer), with_kwargs=True) for name, layer in layers.items()]
+    def see(name: str, x: Tensor) -> None:
+        calls[name] += 1
+        called_in.setdefault(name, inside[0] if inside else name)
+        if not bool(torch.isfinite(input_rows(x, layers[name].layout, masks[name in decoded])).all()):
+            raise _not_finite(name)
 
     def enter(block: str) -> Any:
         return lambda module, args: inside.append(block)
@@ -227,19 +209,21 @@ def _look_ahead(
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         inside.pop()
 
+    handles = []
     for block in blocks.keys() - layers.keys():
         module = model.get_submodule(block)
         handles += [module.register_forward_pre_hook(enter(block)), module.register_forward_hook(leave)]
     once: set[str] | None = None
     try:
-        for piece in pieces:
-            masks = {False: padding_mask(piece), True: padding_mask(piece, "decoder_attention_mask")}
-            model(**piece)
-            once = {name for name, count in calls.items() if count == 1} if once is None else once
-            if all(calls.values()):
-                break
-        else:
-            raise _unreached(next(name for name, count in calls.items() if not count))
+        with watching(layers, see):
+            for piece in pieces:
+                masks = {False: padding_mask(piece), True: padding_mask(piece, "decoder_attention_mask")}
+                model(**piece)
+                once = {name for name, count in calls.items() if count == 1} if once is None else once
+                if all(calls.values()):
+                    break
+            else:
+                raise _unreached(next(name for name, count in calls.items() if not count))
     finally:
         for handle in handles:
             handle.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -95,7 +95,22 @@ def _forward(layer: ChainLinear) -> Any:
     return forward
 
 
-def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+@contextmanager
+def watching(layers: Mapping[str, ChainLinear], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While entered, call `see(name, x)` with the input of each layer before its forward pass."""
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: see(name, _first(args, kwargs))
+
+    handles = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the layer's input among the arguments of its call."""
     return args[0] if args else next(iter(kwargs.values()))
 
@@ -257,24 +272,15 @@ class Passes:
         """
         assert one.block is not None
         if one.block in layers:  # a layer that is its own block
-            see(one.block, first_input(one.args, one.kwargs))
+            see(one.block, _first(one.args, one.kwargs))
             return
 
-        def watch(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                see(name, first_input(args, kwargs))
-                if left is not None:
-                    left.discard(name)
-                    if not left:
-                        raise Stop
+        def see_once(name: str, x: Tensor) -> None:
+            see(name, x)
+            if left is not None:
+                left.discard(name)
+                if not left:
+                    raise Stop
 
-            return hook
-
-        handles = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
-        try:
+        with watching(layers, see_once), suppress(Stop):
             self._forward[one.block](*one.args, **one.kwargs)
-        except Stop:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dovetail.chains.layer.base import Base
-from dovetail.chains.layer.planner import affine_, casts
+from dovetail.chains.layer.planner import Factors, affine_, casts
 from dovetail.chains.link import Constraint
 from dovetail.chains.terms import Form
 
@@ -120,7 +120,7 @@ def run_closed(x: Tensor, form: Form, base: Base, constraints: Sequence[Constrai
     """y = x W'ᵀ + b' for W' = constraints(diag(s) W diag(t) + B A). x (..., i) in the weight's dtype."""
     bias_o = None if form.bias_o is None else form.bias_o.to(x.dtype)
     factors = casts(form, work_dtype(x.dtype, constraints))
-    return _Closed.apply(x, base, constraints, from_codes, *factors, bias_o)  # type: ignore[no-any-return]
+    return _Closed.apply(x, base, constraints, from_codes, bias_o, *factors)  # type: ignore[no-any-return]
 
 
 def work_dtype(dtype: torch.dtype, constraints: Sequence[Constraint]) -> torch.dtype:
@@ -133,12 +133,11 @@ def work_dtype(dtype: torch.dtype, constraints: Sequence[Constraint]) -> torch.d
 def materialise(
     form: Form, base: Base, constraints: Sequence[Constraint], from_codes: bool, dtype: torch.dtype
 ) -> Tensor:
-    """W' in the layer's own layout, in the shared buffer: to be used before the next call.
+    """Compute W' in the layer's own layout, in the shared buffer: to be used before the next call.
 
-    The forward pass and `merge` both read W' from here, which is what makes merging exact.
+    The forward pass and `merge` both read W' from here, so merging is exact.
     """
-    factors = casts(form, work_dtype(dtype, constraints))
-    return _materialise(base, constraints, from_codes, dtype, *factors)
+    return _materialise(base, constraints, from_codes, dtype, casts(form, work_dtype(dtype, constraints)))
 
 
 @torch.no_grad()
@@ -147,17 +146,15 @@ def _materialise(
     constraints: Sequence[Constraint],
     from_codes: bool,
     dtype: torch.dtype,
-    out_o: Tensor | None,
-    in_i: Tensor | None,
-    a_ri: Tensor | None,
-    b_or: Tensor | None,
+    factors: Factors,
     grad_oi: Tensor | None = None,
 ) -> Tensor:
-    """W' in the shared buffer, chunk of rows by chunk of rows.
+    """Compute W' in the shared buffer, one chunk of rows after the other.
 
-    A gradient of W', where given, is pulled back through the constraints on the way, in place: each is a mask that
-    depends on the values it projects, so their order does not matter.
+    A gradient of W', where given, is pulled back through the constraints, in place: each is a mask that depends on the
+    values it projects, so their order does not matter.
     """
+    out_o, in_i, a_ri, b_or = factors
     work = work_dtype(dtype, constraints)
     begin_oi = base.start_weight(from_codes, work)
     native = base.buffer(dtype, "weight")
@@ -169,7 +166,7 @@ def _materialise(
         else:
             part_ni = base.take("rows", (rows.stop - rows.start, base.shape[1]), work)
             part_ni.copy_(begin_oi[rows])
-            affine_(part_ni, rows, out_o, in_i, a_ri, b_or)
+            affine_(part_ni, rows, factors)
         for constraint in constraints:
             constraint.project_rows_(part_ni, rows.start, base, None if grad_oi is None else grad_oi[rows])
         if part_ni.data_ptr() != target_oi[rows].data_ptr():
@@ -178,7 +175,7 @@ def _materialise(
 
 
 class _Closed(torch.autograd.Function):
-    """Makes W' in a shared buffer in forward and again in backward; saves x and the factors, no weight."""
+    """The Function of the closed path. It makes W' in forward and in backward, and saves x and the factors only."""
 
     @staticmethod
     def forward(
@@ -187,39 +184,36 @@ class _Closed(torch.autograd.Function):
         base: Base,
         constraints: Sequence[Constraint],
         from_codes: bool,
-        out_o: Tensor | None,
-        in_i: Tensor | None,
-        a_ri: Tensor | None,
-        b_or: Tensor | None,
         bias_o: Tensor | None,
+        *factors: Tensor | None,
     ) -> Tensor:
-        native = _materialise(base, constraints, from_codes, x.dtype, out_o, in_i, a_ri, b_or)
+        native = _materialise(base, constraints, from_codes, x.dtype, factors)
         ctx.base, ctx.constraints, ctx.from_codes = base, constraints, from_codes
-        ctx.save_for_backward(x, out_o, in_i, a_ri, b_or)
+        ctx.save_for_backward(x, *factors)
         return base.layout.call(x, native, bias_o)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, out_o, in_i, a_ri, b_or = ctx.saved_tensors
+        x, *factors = ctx.saved_tensors
         base: Base = ctx.base
         g_to, x_ti = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        needs = ctx.needs_input_grad[4:8]
+        needs = ctx.needs_input_grad[5:]
         weight_grad_oi = None
         if any(needs):
             # gᵀ contiguous: on some processors the product that follows is a third faster.
             weight_grad_oi = base.take("gradient", base.shape, x.dtype)
             torch.mm(g_to.t().contiguous(), x_ti, out=weight_grad_oi)
-        native = _materialise(base, ctx.constraints, ctx.from_codes, x.dtype, out_o, in_i, a_ri, b_or, weight_grad_oi)
+        native = _materialise(base, ctx.constraints, ctx.from_codes, x.dtype, factors, weight_grad_oi)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (g_to @ base.layout.matrix(native)).view(x.shape)
         grads: tuple[Tensor | None, ...] = (None, None, None, None)
         if weight_grad_oi is not None:
             begin_oi = base.start_weight(ctx.from_codes, x.dtype) if needs[0] or needs[1] else None
-            grads = _factor_grads(weight_grad_oi, begin_oi, base.row_chunks(x.dtype), needs, out_o, in_i, a_ri, b_or)
-        grad_bias = g_to.sum(0) if ctx.needs_input_grad[8] else None
-        return grad_x, None, None, None, *grads, grad_bias
+            grads = _factor_grads(weight_grad_oi, begin_oi, base.row_chunks(x.dtype), needs, factors)
+        grad_bias = g_to.sum(0) if ctx.needs_input_grad[4] else None
+        return grad_x, None, None, None, grad_bias, *grads
 
 
 def _factor_grads(
@@ -227,16 +221,11 @@ def _factor_grads(
     begin_oi: Tensor | None,
     chunks: Sequence[slice],
     needs: Sequence[bool],
-    out_o: Tensor | None,
-    in_i: Tensor | None,
-    a_ri: Tensor | None,
-    b_or: Tensor | None,
+    factors: Factors,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of out, in, a and b from that of diag(s) W diag(t) + B A, (o, i)."""
-    grad_out: Tensor | None = None
-    grad_in: Tensor | None = None
-    grad_a: Tensor | None = None
-    grad_b: Tensor | None = None
+    """Return the gradients of out, in, a and b from that of diag(s) W diag(t) + B A, (o, i)."""
+    out_o, in_i, a_ri, b_or = factors
+    grad_out = grad_in = grad_a = grad_b = None
     if a_ri is not None and b_or is not None:
         if needs[2]:
             grad_a = (b_or.t().to(grad_oi.dtype, memory_format=torch.contiguous_format) @ grad_oi).to(a_ri.dtype)
@@ -284,11 +273,8 @@ class _Recomputed(torch.autograd.Function):
             inner = x.detach().requires_grad_(ctx.needs_input_grad[0])
             weight, bias_o = ctx.fold()
             y = ctx.base.layout.call(inner, weight.to(x.dtype), None if bias_o is None else bias_o.to(x.dtype))
-        wanted = [
-            t
-            for t, need in zip([inner, *parameters], [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]], strict=True)
-            if need
-        ]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
+        wanted = [t for t, need in zip([inner, *parameters], needs, strict=True) if need]
         found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
-        grads = [next(found) if need else None for need in (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])]
-        return grads[0], None, None, *grads[1:]
+        grad_x, *grads = (next(found) if need else None for need in needs)
+        return grad_x, None, None, *grads

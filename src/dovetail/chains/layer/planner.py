@@ -1,11 +1,11 @@
-"""Plans a chain: folds its terms to one form, and chooses how to run it at the price of one adapter.
+"""The planner of a chain: it folds the terms to one form, and chooses how to run it at the cost of one adapter.
 
-    open        scales and low ranks: one product with the base plus thin ones; W' is never made
-    closed      ... and then remask or regrid: W' is made in a shared buffer, again in backward, and never saved
-    recomputed  anything else: W' by the links' own definition, made again in backward
+    open        scales and low ranks: one product with the base plus thin ones; W' is never computed
+    closed      ... and then remask or regrid: W' is computed in a shared buffer, again in backward, and never saved
+    recomputed  anything else: W' by the links' own definition, computed again in backward
 
-`chain/execute.py` runs them. All three equal the definition (`ChainLinear.effective_weight`), which the contract tests
-hold them to in float64. Shapes: t o i r = token, out, in, rank.
+`chains/layer/execute.py` runs them. All three equal the definition (`ChainLinear.effective_weight`); the contract
+tests verify this in float64. Shapes: t o i r = token, out, in, rank.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from dovetail.models.layouts import Layout
 
 Path = Literal["open", "closed", "recomputed"]
 
+Factors = Sequence[Tensor | None]
+"""out (o,), in (i,), a (r, i), b (o, r) of a `Form`."""
+
 NORM_FLOOR = 1e-2
 """Below this share of its parts, the closed-form ‖W'‖² has cancelled and is computed from W' itself."""
 
 
 def compose(terms: Sequence[Term], base: Base, bias_o: Tensor | None, training: bool, from_codes: bool = True) -> Form:
-    """Folds the terms of a chain, in order, to one form over the base (`Base.start_weight`)."""
+    """Fold the terms of a chain, in order, to one form over the base (`Base.start_weight`)."""
     form = Form(bias_o=bias_o)
     for term in terms:
         match term:
@@ -47,7 +50,7 @@ def compose(terms: Sequence[Term], base: Base, bias_o: Tensor | None, training: 
 
 @torch.no_grad()
 def row_norm(form: Form, base: Base, from_codes: bool = True) -> Tensor:
-    """‖diag(s) W diag(t) + B A‖ of each row, (o,), without making the matrix:
+    """Return ‖diag(s) W diag(t) + B A‖ of each row, (o,), without computing the matrix:
 
     s²‖W t‖² + 2 s·rowsum(((W t) Aᵀ) ⊙ B) + rowsum((B A Aᵀ) ⊙ B)
     """
@@ -72,24 +75,20 @@ def row_norm(form: Form, base: Base, from_codes: bool = True) -> Tensor:
     own_o = ((a_ri @ a_ri.t() @ b_ro) * b_ro).sum(0)
     total_o = square_o + cross_o + own_o
     if bool((total_o < NORM_FLOOR * (square_o + own_o)).any()):
-        return _exact_norm(form, base, from_codes, wide)
+        norms = []
+        for rows in base.row_chunks(wide):
+            part = weight[rows].to(wide, copy=True)  # a dense base is its own weight: never write to it
+            affine_(part, rows, (scale_o, scale_i, a_ri, b_or))
+            norms.append(torch.linalg.vector_norm(part, dim=1))
+        return torch.cat(norms)
     return total_o.sqrt()
 
 
-def _exact_norm(form: Form, base: Base, from_codes: bool, wide: torch.dtype) -> Tensor:
-    weight = base.start_weight(from_codes)
-    out_o, in_i, _, _ = casts(form, wide)
-    a_ri, b_or = (None, None) if (factors := form.factors()) is None else (t.to(wide) for t in factors)
-    parts = []
-    for rows in base.row_chunks(wide):
-        part = weight[rows].to(wide, copy=True)  # a dense base is its own weight: never write to it
-        affine_(part, rows, out_o, in_i, a_ri, b_or)
-        parts.append(torch.linalg.vector_norm(part, dim=1))
-    return torch.cat(parts)
-
-
 def choose_path(closes: Sequence[bool], terms: Sequence[Term], layout: Layout) -> Path:
-    """How a chain runs on a layer. closes: for each link that changes the weight, whether it is a constraint."""
+    """Choose how a chain runs on a layer.
+
+    closes  for each link that changes the weight, whether it is a constraint
+    """
     if not layout.linear:
         return "recomputed"
     # Dropout acts on a low rank's input, which the definition of W' does not know: such a chain stays open.
@@ -104,20 +103,19 @@ def choose_path(closes: Sequence[bool], terms: Sequence[Term], layout: Layout) -
 
 
 def low_rank_is_cheap(term: Hadamard, shape: tuple[int, int]) -> bool:
-    """Whether LoHa runs faster as a low rank of r² than by making its (o, i) product (DESIGN.md §3)."""
+    """Return whether LoHa runs faster as a low rank of r² than by computing its (o, i) product (DESIGN.md §3)."""
     o, i = shape
     return term.a1_ri.shape[0] ** 2 < o * i / (3 * (o + i))
 
 
-def casts(form: Form, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """out (o,), in (i,), a (r, i), b (o, r), cast to `dtype`."""
+def casts(form: Form, dtype: torch.dtype) -> Factors:
+    """Return the form's factors, cast to `dtype`."""
     return tuple(None if t is None else t.to(dtype) for t in (form.out_scale_o, form.in_scale_i, form.a_ri, form.b_or))
 
 
-def affine_(
-    part_ni: Tensor, rows: slice, out_o: Tensor | None, in_i: Tensor | None, a_ri: Tensor | None, b_or: Tensor | None
-) -> None:
-    """Rows of W become rows of diag(s) W diag(t) + B A, in place."""
+def affine_(part_ni: Tensor, rows: slice, factors: Factors) -> None:
+    """Replace rows of W by rows of diag(s) W diag(t) + B A, in place."""
+    out_o, in_i, a_ri, b_or = factors
     if out_o is not None:
         part_ni.mul_(out_o[rows, None])
     if in_i is not None:
