@@ -4,21 +4,23 @@ Rules (CLAM §3.1, A.7, A.10; DESIGN.md §1):
 1. at most one quantizer;
 2. a quantizer after a pruner has an exact zero;
 3. remask needs a pruner before it, regrid a quantizer;
-4. a link without an effective weight (bottleneck) is followed by nothing but its like;
-5. dropout on a low rank's input cannot be closed: W' does not know the input;
+4. a link without an effective weight (bottleneck) is followed only by links of the same kind;
+5. dropout on a low rank's input cannot be followed by a constraint: W' does not depend on the input;
 6. a stage that is followed by another merges into the base, so it must keep the base's zeros and grid.
 """
 
 from __future__ import annotations
 
-from dovetail.chains.link import Chain, Constraint, Link, OutputAdapter, Pruner, Quantizer, arguments
+from dovetail.chains.link import Chain, Constraint, Kind, Link, OutputAdapter, arguments
 from dovetail.chains.notation import chain
-from dovetail.chains.stages import CheckedChain
+from dovetail.chains.stages import MADE_BY, CheckedChain
 from dovetail.errors import CannotMerge, ChainError
+
+_EXAMPLES = {"pruner": "wanda(0.5) or magnitude(0.5)", "quantizer": "nf4 or int(bits=4)"}
 
 
 def check(text: str | Chain | Link) -> CheckedChain:
-    """Return the chain with its stages, once it is known that it can run; a checked chain is not checked again.
+    """Check that a chain can run, and return it with its stages; a checked chain is not checked again.
 
     Raises ChainError that names the link by its place.
     """
@@ -31,55 +33,33 @@ def check(text: str | Chain | Link) -> CheckedChain:
 
 
 def _check_order(chain: CheckedChain) -> None:
-    quantizer: Quantizer | None = None
-    pruner: Pruner | None = None
+    seen: dict[Kind, Link] = {}
     last: OutputAdapter | None = None
     for place, link in enumerate(chain):
-        where = f"{link.name}, link {place + 1} of {chain}"
+        found, rule, fix = "", "", ""
+        quantizer, pruner = seen.get("quantizer"), seen.get("pruner")
         if last is not None and not isinstance(link, OutputAdapter):
-            raise ChainError(
-                where,
-                found=f"{link.name} after {last.name}",
-                rule=f"{last.name} is a function of the layer's output: links that change the weight come before it",
-                fix=f"put {last.name} last",
-            )
-        match link:
-            case Quantizer():
-                if quantizer is not None:
-                    raise ChainError(
-                        where,
-                        found=f"{link.name} after {quantizer.name}",
-                        rule="a chain has at most one quantizer",
-                        fix=f"remove {quantizer.name} or {link.name}",
-                    )
-                if pruner is not None and not link.keeps_zeros:
-                    raise ChainError(
-                        where,
-                        found=f"{link.name} has no exact zero, and {pruner.name} comes before it",
-                        rule="a quantizer after a pruner must represent zero exactly",
-                        fix=f"put {link.name} first",
-                    )
-                quantizer = link
-            case Pruner():
-                pruner = link
-            case Constraint(restores="zeros"):
-                if pruner is None:
-                    raise ChainError(
-                        where,
-                        found="no pruner before it",
-                        rule=f"{link.name} re-imposes the mask of a pruner before it",
-                        fix=f"put wanda(0.5) or magnitude(0.5) before it, or remove {link.name}",
-                    )
-            case Constraint(restores="grid"):
-                if quantizer is None:
-                    raise ChainError(
-                        where,
-                        found="no quantizer before it",
-                        rule=f"{link.name} re-imposes the grid of a quantizer before it",
-                        fix=f"put nf4 or int(bits=4) before it, or remove {link.name}",
-                    )
-            case OutputAdapter():
-                last = link
+            found = f"{link.name} after {last.name}"
+            rule = f"{last.name} is a function of the layer's output: links that change the weight must come before it"
+            fix = f"put {last.name} last"
+        elif link.kind == "quantizer" and quantizer is not None:
+            found = f"{link.name} after {quantizer.name}"
+            rule = "a chain has at most one quantizer"
+            fix = f"remove {quantizer.name} or {link.name}"
+        elif link.kind == "quantizer" and pruner is not None and not link.keeps_zeros:
+            found = f"{link.name} has no exact zero, and {pruner.name} comes before it"
+            rule = "a quantizer after a pruner must represent zero exactly"
+            fix = f"put {link.name} first"
+        elif isinstance(link, Constraint) and MADE_BY[link.restores] not in seen:
+            what, maker = ("mask", "pruner") if link.restores == "zeros" else ("grid", "quantizer")
+            found = f"no {maker} before it"
+            rule = f"{link.name} re-imposes the {what} of a {maker} before it"
+            fix = f"put {_EXAMPLES[maker]} before it, or remove {link.name}"
+        if found:
+            raise ChainError(f"{link.name}, link {place + 1} of {chain}", found=found, rule=rule, fix=fix)
+        if isinstance(link, OutputAdapter):
+            last = link
+        seen[link.kind] = link
 
 
 def _check_stages(chain: CheckedChain) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from dovetail.chains.link import Adapter, Chain, Constraint, Link, Quantizer
+from dovetail.chains.link import Adapter, Chain, Constraint, Kind, Link, Quantizer
 from dovetail.chains.registry import links
 
-_MADE_BY = {"zeros": "pruner", "grid": "quantizer"}
+MADE_BY: dict[str, Kind] = {"zeros": "pruner", "grid": "quantizer"}
 """What a base can have -> the kind of link that makes it."""
 
 
@@ -112,7 +112,7 @@ def stages(chain: Chain) -> tuple[Stage, ...]:
 def _missing(applied: Sequence[Link], trained: Sequence[Link]) -> tuple[Constraint, ...]:
     """Return the constraints that restore what merging `trained` into a base made by `applied` loses."""
     found = []
-    for what, kind in _MADE_BY.items():
+    for what, kind in MADE_BY.items():
         kept = True
         for link in trained:
             if isinstance(link, Constraint) and link.restores == what:
@@ -120,10 +120,6 @@ def _missing(applied: Sequence[Link], trained: Sequence[Link]) -> tuple[Constrai
             elif not getattr(link, f"keeps_{what}"):
                 kept = False
         if not kept and any(link.kind == kind for link in applied):
-            found.append(constraint_of(what))
+            constraints = (cls for cls in links().values() if issubclass(cls, Constraint))
+            found.append(next(cls() for cls in constraints if cls.restores == what))
     return tuple(found)
-
-
-def constraint_of(what: str) -> Constraint:
-    """Return the registered constraint that restores "zeros" or "grid", with its default arguments."""
-    return next(cls() for cls in links().values() if issubclass(cls, Constraint) and cls.restores == what)

@@ -1,4 +1,4 @@
-"""Puts layers that carry an empty chain in place of a model's target layers, after every check that needs no run."""
+"""Replacement of a model's target layers by layers that carry an empty chain, after every check that needs no run."""
 
 from __future__ import annotations
 
@@ -26,25 +26,17 @@ def attach(
     Return what the model remembers of the chain, and the replaced layers.
     """
     if chain_layers(model):
-        raise ChainError(
-            "apply",
-            found=f"a model with the chain {applied(model).chain}",
-            rule="a model has at most one chain",
-            fix="write both as one chain, or merge the first one",
-        )
+        found = f"a model with the chain {applied(model).chain}"
+        fix = "write both as one chain, or merge the first one"
+        raise ChainError("apply", found=found, rule="a model has at most one chain", fix=fix)
     _refuse_second_quantizer(model, the_chain)
-    found = find_targets(model, targets)
-    sites = {target.name: _site(target) for target in found}
-    for site in sites.values():
-        for link in the_chain:
-            link.check(site)
-    for target in found:
-        _refuse_dropout(target, the_chain)
+    layers = find_targets(model, targets)
+    sites = {target.name: _checked_site(target, the_chain) for target in layers}
     record = AppliedChain(
         the_chain, targets if isinstance(targets, str) else tuple(targets), seed, model_fingerprint(model)
     )
     scratch = Scratch()
-    for target in found:
+    for target in layers:
         module = target.module
         weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
         base = Base(layout_of(target.name, module), weight.detach(), scratch)
@@ -52,7 +44,7 @@ def attach(
         layer.train(module.training)
         replace_module(model, module, layer)
         record.layers[target.name] = layer
-    return record, found
+    return record, layers
 
 
 def _refuse_second_quantizer(model: nn.Module, the_chain: CheckedChain) -> None:
@@ -72,27 +64,22 @@ def _refuse_second_quantizer(model: nn.Module, the_chain: CheckedChain) -> None:
         )
 
 
-def _site(target: Target) -> Site:
+def _checked_site(target: Target, the_chain: CheckedChain) -> Site:
+    """Return the place of the links on that layer; raise ChainError for a link that cannot be used there."""
     layout = layout_of(target.name, target.module)
-    return Site(
-        target.name,
-        layout.out_features,
-        layout.in_features,
-        getattr(target.module, "bias", None) is not None,
-        target.feedforward,
-    )
-
-
-def _refuse_dropout(target: Target, the_chain: CheckedChain) -> None:
-    """Refuse dropout on convolutions: their W' is made by its definition, which does not see the input."""
+    has_bias = getattr(target.module, "bias", None) is not None
+    site = Site(target.name, layout.out_features, layout.in_features, has_bias, target.feedforward)
     for link in the_chain:
-        if arguments(link).get("dropout") and not layout_of(target.name, target.module).linear:
+        link.check(site)
+        # The W' of a convolution is computed by its definition, which does not depend on the input.
+        if arguments(link).get("dropout") and not layout.linear:
             raise ChainError(
                 f"{link.name} at {target.name}",
                 found=f"dropout={arguments(link)['dropout']} on a {type(target.module).__name__}",
                 rule="dropout on the input of a low rank is supported for linear layers only",
                 fix=f"set dropout=0 in {link.name}, or leave this layer out of the targets",
             )
+    return site
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -11,6 +11,7 @@ The planner asks three things of it: the matrix (o, i) in a dtype, its row norms
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,9 +36,7 @@ class Scratch:
 
     def take(self, slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return an uninitialised contiguous tensor: the same memory at each call with that slot, dtype and device."""
-        key, numel = (slot, dtype, device), 1
-        for n in shape:
-            numel *= n
+        key, numel = (slot, dtype, device), math.prod(shape)
         flat = self._flat.get(key)
         if flat is None or flat.numel() < numel:
             with torch.inference_mode(False):  # an inference tensor could not be written to while training
@@ -117,7 +116,6 @@ class Base(nn.Module):
         return self.take(slot, shape, dtype)
 
     def take(self, slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return an uninitialised contiguous tensor in memory that all layers of the model share for this slot."""
         return self.scratch.take(slot, shape, dtype, self.device)
 
     def start_weight(self, from_codes: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -183,11 +181,11 @@ class Base(nn.Module):
 
     @property
     def identity(self) -> str:
-        """What the base is made of: its dtype, or its quantizer."""
+        """The dtype of a dense base, or the quantizer of a quantized one with its arguments."""
         return str(self.dtype) if self.quantized is None else self.quantized.identity
 
     def allocate(self, quantizer: Quantizer | None, *, mask: bool, start: bool) -> None:
-        """Hold what a stage's base holds, with values of no account: a dense weight or zeroed codes, a mask, a start.
+        """Allocate what a stage's base holds, with arbitrary values: a dense weight or zeroed codes, a mask, a start.
 
         quantizer  on whose grid the base is; None leaves the dense weight
         """
@@ -198,7 +196,7 @@ class Base(nn.Module):
             self.set_quantized(quantizer.empty(self.shape).to(self.device))
 
     def restore(self, quantizer: Quantizer | None, state: Mapping[str, Tensor]) -> None:
-        """Take over a base's `state_dict`, on the grid of `quantizer`, and its `start` where there is one."""
+        """Load a base's `state_dict`, on the grid of `quantizer`, and its `start` where there is one."""
         start = state.get("start")
         self.allocate(quantizer, mask="mask_bits" in state, start=start is not None)
         self.load_state_dict({name: value for name, value in state.items() if name != "start"})
@@ -207,12 +205,12 @@ class Base(nn.Module):
         self._row_square = {}
 
     def set_mask(self, keep_oi: Tensor, weight_oi: Tensor | None = None) -> None:
-        """Zeros the weights that do not stay, and keeps the mask, one bit a weight.
+        """Set the pruned weights to zero, and keep the mask, one bit per weight.
 
-        What was zero before, pruned earlier in the chain or in the checkpoint, stays zero. A quantized weight's zeros
-        may be rounded ones: there only an earlier mask counts.
+        Zeros of an earlier pruner or of the checkpoint stay zero. A quantized weight may be zero by rounding: there
+        only an earlier mask counts.
 
-        weight_oi  what the weights that stay become (on a quantized base: the nearest on its grid); None leaves them
+        weight_oi  the new values of the remaining weights (rounded to a quantized base's grid); None: unchanged
         """
         if self.dense is not None:
             before = self.matrix()
@@ -230,12 +228,8 @@ class Base(nn.Module):
         self.mask_bits = pack_bits(keep_oi)
 
     def mask_rows(self, rows: slice) -> Tensor:
-        """(n, i) bool: where the mask lets a weight live."""
-        assert self.mask_bits is not None
-        words = unpack_bits(self.mask_bits[rows], self.shape[1], torch.int8)
-        return words.bool()
+        return self.mask_words(rows, torch.int8).bool()
 
     def mask_words(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """(n, i) integers as wide as `dtype`: all ones where a weight lives, zero elsewhere, for a bitwise AND."""
         assert self.mask_bits is not None
         return unpack_bits(self.mask_bits[rows], self.shape[1], INTEGERS[dtype.itemsize])

@@ -8,7 +8,7 @@ Whatever layer it stands for (`models/layouts.py`), the chain sees a matrix (out
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from statistics import median_low
 
 import torch
@@ -124,10 +124,9 @@ class ChainLinear(nn.Module):
         self.base = base
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.links = nn.ModuleList()
-        self.path: Path = "open"
         self.set_links([])
 
-    # Some models look at `layer.weight.dtype` (T5). A quantized layer has no such tensor, and says so by its type.
+    # Some models read `layer.weight.dtype` (T5). A quantized layer has no such tensor: it returns the module.
     @property
     def weight(self) -> Tensor | nn.Module:
         """The frozen base: the dense weight in the layer's own layout, or the quantized weight's module."""
@@ -139,12 +138,8 @@ class ChainLinear(nn.Module):
     def set_links(self, states: Iterable[LinkState], path: Path | None = None) -> None:
         """Put a stage's links on the layer and choose how they run, elastic ones at their full rank.
 
-        Sorted by kind here, once, and not in every forward pass:
-        states    the links with their parameters
-        adapters  those that change the weight
-        constraints   those that re-impose the base's zeros or grid
-
-        path      how they run, where that is chosen already
+        states  the links with their parameters; sorted by kind here, not in every forward pass
+        path    how they run, where it is chosen already
         """
         self.states = list(states)
         self.links = nn.ModuleList(self.states)
@@ -157,11 +152,8 @@ class ChainLinear(nn.Module):
         ]
         # Whether the chain starts from the quantized weight rather than from the one before quantizing.
         self.from_codes = all(constraint.from_codes for constraint in self.constraints)
-        self.path = path or self._choose_path()
-
-    def _choose_path(self) -> Path:
         closes = [isinstance(s.link, Constraint) for s in self.states if not isinstance(s.link, OutputAdapter)]
-        return choose_path(closes, self._terms(whole=True), self.layout)
+        self.path: Path = path or choose_path(closes, self._terms(whole=True), self.layout)
 
     def extract(self) -> None:
         """Replace elastic adapters, in place, by plain ones of their current ranks; W' is unchanged bit for bit."""
@@ -252,15 +244,12 @@ class ChainLinear(nn.Module):
         elif self.path == "closed":
             y = run_closed(x, self.form(), self.base, self.constraints, self.from_codes)
         else:
-            y = self._recomputed(x)
+            parameters = [parameter for state in self.adapters for parameter in state.parameters()]
+            y = run_recomputed(x, self._native_fold, self.base, parameters)
         for link, state in self._on_output:
             axis = self.layout.out_axis
             y = link.output(y.movedim(axis, -1), state.values()).movedim(-1, axis)
         return y
-
-    def _recomputed(self, x: Tensor) -> Tensor:
-        parameters = [parameter for state in self.adapters for parameter in state.parameters()]
-        return run_recomputed(x, self._native_fold, self.base, parameters)
 
     def extra_repr(self) -> str:
         return f"{self.site.name}, {self.out_features} x {self.in_features}, path={self.path}"
@@ -272,8 +261,5 @@ def chain_layers(model: nn.Module) -> dict[str, ChainLinear]:
 
 
 def adapter_dtype(base_dtype: torch.dtype) -> torch.dtype:
-    """Adapters are kept in float32 over half-precision bases, in float64 over float64 ones."""
+    """Return the dtype of adapters over a base: float32 over half precision, float64 over float64."""
     return torch.promote_types(base_dtype, torch.float32)
-
-
-__all__: Sequence[str] = ("ChainLinear", "LinkState", "Shared", "adapter_dtype", "chain_layers")
