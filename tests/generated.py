@@ -57,10 +57,19 @@ def tree() -> str:
     return "\n".join(lines)
 
 
+def markdown_table() -> str:
+    """Return the table of links as the README has it."""
+    from dovetail.cli.tables import method_rows
+
+    lines = ["| link | kind | keeps | what it does |", "|---|---|---|---|"]
+    for row in method_rows():
+        keeps = ", ".join(what for what in ("zeros", "grid") if row[f"keeps_{what}"]) or "–"
+        lines.append(f"| `{row['notation']}` | {row['kind']} | {keeps} | {row['summary']} ({row['source']}) |")
+    return "\n".join(lines)
+
+
 def written(text: str) -> str:
     """Return the README with its generated parts made new."""
-    from dovetail.cli.tables import markdown_table
-
     text = re.sub(r"src/dovetail/\n.*?(?=\nbench/)", lambda _: tree(), text, count=1, flags=re.DOTALL)
     return re.sub(r"\| link \| kind .*?(?=\n\n)", lambda _: markdown_table(), text, count=1, flags=re.DOTALL)
 

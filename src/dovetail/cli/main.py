@@ -187,7 +187,7 @@ def evaluate(
     torch.nn.Module.to(loaded, best_device())
     scores = evaluate_model(loaded, tokenizer, tasks, split=chosen, limit=limit, batch_size=batch_size)
     if as_json:
-        print_json({name: finite(found) for name, found in scores.items()})
+        print_json({name: {metric: finite(score) for metric, score in found.items()} for name, found in scores.items()})
     else:
         print_scores(console(), scores)
 

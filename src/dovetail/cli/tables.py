@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, get_args
 from rich.markup import escape
 from rich.text import Text
 
+from dovetail.chains.check import check
 from dovetail.chains.link import Adapter, Kind, Link
-from dovetail.chains.notation import chain, format_value
+from dovetail.chains.notation import format_value
 from dovetail.chains.registry import links
-from dovetail.chains.stages import stages
 from dovetail.display.format import format_score, metric_name, size
 from dovetail.display.tables import print_table
 
@@ -43,15 +43,6 @@ def method_rows() -> list[dict[str, Any]]:
     ]
 
 
-def markdown_table() -> str:
-    """Return the table of links as the README has it."""
-    lines = ["| link | kind | keeps | what it does |", "|---|---|---|---|"]
-    for row in method_rows():
-        keeps = ", ".join(what for what in ("zeros", "grid") if row[f"keeps_{what}"]) or "–"
-        lines.append(f"| `{row['notation']}` | {row['kind']} | {keeps} | {row['summary']} ({row['source']}) |")
-    return "\n".join(lines)
-
-
 def _notation(link: type[Link]) -> str:
     parts = [
         format_value(f.default) if f.metadata.get("positional") else f"{f.name}={format_value(f.default)}"
@@ -79,7 +70,7 @@ def untrained_notes(text: str) -> list[str]:
     return [
         f"note: stage {number} trains nothing: {stage.trained[0].name} follows no adapter. Add one, as in "
         f"lora(r=16) >> {stage.trained[0].name}, or remove it."
-        for number, stage in enumerate(stages(chain(text)), 1)
+        for number, stage in enumerate(check(text).stages, 1)
         if stage.trained and not stage.adapters
     ]
 

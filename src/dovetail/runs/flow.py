@@ -12,20 +12,27 @@ import torch
 
 from dovetail.checkpoint.adapter import save_adapter
 from dovetail.checkpoint.footprint import footprint
-from dovetail.checkpoint.load import HEAD_KINDS, best_device, empty_model, load, load_config
+from dovetail.checkpoint.load import HEAD_KINDS, best_device
 from dovetail.checkpoint.merge import merge, to_stock
-from dovetail.compression.apply import apply, apply_on_meta, stages_left
+from dovetail.compression.apply import apply, stages_left
 from dovetail.files import check_folder, write_whole
 from dovetail.progress import Bar
 from dovetail.runs.folder import ADAPTER, MODEL, PACKED, PAGE, TENSORBOARD, choose_output, run_folder
-from dovetail.runs.inputs import calibration, legal_chain, load_tasks
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.page import page
 from dovetail.runs.report.record import Losses, Merge, Report, Row, TaskInfo, environment
 from dovetail.runs.report.summary import verdict
 from dovetail.runs.rows import Rows, row_names
-from dovetail.runs.steps import search, write_packed, write_stock
-from dovetail.tasks.find import number_of_labels
+from dovetail.runs.steps import (
+    calibration,
+    check_layers,
+    legal_chain,
+    load_base,
+    load_tasks,
+    search,
+    write_packed,
+    write_stock,
+)
 from dovetail.training.optimizer import trained_parts
 from dovetail.training.settings import check_report_to
 from dovetail.training.train import train
@@ -62,15 +69,10 @@ def run(
     check_report_to(recipe.train.report_to)
     tasks = load_tasks(recipe)
     task = tasks[0]
-    labels = number_of_labels(task, recipe.data.num_labels)
-    config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    apply_on_meta(empty_model(config, task_kind=task.kind, num_labels=labels), links, recipe.targets)
+    check_layers(recipe, task, links)
     with Bar(f"load {recipe.model}", shown=progress):
-        model, tokenizer = load(
-            recipe.model, task_kind=task.kind, num_labels=labels, dtype=recipe.dtype,
-            trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
-        )  # fmt: skip
-    torch.nn.Module.to(to_stock(model), best_device())
+        model, tokenizer = load_base(recipe, task)
+    torch.nn.Module.to(model, best_device())
     model.requires_grad_(False)  # the base is frozen; a new head is trained once the chain is applied
     batches = calibration(recipe, task, model, tokenizer)
     probe = {name: tensor[:PROBE_ROWS] for name, tensor in batches[0].items()}
@@ -113,7 +115,7 @@ def run(
             model=recipe.model,
             seed=recipe.seed,
             stages=rows.done,
-            merge=None if merged is None else Merge.of(merged),
+            merge=None if merged is None else Merge.model_validate(merged),
             verdict=verdict(merged, lossy=recipe.merge == "lossy", quantized=links.quantizer is not None),
             footprint=replace(rows.done[-1].footprint, trainable_parameters=trainable),
             peak_memory_nbytes=0 if trained is None else trained.peak_memory_nbytes,

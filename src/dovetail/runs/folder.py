@@ -74,7 +74,8 @@ class RunFolder:
         A resumed run repeats the steps after its last checkpoint, to the same bits.
         """
         (event,) = what
-        values = {"loss": what["loss"]} if event == "loss" else finite(what["validation"])
+        scores = what if event == "loss" else what["validation"]
+        values = {name: finite(score) for name, score in scores.items()}
         if (event, stage, step) not in self._logged:
             self._logged.add((event, stage, step))
             self.log(event, stage=stage, step=step, **values)

@@ -1,27 +1,97 @@
-"""Steps of a run whose results are kept or verified: the search over ranks, and the merged model on disk."""
+"""The steps of a run: what a recipe asks for, loaded and checked; the search over ranks; the merged model on disk."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from dovetail.chains.check import check, check_merge
 from dovetail.chains.layer.elastic import set_ranks
-from dovetail.checkpoint.load import load
+from dovetail.chains.stages import CheckedChain
+from dovetail.checkpoint.load import HEAD_KINDS, empty_model, load, load_config
 from dovetail.checkpoint.merge import to_stock
 from dovetail.checkpoint.packed import save_packed
+from dovetail.compression.apply import apply_on_meta
+from dovetail.compression.calibration import calibration_batches, text_task
+from dovetail.errors import RecipeError
 from dovetail.files import read_json, write_whole
 from dovetail.runs.folder import RunFolder
 from dovetail.runs.recipe import Recipe, Search
 from dovetail.runs.report.record import Checkpoint, Packed, Searched, finite
 from dovetail.searches.ranks import search_ranks
+from dovetail.tasks.find import load_task, number_of_labels
 from dovetail.tasks.task import Task
+from dovetail.tasks.tokens import length_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def legal_chain(recipe: Recipe) -> CheckedChain:
+    """Return the chain; raise ChainError or CannotMerge if it cannot run, or cannot be merged as the recipe asks."""
+    links = check(recipe.chain)
+    if recipe.merge == "exact" or (recipe.merge == "lossy" and any(not link.mergeable for link in links)):
+        check_merge(links)
+    if recipe.search is not None and not any(link.ranks for link in links.stages[-1].adapters):
+        rule = "a search needs elastic ranks in the last stage of the chain"
+        fix = "use lora(r=16, elastic=[16, 12, 8]), or remove search"
+        raise RecipeError("search", found=f"chain {links}", rule=rule, fix=fix)
+    return links
+
+
+def load_tasks(recipe: Recipe) -> list[Task]:
+    """Return the task that is trained and the further tasks to score; each must have the splits that the run reads."""
+    first, *others = tasks = [load_task(data) for data in (recipe.data, *recipe.evaluate.tasks)]
+    for task in others:
+        if task.kind != first.kind and (task.kind in HEAD_KINDS or first.kind in HEAD_KINDS):
+            raise RecipeError(
+                f"evaluate.tasks: {task.name}", found=f"a {task.kind} task beside {first.name}, a {first.kind} task",
+                rule="one model must answer all tasks: with a head, or without", fix=f"remove {task.name}",
+            )  # fmt: skip
+    for task in tasks:
+        task.split(recipe.evaluate.split or "test")
+    first.split("train")
+    if recipe.search is not None:
+        first.split(recipe.search.split)
+    return tasks
+
+
+def check_layers(recipe: Recipe, task: Task, links: CheckedChain) -> None:
+    """Raise a DovetailError where the chain does not fit the layers of the model; only its config is read."""
+    config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    labels = number_of_labels(task, recipe.data.num_labels)
+    apply_on_meta(empty_model(config, task_kind=task.kind, num_labels=labels), links, recipe.targets)
+
+
+def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model of a recipe as stock modules, and its tokenizer."""
+    model, tokenizer = load(
+        recipe.model, task_kind=task.kind, num_labels=number_of_labels(task, recipe.data.num_labels),
+        dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
+    )  # fmt: skip
+    to_stock(model)
+    return model, tokenizer
+
+
+def calibration(
+    recipe: Recipe, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Tensor]]:
+    """Return the batches that pruners and quantizers are calibrated on."""
+    config: Any = model.config
+    if recipe.calibration.text is not None:
+        source = text_task(recipe.calibration.text, encoder_decoder=config.is_encoder_decoder)
+    else:
+        source = replace(task, splits={"train": task.split(recipe.calibration.split)})
+    return calibration_batches(
+        source, tokenizer, samples=recipe.calibration.samples,
+        seed=recipe.seed, max_length=length_limit(model, tokenizer, recipe.train.max_length),
+        decoder_start=config.decoder_start_token_id if config.is_encoder_decoder else None,
+    )  # fmt: skip
 
 
 def search(
@@ -42,8 +112,8 @@ def search(
         **(recipe.search or Search()).model_dump(),
     )  # fmt: skip
     for turn, ranks, score in found.history:
-        folder.log("search", turn=turn, ranks=ranks, **finite({found.metric: score}))
-    searched = Searched.of(found)
+        folder.log("search", turn=turn, ranks=ranks, **{found.metric: finite(score)})
+    searched = Searched.model_validate(found)
     write_whole(path, searched.model_dump_json())
     return searched
 
@@ -72,8 +142,7 @@ def write_stock(
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     again = type(model).from_pretrained(directory, dtype="auto").eval()
-    nbytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    return Checkpoint(nbytes=nbytes, max_abs_logit_diff=_difference(again, model, probe))
+    return Checkpoint(nbytes=stored_nbytes(directory), max_abs_logit_diff=_difference(again, model, probe))
 
 
 def _difference(one: PreTrainedModel, other: PreTrainedModel, probe: dict[str, Tensor]) -> float:
@@ -82,3 +151,8 @@ def _difference(one: PreTrainedModel, other: PreTrainedModel, probe: dict[str, T
     probe = {name: tensor.to(other.device) for name, tensor in probe.items()}
     with torch.inference_mode():
         return float((moved(**probe).logits - other(**probe).logits).abs().max())
+
+
+def stored_nbytes(directory: Path) -> int:
+    """Return the bytes of the safetensors files of a folder."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))

@@ -6,7 +6,7 @@ Nothing is trained: a sub-adapter is a part of the super-adapter, scored on a sm
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from random import Random
 from typing import TYPE_CHECKING
@@ -82,7 +82,8 @@ def search_ranks(
     numbers = {"turns": turns, "neighbours": neighbours, "step": step, "samples": samples}
     for name, value in numbers.items():
         if value < 1:
-            raise SearchError("search_ranks", found=f"{name}={value}", rule=f"{name} must be at least 1")
+            rule = f"{name} must be at least 1"
+            raise SearchError("search_ranks", found=f"{name}={value}", rule=rule, fix=f"pass {name}=1")
     elastic = groups(model)
     if not elastic:
         raise SearchError(
@@ -135,7 +136,7 @@ def proxy_task(task: Task, split: str, samples: int, seed: int) -> Task:
     """Return the task with a sample of one split only, drawn by the seed, in the order of the split."""
     records = task.split(split)
     drawn = sorted(Random(f"{seed} proxy").sample(range(len(records)), min(samples, len(records))))
-    return Task(task.name, task.kind, task.metric, {split: [records[index] for index in drawn]})
+    return replace(task, splits={split: [records[index] for index in drawn]})
 
 
 def sample_neighbours(
@@ -192,6 +193,3 @@ def _use(elastic: Sequence[Group], ranks: Ranks) -> None:
 
 def _named(elastic: Sequence[Group], ranks: Ranks) -> dict[str, int]:
     return {group.name: rank for group, rank in zip(elastic, ranks, strict=True)}
-
-
-__all__ = ["RankSearch", "proxy_task", "sample_neighbours", "search_ranks"]

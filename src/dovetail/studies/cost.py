@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,6 @@ from torch import Tensor
 from dovetail.chains.check import check
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.elastic import extract, groups
-from dovetail.chains.layer.linear import chain_layers
 from dovetail.chains.link import Chain
 from dovetail.checkpoint.load import load
 from dovetail.checkpoint.merge import merge
@@ -43,6 +42,7 @@ from dovetail.runs import folder as run_folder
 from dovetail.runs.folder import MODEL, RECIPE
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Report
+from dovetail.runs.steps import stored_nbytes
 from dovetail.studies.matrix import Line, label
 from dovetail.studies.report import Cost
 from dovetail.studies.verify import tuned
@@ -150,8 +150,7 @@ class _Pipeline:
         limit = length_limit(model, tokenizer, recipe.train.max_length)
         config = model.config.to_dict()
         batch = calibration_batches(
-            Task(task.name, task.kind, task.metric, {"train": task.split("train")}), tokenizer, samples=ROWS,
-            max_length=max(1, limit - NEW_TOKENS),
+            task, tokenizer, samples=ROWS, max_length=max(1, limit - NEW_TOKENS),
             decoder_start=config.get("decoder_start_token_id") if model.config.is_encoder_decoder else None,
         )[0]  # fmt: skip
         shortest = int(batch["attention_mask"].sum(dim=1).min())
@@ -200,8 +199,7 @@ class _Pipeline:
         """Return the processor seconds of one training step with the settings of the recipe, from the tuned adapter."""
         settings = self.recipe.train.model_dump()
         rows = settings["batch_size"] * settings["gradient_accumulation"] * MORE_STEPS
-        records = {"train": self.task.split("train")[:rows]}
-        task = Task(self.task.name, self.task.kind, self.task.metric, records)
+        task = replace(self.task, splits={"train": self.task.split("train")[:rows]})
         seconds = []
         for steps in (FEW_STEPS, MORE_STEPS):
             model, tokenizer = tuned(self.folder)
@@ -253,24 +251,16 @@ def shipped(folder: Path, form: str, kind: str) -> tuple[PreTrainedModel, PreTra
     if form != APART:
         place = folder / (MODEL if form == STOCK else run_folder.PACKED)
         model, tokenizer = load(place, task_kind=kind)
-        return model, tokenizer, _nbytes(place)
+        return model, tokenizer, stored_nbytes(place)
     model, tokenizer = tuned(folder)
     if groups(model):
         extract(model)
     with tempfile.TemporaryDirectory() as place:
-        save_file(_parameters(model), Path(place) / "adapter.safetensors")
+        parts = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        save_file(parts, Path(place) / "adapter.safetensors")  # links, and a head
         base, _ = tuned(folder)
         _save_base(base, Path(place) / "base")
-        return model, tokenizer, _nbytes(Path(place)) + _nbytes(Path(place) / "base")
-
-
-def _nbytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def _parameters(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return what was trained and must be shipped beside the base: links, and a head."""
-    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        return model, tokenizer, stored_nbytes(Path(place)) + stored_nbytes(Path(place) / "base")
 
 
 def _save_base(model: PreTrainedModel, place: Path) -> None:
@@ -278,7 +268,7 @@ def _save_base(model: PreTrainedModel, place: Path) -> None:
     record = applied(model)
     last = record.chain.stages[-1].trained
     links = record.chain.links[: len(record.chain) - len(last)]
-    for layer in chain_layers(model).values():
+    for layer in record.layers.values():
         layer.set_links([])
     record.chain = check(Chain(links)) if links else record.chain
     merge(model, lossy=not links, packed=bool(links))

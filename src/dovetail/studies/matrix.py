@@ -18,7 +18,7 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -141,16 +141,23 @@ def expand(study: Study) -> list[Line]:
             continue
         source = found[row.of]
         for line in source:
-            recipe = line.runs[0].recipe
-            stages = ["base", *row_names(check(recipe.chain)), *(["searched"] if recipe.search else []),
-                      *(["merged"] if recipe.merge != "none" else [])]  # fmt: skip
+            stages = _stages(line.runs[0].recipe)
             if row.stage not in stages:
                 rule = f"stage must be one of the stages of {row.of}: " + ", ".join(stages)
-                raise RecipeError(f"row {row.name}", found=f"stage: {row.stage}", rule=rule)
-        # The base is the same at every point.
-        taken = [Line(row.name, {}, row.stage, source[0].runs)] if row.stage == "base" else source
-        found[row.name] = [Line(row.name, line.point, row.stage, line.runs) for line in taken]
+                raise RecipeError(f"row {row.name}", found=f"stage: {row.stage}", rule=rule, fix="name one of these")
+        if row.stage == "base":  # the same at every point
+            source = [replace(source[0], point={})]
+        found[row.name] = [replace(line, row=row.name, stage=row.stage) for line in source]
     return [line for row in study.rows for line in found[row.name]]
+
+
+def _stages(recipe: Recipe) -> list[str]:
+    found = ["base", *row_names(check(recipe.chain))]
+    if recipe.search is not None:
+        found.append("searched")
+    if recipe.merge != "none":
+        found.append("merged")
+    return found
 
 
 def label(row: str, point: Mapping[str, Value]) -> str:
@@ -177,30 +184,20 @@ def _lines(study: Study, row: Row, known: dict[str, Run]) -> list[Line]:
     slugs = [run.slug for run in known.values()]
     if len(set(slugs)) < len(slugs):
         twice = next(slug for slug in slugs if slugs.count(slug) > 1)
-        raise RecipeError(
-            f"row {row.name}",
-            found=f"a second run called {twice}",
-            rule="names of rows and values must differ in their letters and digits",
-            fix="rename one of the rows",
-        )
+        found, rule = f"a second run called {twice}", "names of rows and values must differ in their letters and digits"
+        raise RecipeError(f"row {row.name}", found=found, rule=rule, fix="rename one of the rows")
     return lines
 
 
 def _check_names(study: Study, where: str) -> None:
     names = [row.name for row in study.rows]
     own = [row.name for row in study.rows if row.of is None]
-    for name in names:
-        if names.count(name) > 1:
-            raise RecipeError(
-                f"{where}, rows",
-                found=f"two rows {name!r}",
-                rule="the names of rows must be unique",
-                fix="rename one of the rows",
-            )
-    if len(set(study.seeds)) < len(study.seeds):
-        raise RecipeError(
-            f"{where}, seeds", found=str(list(study.seeds)), rule="seeds must be unique", fix="remove the repeated seed"
-        )
+    unique: dict[str, list[Any]] = {"rows": names, "seeds": list(study.seeds)}
+    for place, values in unique.items():
+        for value in values:
+            if values.count(value) > 1:
+                rule, fix = f"{place} must be unique", f"change or remove one of the two {place}"
+                raise RecipeError(f"{where}, {place}", found=f"two {place} {value!r}", rule=rule, fix=fix)
     asked = [(f"rows, {row.name}, of", row.of, own) for row in study.rows if row.of is not None]
     asked += [("compare", name, names) for pair in study.compare for name in pair]
     asked += [("cost", name, own) for name in study.cost]
@@ -208,10 +205,9 @@ def _check_names(study: Study, where: str) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             kind = "a row that runs a chain or a recipe" if known is own else "a row of the study"
-            fix = f"did you mean {near[0]}?" if near else ""
-            raise RecipeError(
-                f"{where}, {place}", found=repr(name), rule=f"this must be {kind}: {', '.join(known)}", fix=fix
-            )
+            rule = f"this must be {kind}: {', '.join(known)}"
+            fix = f"did you mean {near[0]}?" if near else "name one of these rows"
+            raise RecipeError(f"{where}, {place}", found=repr(name), rule=rule, fix=fix)
     named = [axis for row in study.rows for axis in _AXIS.findall(row.chain or "")]
     for axis in [*named, *study.vary]:
         if axis not in study.vary:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import pydantic
-
 from dovetail.files import write_whole
+from dovetail.runs.report.record import ReportPart
 from dovetail.studies.matrix import Value
 
 JSON = "study.json"
@@ -38,11 +37,7 @@ class Event:
     problem: str = ""
 
 
-class _Record(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
-
-
-class Spread(_Record):
+class Spread(ReportPart):
     """Scores of several seeds: their mean, and the sample standard deviation (None for fewer than two)."""
 
     values: list[float]
@@ -65,14 +60,14 @@ class Spread(_Record):
         )
 
 
-class Failure(_Record):
+class Failure(ReportPart):
     """A run that ended in an error: its seed and its message."""
 
     seed: int
     problem: str
 
 
-class Result(_Record):
+class Result(ReportPart):
     """A line of the quality table.
 
     row, point    name of the row; axis -> value
@@ -103,7 +98,7 @@ class Result(_Record):
     runs: list[str]
 
 
-class Cost(_Record):
+class Cost(ReportPart):
     """A line of the cost table; everything is measured (`dovetail.studies.cost`).
 
     shipped                  the form of the model for inference
@@ -126,7 +121,7 @@ class Cost(_Record):
     inference_nbytes: int
 
 
-class Difference(_Record):
+class Difference(ReportPart):
     """The score of one row minus the score of another row at the same point, seed by seed."""
 
     row: str
@@ -135,7 +130,7 @@ class Difference(_Record):
     figure: Spread
 
 
-class StudyReport(_Record):
+class StudyReport(ReportPart):
     """The report of a whole study.
 
     metric   of `figure`

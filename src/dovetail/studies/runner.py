@@ -22,21 +22,19 @@ from typing import Any
 
 import torch
 
-from dovetail.checkpoint.load import empty_model, load_config
-from dovetail.compression.apply import apply_on_meta
 from dovetail.errors import DovetailError, RecipeError
 from dovetail.files import check_folder, write_whole
 from dovetail.runs.flow import run
 from dovetail.runs.folder import RECIPE
-from dovetail.runs.inputs import legal_chain
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import REPORT, Report
+from dovetail.runs.steps import check_layers, legal_chain
 from dovetail.studies.cost import KEPT, measure
 from dovetail.studies.matrix import Line, Run, Study, expand, unique_runs
 from dovetail.studies.report import Cost, Difference, Event, Failure, Result, Spread, StudyReport
 from dovetail.studies.tables import CURVE, curve, markdown, page
 from dovetail.studies.verify import MERGED, check_mergeable, last_stage, precision
-from dovetail.tasks.find import load_task, number_of_labels
+from dovetail.tasks.find import load_task
 
 STUDY, TABLE, PAGE = "study.yaml", "table.md", "study.html"
 
@@ -107,10 +105,7 @@ def _check(lines: list[Line]) -> None:
             raise RecipeError(
                 f"row {line.row}", found=found, rule="all rows must be scored on one task", fix="set data under common"
             )
-        links = legal_chain(recipe)
-        config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
-        labels = number_of_labels(task, recipe.data.num_labels)
-        apply_on_meta(empty_model(config, task_kind=task.kind, num_labels=labels), links, recipe.targets)
+        check_layers(recipe, task, legal_chain(recipe))
 
 
 def _claim(folder: Path, resume: bool) -> None:

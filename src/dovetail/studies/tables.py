@@ -224,8 +224,8 @@ def curve(report: StudyReport) -> bytes | None:
 
     Rows that do not name the axis are dotted horizontal lines. Points of further axes are lines of their own.
     """
-    numeric = (name for name, values in report.vary.items() if len(values) > 1 and not any(map(_is_text, values)))
-    axis = next(numeric, None)
+    texts = {name: any(isinstance(value, str) for value in values) for name, values in report.vary.items()}
+    axis = next((name for name, values in report.vary.items() if len(values) > 1 and not texts[name]), None)
     if axis is None:
         return None
     lines: dict[str, list[Result]] = {}
@@ -281,7 +281,3 @@ def _draw(axes: Axes, name: str, axis: str, results: list[Result], number: int, 
     axes.plot(x, y, dash, color=colour, marker="o", markersize=4, linewidth=1.8, label=name)
     low, high = [a - b for a, b in zip(y, sd, strict=True)], [a + b for a, b in zip(y, sd, strict=True)]
     axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)

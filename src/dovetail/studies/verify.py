@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING
 import pydantic
 from safetensors import safe_open
 
-from dovetail.chains.link import Quantizer, arguments
+from dovetail.chains.check import check
+from dovetail.chains.link import arguments
 from dovetail.chains.notation import chain
 from dovetail.checkpoint.adapter import load_adapter
-from dovetail.checkpoint.load import load
-from dovetail.checkpoint.merge import MergeReport, merge, to_stock
+from dovetail.checkpoint.merge import MergeReport, merge
 from dovetail.errors import CannotMerge
 from dovetail.files import read_json, write_whole
 from dovetail.runs.folder import ADAPTER, RECIPE
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Merge, Report
-from dovetail.tasks.find import load_task, number_of_labels
+from dovetail.runs.steps import load_base
+from dovetail.tasks.find import load_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,12 +81,8 @@ def _lossless(merged: Merge | MergeReport) -> Judgement:
 def tuned(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model of a run before merging: its base with its adapter attached."""
     recipe = Recipe.load(folder / RECIPE)
-    task = load_task(recipe.data)
-    model, tokenizer = load(
-        recipe.model, task_kind=task.kind, num_labels=number_of_labels(task, recipe.data.num_labels),
-        dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
-    )  # fmt: skip
-    load_adapter(to_stock(model), folder / ADAPTER)
+    model, tokenizer = load_base(recipe, load_task(recipe.data))
+    load_adapter(model, folder / ADAPTER)
     return model, tokenizer
 
 
@@ -98,18 +95,14 @@ def precision(folder: Path, report: Report, stage: str) -> str:
     """Return the precision of the target layers at a stage and of the adapter: FP32 + FP32, INT4 + FP32, INT4."""
     names = [row.name for row in report.stages]
     reached = names[: names.index(stage) + 1]
-    links = chain(report.chain)
+    quantizer = check(report.chain).quantizer
     base = _PRECISION[report.environment["dtype"]]
-    if any(name.startswith("quantized") for name in reached):
-        base = next(_grid(link) for link in links if isinstance(link, Quantizer))
+    if quantizer is not None and any(name.startswith("quantized") for name in reached):
+        bits = arguments(quantizer).get("bits")
+        base = quantizer.name.upper() if bits is None else f"INT{bits}"
     if stage == MERGED or not any(name.startswith("tuned") for name in reached):
         return base
     return f"{base} + {_adapter(folder / ADAPTER)}"
-
-
-def _grid(link: Quantizer) -> str:
-    bits = arguments(link).get("bits")
-    return link.name.upper() if bits is None else f"INT{bits}"
 
 
 def _adapter(directory: Path) -> str:

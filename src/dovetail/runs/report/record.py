@@ -8,16 +8,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
 import torch
 
 from dovetail.checkpoint.footprint import Footprint
-from dovetail.checkpoint.merge import MergeReport
 from dovetail.errors import LoadError
 from dovetail.files import read_json, write_whole
-from dovetail.searches import RankSearch
 from dovetail.tasks.task import Task
 from dovetail.training.train import StageReport
 
@@ -31,16 +29,21 @@ MAX_NBYTES = 1 << 28
 """The maximum size of a report.json, which holds the losses of millions of steps."""
 
 
-def finite(scores: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Return the scores with None for an infinite one, which JSON cannot hold."""
-    return {name: value if value is not None and math.isfinite(value) else None for name, value in scores.items()}
+def finite(score: float | None) -> float | None:
+    """Return a score, or None for an infinite one, which JSON cannot hold."""
+    return score if score is not None and math.isfinite(score) else None
 
 
-class _Record(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+Score = Annotated[float | None, pydantic.AfterValidator(finite)]
 
 
-class TaskInfo(_Record):
+class ReportPart(pydantic.BaseModel):
+    """A part of a report; `model_validate` takes it from any object that has its fields."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, from_attributes=True)
+
+
+class TaskInfo(ReportPart):
     """The task of the run.
 
     metric  the primary metric of the task
@@ -72,7 +75,7 @@ def _chance(task: Task, records: Sequence[Mapping[str, Any]]) -> float | None:
     return 0.5 if task.kind == "pairs" else None
 
 
-class Row(_Record):
+class Row(ReportPart):
     """The model after one stage.
 
     name       base; pruned, quantized, tuned, searched, merged where the chain has them
@@ -82,17 +85,12 @@ class Row(_Record):
     """
 
     name: str
-    metrics: dict[str, dict[str, float | None]]
+    metrics: dict[str, dict[str, Score]]
     footprint: Footprint
     seconds: float
 
-    @pydantic.field_validator("metrics")
-    @classmethod
-    def _finite(cls, metrics: dict[str, dict[str, float | None]]) -> dict[str, dict[str, float | None]]:
-        return {task: finite(scores) for task, scores in metrics.items()}
 
-
-class Merge(_Record):
+class Merge(ReportPart):
     """What merging changed (see `dovetail.MergeReport`); logits of the tuned model against those of the merged one."""
 
     exact: bool
@@ -102,20 +100,8 @@ class Merge(_Record):
     sparsity_after: float
     off_grid: int
 
-    @classmethod
-    def of(cls, merged: MergeReport) -> Merge:
-        """Take the part of a MergeReport that a report holds."""
-        return cls(
-            exact=merged.exact,
-            max_abs_weight_diff=merged.max_abs_weight_diff,
-            max_abs_logit_diff=merged.max_abs_logit_diff,
-            sparsity_before=merged.sparsity_before,
-            sparsity_after=merged.sparsity_after,
-            off_grid=merged.off_grid,
-        )
 
-
-class Losses(_Record):
+class Losses(ReportPart):
     """The training of one stage.
 
     links           trained in the stage
@@ -141,7 +127,7 @@ class Losses(_Record):
         )  # fmt: skip
 
 
-class Example(_Record):
+class Example(ReportPart):
     """A record of the task with the model's output before and after tuning.
 
     prompt    the text that the model is given
@@ -178,8 +164,8 @@ class Example(_Record):
         return text if len(text) <= EXAMPLE_CHARACTERS else text[: EXAMPLE_CHARACTERS - 1] + "…"
 
 
-class Searched(_Record):
-    """The result of a search over elastic ranks (`dovetail.search_ranks`), scored on a sample of `split`.
+class Searched(ReportPart):
+    """The result of a search over elastic ranks (`dovetail.RankSearch`), scored on a sample of `split`.
 
     start, best  scores of the reference ranks and of the ranks found; None where infinite
     ranks        group of layers -> rank found
@@ -188,25 +174,13 @@ class Searched(_Record):
     metric: str
     split: str
     samples: int
-    start: float | None
-    best: float | None
+    start: Score
+    best: Score
     evaluations: int
     ranks: dict[str, int]
 
-    @classmethod
-    def of(cls, found: RankSearch) -> Searched:
-        """Take the part of a RankSearch that a report holds."""
-        return cls(
-            metric=found.metric,
-            split=found.split,
-            samples=found.samples,
-            evaluations=found.evaluations,
-            ranks=found.ranks,
-            **finite({"start": found.start, "best": found.best}),
-        )
 
-
-class Checkpoint(_Record):
+class Checkpoint(ReportPart):
     """The checkpoint in model/.
 
     nbytes               on disk
@@ -217,7 +191,7 @@ class Checkpoint(_Record):
     max_abs_logit_diff: float | None
 
 
-class Packed(_Record):
+class Packed(ReportPart):
     """The packed model in packed/.
 
     nbytes              of its file of tensors
@@ -230,7 +204,7 @@ class Packed(_Record):
     max_abs_logit_diff: float
 
 
-class Report(_Record):
+class Report(ReportPart):
     """The report of a whole run.
 
     stages              the model after each stage, `base` first
