@@ -62,7 +62,7 @@ def facts(expert: Expert) -> dict[str, Any]:
         tensors.append({
             "name": name, "shape": list(coded.shape), "dtype": str(expert.dtypes[name]).removeprefix("torch."),
             "kept": coded.kept, "bits": 8 * coded.nbytes / coded.numel if coded.numel else 0.0,
-            "scale": expert.scales[name], "order": "columns" if coded.columns else "rows", "modes": modes,
+            "scale": expert.scales[name], "order": coded.order, "modes": modes,
         })  # fmt: skip
     plain = sum(expert.dtypes[name].itemsize * coded.numel for name, coded in expert.coded.items())
     share = expert.kept / expert.numel if expert.numel else 0.0

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dovetail.errors import DataError, DovetailError
 from dovetail.experts.expert import Expert
@@ -151,7 +151,6 @@ def search(
     space.random_state = np.random.RandomState(seed % 2**32)
     optimizer = nevergrad.optimizers.Shiwa(parametrization=space, budget=budget)
     history: list[Tried] = []
-    best = None
     try:
         with warnings.catch_warnings(), Bar("compose", budget, shown=progress) as bar:
             for library in ("scipy", "cma", "nevergrad"):  # warn of nevergrad's own use of them
@@ -162,20 +161,15 @@ def search(
                 value = loss(_composed(parts, weights, experts[0]))
                 tried = Tried(weights, value, value + l1 * sum(map(abs, weights)) / len(weights))
                 history.append(tried)
-                told = min(tried.objective, _HOPELESS) if math.isfinite(tried.objective) else _HOPELESS
-                optimizer.tell(asked, told)
-                if best is None or _rank(tried) < _rank(best):
-                    best = tried
+                optimizer.tell(asked, min(_rank(tried), _HOPELESS))
+                best = min(history, key=_rank)
                 bar.advance(note=f"loss {best.loss:.3f}")
     finally:
         del optimizer  # ends its thread, which would keep the interpreter alive
-    if best is None or not math.isfinite(best.objective):
-        raise DataError(
-            "compose",
-            found=f"no finite loss in {budget} tries",
-            rule="at least one composition must have a finite loss",
-            fix="pass a smaller bound",
-        )
+    best = min(history, key=_rank)
+    if not math.isfinite(best.objective):
+        found, rule = f"no finite loss in {budget} tries", "at least one composition must have a finite loss"
+        raise DataError("compose", found=found, rule=rule, fix="pass a smaller bound")
     vector = _composed(parts, best.weights, experts[0])
     return Composition(best.weights, vector, best.loss, best.objective, tuple(history))
 
@@ -183,12 +177,10 @@ def search(
 def _composed(parts: Mapping[str, Sequence[Masks]], weights: Sequence[float], first: Expert) -> TaskVector:
     """Return Σ weight · expert, without the experts of weight 0."""
     kept = [place for place, weight in enumerate(weights) if weight]
-    tensors: dict[str, Tensor] = {}
-    for name, masks in parts.items():
-        if kept:
-            tensors[name] = weighted_sum([masks[place] for place in kept], [weights[place] for place in kept])
-        else:
-            tensors[name] = torch.zeros(first.shapes[name])
+    if not kept:
+        return TaskVector({name: torch.zeros(first.shapes[name]) for name in parts}, first.origin)
+    factors = [weights[place] for place in kept]
+    tensors = {name: weighted_sum([masks[place] for place in kept], factors) for name, masks in parts.items()}
     return TaskVector(tensors, first.origin)
 
 
@@ -200,8 +192,6 @@ def _nevergrad() -> ModuleType:
     try:
         import nevergrad
     except ImportError:
-        raise DovetailError(
-            "compose", found="no nevergrad", rule="the package nevergrad must be installed",
-            fix='run `pip install "dovetail[compose]"`',
-        ) from None  # fmt: skip
+        rule, fix = "the package nevergrad must be installed", 'run `pip install "dovetail[compose]"`'
+        raise DovetailError("compose", found="no nevergrad", rule=rule, fix=fix) from None
     return nevergrad

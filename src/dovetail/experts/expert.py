@@ -185,14 +185,13 @@ def compress(
     _check_alpha(alpha)
     selection = ternary.top_k(task_vector, density, per_tensor=scale == "tensor")
     specs = specs_of(task_vector)
-    names = list(specs)
-    spreads = selection.spreads if scale == "tensor" else dict.fromkeys(names, selection.spread)
-    coded = {name: code(selection.masks.pop(name), specs[name].shape) for name in names}
-    scales = [alpha * spreads[name] for name in names] if scale == "tensor" else [alpha * selection.spread]
-    dtypes = {name: specs[name].dtype for name in names}
+    coded = {name: code(selection.masks.pop(name), spec.shape) for name, spec in specs.items()}
+    spreads = selection.spreads.values() if scale == "tensor" else [selection.spread]
+    dtypes = {name: spec.dtype for name, spec in specs.items()}
     origin = origin or origin_of(task_vector)
     if base is not None:
         origin = replace(origin, base=_fingerprint(base))
+    scales = [alpha * spread for spread in spreads]
     return assemble(coded, dtypes, scale, scales, density, alpha, origin, provenance or {})
 
 
@@ -258,22 +257,11 @@ def assemble(
 ) -> Expert:
     """Return an expert of coded tensors. DataError if its header cannot be written."""
     entries = [
-        {
-            "name": name,
-            "shape": each.shape,
-            "dtype": str(dtypes[name]).removeprefix("torch."),
-            "order": "columns" if each.columns else "rows",
-        }
+        {"name": name, "shape": each.shape, "dtype": str(dtypes[name]).removeprefix("torch."), "order": each.order}
         for name, each in coded.items()
     ]
-    said = {
-        "tensors": entries,
-        "scale": scale,
-        "scales": list(scales),
-        "density": float(density),
-        "alpha": float(alpha),
-    }
-    said |= asdict(origin) | {"provenance": provenance}
+    said = asdict(origin) | {"tensors": entries, "scale": scale, "scales": list(scales), "provenance": provenance}
+    said |= {"density": float(density), "alpha": float(alpha)}
     try:
         header = file.Header.model_validate_json(json.dumps(said, allow_nan=False))
     except (pydantic.ValidationError, ValueError, TypeError) as error:

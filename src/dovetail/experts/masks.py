@@ -96,22 +96,25 @@ def scaled_sum(experts: Sequence[Masks], weights: Sequence[float] | None = None)
     weights  one per expert; None: all 1
     """
     _check(experts)
-    factors = [1.0] * len(experts) if weights is None else list(weights)
-    sums = {name: torch.zeros(shape) for name, shape in experts[0].shapes.items()}
-    for masks, factor in zip(experts, factors, strict=True):
-        for name, first, last in masks.spans():
-            out = sums[name].view(-1).numpy()
-            _add(masks.words[0, first:last], masks.words[1, first:last], np.float32(factor * masks.scales[name]), out)
-    return sums
+    factors = [1.0] * len(experts) if weights is None else weights
+    units = [{name: factor * scale for name, scale in masks.scales.items()}
+             for masks, factor in zip(experts, factors, strict=True)]  # fmt: skip
+    return _sums(experts, units, torch.float32)
 
 
 def sign_sum(experts: Sequence[Masks]) -> dict[str, Tensor]:
     """Return the sum of the signs, int16: the number of experts with plus minus the number with minus."""
     _check(experts)
-    sums = {name: torch.zeros(shape, dtype=torch.int16) for name, shape in experts[0].shapes.items()}
-    for masks in experts:
+    return _sums(experts, [dict.fromkeys(masks.shapes, 1) for masks in experts], torch.int16)
+
+
+def _sums(experts: Sequence[Masks], units: Sequence[Mapping[str, float]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the sum of unit times sign by tensor, added in `dtype` in the order of the experts."""
+    sums = {name: torch.zeros(shape, dtype=dtype) for name, shape in experts[0].shapes.items()}
+    for masks, own in zip(experts, units, strict=True):
         for name, first, last in masks.spans():
-            _add(masks.words[0, first:last], masks.words[1, first:last], np.int16(1), sums[name].view(-1).numpy())
+            out = sums[name].view(-1).numpy()
+            _add(masks.words[0, first:last], masks.words[1, first:last], out.dtype.type(own[name]), out)
     return sums
 
 
@@ -238,25 +241,18 @@ def _choose(plus, minus, first, n, held, none, up, down, out, to):
         put(out, to + i, (get(held, none + i) & ~(p | m)) | (get(held, up + i) & p) | (get(held, down + i) & m))
 
 
-@numba.njit(nogil=True)
-def _answer(plus, minus, first, n, kind, out, to):
-    """Write to out whether bit d of `kind` is set, d = 0, 1, 2 for no vote, +, -."""
-    none, up = np.uint64(0) - np.uint64(kind & 1), np.uint64(0) - np.uint64(kind >> 1 & 1)
-    down = np.uint64(0) - np.uint64(kind >> 2)
-    for i in range(n):
-        p, m = get(plus, first + i), get(minus, first + i)
-        put(out, to + i, (none & ~(p | m)) | (up & p) | (down & m))
-
-
 @compiled
 def _elect_few(p0, m0, p1, m1, p2, m2, p3, m3, votes, plus, minus):
     """Decide for all votes of the first three experts, then of two, then of one; in chunks that fit the cache."""
     size = 128
     fourth, held = np.empty(8 * size, np.uint64), np.empty(12 * size, np.uint64)
+    constant = np.zeros(2 * size, np.uint64)  # the answers no and yes
+    constant[size:] = ~np.uint64(0)
     for start in range(0, len(plus), size):
         n = min(size, len(plus) - start)
-        for kind in range(8):
-            _answer(p3, m3, start, n, kind, fourth, kind * size)
+        for kind in range(8):  # bit d: the answer to the vote d of the fourth expert
+            none, up, down = kind & 1, kind >> 1 & 1, kind >> 2
+            _choose(p3, m3, start, n, constant, none * size, up * size, down * size, fourth, kind * size)
         for plane, out in enumerate((plus, minus)):
             for way in range(9):
                 none, up, down = votes[plane, 3 * way], votes[plane, 3 * way + 1], votes[plane, 3 * way + 2]

@@ -65,7 +65,9 @@ def unpack(source: Expert | TaskVector, directory: str | Path, base: nn.Module |
         before = Before(model)
         with borrowed(model):
             try:
-                _unpack_chain(vector, origin, directory, model)
+                begin_chain(model, origin)
+                put(model, vector, origin)
+                save_adapter(model, directory)
             finally:
                 before.put_back()
         return directory
@@ -86,12 +88,6 @@ def _unpack_peft(vector: Mapping[str, Tensor], origin: Origin, directory: Path, 
     initial = peft_initial(config, {name: tuple(tensor.shape) for name, tensor in vector.items()}, model)
     tensors = {n: t + initial[n].to(t.dtype) if n in initial else t for n, t in vector.items()}
     write_adapter(directory, config, tensors)
-
-
-def _unpack_chain(vector: Mapping[str, Tensor], origin: Origin, directory: Path, model: nn.Module) -> None:
-    begin_chain(model, origin)
-    put(model, vector, origin)
-    save_adapter(model, directory)
 
 
 def ready(model: nn.Module, source: Expert | TaskVector) -> nn.Module:

@@ -52,6 +52,10 @@ class Coded:
         return math.prod(self.shape)
 
     @property
+    def order(self) -> str:
+        return "columns" if self.columns else "rows"
+
+    @property
     def nbytes(self) -> int:
         return self.directory.nbytes + self.blocks.nbytes
 

@@ -55,18 +55,14 @@ class Backend(Protocol):
         """End downloads in progress with an error."""
 
 
-class LocalFolder:
+class LocalFolder(Backend):
     """A folder of .dvt files, without its subfolders."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
-            raise LoadError(
-                str(path),
-                found="no such folder",
-                rule="a store must be a folder of .dvt files or a URL",
-                fix="check the path",
-            )
+            rule = "a store must be a folder of .dvt files or a URL"
+            raise LoadError(str(path), found="no such folder", rule=rule, fix="check the path")
 
     def names(self) -> list[str]:
         found = (path.name.removesuffix(SUFFIX) for path in self.path.glob(f"*{SUFFIX}") if path.is_file())
@@ -82,12 +78,6 @@ class LocalFolder:
 
     def read(self, name: str) -> tuple[Expert, int]:
         return experts.load(self._path(name)), self.stamp(name)[1]
-
-    def refresh(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
     def _path(self, name: str) -> Path:
         return self.path / f"{good_name(name)}{SUFFIX}"

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 
 from torch import nn
 
@@ -110,12 +109,11 @@ class Store:
         if not timeout > 0:
             raise DataError("Store", found=f"timeout={timeout!r}"[:200], rule="the timeout must be above 0 seconds")
         self._base = model_fingerprint(base) if isinstance(base, nn.Module) else base
-        url = isinstance(place, str) and "://" in place
-        self._backend: Backend = (
-            HttpFolder(str(place), timeout=timeout, max_nbytes=max_nbytes, retries=retries)
-            if url
-            else LocalFolder(Path(place).expanduser())
-        )
+        self._backend: Backend
+        if isinstance(place, str) and "://" in place:
+            self._backend = HttpFolder(place, timeout=timeout, max_nbytes=max_nbytes, retries=retries)
+        else:
+            self._backend = LocalFolder(Path(place).expanduser())
         self._lock = threading.Lock()
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._coming: dict[str, Future[Expert]] = {}
@@ -193,9 +191,7 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _get(self, name: str, *, ahead: bool = False, check: Callable[[Expert], None] = verify) -> Expert:
