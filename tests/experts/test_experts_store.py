@@ -153,10 +153,10 @@ def test_wrong_base(folder: Path) -> None:
         store.get("of-base")
         with pytest.raises(LoadError, match="name the base"):
             store.get("expert-0")
-    with Store(folder, 1 << 20, base=other) as store, pytest.raises(LoadError, match="for the base"):
+    with Store(folder, 1 << 20, base=other) as store, pytest.raises(LoadError, match="expert's fingerprint"):
         store.get("of-base")
     with Store(folder, 1 << 20) as store:
-        with pytest.raises(LoadError, match="for the base"):
+        with pytest.raises(LoadError, match="expert's fingerprint"):
             store.activate(other, "of-base")
         assert store.stats().swaps == 0
 

@@ -147,9 +147,8 @@ def listed(place: str) -> list[dict[str, Any]]:
         values = sum(math.prod(entry.shape) for entry in header.tensors)
         rows.append(row | {"values": values, "kept": sum(kept), "of": of, "base": header.base})
     if not rows:
-        raise LoadError(
-            place, found="no .dvt file", rule="the folder must contain experts", fix="make one with `dovetail pack`"
-        )
+        rule, fix = "the folder must contain experts", "make one with `dovetail pack`"
+        raise LoadError(place, found="no .dvt file", rule=rule, fix=fix)
     return rows
 
 

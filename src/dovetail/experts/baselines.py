@@ -192,9 +192,8 @@ def train_scales(
     """
     if not (epochs >= 1 and batch_size >= 1 and math.isfinite(learning_rate) and learning_rate > 0):
         found = f"epochs={epochs}, batch_size={batch_size}, learning_rate={learning_rate}"
-        raise DataError(
-            "train_scales", found=found, rule="epochs and batch_size must be at least 1, learning_rate above 0"
-        )
+        rule, fix = "epochs and batch_size must be at least 1, learning_rate above 0", "omit them for the defaults"
+        raise DataError("train_scales", found=found, rule=rule, fix=fix)
     task = as_task(records)
     check_model(task.name, task.kind, task.split("train"), model)
     runner = Runner(model, tokenizer, task.name, batch_size, length_limit(model, tokenizer, max_length), progress=False)
@@ -228,9 +227,8 @@ def train_scales(
                         for name, gradient in zip(units, gradients, strict=True)
                     ])  # fmt: skip
                     if not math.isfinite(loss.item()) or not bool(torch.isfinite(factors.grad).all()):
-                        found = f"a loss of {loss.item():g}"
-                        raise DataError("train_scales", found=found, rule="the loss must be finite",
-                                        fix="pass a smaller learning_rate")  # fmt: skip
+                        found, fix = f"a loss of {loss.item():g}", "pass a smaller learning_rate"
+                        raise DataError("train_scales", found=found, rule="the loss must be finite", fix=fix)
                     optimizer.step()
                     bar.advance(len(chosen), note=f"loss {loss.item():.4g}")
     finally:

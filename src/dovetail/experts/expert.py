@@ -275,9 +275,8 @@ def _given(into: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Ten
     out = into.get(name)
     if out is None or tuple(out.shape) != shape or not out.dtype.is_floating_point or out.dtype.itemsize < 2:
         found = "nothing" if out is None else f"{list(out.shape)}, {out.dtype}"
-        raise LoadError(
-            f"buffer for {name}", found=found, rule=f"a buffer must be a float tensor of shape {list(shape)}"
-        )
+        rule = f"a buffer must be a float tensor of shape {list(shape)}"
+        raise LoadError(f"buffer for {name}", found=found, rule=rule, fix="pass one of torch.zeros(shape)")
     return out
 
 
@@ -303,9 +302,6 @@ def check_density(where: str, density: float) -> None:
 def check_same_base(found: str, expected: str) -> None:
     """Raise LoadError unless both are the same fingerprint."""
     if found != expected:
-        raise LoadError(
-            "expert",
-            found=f"a base with fingerprint {found}",
-            rule=f"this expert is for the base {expected}",
-            fix="load the checkpoint and the dtype that the expert was trained on",
-        )
+        found, rule = f"a base with fingerprint {found}", f"the base must have the expert's fingerprint, {expected}"
+        fix = "load the checkpoint and the dtype that the expert was trained on"
+        raise LoadError("expert", found=found, rule=rule, fix=fix)

@@ -146,9 +146,8 @@ def read(path: Path, names: Sequence[str] | None = None) -> tuple[Header, dict[s
         there = {entry.name for entry in header.tensors}
         wanted = there if names is None else set(names)
         if missing := wanted - there:
-            raise LoadError(
-                str(path), found=f"no tensor {min(missing)}", rule="the file must hold the requested tensors"
-            )
+            rule, fix = "the file must hold the requested tensors", "see `dovetail inspect` for their names"
+            raise LoadError(str(path), found=f"no tensor {min(missing)}", rule=rule, fix=fix)
         starts, coded, kept = _starts(header, entries), {}, []
         for place, entry in enumerate(header.tensors):
             if entry.name not in wanted:
@@ -162,9 +161,8 @@ def read(path: Path, names: Sequence[str] | None = None) -> tuple[Header, dict[s
             kept.append(place)
     if len(kept) < len(header.tensors):
         scales = header.scales if header.scale == "vector" else tuple(header.scales[place] for place in kept)
-        header = header.model_copy(
-            update={"tensors": tuple(header.tensors[place] for place in kept), "scales": scales}
-        )  # fmt: skip
+        entries = tuple(header.tensors[place] for place in kept)
+        header = header.model_copy(update={"tensors": entries, "scales": scales})
     return header, coded
 
 

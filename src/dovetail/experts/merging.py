@@ -105,9 +105,8 @@ def merge(
     if method not in METHODS:
         raise DataError("merge", found=f"method={method!r}", rule="method must be one of " + ", ".join(METHODS))
     if election not in get_args(Election):
-        raise DataError(
-            "merge", found=f"election={election!r}", rule="election must be one of " + ", ".join(get_args(Election))
-        )
+        rule = "election must be one of " + ", ".join(get_args(Election))
+        raise DataError("merge", found=f"election={election!r}", rule=rule, fix='pass election="total"')
     if density is not None:
         check_density("merge", density)
     given = None if weights is None else checked_weights(weights, len(experts))
@@ -192,8 +191,8 @@ def trimmed(part: Masks, density: float) -> Masks:
 def _dropped(parts: Sequence[Masks], settings: MergeSettings) -> list[Masks]:
     density = settings.density
     if not density:
-        raise DataError("merge, dare", found=f"density={density}", rule="it must be above 0 for dare",
-                        fix="pass density=0.5")  # fmt: skip
+        rule = "density must be above 0 for dare"
+        raise DataError("merge, dare", found=f"density={density}", rule=rule, fix="pass density=0.5")
     return list(parts) if density == 1 else [dropped(part, density, settings.generator) for part in parts]
 
 
@@ -221,9 +220,8 @@ def masks_of(expert: Expert, name: str) -> Masks:
     coded, scale = expert.coded[name], expert.scales[name]
     single = torch.tensor(scale, dtype=torch.float32).item()
     if not math.isfinite(single):
-        raise DataError(
-            f"expert at {name}", found=f"scale {scale:g}", rule="a scale must fit float32, in which experts are merged"
-        )
+        rule, fix = "a scale must fit float32, in which experts are merged", "call with_alpha with a smaller alpha"
+        raise DataError(f"expert at {name}", found=f"scale {scale:g}", rule=rule, fix=fix)
     words = np.zeros((2, word_count(coded.numel)), np.uint64)
     if single:  # with scale 0, no value has a sign
         decode_masks(coded, words, 0, name, torch.get_num_threads())
@@ -255,9 +253,8 @@ def checked_weights(weights: Sequence[float], number: int) -> tuple[float, ...]:
         raise DataError("weights", found=f"{len(given)} for {number} experts", rule="each expert must have one weight")
     for place, weight in enumerate(given):
         if isinstance(weight, bool) or not isinstance(weight, (int, float, np.number)) or not math.isfinite(weight):
-            raise DataError(
-                f"weight {place + 1} of {number}", found=repr(weight)[:100], rule="a weight must be a finite number"
-            )
+            where, rule = f"weight {place + 1} of {number}", "a weight must be a finite number"
+            raise DataError(where, found=repr(weight)[:100], rule=rule, fix="pass weights=[1, 0.5]")
     return tuple(float(weight) for weight in given)
 
 

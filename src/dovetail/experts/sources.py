@@ -176,9 +176,8 @@ class _Difference(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         wide = promote(self.specs[name].dtype, torch.float32)
         value = self.files.read(self.key_of[name]).to(wide)
-        return (value - self.starts[name].to(value)).to(
-            self.specs[name].dtype
-        )  # not in place: the value may be a view of the file
+        difference = value - self.starts[name].to(value)  # not in place: the value may be a view of the file
+        return difference.to(self.specs[name].dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.key_of)
@@ -201,9 +200,8 @@ class _Files:
         for part in names:
             path = folder / part
             if Path(part).name != part:
-                raise LoadError(
-                    str(index), found=f"a file {part[:200]!r}", rule="the files must be in the folder of the index"
-                )
+                rule, fix = "the files must be in the folder of the index", "save the checkpoint again"
+                raise LoadError(str(index), found=f"a file {part[:200]!r}", rule=rule, fix=fix)
             try:
                 file = safe_open(path, framework="pt")
                 for key in file.keys():  # noqa: SIM118 (not a dict)
@@ -212,13 +210,11 @@ class _Files:
                         self.specs[key] = Spec(tuple(some.get_shape()), STORED_FLOATS[some.get_dtype()])
                         self._file_of[key] = file
             except (OSError, SafetensorError) as error:
-                raise LoadError(
-                    str(path), found=str(error)[:200], rule=f"the file must be a complete {name}", fix="copy it again"
-                ) from None
+                rule = f"the file must be a complete {name}"
+                raise LoadError(str(path), found=str(error)[:200], rule=rule, fix="copy it again") from None
         if not self.specs:
-            raise LoadError(
-                str(folder), found="no float tensor", rule=f"the folder must contain a {name} with float tensors"
-            )
+            rule = f"the folder must contain a {name} with float tensors"
+            raise LoadError(str(folder), found="no float tensor", rule=rule, fix="check the path")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -297,11 +293,8 @@ def _module(base: nn.Module | None, path: str, name: str) -> nn.Module:
             return base.get_submodule(inside)
         except AttributeError:
             continue
-    raise LoadError(
-        f"task vector at {name}",
-        found="no such layer in the base",
-        rule="the base must contain the layers of the adapter",
-    )
+    rule = "the base must contain the layers of the adapter"
+    raise LoadError(f"task vector at {name}", found="no such layer in the base", rule=rule, fix="pass another base")
 
 
 def load_base(

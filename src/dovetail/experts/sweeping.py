@@ -151,11 +151,9 @@ def sweep(
     errors     DataError for empty grids, a density, alpha or certainty out of range, and as of `compress`
     """
     if not densities or not alphas:
-        raise DataError(
-            "sweep",
-            found="no densities" if alphas else "no alphas",
-            rule="a sweep needs at least one density and one alpha",
-        )
+        found = "no densities" if alphas else "no alphas"
+        raise DataError("sweep", found=found, rule="a sweep needs at least one density and one alpha",
+                        fix="omit the argument for the paper's grid")  # fmt: skip
     if not 0.5 <= certainty <= 1:
         raise DataError("sweep", found=f"certainty={certainty}", rule="certainty must be from 0.5 to 1")
     parts = score if isinstance(score, Score) else Score(lambda expert, first, last: [score(expert)], (1,))

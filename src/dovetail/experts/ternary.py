@@ -60,10 +60,8 @@ def top_k(vector: Mapping[str, Tensor], density: float, per_tensor: bool = False
     specs = specs_of(vector)
     for name, spec in specs.items():
         if spec.dtype not in _EXPONENT:
-            rule = "a task vector must be of dtype " + ", ".join(
-                str(dtype).removeprefix("torch.") for dtype in _EXPONENT
-            )
-            raise DataError(f"task vector at {name}", found=str(spec.dtype), rule=rule)
+            rule = "the dtype must be one of " + ", ".join(str(each).removeprefix("torch.") for each in _EXPONENT)
+            raise DataError(f"task vector at {name}", found=str(spec.dtype), rule=rule, fix="convert it to float32")
     dtype = next((spec.dtype for spec in specs.values()), torch.bfloat16)
     for spec in specs.values():
         dtype = torch.promote_types(dtype, spec.dtype)

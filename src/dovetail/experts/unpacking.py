@@ -72,9 +72,8 @@ def unpack(source: Expert | TaskVector, directory: str | Path, base: nn.Module |
                 before.put_back()
         return directory
     if not isinstance(model, PreTrainedModel):
-        raise LoadError(
-            "unpack", found=type(model).__name__, rule="the base of a checkpoint must be a transformers model"
-        )
+        rule, fix = "the base of a checkpoint must be a transformers model", "pass the name of the base"
+        raise LoadError("unpack", found=type(model).__name__, rule=rule, fix=fix)
     _unpack_checkpoint(vector, origin, directory, model)
     if not isinstance(base, nn.Module):
         load_tokenizer(base).save_pretrained(directory)
@@ -136,11 +135,8 @@ def _unpack_checkpoint(vector: Mapping[str, Tensor], origin: Origin, directory: 
         names.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
     for name, change in vector.items():
         if name not in state or state[name].shape != change.shape:
-            raise LoadError(
-                f"expert at {name}",
-                found="no such tensor in the base",
-                rule="the base must contain every tensor of the expert",
-            )
+            rule, fix = "the base must contain every tensor of the expert", "pass the base of the expert"
+            raise LoadError(f"expert at {name}", found="no such tensor in the base", rule=rule, fix=fix)
         start = state[name]
         tuned = (start.float() + change.float()).to(start.dtype) if start.dtype.itemsize < 8 else start + change
         for other in names[start.data_ptr(), start.shape] if start.numel() else [name]:  # tied weights

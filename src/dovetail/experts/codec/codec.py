@@ -109,15 +109,11 @@ def _run(where: str, kernel: Callable[..., int], coded: Coded, threads: int, *ar
     """Apply the kernel to all blocks with a valid CRC-32C, a range at a time. LoadError for the first invalid block."""
     lengths, counts = coded.directory["length"].astype(np.int64), counts_of(coded.directory)
     modes, ends, count = coded.directory["mode"].astype(np.int64), np.cumsum(lengths), block_count(coded.numel)
-    if (
-        len(lengths) != count
-        or (ends[-1] if count else 0) != len(coded.blocks)
-        or (count and (lengths.max() > PAYLOAD or counts.max() > BLOCK))
-    ):
-        rule = (
-            "a directory must have an entry for each 65,536 values, and their lengths must add up to the blocks' bytes"
-        )
-        raise LoadError(where, found=f"{len(lengths)} entries for {len(coded.blocks)} bytes", rule=rule)
+    too_long = count and (lengths.max() > PAYLOAD or counts.max() > BLOCK)
+    if len(lengths) != count or (ends[-1] if count else 0) != len(coded.blocks) or too_long:
+        rule = "each 65,536 values must have an entry, and lengths must add up"
+        found = f"{len(lengths)} entries for {len(coded.blocks)} bytes"
+        raise LoadError(where, found=found, rule=rule, fix="copy the file again")
     starts, height = ends - lengths, coded.shape[0] if coded.columns else 0
     view, bounds, crcs = coded.blocks.data, [0, *ends.tolist()], coded.directory["crc32c"].tolist()
 

@@ -207,10 +207,9 @@ def _follow(client: httpx.Client, request: httpx.Request) -> httpx.Response:
     response.close()
     if status in _TRANSIENT:
         raise ConnectionError(f"status {status}")
+    found = f"status {status}, content encoding {encoding}"[:300]
     rule = "the server must answer with status 200 and send the file without content encoding"
-    raise LoadError(
-        where, found=f"status {status}, content encoding {encoding}"[:300], rule=rule, fix="correct the server"
-    )
+    raise LoadError(where, found=found, rule=rule, fix="correct the server")
 
 
 def _was_closed(where: str) -> LoadError:

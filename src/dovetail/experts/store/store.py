@@ -103,9 +103,8 @@ class Store:
         for name, value, least in (("budget_nbytes", budget_nbytes, 0), ("prefetch_threads", prefetch_threads, 1),
                                    ("max_nbytes", max_nbytes, 1), ("retries", retries, 0)):  # fmt: skip
             if not isinstance(value, int) or value < least:
-                raise DataError(
-                    "Store", found=f"{name}={value!r}"[:200], rule=f"the value must be an integer of at least {least}"
-                )
+                rule, fix = f"the value must be an integer of at least {least}", f"pass {name}={max(least, 1)}"
+                raise DataError("Store", found=f"{name}={value!r}"[:200], rule=rule, fix=fix)
         if not timeout > 0:
             raise DataError("Store", found=f"timeout={timeout!r}"[:200], rule="the timeout must be above 0 seconds")
         self._base = model_fingerprint(base) if isinstance(base, nn.Module) else base
