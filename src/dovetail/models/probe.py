@@ -25,10 +25,11 @@ def probe_batch(model: PreTrainedModel, *, rows: int = 4, tokens: int = 16, seed
     """
     generator = torch.Generator().manual_seed(seed)
     config: Any = model.config
-    vocabulary, padding = getattr(config.get_text_config(), "vocab_size", None), getattr(config, "pad_token_id", None)
+    vocabulary: int | None = getattr(config.get_text_config(), "vocab_size", None)
+    padding = getattr(config, "pad_token_id", None)
 
-    def ids(width: int) -> Tensor:
-        drawn = torch.randint(vocabulary, (rows, width), generator=generator)
+    def ids(high: int, width: int) -> Tensor:
+        drawn = torch.randint(high, (rows, width), generator=generator)
         # No padding in the middle: some models derive positions from it.
         drawn[drawn == padding] = 0 if padding != 0 else 1
         return drawn
@@ -36,7 +37,7 @@ def probe_batch(model: PreTrainedModel, *, rows: int = 4, tokens: int = 16, seed
     if model.main_input_name == "input_ids":
         if vocabulary is None:
             return None
-        batch = {"input_ids": ids(tokens)}
+        batch = {"input_ids": ids(vocabulary, tokens)}
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     else:
         shape = _input_shape(model.main_input_name, config)
@@ -44,7 +45,7 @@ def probe_batch(model: PreTrainedModel, *, rows: int = 4, tokens: int = 16, seed
             return None
         batch = {model.main_input_name: torch.randn(rows, *shape, generator=generator).to(model.dtype)}
     if config.is_encoder_decoder and vocabulary is not None:
-        batch["decoder_input_ids"] = ids(tokens // 2)
+        batch["decoder_input_ids"] = ids(vocabulary, tokens // 2)
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 

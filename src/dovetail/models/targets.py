@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dovetail.errors import TargetError
+from dovetail.models.weight_reads import reads_weight
 
 LABELS = ("query", "key", "value", "output", "gate", "up", "down")
 ALL_LINEAR = "all-linear"
@@ -135,10 +136,10 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
              "layers.0.*"); or several of these, as a sequence or separated by commas
 
     "all-linear" is every nn.Linear and transformers Conv1D outside the heads, without those that cannot be changed
-    alone (weights shared with another module, or not stored as one floating-point parameter). Convolutions are found
-    only when a glob names them. A model that neither is nor contains a PreTrainedModel has no known head.
-    Experts that a model keeps as three-dimensional parameters (Mixtral and others in transformers 5) are not layers
-    and cannot be targets; `fused_experts` lists them.
+    alone (weights shared with another module, read by the model without calling the layer, or not stored as one
+    floating-point parameter). Convolutions are found only when a glob names them. A model that neither is nor contains
+    a PreTrainedModel has no known head. Experts that a model keeps as three-dimensional parameters (Mixtral and others
+    in transformers 5) are not layers and cannot be targets; `fused_experts` lists them.
 
     Raises TargetError when a target matches nothing, or names by label or glob a layer that cannot be changed alone.
     """
@@ -167,7 +168,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
             raise _nothing_matches(model, target, layers)
         for name in matched:
             if name in refusals:
-                rule = "the weight of an adapted layer must be its own floating-point parameter"
+                rule = "a target must own its weight, one floating-point parameter, and be called as a layer"
                 fix = "leave it out, or give it a weight of its own first (an output head: tie_word_embeddings=False)"
                 raise TargetError(f"target {target!r} at {name}", found=refusals[name], rule=rule, fix=fix)
         chosen.update(matched)
@@ -283,6 +284,7 @@ def _refusals(model: nn.Module, layers: list[Target]) -> dict[str, str]:
             owners.setdefault(id(parameter), []).append((f"{path}.{parameter_name}".removeprefix("."), module))
     refusals = {}
     for layer in layers:
+        parent, _, child = layer.name.rpartition(".")
         parameters = dict(layer.module.named_parameters(recurse=False))
         shared = [
             f"{name} shared with {path}"
@@ -299,6 +301,8 @@ def _refusals(model: nn.Module, layers: list[Target]) -> dict[str, str]:
             refusals[layer.name] = f"weight stored as {parameters['weight'].dtype}, already quantized elsewhere"
         elif shared:
             refusals[layer.name] = "; ".join(shared)
+        elif reads_weight(model.get_submodule(parent), child):
+            refusals[layer.name] = f"{type(model.get_submodule(parent)).__name__} reads its weight without calling it"
     return refusals
 
 
