@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dovetail.errors import DovetailError, LoadError
 
@@ -138,6 +138,22 @@ def parse_json(where: str, text: bytes | str, kind: type[T], *, rule: str, fix: 
         return pydantic.TypeAdapter(kind).validate_json(text)
     except pydantic.ValidationError as error:
         raise LoadError(where, found=first_problem(error), rule=rule, fix=fix) from None
+
+
+@contextmanager
+def open_tensors(path: Path, *, owner: str) -> Iterator[Any]:
+    """Open a safetensors file, whose tensors are read on demand; raise LoadError if it cannot be read.
+
+    owner   what must contain the file, in the message: "an adapter directory"
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        rule = f"{owner} must contain a whole {path.name}"
+        raise LoadError(str(path), found=str(error)[:300], rule=rule, fix="copy the folder again") from None
 
 
 def first_problem(error: pydantic.ValidationError) -> str:

@@ -288,7 +288,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
         dovetail.save_packed(model, tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").touch()
-    with pytest.raises(DovetailError, match="an existing file or folder"):
+    with pytest.raises(DovetailError, match="new or empty folder"):
         dovetail.save_packed(packed(), tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 

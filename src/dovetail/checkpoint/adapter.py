@@ -22,7 +22,6 @@ from typing import Annotated, Literal
 
 import pydantic
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -32,18 +31,16 @@ from dovetail.chains.layer.bits import pack_bits, unpack_bits
 from dovetail.chains.layer.elastic import check_saved, load_ranks, saved_ranks, shapes_at
 from dovetail.chains.layer.fingerprint import base_fingerprint
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
-from dovetail.chains.link import Adapter, Pruner
+from dovetail.chains.link import Adapter
 from dovetail.chains.stages import CheckedChain
 from dovetail.compression.apply import apply, restore
 from dovetail.errors import ChainError, LoadError
-from dovetail.files import atomic, read_json, write_whole
+from dovetail.files import atomic, open_tensors, read_json, write_whole
 from dovetail.models.fingerprint import model_fingerprint
 from dovetail.models.layouts import layout_of
 from dovetail.models.targets import new_heads
 from dovetail.training.optimizer import cast_frozen
 
-JSON_NBYTES = 1 << 20
-"""The most that adapter.json may hold."""
 _KEY = re.compile(r"link/[^/]+/\d+/\w+|base/[^/]+/[\w.]+|(mask|head)/[^/]+")
 
 
@@ -72,56 +69,28 @@ class AdapterFile(pydantic.BaseModel, extra="forbid"):
     extracted: bool = False
 
 
-def read_description(path: Path) -> AdapterFile:
-    """Read an adapter.json. Raises LoadError."""
-    rule = "an adapter directory must contain adapter.json in the form that Dovetail writes"
-    return read_json(path, AdapterFile, rule=rule)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of adapter.safetensors, whose keys must have a known form. Raises LoadError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise LoadError(
-            str(path),
-            found=str(error),
-            rule="an adapter directory must contain a whole adapter.safetensors",
-            fix="copy the directory again",
-        ) from None
-    for key in tensors:
-        if not _KEY.fullmatch(key):
-            raise LoadError(
-                str(path),
-                found=f"a tensor {key[:80]!r}",
-                rule="names of tensors must begin with link/, mask/, base/ or head/",
-            )
-    return tensors
-
-
 def save_adapter(model: nn.Module, directory: str | Path) -> Path:
     """Write the chain's parameters (not the base) into a directory, created if needed; each file atomically.
 
     returns  the directory
     errors   ChainError when the model carries no chain, or is between two stages
     """
-    record, layers, directory = applied(model), chain_layers(model), Path(directory)
+    record, directory = applied(model), Path(directory)
     links = record.stage.trained
-    if any(len(layer.states) != len(links) for layer in layers.values()):
+    if any(len(layer.states) != len(links) for layer in record.layers.values()):
         raise ChainError(
             f"save_adapter of {record.chain}",
             found=f"stage {record.number + 1}, merged, and the next one not begun",
-            rule="an adapter is saved while its stage is current",
+            rule="an adapter must be saved while its stage is current",
             fix="call dovetail.advance again, which failed before",
         )
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: parameter.detach() for key, parameter in parameters_of(model).items()}
-    for name, layer in layers.items():
+    for name, layer in record.layers.items():
         if _keeps_bases(record.chain, record.number):
             kept = {**layer.base.state_dict(), "start": layer.base.start, "bias": layer.bias}
             tensors |= {f"base/{name}/{key}": value for key, value in kept.items() if value is not None}
-        elif any(isinstance(link, Pruner) for link in record.stage.applied):
+        elif any(link.kind == "pruner" for link in record.stage.applied):
             tensors[f"mask/{name}"] = _mask_bits(layer)
     with atomic(directory / "adapter.safetensors") as part:
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part, metadata={"format": "pt"})
@@ -131,16 +100,16 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
 
 def describe(model: nn.Module) -> AdapterFile:
     """Return the adapter.json of the current stage. Hashes the bases."""
-    record, layers = applied(model), chain_layers(model)
+    record = applied(model)
     ranks, extracted = saved_ranks(model)
-    base = next(iter(layers.values())).base
+    base = next(iter(record.layers.values())).base
     return AdapterFile(
         chain=str(record.chain),
         targets=record.targets if isinstance(record.targets, str) else list(record.targets),
         seed=record.seed,
         stage=record.number,
         base_fingerprint=record.base_fingerprint,
-        chain_fingerprint=base_fingerprint(layers),
+        chain_fingerprint=base_fingerprint(record.layers),
         quantizer=base.identity,
         dtype=str(base.dtype).removeprefix("torch."),  # type: ignore[arg-type]
         ranks=ranks,
@@ -162,22 +131,25 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     errors   LoadError that names the mismatch (base, quantizer, chain, a layer, a shape); the model is unchanged then
     """
     directory = Path(directory)
-    file = read_description(directory / "adapter.json")
-    tensors = read_tensors(directory / "adapter.safetensors")
+    where, path = str(directory), directory / "adapter.safetensors"
+    rule = "an adapter directory must contain adapter.json in the form that Dovetail writes"
+    file = read_json(directory / "adapter.json", AdapterFile, rule=rule, fix="copy the folder again")
+    with open_tensors(path, owner="an adapter directory") as stored:
+        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (not a dict)
+    for key in tensors:
+        if not _KEY.fullmatch(key):
+            rule = "names of tensors must begin with link/, mask/, base/ or head/"
+            raise LoadError(str(path), found=f"a tensor {key[:80]!r}", rule=rule, fix="save the adapter again")
     before = Before(model)
     try:
-        _load(model, file, tensors, str(directory))
+        put_chain(model, file, tensors, where)
+        check_saved(model, file.ranks, file.extracted, where)
+        _fill(model, file, tensors, where)
+        applied(model).seed = file.seed
     except BaseException:
         before.put_back()
         raise
     return model
-
-
-def _load(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
-    put_chain(model, file, tensors, where)
-    check_saved(model, file.ranks, file.extracted, where)
-    _fill(model, file, tensors, where)
-    applied(model).seed = file.seed
 
 
 def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
@@ -204,12 +176,14 @@ def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], w
         raise LoadError(
             where,
             found=f"a model that carries {applied(model).chain}, stage {applied(model).number + 1}",
-            rule=f"this adapter belongs to {file.chain}, stage {file.stage + 1}",
+            rule=f"the model must carry the adapter's chain, {file.chain}, stage {file.stage + 1}",
+            fix="load the adapter onto the base model",
         )
     check_constants(model, file.seed, where)
     identity = next(iter(layers.values())).base.identity
     if identity != file.quantizer:
-        raise LoadError(where, found=f"a base on {identity}", rule=f"this adapter was trained over {file.quantizer}")
+        rule = f"the base must be the one that the adapter was trained over, {file.quantizer}"
+        raise LoadError(where, found=f"a base on {identity}", rule=rule, fix="load the adapter onto that base")
     if base_fingerprint(layers) != file.chain_fingerprint:
         raise LoadError(
             where,
@@ -220,9 +194,9 @@ def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], w
 
 
 def check_constants(model: nn.Module, seed: int, where: str) -> None:
-    """LoadError unless what all layers share, such as VeRA's projections, is what this seed draws."""
+    """Raise LoadError unless what all layers share, such as VeRA's projections, is what this seed draws."""
     here = applied(model).seed
-    for state in next(iter(chain_layers(model).values())).states:
+    for state in next(iter(applied(model).layers.values())).states:
         if here == seed or not isinstance(state.link, Adapter):
             continue
         # Drawn for the smallest layer there is: other seeds give other first numbers.
@@ -236,7 +210,7 @@ def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor]
     links = check(file.chain)
     if file.stage >= len(links.stages):
         rule = f"{file.chain} has {len(links.stages)} stages, numbered from 0"
-        raise LoadError(where, found=f"stage={file.stage}", rule=rule)
+        raise LoadError(where, found=f"stage={file.stage}", rule=rule, fix="copy the folder again")
     bases: dict[str, dict[str, Tensor]] = {}
     masks = {}
     for key, tensor in tensors.items():
@@ -266,13 +240,14 @@ def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor]
             where,
             found=" ".join(str(error).split())[:300],
             rule="the file must contain the mask or base of each layer of the chain, in the form that the chain makes",
+            fix="copy the folder again",
         ) from error
 
 
 def _round_again(model: nn.Module, file: AdapterFile, tensors: Mapping[str, Tensor]) -> None:
     """Round the loaded base as training in bf16 rounds the frozen base, and its heads at the end."""
     dtype = None if file.dtype is None else getattr(torch, file.dtype)
-    if dtype is None or next(iter(chain_layers(model).values())).base.dtype == dtype:
+    if dtype is None or next(iter(applied(model).layers.values())).base.dtype == dtype:
         return
     cast_frozen(model, dtype)
     for name, parameter in beside(model).items():
@@ -292,13 +267,13 @@ def _fill(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where
             where,
             found=f"{key} " + ("in the file alone" if key in given else "missing from the file"),
             rule="the file must contain exactly the parameters of this chain on this model",
+            fix="load the adapter onto the model that it was trained on",
         )
     for key, shape in wanted.items():
         _expect(key, tensors[key], shape)
         if not tensors[key].is_floating_point() or not bool(torch.isfinite(tensors[key]).all()):
-            raise LoadError(
-                key, found=f"{tensors[key].dtype}, or NaN or infinity", rule="parameters must be finite floats"
-            )
+            found, rule = f"{tensors[key].dtype}, or NaN or infinity", "parameters must be finite floats"
+            raise LoadError(key, found=found, rule=rule, fix="train the adapter again")
     load_ranks(model, file.ranks, file.extracted)
     with torch.no_grad():
         for key, parameter in parameters_of(model).items():
@@ -316,14 +291,14 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        raise LoadError(
-            name, found="no such layer in the model", rule="the adapter must name layers of its base"
-        ) from None
+        found, rule = "no such layer in the model", "the adapter must name layers of its base"
+        raise LoadError(name, found=found, rule=rule, fix="load the adapter onto its base model") from None
 
 
 def _expect(key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
-        raise LoadError(key, found=f"shape {tuple(tensor.shape)}", rule=f"the shape must be the model's, {shape}")
+        found, rule = f"shape {tuple(tensor.shape)}", f"the shape must be the model's, {shape}"
+        raise LoadError(key, found=found, rule=rule, fix="load the adapter onto its base model")
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:

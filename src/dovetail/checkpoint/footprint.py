@@ -9,11 +9,10 @@ These are bytes in memory. A pruned model may take less on disk: `dovetail.packe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.models.targets import find_targets
@@ -59,18 +58,10 @@ def footprint(model: nn.Module) -> Footprint:
 
 def weight_nbytes(layer: ChainLinear) -> int:
     """Return the bytes of one layer's stored base weight: codes and scales, or dense; and its mask."""
-    return sum(t.nbytes for t in _once(layer.base.state_dict(keep_vars=True).values()))
+    return stored_nbytes(layer.base)
 
 
-def stored_nbytes(model: nn.Module) -> int:
+def stored_nbytes(module: nn.Module) -> int:
     """Return the bytes of all parameters and persistent buffers, shared ones once."""
-    return sum(t.nbytes for t in _once(model.state_dict(keep_vars=True).values()))
-
-
-def _once(tensors: Iterable[Tensor] | Mapping[str, Tensor]) -> list[Tensor]:
-    found: dict[tuple[int, int], Tensor] = {}
-    for tensor in tensors:
-        assert isinstance(tensor, Tensor)
-        key = (tensor.data_ptr() or id(tensor), tensor.nbytes)
-        found[key] = tensor
-    return list(found.values())
+    tensors = module.state_dict(keep_vars=True).values()
+    return sum(nbytes for _, nbytes in {(t.data_ptr() or id(t), t.nbytes) for t in tensors})

@@ -58,15 +58,16 @@ def load(
     of it. The global random state is unchanged. The tokenizer's padding token is its end token where it has none
     that the model has an embedding for; embeddings are never resized. Raises LoadError.
     """
-    source, weights_dtype = resolve(name_or_dir), _dtype(dtype) or "auto"
-    config, auto = _for_task(_config(name_or_dir, source, trust_remote_code), task_kind, num_labels)
-    packed = source if isinstance(source, Path) and (source / PACKED).is_file() else None
-    if isinstance(source, Path) and packed is None:
+    source, cast = resolve(name_or_dir), _dtype(dtype)
+    config = load_config(name_or_dir, trust_remote_code=trust_remote_code)
+    config, auto = _for_task(config, task_kind, num_labels)
+    packed = isinstance(source, Path) and (source / PACKED).is_file()
+    if isinstance(source, Path) and not packed:
         _check_weights(source)
-    tokenizer = _tokenizer(name_or_dir, source, trust_remote_code)
-    if packed is not None:
+    tokenizer = load_tokenizer(name_or_dir, trust_remote_code=trust_remote_code)
+    if packed:
         with _unreadable(f"model {name_or_dir}"), torch.random.fork_rng(devices=[]):
-            model = load_packed(packed, config, auto, _dtype(dtype))
+            model = load_packed(Path(source), config, auto, cast)
         _set_padding(name_or_dir, model, tokenizer)
         return model, tokenizer
     with _unreadable(f"model {name_or_dir}"), torch.random.fork_rng(devices=[]), _held_report() as reports:
@@ -74,7 +75,7 @@ def load(
         model, info = auto.from_pretrained(
             source,
             config=config,
-            dtype=weights_dtype,
+            dtype=cast or "auto",
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -92,12 +93,32 @@ def load(
 
 def load_config(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Load the model's configuration, found as `load` finds it; needs no weights. Raises LoadError."""
-    return _config(name_or_dir, resolve(name_or_dir), trust_remote_code)
+    from transformers import AutoConfig
+
+    source = resolve(name_or_dir)
+    if isinstance(source, str):
+        ask_hub(source)
+    elif not (source / "config.json").is_file():
+        found, fix = "no config.json in the folder", "name the folder that save_pretrained wrote"
+        if (source / "adapter_config.json").is_file():
+            found, fix = "an adapter, no model", "load the base model, then the adapter"
+        rule = "a model's folder must contain config.json, *.safetensors and the tokenizer's files"
+        raise LoadError(f"model {name_or_dir}", found=found, rule=rule, fix=fix)
+    with _unreadable(f"model {name_or_dir}, config.json"):
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer only, as it is stored. Raises LoadError."""
-    return _tokenizer(name_or_dir, resolve(name_or_dir), trust_remote_code)
+    from transformers import AutoTokenizer
+
+    source = resolve(name_or_dir)
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        rule = "a model's folder must contain its tokenizer's files"
+        fix = "save them with tokenizer.save_pretrained(folder)"
+        raise LoadError(f"tokenizer of {name_or_dir}", found=_first_line(error), rule=rule, fix=fix) from error
 
 
 def empty_model(
@@ -121,21 +142,6 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def _config(name: str | Path, source: str | Path, trust_remote_code: bool) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    if isinstance(source, str):
-        ask_hub(source)
-    elif not (source / "config.json").is_file():
-        found, fix = "no config.json in the folder", "name the folder that save_pretrained wrote"
-        if (source / "adapter_config.json").is_file():
-            found, fix = "an adapter, no model", "load the base model, then the adapter"
-        rule = "a model's folder must contain config.json, *.safetensors and the tokenizer's files"
-        raise LoadError(f"model {name}", found=found, rule=rule, fix=fix)
-    with _unreadable(f"model {name}, config.json"):
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-
-
 class _Index(pydantic.BaseModel):
     weight_map: dict[str, str]
 
@@ -148,28 +154,15 @@ def _check_weights(folder: Path) -> None:
             return
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
         found = f"only {', '.join(pickles)}" if pickles else "no model.safetensors"
-        raise LoadError(
-            f"model {folder}", found=found, rule=rule, fix="convert it with save_pretrained, which writes safetensors"
-        )
+        fix = "convert it with save_pretrained, which writes safetensors"
+        raise LoadError(f"model {folder}", found=found, rule=rule, fix=fix)
     complete = "a checkpoint's index must name the file of each tensor under weight_map"
     shards = sorted(set(read_json(index, _Index, limit=INDEX_NBYTES, rule=complete).weight_map.values()))
     # transformers would hand a shard of another kind to torch.load.
     bad = [shard for shard in shards if Path(shard).suffix != ".safetensors" or not (folder / shard).is_file()]
     if bad:
-        raise LoadError(f"model {folder}", found=f"shards missing or of another kind: {', '.join(bad)}", rule=rule)
-
-
-def _tokenizer(name: str | Path, source: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        rule, fix = (
-            "a model's folder must contain its tokenizer's files",
-            "save them with tokenizer.save_pretrained(folder)",
-        )
-        raise LoadError(f"tokenizer of {name}", found=_first_line(error), rule=rule, fix=fix) from error
+        found = f"shards missing or of another kind: {', '.join(bad)}"
+        raise LoadError(f"model {folder}", found=found, rule=rule, fix="copy the folder again")
 
 
 def _for_task(config: PreTrainedConfig, task_kind: str, num_labels: int | None) -> tuple[PreTrainedConfig, Any]:
@@ -178,10 +171,11 @@ def _for_task(config: PreTrainedConfig, task_kind: str, num_labels: int | None) 
 
     where = f"task kind {task_kind}"
     if task_kind not in FIELDS:
-        raise LoadError(where, found=task_kind, rule="the kind must be one of " + ", ".join(FIELDS))
+        rule = "the kind must be one of " + ", ".join(FIELDS)
+        raise LoadError(where, found=task_kind, rule=rule, fix="pass one of these kinds")
     if num_labels is not None and not (num_labels >= 2 if task_kind == "classification" else num_labels == 1):
         rule = "num_labels must be at least 2 for a classification and 1 for a regression; other kinds have none"
-        raise LoadError(where, found=f"num_labels={num_labels}", rule=rule)
+        raise LoadError(where, found=f"num_labels={num_labels}", rule=rule, fix="leave num_labels out")
     config = copy.deepcopy(config)
     if task_kind not in HEAD_KINDS:
         return config, AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -222,7 +216,8 @@ def _set_padding(name: str | Path, model: PreTrainedModel, tokenizer: PreTrained
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     known = FLOATS.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and known not in FLOATS.values():
-        raise LoadError(f"dtype {dtype}", found=str(dtype), rule="the dtype must be one of " + ", ".join(FLOATS))
+        rule = "the dtype must be one of " + ", ".join(FLOATS)
+        raise LoadError(f"dtype {dtype}", found=str(dtype), rule=rule, fix="pass one of these dtypes")
     return known
 
 

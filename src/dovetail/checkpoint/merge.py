@@ -11,7 +11,7 @@ the size that the footprint counts. Stock: transformers' own modules, the values
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from dovetail.compression.calibration import Batch
 from dovetail.errors import CannotMerge, ChainError, DovetailError
 from dovetail.models.fingerprint import fingerprint
 from dovetail.models.probe import probe_batch
+from dovetail.tasks.scoring import in_evaluation
 
 
 @dataclass(frozen=True)
@@ -92,29 +93,27 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
     for name, layer in layers.items():
         _require_finite(name, "adapter parameters", *layer.links.parameters())  # a grid would round infinity to its end
         _require_finite(name, "merged weights", *layer.frozen_weight())
-    modes = {name: module.training for name, module in model.named_modules()}
-    model.eval()
     made = None
     if probe is None and isinstance(model, PreTrainedModel):
         probe = made = probe_batch(model)
     try:
         before = None if probe is None else _outputs(model, probe)
         _require_finite(str(record.chain), "outputs of the model before the merge", before)
-    except BaseException as error:  # a probe for another model, or outputs that are not finite: nothing is merged yet
-        _set_modes(model, modes)
-        if made is None or isinstance(error, DovetailError) or not isinstance(error, Exception):
+    except Exception as error:  # a probe for another model, or outputs that are not finite: nothing is merged yet
+        if made is None or isinstance(error, DovetailError):
             raise
         raise CannotMerge(
-            f"{type(model).__name__}",
+            type(model).__name__,
             found=f"no outputs on a batch of {', '.join(made)} made from its configuration: {error}",
-            rule="the outputs before and after the merge are compared",
+            rule="the model must give outputs, which are compared before and after the merge",
             fix="pass probe=a batch of the model's keyword arguments",
         ) from error
     identity = next(iter(layers.values())).base.identity
     tally, slack = _Tally(), _rounding_of_open_layers(layers.values())
-    for layer in layers.values():
-        _absorb(layer, record.stage.missing, tally)
-        layer.record = None  # merged: no chain to train, save or merge any more
+    with in_evaluation(model):
+        for layer in layers.values():
+            _absorb(layer, record.stage.missing, tally)
+            layer.record = None  # merged: no chain to train, save or merge any more
     layers.clear()  # or codes and values of all layers would be held together in `to_stock`
     summary = footprint(model)
     model.requires_grad_(False)
@@ -127,7 +126,6 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
     if probe is not None and before is not None:
         logit_diff = float((_outputs(model, probe).double() - before.double()).abs().max())
         same = logit_diff <= slack * float(before.abs().max())  # False where the difference is NaN
-    _set_modes(model, modes)
     return MergeReport(
         exact=same and tally.max_abs == 0 and tally.off_grid == 0,
         max_abs_weight_diff=tally.max_abs,
@@ -144,7 +142,7 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
 def to_stock(model: nn.Module) -> nn.Module:
     """Turn a packed model into stock modules, in place; the outputs are the same, bit for bit.
 
-    model    merged with packed=True, or loaded from a folder that `save_packed` wrote; a stock model stays as it is
+    model    merged with packed=True, or loaded from a folder that `save_packed` wrote; a stock model is unchanged
     returns  the same model, nothing frozen, as `from_pretrained` gives it
     errors   ChainError where the chain is not merged yet
     """
@@ -213,11 +211,10 @@ def _absorb(layer: ChainLinear, restore: Sequence[Constraint], tally: _Tally) ->
     if restore:
         weight = used.clone()
         for link in restore:
-            weight = (
-                link.project(weight, base)
-                if link.restores == "grid" or base.mask_bits is not None
-                else (torch.where(base.matrix() == 0, 0, weight))
-            )
+            if link.restores == "grid" or base.mask_bits is not None:
+                weight = link.project(weight, base)
+            else:
+                weight = torch.where(base.matrix() == 0, 0, weight)
         frozen = layer.layout.native(weight.to(base.dtype))
     layer.absorb(frozen, bias)
     base.mask_bits = None  # the zeros are in the weights now
@@ -230,11 +227,6 @@ def _absorb(layer: ChainLinear, restore: Sequence[Constraint], tally: _Tally) ->
     tally.max_abs = largest if math.isnan(largest) else max(tally.max_abs, largest)
     tally.error_square += float(difference.square().sum(dtype=torch.float64))
     tally.square += float(used.square().sum(dtype=torch.float64))
-
-
-def _set_modes(model: nn.Module, modes: Mapping[str, bool]) -> None:
-    for name, module in model.named_modules():
-        module.training = modes[name]
 
 
 def _zeros(weight: Tensor) -> int:
@@ -250,12 +242,10 @@ def _stock(layer: ChainLinear) -> nn.Module:
 
 
 def _outputs(model: nn.Module, probe: Batch) -> Tensor:
+    """Return the model's logits on a batch, in evaluation mode."""
     device = next(model.parameters()).device
-    found: Any = model(**{name: tensor.to(device) for name, tensor in probe.items()})
-    if isinstance(found, Tensor):
-        return found.detach().clone()
-    logits = found.logits if "logits" in found else found[0]
-    return logits.detach().clone()
-
-
-__all__ = ["MergeReport", "merge", "to_stock"]
+    with in_evaluation(model):
+        found: Any = model(**{name: tensor.to(device) for name, tensor in probe.items()})
+    if not isinstance(found, Tensor):
+        found = found.logits if "logits" in found else found[0]
+    return found.detach().clone()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,8 +28,8 @@ from dovetail.chains.notation import chain
 from dovetail.chains.packing import pack, packed_nbytes, unpack
 from dovetail.compression.apply import replace_module
 from dovetail.errors import ChainError, DovetailError, LoadError
-from dovetail.files import atomic, parse_json
-from dovetail.models.dtypes import FLOATS, STORED
+from dovetail.files import atomic, check_folder, open_tensors, parse_json
+from dovetail.models.dtypes import FLOATS, shape_of
 from dovetail.models.layouts import layout_of
 
 if TYPE_CHECKING:
@@ -81,18 +81,14 @@ class PackedSize:
 def packed_size(directory: str | Path) -> PackedSize:
     """Return the size of a packed model on disk, from its header. Raises LoadError where the folder has none."""
     path = Path(directory) / PACKED
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = read_header(str(path), file)
-            weights = sum(layer.shape[0] * layer.shape[1] for layer in header.layers.values())
-            bits = 0
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                if key.rpartition(".base.")[0] in header.layers:
-                    shape, dtype = shape_of(str(path), file, key)
-                    bits += 8 * dtype.itemsize * shape.numel()
-    except (OSError, SafetensorError) as error:
-        rule = f"a packed model's folder must contain a whole {PACKED}"
-        raise LoadError(str(path), found=str(error), rule=rule, fix="copy the folder again") from None
+    with open_tensors(path, owner="a packed model's folder") as file:
+        header = read_header(str(path), file)
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in header.layers.values())
+        bits = 0
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            if key.rpartition(".base.")[0] in header.layers:
+                shape, dtype = shape_of(str(path), file, key)
+                bits += 8 * dtype.itemsize * shape.numel()
     return PackedSize(nbytes=path.stat().st_size, bits_per_weight=bits / max(weights, 1))
 
 
@@ -101,17 +97,9 @@ def read_header(where: str, file: Any) -> PackedHeader:
     text = (file.metadata() or {}).get(HEADER)
     if text is None:
         rule = f'the metadata of {PACKED} must contain a header under "{HEADER}"'
-        raise LoadError(where, found="a file that save_packed did not write", rule=rule)
-    return parse_json(where, text, PackedHeader, rule="the header must have the form that Dovetail writes")
-
-
-def shape_of(where: str, file: Any, key: str) -> tuple[torch.Size, torch.dtype]:
-    """Return shape and dtype of a tensor of an open file, without reading it. Raises LoadError for an unknown dtype."""
-    part = file.get_slice(key)
-    if (dtype := STORED.get(part.get_dtype())) is None:
-        found, rule = f"{key[:200]} of dtype {part.get_dtype()}", f"the dtype must be one of {', '.join(STORED)}"
-        raise LoadError(where, found=found, rule=rule)
-    return torch.Size(part.get_shape()), dtype
+        raise LoadError(where, found="a file that save_packed did not write", rule=rule, fix="save the model again")
+    rule = "the header must have the form that Dovetail writes"
+    return parse_json(where, text, PackedHeader, rule=rule, fix="copy the folder again")
 
 
 def stored(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
@@ -194,9 +182,7 @@ def save_packed(
             rule="the model must be a Hugging Face model, merged and packed",
             fix="call dovetail.merge(model, packed=True)",
         )
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        rule = "the folder must be new or empty"
-        raise DovetailError(f"save_packed to {directory}", found="an existing file or folder", rule=rule)
+    check_folder(directory)
     tensors, said = {names[0]: tensor.detach() for names, tensor in stored(model)}, {}
     for name, layer in layers.items():
         base, key, nonzero = layer.base, whole(name, layer.base), None
@@ -255,7 +241,8 @@ def load_packed(folder: Path, config: PreTrainedConfig, auto: Any, dtype: torch.
     for name, layer in chain_layers(model).items():
         if not bool(torch.isfinite(layer.base.matrix()).all()):
             found = f"{name}: weights that are NaN or infinite"
-            raise LoadError(where, found=found, rule="weights, and scales times codes, must be finite")
+            rule = "weights, and scales times codes, must be finite"
+            raise LoadError(where, found=found, rule=rule, fix="copy the folder again")
     note, found = getattr(config, "dovetail", None), packed_fingerprint(model)
     said = note.get("packed_fingerprint") if isinstance(note, dict) else None
     if found != said:
@@ -284,7 +271,7 @@ def _cover(where: str, model: PreTrainedModel, header: PackedHeader) -> PreTrain
             found, rule = str(error), "the header must name layers of the model, with their grids"
             if isinstance(error, DovetailError):
                 found, rule = error.found, error.rule
-            raise LoadError(where, found=f"{name[:200]}: {found}", rule=rule) from None
+            raise LoadError(where, found=f"{name[:200]}: {found}", rule=rule, fix="copy the folder again") from None
         replace_module(model, module, layer)
     return model
 
@@ -293,7 +280,7 @@ def _layer(name: str, module: nn.Module, said: PackedLayer, scratch: Scratch) ->
     layout = layout_of(name, module)
     site = Site(name, layout.out_features, layout.in_features, getattr(module, "bias", None) is not None)
     if said.shape != (layout.out_features, layout.in_features):
-        rule = f"the config requires {layout.out_features} x {layout.in_features}"
+        rule = f"the layer must have {layout.out_features} x {layout.in_features} weights, by the config"
         raise LoadError(name, found=f"a layer of {said.shape[0]} x {said.shape[1]}", rule=rule)
     base = Base(layout, module.get_parameter("weight").detach().to(FLOATS[said.dtype]), scratch)
     if said.quantizer is not None:
@@ -323,13 +310,13 @@ def _check(where: str, file: Any, header: PackedHeader, model: PreTrainedModel) 
     given = set(file.keys())
     for key in sorted(given ^ set(wanted)):
         found = f"{key[:200]} " + ("in the file alone" if key in given else "missing from the file")
-        raise LoadError(where, found=found, rule="the file must contain exactly the tensors of this model")
+        rule = "the file must contain exactly the tensors of this model"
+        raise LoadError(where, found=found, rule=rule, fix="copy the folder again")
     for key, (shape, dtypes) in wanted.items():
         found, dtype = shape_of(where, file, key)
         if found != shape or dtype not in dtypes:
-            raise LoadError(
-                where, found=f"{key} of shape {list(found)}, {dtype}", rule=f"the model has {list(shape)}, {dtypes[0]}"
-            )
+            found, rule = f"{key} of shape {list(found)}, {dtype}", f"it must be {list(shape)}, {dtypes[0]}"
+            raise LoadError(where, found=found, rule=rule, fix="copy the folder again")
 
 
 def _fill(where: str, file: Any, header: PackedHeader, model: PreTrainedModel) -> None:

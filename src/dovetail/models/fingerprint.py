@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import LoadError
-from dovetail.models.targets import new_heads
+from dovetail.models.targets import inside, new_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,10 +39,11 @@ def tensors_fingerprint(tensors: Mapping[str, Tensor], *, leave_out: Collection[
     """Return the `fingerprint` of a module with these tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        if any(name.startswith(f"{path}.") for path in leave_out):
+        if inside(name, leave_out):
             continue
         if tensor.is_meta:
-            raise LoadError(f"fingerprint at {name}", found="device meta", rule="a fingerprint needs stored tensors")
+            rule = "a fingerprint needs stored tensors"
+            raise LoadError(f"fingerprint at {name}", found="device meta", rule=rule, fix="load the model's weights")
         digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
         for chunk in tensor.detach().reshape(-1).split(_CHUNK):
             digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
@@ -64,7 +65,7 @@ def check_merged(where: str, model: PreTrainedModel) -> None:
         raise LoadError(
             where,
             found=f"weights with fingerprint {found}",
-            rule=f"config.json says they are {said.get('chain')} over {said.get('quantizer')}, merged, "
-            f"with fingerprint {said['merged_fingerprint']}",
-            fix='copy the checkpoint again; if it was trained on or cast since, take "dovetail" out of its config.json',
+            rule=f"the weights must be those that config.json names: {said.get('chain')} over {said.get('quantizer')}, "
+            f"merged, with fingerprint {said['merged_fingerprint']}",
+            fix='copy the checkpoint again, or remove "dovetail" from config.json if you changed the weights',
         )

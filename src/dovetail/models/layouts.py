@@ -33,9 +33,9 @@ class Layout(ABC):
     def native(self, weight_oi: Tensor) -> Tensor:
         """Return a matrix (o, i) as a contiguous weight in the layer's own layout; a view where possible."""
 
-    @abstractmethod
     def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return an uninitialized weight in the layer's own layout."""
+        return self.native(torch.empty(self.out_features, self.in_features, dtype=dtype, device=device))
 
     @abstractmethod
     def call(self, x: Tensor, weight: Tensor, bias_o: Tensor | None) -> Tensor:
@@ -45,9 +45,9 @@ class Layout(ABC):
     def build(self, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
         """Return a stock module with this weight (in its own layout, not copied) and bias."""
 
-    @abstractmethod
     def input_rows(self, x: Tensor) -> Tensor:
         """Return the vectors (n, i) that the rows of the matrix are multiplied with when the layer is called with x."""
+        return x.reshape(-1, self.in_features)
 
     linear: bool = True
     """y = x Wᵀ + b over the last axis; False for convolutions."""
@@ -70,14 +70,8 @@ class LinearLayout(Layout):
     def native(self, weight_oi: Tensor) -> Tensor:
         return weight_oi.contiguous()
 
-    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(self.out_features, self.in_features, dtype=dtype, device=device)
-
     def call(self, x: Tensor, weight: Tensor, bias_o: Tensor | None) -> Tensor:
         return functional.linear(x, weight, bias_o)
-
-    def input_rows(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, self.in_features)
 
     def build(self, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
         module = nn.Linear(self.in_features, self.out_features, bias=bias_o is not None, device="meta")
@@ -102,9 +96,6 @@ class Conv1DLayout(Layout):
         flat = x.reshape(-1, self.in_features)
         y = flat @ weight if bias_o is None else torch.addmm(bias_o, flat, weight)
         return y.view(*x.shape[:-1], self.out_features)
-
-    def input_rows(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, self.in_features)
 
     def build(self, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
         from transformers.pytorch_utils import Conv1D
@@ -136,9 +127,6 @@ class ConvLayout(Layout):
 
     def native(self, weight_oi: Tensor) -> Tensor:
         return weight_oi.contiguous().view(self.out_features, -1, *self.kernel)
-
-    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self.native(torch.empty(self.out_features, self.in_features, dtype=dtype, device=device))
 
     def call(self, x: Tensor, weight: Tensor, bias_o: Tensor | None) -> Tensor:
         conv = functional.conv1d if len(self.kernel) == 1 else functional.conv2d
@@ -196,11 +184,8 @@ def layout_of(name: str, module: nn.Module) -> Layout:
     if type(module) in (nn.Conv1d, nn.Conv2d):
         assert isinstance(module, nn.Conv1d | nn.Conv2d)
         if module.padding_mode != "zeros":
-            raise TargetError(
-                name,
-                found=f"padding_mode={module.padding_mode!r}",
-                rule="a convolution under a chain must pad with zeros",
-            )
+            found, rule = f"padding_mode={module.padding_mode!r}", "a convolution under a chain must pad with zeros"
+            raise TargetError(name, found=found, rule=rule, fix="leave this layer out of the targets")
         out_features = module.out_channels
         return ConvLayout(
             out_features,

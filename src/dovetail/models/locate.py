@@ -8,7 +8,7 @@ from pathlib import Path
 from dovetail.errors import LoadError
 
 PLAYGROUND = "playground"
-_LOCATIONS = "a model is a folder, a hub id, playground or package:NAME/FOLDER"
+_LOCATIONS = "a model must be a folder, a hub id, playground or package:NAME/FOLDER"
 
 
 def resolve(name_or_dir: str | Path) -> str | Path:
@@ -31,7 +31,7 @@ def resolve(name_or_dir: str | Path) -> str | Path:
 
 def _package_folder(text: str) -> Path:
     name, _, inside = text.removeprefix("package:").partition("/")
-    rule = "package:NAME/FOLDER names a folder inside an installed top-level Python package"
+    rule = "package:NAME/FOLDER must name a folder inside an installed top-level Python package"
     # Only top-level names: looking for a dotted one would import its parents.
     spec = importlib.util.find_spec(name) if name.isidentifier() and name != "__main__" else None
     if spec is None or not spec.submodule_search_locations:
@@ -62,4 +62,4 @@ def ask_hub(name: str) -> None:
         return  # the hub is there; transformers says best what it answers
     except Exception as error:  # whichever class the hub's HTTP client of the day has for "unreachable"
         found = f"no folder of that name, not in the cache, hub not reachable ({error})"
-        raise LoadError(where, found=found, rule=_LOCATIONS, fix=f"a folder, or {PLAYGROUND}: no network") from None
+        raise LoadError(where, found=found, rule=_LOCATIONS, fix=f"pass a folder, or {PLAYGROUND}") from None

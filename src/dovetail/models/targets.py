@@ -213,6 +213,11 @@ def new_heads(model: nn.Module) -> list[str]:
     return heads(model) if type(model).__name__.endswith("ForSequenceClassification") else []
 
 
+def inside(name: str, paths: Iterable[str]) -> bool:
+    """Return whether a module or tensor of this name is one of these modules or belongs to one of them."""
+    return any(name == path or name.startswith(f"{path}.") for path in paths)
+
+
 def fused_experts(model: nn.Module) -> list[str]:
     """Return the paths of modules that keep all MoE experts in three-dimensional parameters, never targets."""
     return [
@@ -244,7 +249,7 @@ def _layers(model: nn.Module) -> list[Target]:
     head_paths = heads(model)
     layers = []
     for module, (name, *aliases) in paths.items():
-        roles = () if not _is_linear(module) or _inside(name, head_paths) else roles_of(name)
+        roles = () if not _is_linear(module) or inside(name, head_paths) else roles_of(name)
         layers.append(Target(name, module, roles, "down" in roles, tuple(aliases)))
     return layers
 
@@ -259,12 +264,8 @@ def _matches(layer: Target, target: str) -> bool:
     return any(_path_matches(name, target) for name in (layer.name, *layer.aliases))
 
 
-def _inside(name: str, paths: Iterable[str]) -> bool:
-    return any(name == path or name.startswith(f"{path}.") for path in paths)
-
-
 def _all_linear(where: str, layers: list[Target], refusals: dict[str, str], head_paths: list[str]) -> list[str]:
-    body = [layer.name for layer in layers if _is_linear(layer.module) and not _inside(layer.name, head_paths)]
+    body = [layer.name for layer in layers if _is_linear(layer.module) and not inside(layer.name, head_paths)]
     free = [name for name in body if name not in refusals]
     if free:
         return free

@@ -16,7 +16,6 @@ from typing import Any
 
 import pydantic
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dovetail.chains.layer.elastic import load_ranks
@@ -28,11 +27,11 @@ from dovetail.checkpoint.formats.peft.write import CONFIG_FILE, PREFIX, TENSORS_
 from dovetail.compression.apply import apply
 from dovetail.compression.calibration import Batch
 from dovetail.errors import ChainError, LoadError
-from dovetail.files import first_problem, read_json
+from dovetail.files import first_problem, open_tensors, read_json
 from dovetail.links.adapt.peft import PeftAdapter, PeftConfig, PeftLink
-from dovetail.models.dtypes import STORED_FLOATS
+from dovetail.models.dtypes import STORED_FLOATS, shape_of
 from dovetail.models.layouts import layout_of
-from dovetail.models.targets import find_targets
+from dovetail.models.targets import find_targets, inside
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,9 @@ def import_peft(
     """
     if chain_layers(model):
         rule = "a model carries at most one chain"
-        raise ChainError("import_peft", found="a model that carries a chain already", rule=rule, fix="load the base")
+        raise ChainError(
+            "import_peft", found="a model that carries a chain already", rule=rule, fix="load the base model again"
+        )
     directory = Path(directory)
     before = () if base is None else tuple(chain(base))
     for link in before:
@@ -100,20 +101,18 @@ def import_peft(
             fix="load it with peft if you trust it, and save it with safe_serialization=True",
         )
     where = str(path)
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            shapes = {key: _shape(where, key, tensors) for key in tensors.keys()}  # noqa: SIM118 (not a dict)
-            file = _File(where, kind, config, shapes)
-            layers, heads = _place(file, model)
-            found = kind.from_peft(config, {layer.site: layer.keys.keys() for layer in layers.values()}, where=where)
-            _check_shapes(file, layers, found)
-            values = {key: tensors.get_tensor(key) for key in shapes}
-    except (OSError, SafetensorError) as error:
-        rule = f"a peft adapter directory must contain a whole {TENSORS_FILE}"
-        raise LoadError(where, found=str(error)[:300], rule=rule, fix="copy the directory again") from None
+    with open_tensors(path, owner="a peft adapter directory") as stored:
+        keys = stored.keys()
+        shapes = {key: tuple(shape_of(where, stored, key, STORED_FLOATS)[0]) for key in keys}
+        file = _File(where, kind, config, shapes)
+        layers, heads = _place(file, model)
+        found = kind.from_peft(config, {layer.site: layer.keys.keys() for layer in layers.values()}, where=where)
+        _check_shapes(file, layers, found)
+        values = {key: stored.get_tensor(key) for key in keys}
     for key, tensor in values.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise LoadError(f"{where}, {key}", found="NaN or infinity", rule="parameters must be finite numbers")
+            rule = "parameters must be finite numbers"
+            raise LoadError(f"{where}, {key}", found="NaN or infinity", rule=rule, fix="train the adapter again")
     _check_constants(file, layers, found, values)
     apply(model, Chain((*before, found.link)), targets=list(layers), calibration=calibration)
     _fill(model, layers, found, values)
@@ -136,18 +135,9 @@ def read_config(path: Path) -> tuple[type[PeftAdapter], PeftConfig]:
         config = kinds[0].peft_config.model_validate(raw)
     except pydantic.ValidationError as error:
         rule = "adapter_config.json must be in peft's form"
-        raise LoadError(where, found=first_problem(error), rule=rule) from None
+        raise LoadError(where, found=first_problem(error), rule=rule, fix="save it with peft again") from None
     config.check(where)
     return kinds[0], config
-
-
-def _shape(where: str, key: str, tensors: Any) -> tuple[int, ...]:
-    """Return a tensor's shape, from the file's header."""
-    part = tensors.get_slice(key)
-    if part.get_dtype() not in STORED_FLOATS:
-        rule = f"the dtype of a parameter must be one of {', '.join(STORED_FLOATS)}"
-        raise LoadError(f"{where}, {key[:200]}", found=part.get_dtype(), rule=rule)
-    return tuple(part.get_shape())
 
 
 def _place(file: _File, model: nn.Module) -> tuple[dict[str, _Layer], dict[str, str]]:
@@ -177,7 +167,7 @@ def _place(file: _File, model: nn.Module) -> tuple[dict[str, _Layer], dict[str, 
         raise LoadError(where, found=f"{key} missing from the file", rule="modules_to_save must be saved whole")
     if not parts:
         rule = f"a file of {name} must contain parameters of a layer"
-        raise LoadError(where, found="no parameter of a layer", rule=rule)
+        raise LoadError(where, found="no parameter of a layer", rule=rule, fix="save it with peft again")
     sites = _sites(where, model, list(parts))
     layers = {}
     for path, of in parts.items():
@@ -228,7 +218,7 @@ def _check_targets(
     tensors keeps its base.
     """
     for name in layers:
-        if any(f"{name}.".startswith(f"{path}.") for path in saved):
+        if inside(name, saved):
             rule = "a layer of modules_to_save must have no adapter, because peft does not adapt it"
             raise LoadError(where, found=f"tensors of {name}", rule=rule)
     if not isinstance(config.target_modules, list):
@@ -244,7 +234,7 @@ def _check_targets(
     for target in find_targets(model, ["all-linear"]):
         name = target.name
         missing = (name in wanted or name.endswith(ends)) and name not in layers
-        if missing and not any(name.startswith(f"{path}.") for path in saved):
+        if missing and not inside(name, saved):
             rule = "the file must contain tensors of every layer in target_modules"
             raise LoadError(where, found=f"tensors of {name} missing from the file", rule=rule)
 

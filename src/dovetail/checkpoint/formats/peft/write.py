@@ -28,7 +28,7 @@ from dovetail.errors import ChainError
 from dovetail.files import atomic, write_whole
 from dovetail.links.adapt.peft import PeftAdapter, name_layers
 from dovetail.models.layouts import LinearLayout
-from dovetail.models.targets import new_heads
+from dovetail.models.targets import inside, new_heads
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -62,10 +62,9 @@ def export_peft(model: nn.Module, directory: str | Path) -> Path:
     config["modules_to_save"] = heads or None
     saved = (*heads, *CLASSIFIER_HEADS) if config["task_type"] == "SEQ_CLS" else heads
     for path, module in saved_modules(model, saved).items():
-        inside = [name for name in layers if f"{name}.".startswith(f"{path}.")]
-        if inside:
-            found = f"{inside[0]} under the chain, in {path}"
-            fix = f"leave {inside[0]} out of the targets, or freeze {path}"
+        if adapted := [name for name in layers if inside(name, [path])]:
+            found = f"{adapted[0]} under the chain, in {path}"
+            fix = f"leave {adapted[0]} out of the targets, or freeze {path}"
             raise _refused(record, found, "a module that peft saves whole must contain no adapted layer", fix)
         tensors |= {f"{PREFIX}{path}.{key}": value.clone() for key, value in module.state_dict().items()}
     write_adapter(Path(directory), config, tensors)
@@ -160,12 +159,12 @@ def saved_modules(model: nn.Module, names: Collection[str]) -> dict[str, nn.Modu
 
 def _trained_beside(model: nn.Module, layers: Mapping[str, ChainLinear]) -> list[str]:
     """Return the paths of modules outside the chain that are saved with it: heads, and owners of trained parameters."""
-    inside = {id(p) for layer in layers.values() for p in layer.parameters()}
+    in_chain = {id(p) for layer in layers.values() for p in layer.parameters()}
     heads, paths = new_heads(model), []
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, parameter in model.named_parameters():
-        head = next((path for path in heads if name.startswith(f"{path}.")), "")
-        if id(parameter) in inside or not (parameter.requires_grad or head):
+        head = next((path for path in heads if inside(name, [path])), "")
+        if id(parameter) in in_chain or not (parameter.requires_grad or head):
             continue
         path = head or name.rpartition(".")[0]
         if not path or owners[id(parameter)] > 1:
