@@ -391,7 +391,7 @@ def test_a_changed_helper_file_recompiles_the_loops(tmp_path):
     assert run() == "[2, 4] 0"
     assert run() == "[2, 4] 1"
     helper = tmp_path / "codec" / "native.py"
-    changed = helper.read_text().replace("import trailing_zeros as", "import leading_zeros as")
+    changed = helper.read_text().replace("numbers.trailing_zeros", "numbers.leading_zeros")
     assert changed != helper.read_text()
     helper.write_text(changed)
     os.utime(helper, (10**9, 10**9))

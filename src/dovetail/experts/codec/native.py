@@ -21,11 +21,12 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import config, types
-from numba.cpython.unsafe.numbers import trailing_zeros as _trailing_zeros
+from numba.cpython.unsafe import numbers
 from numba.extending import intrinsic
 
 _instruction = cast(Any, intrinsic)  # callers do not pass the first argument of an intrinsic
 _config = cast(Any, config)
+_trailing_zeros = cast(Any, numbers.trailing_zeros)
 
 
 def crc32c(data: bytes | memoryview | np.ndarray) -> int:

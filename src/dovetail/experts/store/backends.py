@@ -22,6 +22,7 @@ from dovetail.files import atomic, writing
 
 SUFFIX, INDEX = ".dvt", "index.json"
 _NAME = re.compile(r"[^./\\:\x00-\x1f\x7f][^/\\:\x00-\x1f\x7f]{0,199}")
+_CHUNK = 1 << 20
 Stamp = tuple[Any, ...]
 
 
@@ -110,7 +111,9 @@ def write_index(folder: Path) -> Path:
     entries = {}
     for name in LocalFolder(folder).names():
         with open(folder / f"{name}{SUFFIX}", "rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
+            digest = hashlib.sha256()
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
             entries[name] = Entry(nbytes=file.tell(), sha256=digest.hexdigest())
     with writing(folder / INDEX), atomic(folder / INDEX, shared=True) as part:
         part.write_text(json.dumps(Index(experts=entries).model_dump(), indent=1) + "\n", encoding="utf-8")
