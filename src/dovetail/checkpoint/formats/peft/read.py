@@ -81,10 +81,8 @@ def import_peft(
                  `apply`; the model is unchanged then
     """
     if chain_layers(model):
-        rule = "a model carries at most one chain"
-        raise ChainError(
-            "import_peft", found="a model that carries a chain already", rule=rule, fix="load the base model again"
-        )
+        found, rule = "a model that carries a chain already", "a model carries at most one chain"
+        raise ChainError("import_peft", found=found, rule=rule, fix="load the base model again")
     directory = Path(directory)
     before = () if base is None else tuple(chain(base))
     for link in before:
@@ -118,6 +116,11 @@ def import_peft(
     _fill(model, layers, found, values)
     _fill_heads(model, heads, values)
     return model
+
+
+def _unfit(where: str, found: str, rule: str) -> LoadError:
+    """Return the error for a file that does not fit the model or its own config."""
+    return LoadError(where, found=found, rule=rule, fix="load the adapter's own base model, or save the adapter again")
 
 
 def read_config(path: Path) -> tuple[type[PeftAdapter], PeftConfig]:
@@ -154,7 +157,7 @@ def _place(file: _File, model: nn.Module) -> tuple[dict[str, _Layer], dict[str, 
         if key in heads:
             if tuple(state[heads[key]].shape) != shape:
                 rule = f"the shape must be the model's, {tuple(state[heads[key]].shape)}"
-                raise LoadError(f"{where}, {key}", found=f"shape {shape}", rule=rule)
+                raise _unfit(f"{where}, {key}", f"shape {shape}", rule)
         elif match := ending.fullmatch(key):
             parts.setdefault(match[1], {})[match[2]] = key
         elif key not in constants:
@@ -162,9 +165,9 @@ def _place(file: _File, model: nn.Module) -> tuple[dict[str, _Layer], dict[str, 
             rule += f", and the modules {', '.join(config.modules_to_save)}" if config.modules_to_save else ""
             raise LoadError(where, found=f"a tensor {key[:200]!r}", rule=rule, fix="load it with peft")
     for key in sorted(constants - shapes.keys()):
-        raise LoadError(where, found=f"{key} missing from the file", rule="the config requires it (save_projection)")
+        raise _unfit(where, f"{key} missing from the file", "the config requires it (save_projection)")
     for key in heads.keys() - shapes.keys():
-        raise LoadError(where, found=f"{key} missing from the file", rule="modules_to_save must be saved whole")
+        raise _unfit(where, f"{key} missing from the file", "modules_to_save must be saved whole")
     if not parts:
         rule = f"a file of {name} must contain parameters of a layer"
         raise LoadError(where, found="no parameter of a layer", rule=rule, fix="save it with peft again")
@@ -185,14 +188,14 @@ def _sites(where: str, model: nn.Module, names: list[str]) -> dict[str, Site]:
             layouts[name] = layout_of(name, model.get_submodule(name))
         except AttributeError:
             rule = "the file must name layers of the model, which has no such layer"
-            raise LoadError(where, found=f"tensors of {name!r}"[:200], rule=rule) from None
+            raise _unfit(where, f"tensors of {name!r}"[:200], rule) from None
         if not layouts[name].linear:
-            raise LoadError(where, found=f"tensors of {name}, a convolution", rule="adapted layers must be linear")
+            raise _unfit(where, f"tensors of {name}, a convolution", "adapted layers must be linear")
     targets = find_targets(model, names)
     for target in targets:
         if target.name not in layouts:
             found = f"nothing for {target.name}, whose path ends like that of an adapted layer"
-            raise LoadError(where, found=found, rule="targets match the end of a path, so the file must adapt it too")
+            raise _unfit(where, found, "targets match the end of a path, so the file must adapt it too")
     sites = {
         target.name: Site(
             target.name,
@@ -205,7 +208,7 @@ def _sites(where: str, model: nn.Module, names: list[str]) -> dict[str, Site]:
     for name in names:
         if name not in sites:
             rule = "each layer must be named by one path, and this is a second path of a layer"
-            raise LoadError(where, found=f"tensors of {name}", rule=rule)
+            raise _unfit(where, f"tensors of {name}", rule)
     return sites
 
 
@@ -220,7 +223,7 @@ def _check_targets(
     for name in layers:
         if inside(name, saved):
             rule = "a layer of modules_to_save must have no adapter, because peft does not adapt it"
-            raise LoadError(where, found=f"tensors of {name}", rule=rule)
+            raise _unfit(where, f"tensors of {name}", rule)
     if not isinstance(config.target_modules, list):
         return
     wanted = set(config.target_modules)
@@ -228,7 +231,7 @@ def _check_targets(
     for name in layers:
         if name not in wanted and not name.endswith(ends):
             rule = "target_modules must name every adapted layer; peft ignores the others"
-            raise LoadError(where, found=f"tensors of {name}", rule=rule)
+            raise _unfit(where, f"tensors of {name}", rule)
     if config.layers_to_transform is not None or config.exclude_modules:
         return
     for target in find_targets(model, ["all-linear"]):
@@ -236,7 +239,7 @@ def _check_targets(
         missing = (name in wanted or name.endswith(ends)) and name not in layers
         if missing and not inside(name, saved):
             rule = "the file must contain tensors of every layer in target_modules"
-            raise LoadError(where, found=f"tensors of {name} missing from the file", rule=rule)
+            raise _unfit(where, f"tensors of {name} missing from the file", rule)
 
 
 def _check_shapes(file: _File, layers: Mapping[str, _Layer], found: PeftLink) -> None:
@@ -245,12 +248,12 @@ def _check_shapes(file: _File, layers: Mapping[str, _Layer], found: PeftLink) ->
         wanted = here.parameter_shapes(layer.site)
         for ours in wanted.keys() - layer.keys.keys():
             missing = f"{PREFIX}{name}.{file.kind.peft_tensors[ours]} missing from the file"
-            raise LoadError(file.where, found=missing, rule=f"{here} must have one per layer")
+            raise _unfit(file.where, missing, f"{here} must have one per layer")
         for ours, key in layer.keys.items():
             shape = file.kind.peft_shape(ours, wanted[ours])
             if file.shapes[key] != shape:
                 rule = f"the shape must be {shape} for {here}"
-                raise LoadError(f"{file.where}, {key}", found=f"shape {file.shapes[key]}", rule=rule)
+                raise _unfit(f"{file.where}, {key}", f"shape {file.shapes[key]}", rule)
 
 
 def _check_constants(file: _File, layers: Mapping[str, _Layer], found: PeftLink, tensors: Mapping[str, Tensor]) -> None:
