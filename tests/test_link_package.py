@@ -27,7 +27,7 @@ SAMPLE = ROOT / "examples/link_package"
 SCRIPT = """
 import torch
 import dovetail
-from dovetail.compression.apply import chain_layers
+from dovetail.chains.layer.linear import chain_layers
 from families import batch, logits, make
 
 model = make("llama").eval()

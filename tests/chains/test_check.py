@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import dovetail
 from dovetail.chains import registry
 from dovetail.chains.check import check, check_merge
+from dovetail.chains.layer.linear import chain_layers
 from dovetail.chains.notation import chain
 from dovetail.chains.registry import links
 from dovetail.chains.stages import stages
-from dovetail.compression.apply import chain_layers
 from dovetail.errors import CannotMerge, ChainError, DataError, DovetailError, TargetError
 from dovetail.links.quantize.integer import Int
 from families import batch, make

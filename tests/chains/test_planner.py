@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import dovetail
-from dovetail.chains.layer.linear import ChainLinear
-from dovetail.compression.apply import chain_layers
+from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from tolerance import assert_near, difference, rounding
 
 OPEN = ["lora(r=3)", "ia3 >> dora(r=3) >> ia3(side=in)", "vera(r=8) >> ia3", "nf4(block=32) >> lora(r=3) >> ia3"]

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 import dovetail
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.elastic import groups, use_reference
+from dovetail.chains.layer.linear import chain_layers
 from dovetail.checkpoint.adapter import Before, load_adapter, save_adapter
-from dovetail.compression.apply import advance, chain_layers
+from dovetail.compression.apply import advance
 from dovetail.errors import LoadError
 from dovetail.training.optimizer import cast_frozen, cast_heads
 from families import batch, logits, make

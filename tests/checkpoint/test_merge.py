@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import dovetail
 from dovetail.chains.grid import QuantizedWeight
-from dovetail.compression.apply import chain_layers
+from dovetail.chains.layer.linear import chain_layers
 from dovetail.errors import CannotMerge, ChainError
 from dovetail.models.probe import probe_batch
 from families import batch, logits, make, move

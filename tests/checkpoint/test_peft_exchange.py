@@ -23,11 +23,11 @@ import dovetail
 from dovetail.chains import registry
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.elastic import groups
+from dovetail.chains.layer.linear import chain_layers
 from dovetail.chains.link import always_print
 from dovetail.chains.registry import links
 from dovetail.chains.terms import LowRank
 from dovetail.checkpoint.formats.peft import export_peft, import_peft
-from dovetail.compression.apply import chain_layers
 from dovetail.errors import ChainError, DovetailError, LoadError
 from dovetail.links.adapt import LoRA
 from dovetail.links.adapt.rank import RankAdapter

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import dovetail
-from dovetail.compression.apply import chain_layers, stages_left
+from dovetail.chains.layer.applied import applied
+from dovetail.chains.layer.linear import chain_layers
 from dovetail.errors import ChainError, DataError
 from families import batch, logits, make
 from tolerance import assert_near
@@ -23,7 +24,7 @@ def test_a_stage_whose_calibration_fails_is_not_begun_and_can_be_begun_again(tmp
         dovetail.apply(one, text)
     with pytest.raises(ValueError, match="input_ids"):
         dovetail.advance(model, calibration=[{"nonsense": torch.zeros(1)}])
-    assert stages_left(model) == 1
+    assert applied(model).stages_left == 1
     with pytest.raises(ChainError, match="not yet run"):
         dovetail.merge(model, lossy=True)
     with pytest.raises(ChainError, match="merged, and the next one not begun"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertForSequenceClassification, LlamaForCausalLM, PreTrainedModel
 
 import dovetail
-from dovetail.compression.apply import chain_layers
+from dovetail.chains.layer.linear import chain_layers
 from families import FAMILIES, batch, logits, make
 from samples import move
 from tolerance import assert_near

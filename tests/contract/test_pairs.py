@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import dovetail
+from dovetail.chains.layer.applied import applied
 from dovetail.chains.link import Adapter, Constraint, Link, OutputAdapter, Pruner, Quantizer
 from dovetail.chains.registry import links
-from dovetail.compression.apply import stages_left
 from dovetail.errors import CannotMerge, ChainError
 from samples import ADAPTERS, IN, PRUNERS, QUANTIZERS, SAMPLES, chained, input_of, model_of
 from tolerance import assert_near
@@ -76,7 +76,7 @@ def run(text: str) -> torch.nn.Module:
             (y - 1).square().mean().backward()
             assert all(torch.isfinite(p.grad).all() for p in trained)
             torch.optim.SGD(trained, lr=0.05).step()
-        if not stages_left(model):
+        if not applied(model).stages_left:
             return model
         dovetail.advance(model, calibration=[{"x": x}])
 
@@ -173,7 +173,7 @@ MULTI_STAGE = [
 @pytest.mark.parametrize("text", MULTI_STAGE)
 def test_stages_run_one_after_the_other(text: str) -> None:
     model, x = chained(text), input_of()
-    sparsity, number = 0.0, stages_left(model)
+    sparsity, number = 0.0, applied(model).stages_left
     assert number == text.count(">> wanda") + text.count(">> magnitude") + text.count("3) >> nf4") + (
         text.count("ia3 >> int") + text.count("remask >> fp8")
     )
@@ -186,7 +186,7 @@ def test_stages_run_one_after_the_other(text: str) -> None:
         now = float((model.layer.base.matrix() == 0).double().mean())
         assert now >= sparsity, "a stage lost zeros of the one before"
         sparsity = now
-        assert stages_left(model) == remaining
+        assert applied(model).stages_left == remaining
         assert all(p.requires_grad == ("links" in name) for name, p in model.named_parameters())
     with pytest.raises(ChainError, match="advance needs a next stage"):
         dovetail.advance(model)

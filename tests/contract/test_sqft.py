@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dovetail
-from dovetail.compression.apply import chain_layers
+from dovetail.chains.layer.linear import chain_layers
 from families import batch, logits, make
 from samples import move
 

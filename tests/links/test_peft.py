@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import dovetail
-from dovetail.compression.apply import chain_layers
+from dovetail.chains.layer.linear import chain_layers
 from tolerance import assert_near
 
 WIDTH, HIDDEN = 12, 20

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 import dovetail
+from dovetail.chains.layer.linear import chain_layers
 from dovetail.chains.link import Link, Site
 from dovetail.chains.registry import _REGISTERED as REGISTRY
 from dovetail.chains.registry import links
 from dovetail.chains.statistics import InputStatistics
-from dovetail.compression.apply import chain_layers
 from dovetail.errors import ChainError, DovetailError
 from dovetail.links.prune import Magnitude, Ria, ScoredPruner, Wanda
 from dovetail.links.prune.allocation import allocate, outlier_ratio

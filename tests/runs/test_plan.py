@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dovetail.chains.layer.applied import applied
 from dovetail.checkpoint.footprint import footprint
 from dovetail.checkpoint.load import load
-from dovetail.compression.apply import advance, apply, stages_left
+from dovetail.compression.apply import advance, apply
 from dovetail.runs.plan import plan
 from dovetail.tasks.task import Task
 from families import CONFIGS
@@ -49,7 +50,7 @@ def test_sizes_are_exact(make, text):
         assert stage.trainable_parameters == found.trainable_parameters
         if stage.predicted_peak_memory_nbytes is not None:
             assert stage.predicted_peak_memory_nbytes > stage.nbytes
-        if stages_left(model):
+        if applied(model).stages_left:
             advance(model, calibration=calibration)
         else:
             assert number == len(planned.stages) - 1

@@ -57,7 +57,7 @@ class QuantizedWeight(nn.Module, ABC):
 
     @abstractmethod
     def _encode(self, rows: Tensor, start: int) -> Tensor:
-        """Codes of the grid values nearest to `rows`, contiguous float32; may overwrite `rows`."""
+        """Return the codes of the grid values nearest to `rows`, contiguous float32; may overwrite `rows`."""
 
     @abstractmethod
     def _with_codes(self, codes: Tensor) -> Self:
@@ -66,8 +66,6 @@ class QuantizedWeight(nn.Module, ABC):
     @abstractmethod
     def zero_codes(self, start: int, stop: int) -> Tensor:
         """Return the code of zero in weight rows [start, stop): uint8 (stop - start, i), or (1, 1) if one code."""
-
-    # ---- public -----------------------------------------------------------------------------------------------
 
     def dequantize(self, out: Tensor) -> Tensor:
         """Write the values into `out` and return it.
@@ -135,7 +133,7 @@ class QuantizedWeight(nn.Module, ABC):
         return self._with_codes(torch.where(keep_oi, codes, zero))
 
     def codes_of(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Codes of weight rows [start, stop), not packed, uint8 (n, i); and those of exact zero, (n, i) or (1, 1)."""
+        """Return the codes of weight rows [start, stop), uint8 (n, i), and those of exact zero, (n, i) or (1, 1)."""
         i = self.shape[1]
         flat = self.codes.view(torch.uint8).view(-1)
         return unpack(flat, self.bits, start * i, stop * i).view(-1, i), self.zero_codes(start, stop)
@@ -147,7 +145,7 @@ class QuantizedWeight(nn.Module, ABC):
 
     @torch.no_grad()
     def off_grid(self, weight_oi: Tensor) -> int:
-        """How many weights are not exactly a grid value rounded to weight_oi's dtype. weight_oi: (o, i) any float."""
+        """Count the weights that are not exactly a grid value rounded to weight_oi's dtype, (o, i) any float."""
         self._check_shape(weight_oi)
         count = torch.zeros((), dtype=torch.int64, device=weight_oi.device)
         for start, stop in self._chunks(self.shape[0]):
@@ -161,8 +159,6 @@ class QuantizedWeight(nn.Module, ABC):
     def nbytes(self) -> int:
         """Exact stored bytes: packed codes, scales, zero points, nested constants."""
         return sum(buffer.nbytes for buffer in self.buffers())
-
-    # ---- what grids share -------------------------------------------------------------------------------------
 
     def _by_block(self, operation: Callable[[Tensor, Tensor], Tensor], rows: Tensor, per_block: Tensor) -> None:
         """Apply an in-place operation to the rows with one operand per block; per_block (blocks in rows,)."""
@@ -185,7 +181,7 @@ class QuantizedWeight(nn.Module, ABC):
             yield first, min(first + step, start + rows)
 
     def _float32_chunks(self, rows: Tensor, start: int, *, copy: bool) -> Iterator[tuple[Tensor, int]]:
-        """Cache-sized float32 chunks with their first weight row: views of rows where that is possible."""
+        """Yield cache-sized float32 chunks with their first weight row: views of rows where that is possible."""
         o, i = self.shape
         stop = start + len(rows)
         if rows.shape[1:] != (i,) or start * i % self.block or (stop * i % self.block and stop != o) or stop > o:
@@ -211,7 +207,7 @@ class QuantizedWeight(nn.Module, ABC):
 
 
 def refuse_bad_weight(where: str, weight_oi: Tensor) -> Tensor:
-    """weight_oi in float32, contiguous; a DovetailError by name where it is not a finite matrix."""
+    """Return weight_oi in float32, contiguous; raise DovetailError where it is not a finite matrix."""
     if weight_oi.dim() != 2 or not weight_oi.is_floating_point():
         raise DovetailError(
             where,
@@ -220,21 +216,26 @@ def refuse_bad_weight(where: str, weight_oi: Tensor) -> Tensor:
             fix="flatten a convolution's kernel into its input dimension",
         )
     weight_32 = weight_oi.detach().to(torch.float32).contiguous()
-    bad = weight_32.numel() - int(torch.isfinite(weight_32).sum())
-    if bad:
-        raise DovetailError(
-            where,
-            found=f"{bad} weights that are NaN or infinite in float32",
-            rule="weights to quantize must be finite",
-            fix="check the checkpoint, or the training that made these weights",
-        )
+    refuse_not_finite(where, weight_32)
     return weight_32
 
 
-def _middle_of_rounding_interval(weight_oi: Tensor) -> Tensor:
-    """In float32, the middle of the interval of numbers that round to weight_oi.
+def refuse_not_finite(where: str, weight: Tensor) -> None:
+    """Raise DovetailError for weights that are NaN or infinite."""
+    bad = weight.numel() - int(torch.isfinite(weight).sum())
+    if bad:
+        raise DovetailError(
+            where,
+            found=f"{bad} weights that are NaN or infinite in {str(weight.dtype).removeprefix('torch.')}",
+            rule="weights to prune or quantize must be finite",
+            fix="check the checkpoint, or the training that made these weights",
+        )
 
-    It is the weight itself, but for a power of two in a 16-bit dtype: there the interval is twice as long upwards.
+
+def _middle_of_rounding_interval(weight_oi: Tensor) -> Tensor:
+    """Return the middle of the interval of numbers that round to weight_oi, in float32.
+
+    It is the weight itself, except for a power of two in a 16-bit dtype: there the interval is twice as long upwards.
     A grid value lies in the interval exactly where the grid value nearest to its middle does.
     """
     weight_32 = weight_oi.to(torch.float32, copy=True)

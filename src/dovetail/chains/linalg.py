@@ -1,9 +1,9 @@
-"""A Bᵀ while calibrating: on CPUs in float32 by oneDNN, which torch otherwise keeps for narrower types.
+"""A Bᵀ for calibration: on CPUs in float32 by oneDNN, which torch uses for narrower types only.
 
-torch gives a float32 product to the BLAS that it was built with. MKL, in the usual builds, takes its slow path on
-processors that are not Intel's: measured on an AMD core with AVX512, oneDNN does 205 GFLOP/s where MKL does 95, on the
-same float32 numbers; they differ in the order of the sums. Calibration is mostly such products. Training, evaluation
-and merging do not come here: they agree to the bit with the stock layers of a merged model.
+torch computes a float32 product by the BLAS that it was built with. MKL, in the usual builds, is slow on processors of
+other makers than Intel: measured on an AMD core with AVX512, oneDNN does 205 GFLOP/s and MKL 95, on the same float32
+numbers; they differ in the order of the sums. Most of calibration is such products. Training, evaluation and merging do
+not use this function: they agree to the bit with the stock layers of a merged model.
 """
 
 from __future__ import annotations

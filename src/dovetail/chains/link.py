@@ -1,14 +1,14 @@
 """The link contract: what a method declares so that it can be used in a chain; and chains of links.
 
 A link is a frozen dataclass whose fields are the arguments of its notation (`lora(r=16, alpha=32)`). It holds no
-tensors: one spec serves every layer. Four kinds, each a small abstract class:
+tensors: one link serves all layers. Each of the four kinds is an abstract class:
 
-- `Pruner`     says which weights of a layer stay, and perhaps moves those; applied once to the base;
-- `Quantizer`  puts a layer's weight on a grid (`dovetail.chains.grid`); applied once to the base;
-- `Adapter`    owns trainable parameters and says how they change `(W, b)`;
-- `Constraint`     owns nothing: it re-imposes what the base has, its zeros (remask) or its grid (regrid).
+- `Pruner`      selects the weights of a layer that remain, and may change them; applied once to the base;
+- `Quantizer`   puts a layer's weight on a grid (`dovetail.chains.grid`); applied once to the base;
+- `Adapter`     owns trainable parameters and defines how they change `(W, b)`;
+- `Constraint`  owns nothing: it re-imposes the base's zeros (remask) or its grid (regrid).
 
-No link knows which model, which quantizer or which trainer is in use. Shapes: o i r = out, in, rank.
+A link depends on no model, quantizer or trainer. Shapes: o i r = out, in, rank.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Link(ABC):
 
     @property
     def remade_without_data(self) -> bool:
-        """Whether what it makes of a base can be made again without data, from the base and the pruner's mask.
+        """Whether its result can be computed again without data, from the base and the pruner's mask.
 
         Otherwise a saved adapter holds the bases.
         """
@@ -86,26 +86,34 @@ class Link(ABC):
         return Chain((self,)) >> other
 
     def __str__(self) -> str:
-        return format_link(self)
+        """Format the link as the notation reads it: arguments that differ from their default, and headline ones."""
+        parts = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.metadata.get("positional"):
+                parts.append(format_value(value))
+            elif f.metadata.get("always_print") or value != f.default:
+                parts.append(f"{f.name}={format_value(value)}")
+        return f"{self.name}({', '.join(parts)})" if parts else self.name
 
-    def _bad(self, found: str, rule: str, fix: str = "") -> ChainError:
+    def _bad(self, found: str, rule: str, fix: str) -> ChainError:
         return ChainError(self.name, found=found, rule=rule, fix=fix)
 
 
 @dataclass(frozen=True)
 class Pruner(Link):
-    """Chooses the weights that stay.
+    """Selects the weights that remain.
 
     sparsity    the fraction of zeros wanted, in [0, 1)
     allocation  "uniform": every layer gets that fraction; "outlier": layers with more outlying scores get fewer zeros,
-                others more, the mean over all weights being kept (`sparsify/allocation.py`)
+                others more, with the same mean over all weights (`links/prune/allocation.py`)
     """
 
     kind: ClassVar[Kind] = "pruner"
     keeps_zeros: ClassVar[bool] = True
     keeps_grid: ClassVar[bool] = True
     moves_weights: ClassVar[bool] = False
-    """The weights that stay may change, too (SparseGPT)."""
+    """The remaining weights may change, too (SparseGPT)."""
 
     sparsity: float
     allocation: Literal["uniform", "outlier"]
@@ -121,12 +129,12 @@ class Pruner(Link):
 
     @abstractmethod
     def prune(self, weight_oi: Tensor, inputs: InputStatistics | None) -> tuple[Tensor, Tensor]:
-        """Which weights stay, and what they become.
+        """Select the weights that remain, and return their new values.
 
         weight_oi  (o, i) any float dtype, not written to
         inputs     statistics of the layer's input; None unless it declares `statistics`
         returns    keep (o, i) bool, False where the weight becomes zero; and the weight (o, i), weight_oi itself where
-                   nothing is moved
+                   no weight is changed
         """
 
 
@@ -136,8 +144,7 @@ class Quantizer(Link):
 
     kind: ClassVar[Kind] = "quantizer"
     keeps_zeros: ClassVar[bool] = True
-    """The grid has an exact zero, so that a pruned weight stays zero. CLAM §3.1 asks it of every quantizer in a pruned
-    chain."""
+    """The grid has an exact zero, so that a pruned weight stays zero (CLAM §3.1)."""
 
     @property
     def remade_without_data(self) -> bool:
@@ -153,17 +160,21 @@ class Quantizer(Link):
         """
 
     def quantize_from(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> tuple[QuantizedWeight, Tensor]:
-        """`quantize`, and the weights (o, i) that were rounded to the nearest codes: weight_oi, unless rounding one
-        column moves the next. In weight_oi's dtype; their nearest grid values are the codes' values."""
+        """Return the same as `quantize`, and the weights (o, i) that were rounded to the nearest codes.
+
+        These are weight_oi, unless rounding one column changes the next. They have weight_oi's dtype, and their nearest
+        grid values are the codes' values.
+        """
         return self.quantize(weight_oi, inputs), weight_oi
 
     @abstractmethod
     def empty(self, shape: tuple[int, int]) -> QuantizedWeight:
         """Return a weight (o, i) on this quantizer's grid with zeroed buffers, for a state_dict to fill."""
 
-    @abstractmethod
     def stored_nbytes(self, site: Site) -> int:
-        """Exact bytes that `quantize` stores for this layer: codes, scales, zero points, nested constants."""
+        """Return the exact bytes that `quantize` stores for this layer: codes, scales, zero points, constants."""
+        with torch.device("meta"):
+            return self.empty((site.out_features, site.in_features)).nbytes
 
 
 @dataclass(frozen=True)
@@ -191,7 +202,7 @@ class Adapter(Link):
         """
 
     def constants(self, widest: tuple[int, int], seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Frozen tensors that all layers share and that are remade from a seed instead of being stored.
+        """Return frozen tensors that all layers share and that are drawn again from a seed instead of being stored.
 
         widest   (o, i) of the widest layer's outputs and inputs; narrower layers take leading slices
         returns  name -> tensor on the CPU; empty for most methods (VeRA's projections are the exception)
@@ -204,7 +215,7 @@ class Adapter(Link):
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks that it can run at, the largest first; empty where it is not elastic (`adapt/elastic.py`)."""
+        """The ranks that it can run at, the largest first; empty where it is not elastic."""
         return ()
 
     def plain(self, rank: int) -> Adapter:
@@ -259,11 +270,11 @@ class Base(Protocol):
         ...
 
     def mask_rows(self, rows: slice) -> Tensor:
-        """(n, i) bool: False where the pruner put a zero."""
+        """Return the mask, (n, i) bool: False where the pruner put a zero."""
         ...
 
     def mask_words(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """(n, i) integers as wide as `dtype`: all ones where a weight stays, zero elsewhere."""
+        """Return the mask as integers as wide as `dtype`, (n, i): all ones where a weight remains, zero elsewhere."""
         ...
 
 
@@ -276,14 +287,13 @@ class Constraint(Link):
     keeps_zeros: ClassVar[bool] = True
     keeps_grid: ClassVar[bool] = True
     restores: ClassVar[Literal["zeros", "grid"]]
-    """What of the base it re-imposes."""
+    """The property of the base that it re-imposes."""
     float32: ClassVar[bool] = False
     """Computed in float32 whatever the weight's dtype."""
 
     @property
     def from_codes(self) -> bool:
-        """Whether the chain may start from the base as stored; False asks for the weights as they were before
-        quantizing."""
+        """Whether the chain starts from the base as stored; otherwise from the weights before quantizing."""
         return True
 
     @abstractmethod
@@ -309,7 +319,7 @@ def positional(default: Any) -> Any:
 
 
 def arguments(link: Link | type[Link]) -> dict[str, Any]:
-    """Argument name -> value (of a link) or default (of a class), in the order of the notation."""
+    """Return argument name -> value (of a link) or default (of a class), in the order of the notation."""
     if isinstance(link, type):
         return {f.name: f.default for f in fields(link)}
     return {f.name: getattr(link, f.name) for f in fields(link)}
@@ -337,9 +347,8 @@ class Chain:
 
     def __post_init__(self) -> None:
         if not self.links:
-            raise ChainError(
-                "chain", found="no link", rule="a chain holds at least one link", fix="write one, such as lora(r=16)"
-            )
+            rule, fix = "a chain has at least one link", "write one, such as lora(r=16)"
+            raise ChainError("chain", found="no link", rule=rule, fix=fix)
 
     def __rshift__(self, other: Link | Chain) -> Chain:
         return Chain(self.links + (other.links if isinstance(other, Chain) else (other,)))
@@ -357,7 +366,7 @@ class Chain:
         return len(self.links)
 
     def __str__(self) -> str:
-        return " >> ".join(format_link(link) for link in self.links)
+        return " >> ".join(map(str, self.links))
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -367,18 +376,6 @@ class Chain:
 
 WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None, "null": None}
 """Words of the notation that are values."""
-
-
-def format_link(link: Link) -> str:
-    """One link in canonical notation: headline arguments always, others when they differ from their default."""
-    parts = []
-    for f in fields(link):
-        value = getattr(link, f.name)
-        if f.metadata.get("positional"):
-            parts.append(format_value(value))
-        elif f.metadata.get("always_print") or value != f.default:
-            parts.append(f"{f.name}={format_value(value)}")
-    return f"{link.name}({', '.join(parts)})" if parts else link.name
 
 
 def format_value(value: Any) -> str:

@@ -25,7 +25,7 @@ from dovetail.chains.registry import links
 from dovetail.errors import ChainError
 
 MAX_LENGTH = 10_000
-"""Characters. A chain comes from outside; reading it takes bounded time."""
+"""The most characters: a chain may come from outside, and reading it must take bounded time."""
 
 MAX_DIGITS = 100
 
@@ -92,7 +92,7 @@ class _Parser:
         self.at, self.stop = match.start(self.kind), match.end()
 
     def instead_of(self, character: str) -> str:
-        """Return the fix for a character that is no part of the notation."""
+        """Return the fix for a character that is not part of the notation."""
         if character == "%" and self.kind == "number" and len(self.token) <= MAX_DIGITS:
             return f"write {float(self.token) / 100:g} for {self.token}%"
         if character in "-|+>&/<":
@@ -158,7 +158,7 @@ class _Parser:
         value = self.value()
         if is_word and self.kind == "op" and self.token == "=":
             if first not in names:
-                rule = f"{cls.name} takes " + (", ".join(names) if names else "no arguments")
+                rule = f"{cls.name} takes " + (", ".join(names) or "no arguments")
                 fix = _closest(first, names) or (f"use one of {', '.join(names)}" if names else f"write {cls.name}")
                 raise self.error(f"unknown argument {first!r}", rule, fix, at)
             self.next()
@@ -166,9 +166,8 @@ class _Parser:
         elif len(values) < len(names):
             name = names[len(values)]
         else:
-            raise self.error(
-                "one argument too many", f"{cls.name} takes " + (", ".join(names) or "no arguments"), "remove it", at
-            )
+            rule = f"{cls.name} takes " + (", ".join(names) or "no arguments")
+            raise self.error("one argument too many", rule, "remove it", at)
         if name in values:
             raise self.error(f"{name} a second time", "an argument is given once", f"remove one {name}", at)
         try:
@@ -200,9 +199,7 @@ class _Parser:
             self.next()
             return int(token) if re.fullmatch(r"[+-]?\d+", token) else float(token)
         self.next()
-        if kind == "text":
-            return token[1:-1]
-        return WORDS.get(token.lower(), token) if token.lower() in WORDS else token
+        return token[1:-1] if kind == "text" else WORDS.get(token.lower(), token)
 
 
 _ALIASES = {

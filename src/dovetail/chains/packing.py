@@ -1,9 +1,9 @@
-"""Codes of 2, 3, 4 or 8 bits, packed without a gap; and their values by table, which is how they are read fast.
+"""Codes of 2, 3, 4 or 8 bits, packed without gaps; and their values by table.
 
 One order for every width: the first code sits in the highest bits (bitsandbytes' order for 4 bits). 2, 4 and 8 bits
 fill whole bytes; 3 bits put 8 codes into 3 bytes. The tail is padded with zeros to a whole unit.
 
-Reading goes by table: an index (a byte; 12 bits for 3-bit codes) selects a row of 4, 2 or 1 ready values at once.
+A table makes reading fast: an index (a byte; 12 bits for 3-bit codes) selects a row of 4, 2 or 1 values at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ONE_ELEMENT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 
 
 
 def packed_nbytes(count: int, bits: int) -> int:
-    """Exact bytes of `count` codes of `bits` bits.
+    """Return the exact bytes of `count` codes of `bits` bits.
 
     >>> packed_nbytes(9, bits=3)
     6
@@ -31,7 +31,7 @@ def packed_nbytes(count: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes of any shape -> packed bytes (packed_nbytes,), uint8, in row-major order.
+    """Pack uint8 codes of any shape, in row-major order: uint8 (packed_nbytes,).
 
     >>> pack(torch.tensor([1, 2, 3], dtype=torch.uint8), bits=4).tolist()
     [18, 48]
@@ -54,16 +54,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, start: int, stop: int) -> Tensor:
-    """Codes [start, stop) of packed bytes, uint8 (stop - start,).
+    """Return the codes [start, stop) of packed bytes, uint8 (stop - start,).
 
     >>> unpack(torch.tensor([18, 48], dtype=torch.uint8), bits=4, start=1, stop=3).tolist()
     [2, 3]
     """
-    return read(packed, bits, start, stop, _codes_of_index(bits, packed))
+    return read(packed, bits, start, stop, value_table((), bits, packed))
 
 
 def read(packed: Tensor, bits: int, start: int, stop: int, table: Tensor, out: Tensor | None = None) -> Tensor:
-    """Values [start, stop) of packed codes, by `table` (`value_table` or the codes themselves), in table's dtype.
+    """Return the values [start, stop) of packed codes, by a `value_table`, in the table's dtype.
 
     out  (stop - start,) contiguous, of table's dtype, aligned like a fresh tensor; if given, it is filled and returned
     """
@@ -77,17 +77,15 @@ def read(packed: Tensor, bits: int, start: int, stop: int, table: Tensor, out: T
 
 
 def value_table(levels: tuple[float, ...], bits: int, like: Tensor) -> Tensor:
-    """Return the float32 values of every index: (2 ** INDEX_BITS, codes per index). `levels[code]` is a code's value.
+    """Return the values of every index: (2 ** INDEX_BITS, codes per index), on the device of `like`.
 
-    Kept per device, except for tensors that are not plain (fake tensors of a dry run).
+    levels   `levels[code]` is the float32 value of a code; empty: the codes themselves, uint8
+
+    Cached per device, except for tensors that are not plain (fake tensors of a dry run).
     """
     if type(like) is not Tensor:
         return _make_table(levels, bits, like.device)
     return _kept_table(levels, bits, like.device)
-
-
-def _codes_of_index(bits: int, like: Tensor) -> Tensor:
-    return value_table((), bits, like)
 
 
 def _indices(packed: Tensor, bits: int) -> Tensor:

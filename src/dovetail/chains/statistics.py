@@ -1,8 +1,8 @@
-"""What calibration knows of a layer's input X (tokens, in), added up batch by batch; no activation is kept.
+"""The statistics of a layer's input X (tokens, in), accumulated batch by batch; no activation is kept.
 
 norm        ‖x_i‖₂        for scores such as Wanda's |W|·‖x_i‖
 magnitude   mean |x_i|    for scales by activation, such as AWQ's
-gram        XᵀX           for GPTQ and SparseGPT, whose error ‖(W - Ŵ) Xᵀ‖² it measures
+gram        XᵀX           for GPTQ and SparseGPT, which minimize ‖(W - Ŵ) Xᵀ‖²
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Scales and low ranks are closed under composition:
     in-scale l:    (s, t, BA) -> (s, t·l, B A diag(l))
     low rank ba:   (s, t, BA) -> (s, t, [B b][A; a])
 
-so any chain of them is one `Form`  W' = diag(s) W diag(t) + B A, whatever its length. Factors stay ordinary autograd
-tensors (they are small); only products with the weight are the planner's business.
+so any chain of them is one `Form`  W' = diag(s) W diag(t) + B A, whatever its length. Factors are small and stay
+ordinary autograd tensors; the planner computes only the products with the weight.
 Shapes: o i r = out, in, rank.
 """
 
@@ -53,7 +53,7 @@ class Hadamard:
     a2_ri: Tensor
 
     def low_rank(self) -> LowRank:
-        """(B1 A1) ⊙ (B2 A2) = (B1 ⊛ B2)(A1 ⊛ A2), rows of A and columns of B multiplied pairwise; rank r²."""
+        """Return (B1 A1) ⊙ (B2 A2) = (B1 ⊛ B2)(A1 ⊛ A2): rows of A and columns of B multiplied pairwise; rank r²."""
         b = (self.b1_or[:, :, None] * self.b2_or[:, None, :]).flatten(1)
         a = (self.a1_ri[:, None, :] * self.a2_ri[None, :, :]).flatten(0, 1)
         return LowRank(a, b)
@@ -71,7 +71,7 @@ Term = OutScale | InScale | LowRank | Hadamard | RowNorm
 
 @dataclass
 class Form:
-    """W' = diag(out) W diag(in) + B A, and b'. None stands for ones, or for no low rank.
+    """W' = diag(out) W diag(in) + B A, and b'. None means a scale of ones, or no low rank.
 
     out_scale_o (o,), in_scale_i (i,), a_ri (r, i), b_or (o, r), bias_o (o,): in the adapters' dtype
     dropped      low-rank pairs whose input has its own dropout: [(probability, a_ri, b_or)]
@@ -107,7 +107,7 @@ class Form:
             self.a_ri, self.b_or = torch.cat([self.a_ri, term.a_ri]), torch.cat([self.b_or, term.b_or], dim=1)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """All low-rank factors as one pair (a_ri, b_or), dropout aside; None when there are none."""
+        """Return all low-rank factors as one pair (a_ri, b_or), without dropout; None when there are none."""
         pairs = [(a, b) for _, a, b in self.dropped]
         if self.a_ri is not None and self.b_or is not None:
             pairs.append((self.a_ri, self.b_or))
@@ -119,5 +119,5 @@ class Form:
 
 
 def nonzero(norm_o: Tensor) -> Tensor:
-    """Norms with 1 for 0: a row that is all zeros (pruned away) stays zero instead of becoming NaN."""
+    """Return the norms with 1 for 0, so that a row of zeros stays zero instead of becoming NaN."""
     return torch.where(norm_o == 0, torch.ones_like(norm_o), norm_o)

@@ -1,6 +1,6 @@
-"""Puts a chain on a model: target layers become `ChainLinear`, and the first stage's pruners and quantizers run.
+"""Application of a chain: target layers become `ChainLinear`, and the first stage's pruners and quantizers run.
 
-A chain of several stages is walked by `advance`: it merges the current stage into the base and starts the next.
+In a chain of several stages, `advance` merges the current stage into the base and starts the next one.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.chains.check import check
-from dovetail.chains.layer.applied import AppliedChain, Inputs, applied, stages_left
+from dovetail.chains.layer.applied import AppliedChain, Inputs, applied
 from dovetail.chains.layer.attach import attach, replace_module
-from dovetail.chains.layer.linear import ChainLinear, LinkState, Shared, adapter_dtype, chain_layers
+from dovetail.chains.layer.linear import ChainLinear, LinkState, Shared, adapter_dtype
 from dovetail.chains.link import Adapter, Chain, Link, arguments
 from dovetail.chains.stages import Stage
 from dovetail.compression.calibration import Batch, checked
 from dovetail.compression.compress import compress, refuse_bad_weights
 from dovetail.errors import ChainError, DataError
-
-__all__ = ["AppliedChain", "advance", "applied", "apply", "chain_layers", "stages_left"]
 
 
 @torch.inference_mode(mode=False)  # or training could not use what was made under a caller's inference mode
@@ -38,33 +36,33 @@ def apply(
     on_link: Callable[[Link], None] | None = None,
     progress: bool = False,
 ) -> nn.Module:
-    """Put a chain on the model, in place, up to the end of its first stage's pruners and quantizers.
+    """Put a chain on the model, in place, and apply its first stage's pruners and quantizers.
 
-    Layers are compressed one after the other, and what they were is let go: no second copy of the model is held.
+    Layers are compressed one after the other, and their original weights are freed: no second copy of the model is
+    held.
 
     chain_       the notation, a Chain or a link
     targets      labels, globs or "all-linear" (`dovetail.models.targets`)
-    calibration  batches of the model's keyword arguments; needed by links that look at activations
-    calibration_inputs  what a block is calibrated on: the outputs of the "compressed" blocks before it, as it will be
-                 fed, or of the "original" ones
-    seed         of initial values
-    masks        layer name -> (o, i) bool, chosen earlier: pruners of the first stage take these and look at no data
+    calibration  batches of the model's keyword arguments; needed by links that use activations
+    calibration_inputs  the inputs that a block is calibrated on: outputs of the "compressed" blocks before it, which it
+                 gets in use, or of the "original" ones
+    seed         seed of the initial values
+    masks        layer name -> (o, i) bool, which pruners of the first stage use instead of data
     on_link      called after each pruner and quantizer that was applied, in later stages too, and with the last of a
-                 stage's trained links when `advance` has merged them; the model works as it stands then
-    returns      the same model; everything frozen but the adapters and a newly made task head
-    errors       ChainError, TargetError, DataError: nearly always before anything is changed. What shows only when a
-                 layer is compressed already (calibration data of which a later batch is bad, a kill) leaves a model
-                 that every further use refuses: load it again
+                 stage's trained links when `advance` has merged them; the model is usable then
+    returns      the same model; everything is frozen except the adapters and a newly initialised task head
+    errors       ChainError, TargetError, DataError: nearly always before anything is changed. An error after a layer
+                 is compressed (a bad later batch, a kill) leaves a model that every further use refuses: load it again
     """
     checked = check(chain_)
     if calibration_inputs not in get_args(Inputs):
-        known = " or ".join(get_args(Inputs))
-        raise ChainError("apply", found=f"calibration_inputs={calibration_inputs!r}", rule=f"it must be {known}")
+        found, rule = f"calibration_inputs={calibration_inputs!r}", f"it must be {' or '.join(get_args(Inputs))}"
+        raise ChainError("apply", found=found, rule=rule, fix="leave calibration_inputs out")
     batches = _calibration(checked.stages[0], calibration) if masks is None else None
-    record, found = attach(model, checked, targets, seed)
+    record, replaced = attach(model, checked, targets, seed)
     record.on_link, record.calibration_inputs = on_link, calibration_inputs
-    untouched = {target.name: target.module for target in found}
-    del found  # or the original weights would live until the end
+    untouched = {target.name: target.module for target in replaced}
+    del replaced  # or the original weights would be held until the end
     try:
         _start(model, record, batches, masks, progress, untouched)
     except BaseException:
@@ -105,10 +103,10 @@ def restore(
 def apply_on_meta(
     model: nn.Module, chain_: str | Chain | Link, targets: str | Sequence[str] = "all-linear", stage: int = 0
 ) -> nn.Module:
-    """Put a chain on a model without storage, in place, as it stands in a stage: every check, no computation.
+    """Put a chain in one of its stages on a model without storage, in place: every check, no computation.
 
     model   on the meta device, such as `dovetail.checkpoint.load.empty_model` returns
-    errors  what `apply` raises before it changes anything
+    errors  those that `apply` raises before it changes anything
     """
     with torch.device("meta"):
         record, _ = attach(model, check(chain_), targets, 0)
@@ -125,17 +123,17 @@ def apply_on_meta(
 def advance(
     model: nn.Module, *, calibration: Iterable[Batch] | None = None, seed: int | None = None, progress: bool = False
 ) -> nn.Module:
-    """Merge the current stage into the base, exactly, and start the next: its pruners and quantizers run.
+    """Merge the current stage into the base, exactly, and apply the pruners and quantizers of the next one.
 
-    A quantized base stays quantized. ChainError when no stage is left. Where calibration fails, the current stage is
-    already merged and the next one has not begun: `advance` can be called again, unless a layer was compressed.
+    A quantized base stays quantized. Raises ChainError when no stage is left. If calibration fails, the current stage
+    is merged and the next one has not begun: `advance` can be called again, unless a layer was compressed.
     """
     record = applied(model)
     if not record.stages_left:
         raise ChainError(
             str(record.chain),
             found=f"stage {record.number + 1} of {len(record.chain.stages)}, the last one",
-            rule="advance needs a next stage",
+            rule="the chain must have another stage",
             fix="merge the model",
         )
     batches = _calibration(record.chain.stages[record.number + 1], calibration)
@@ -157,27 +155,25 @@ def advance(
 
 
 def _calibration(stage: Stage, calibration: Iterable[Batch] | None) -> list[Batch] | None:
-    needing = [link for link in stage.applied if link.statistics]
-    if needing and calibration is None:
-        raise ChainError(
-            f"{needing[0].name} in {stage}",
-            found="no calibration data",
-            rule=f"{needing[0].name} needs the activations of calibration data",
-            fix="pass calibration=[{'input_ids': …}, …], or use magnitude, which needs none",
-        )
+    """Return the batches, checked; raise ChainError or DataError where the stage needs them and there are none."""
     batches = None if calibration is None else checked(calibration)
-    if needing and not batches:
-        raise DataError(
-            f"calibration of {needing[0].name}",
-            found="no batch",
-            rule="calibration needs at least one batch",
-            fix="pass calibration=[{'input_ids': …}, …]",
-        )
-    return batches
+    link = next((link for link in stage.applied if link.statistics), None)
+    if link is None or batches:
+        return batches
+    fix = "pass calibration=[{'input_ids': …}, …]"
+    if batches is not None:
+        rule = "calibration needs at least one batch"
+        raise DataError(f"calibration of {link.name}", found="no batch", rule=rule, fix=fix)
+    raise ChainError(
+        f"{link.name} in {stage}",
+        found="no calibration data",
+        rule=f"{link.name} needs the activations of calibration data",
+        fix=f"{fix}, or use magnitude, which needs none",
+    )
 
 
 def _freeze(model: nn.Module, record: AppliedChain) -> None:
-    """Freeze everything but adapters and a sequence classifier's own head, which starts untrained."""
+    """Freeze everything except adapters and a sequence classifier's own head, which starts untrained."""
     new: set[int] = set()
     if type(model).__name__.endswith("ForSequenceClassification"):
         body = getattr(model, "base_model", model)
@@ -197,9 +193,9 @@ def _start(
     progress: bool,
     untouched: dict[str, Any],
 ) -> None:
-    """Run the current stage's pruners and quantizers on the bases, then put its differentiable links on the layers.
+    """Apply the current stage's pruners and quantizers, then put its differentiable links on the layers.
 
-    untouched  layer name -> what holds its original weight; let go as layers are compressed
+    untouched  layer name -> the owner of its original weight; entries are removed as layers are compressed
     """
     stage, layers = record.stage, record.layers
     if stage.applied:
@@ -240,11 +236,11 @@ def initial_values(model: nn.Module, seed: int | None = None) -> dict[str, Tenso
 
     The keys are those of a saved adapter behind "link/".
 
-    model    under a chain; it is not changed
-    seed     that they were drawn with; None: the model's own
+    model    a model under a chain; it is unchanged
+    seed     the seed that they were drawn with; None: the model's own
     returns  new tensors on the layers' devices, in the dtype of adapters (float32 or wider); of extracted elastic
-             adapters the part at their rank. What starts from the base's weights (DoRA's magnitudes) starts from the
-             base in hand
+             adapters the part at their rank. Values that depend on the base's weights (DoRA's magnitudes) depend on
+             the current base
     errors   ChainError when the model carries no chain
     """
     record = applied(model)

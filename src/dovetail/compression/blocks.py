@@ -1,11 +1,11 @@
-"""The block-by-block walk: every block is compressed on what the blocks before it, already compressed, give.
+"""Block-wise calibration: each block is compressed on the outputs of the compressed blocks before it.
 
-The model's own forward pass runs once for each batch, in a thread of its own; one thread at a time has the word. Where
-a forward pass comes to a block it waits until all have come, the block's statistics are taken and the block is
-compressed, and all go on with its outputs. So the walk needs to know nothing of a family: masks, position biases,
-encoders and decoders are the model's business. Of activations only what flows between two blocks is kept.
+The model's own forward pass runs once for each batch, in a thread of its own; only one thread runs at a time. A forward
+pass that reaches a block waits until all have reached it. Then the block's statistics are computed, the block is
+compressed, and all passes continue with its outputs. So calibration depends on no model family: masks, position biases,
+encoders and decoders are computed by the model. Of the activations, only the inputs between two blocks are kept.
 
-Source: GPTQ's and SparseGPT's drivers (Frantar et al. 2022, §4; 2023, §3.4), which are written anew for each family.
+Source: the drivers of GPTQ and SparseGPT (Frantar et al. 2022, §4; 2023, §3.4), which are written for each family.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Seen = dict[str, tuple["weakref.ref[Tensor]", int]]
 """Layer whose statistics count an input -> that input and its version."""
 
 LEAST_TOKENS = 8
-"""Below this, a Gram matrix says nothing."""
+"""The least number of tokens for a Gram matrix."""
 
 
 def blocks_of(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
@@ -79,8 +79,8 @@ def calibrate_blocks(
     compress  called once for each block, with layer name -> statistics; may take entries out to free them
     wanted    the statistics that the link declares
     inputs    what a block is fed: the outputs of the "compressed" blocks before it, or of the "original" ones
-    errors    DataError for NaN activations, for a layer that no input reaches, for too few tokens: names the layer.
-              What the first rows show, they show before `compress` is called
+    errors    DataError, with the layer's name, for NaN activations, for a layer that no input reaches, for too few
+              tokens. An error that the first rows show is raised before `compress` is called
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -188,7 +188,7 @@ def _look_ahead(
 
     returns  the blocks with the layers that are called in each (`blocks_of`, unless a block calls a layer from
              elsewhere, or a layer is called outside of its own), and the layers that a forward pass calls just once
-    errors   DataError for NaN activations and for layers that nothing reaches, while the model is still untouched
+    errors   DataError for NaN activations and for layers that no input reaches, while the model is unchanged
     """
     calls = dict.fromkeys(layers, 0)
     blocks = blocks_of(model, list(layers))

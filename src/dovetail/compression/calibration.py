@@ -19,15 +19,13 @@ from dovetail.tasks.tokens import IGNORED, Collator, encode, pad_id
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Batch", "calibration_batches", "checked", "text_task"]
-
 MAX_TEXT_NBYTES = 1 << 28
 """The most that a file of calibration text may hold."""
 
 
 def checked(calibration: Iterable[Batch]) -> list[Batch]:
     """Return the batches as a list; raise DataError for one batch alone, texts, lists of numbers or a wrong mask."""
-    rule = "calibration is a list of batches, each the model's arguments by name, as tensors"
+    rule = "calibration must be a list of batches, each the model's arguments by name, as tensors"
     found: object = calibration
     if isinstance(calibration, Iterable) and not isinstance(calibration, str | bytes | Mapping | Tensor):
         batches = list(calibration)
@@ -39,29 +37,30 @@ def checked(calibration: Iterable[Batch]) -> list[Batch]:
                 _check_mask(batch)
             return batches
         found = wrong[0]
-    fix = "calibration=[tokenizer(texts, return_tensors='pt', padding=True)]"
+    fix = "pass calibration=[tokenizer(texts, return_tensors='pt', padding=True)]"
     raise DataError("calibration", found=f"a {type(found).__name__}", rule=rule, fix=fix)
 
 
 def _check_mask(batch: Batch) -> None:
-    """Refuse a mask of another shape: it would be broadcast over the rows, and padding counted silently."""
+    """Raise DataError for a mask of another shape: it would be broadcast over the rows."""
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     if ids is not None and mask is not None and mask.dim() == 2 and mask.shape != ids.shape:
         found = f"attention_mask of {list(mask.shape)} beside input_ids of {list(ids.shape)}"
-        raise DataError("calibration", found=found, rule="the mask must have one value per token")
+        rule, fix = "the mask must have one value per token", "pass the mask that the tokenizer returns"
+        raise DataError("calibration", found=found, rule=rule, fix=fix)
 
 
 def text_task(path: Path, *, encoder_decoder: bool) -> Task:
     """Return the passages of a text file, one per line, as a task to calibrate on."""
-    rule = "calibration.text must be a UTF-8 file with one passage per line"
-    content = read_bytes(path, rule=rule, limit=MAX_TEXT_NBYTES, error=DataError)
+    rule, fix = "calibration.text must be a UTF-8 file with one passage per line", "pass a text file"
+    content = read_bytes(path, rule=rule, fix=fix, limit=MAX_TEXT_NBYTES, error=DataError)
     try:
-        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
+        lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise DataError(str(path), found=f"byte {error.start} is not UTF-8", rule="the file must be UTF-8") from None
-    passages = [line for line in lines if line]
+        raise DataError(str(path), found=f"byte {error.start} is not UTF-8", rule=rule, fix=fix) from None
+    passages = [line.strip() for line in lines if line.strip()]
     if not passages:
-        raise DataError(str(path), found="no passage", rule="calibration.text must hold a passage")
+        raise DataError(str(path), found="no passage", rule=rule, fix=fix)
     if encoder_decoder:
         return Task(path.name, "generation", "exact_match", {"train": [{"prompt": p, "answer": p} for p in passages]})
     return Task(path.name, "text", METRICS["text"][0], {"train": [{"text": p} for p in passages]})

@@ -1,4 +1,4 @@
-"""Runs a pruner or quantizer over a model's layers: block by block on their inputs, or layer by layer without data."""
+"""Pruning and quantization of a model's layers: block by block on their inputs, or layer by layer without data."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from dovetail.chains.grid import refuse_not_finite
 from dovetail.chains.layer.applied import Inputs
 from dovetail.chains.layer.linear import ChainLinear
 from dovetail.chains.link import Link, Pruner, Quantizer
 from dovetail.chains.statistics import InputStatistics
 from dovetail.compression.blocks import blocks_of, calibrate_blocks
 from dovetail.compression.passes import Batch
-from dovetail.errors import DovetailError
 from dovetail.links.prune.allocation import allocate, outlier_ratio
 
 
@@ -31,12 +31,12 @@ def compress(
     progress: bool,
     touch: Callable[[str], object],
 ) -> None:
-    """Prunes or quantizes the bases of the layers, in place.
+    """Prune or quantize the bases of the layers, in place.
 
     batches     calibration data, where the link needs statistics
     inputs      what a block is calibrated on (`dovetail.compression.blocks`)
     keep_start  a quantizer keeps the dense weights beside the codes
-    masks       layer name -> (o, i) bool: pruners take these and look at no data
+    masks       layer name -> (o, i) bool, which pruners use instead of data
     touch       called with a layer's name before it is changed
     """
     if isinstance(link, Pruner) and masks is not None:
@@ -99,13 +99,7 @@ def _allocated(
 
 
 def refuse_bad_weights(layers: Mapping[str, ChainLinear]) -> None:
-    """DovetailError for a layer with weights that are not finite: before any layer is changed."""
+    """Raise DovetailError for a layer with weights that are not finite, before any layer is changed."""
     for name, layer in layers.items():
-        weight = layer.base.dense
-        if weight is not None and not weight.is_meta and not bool(torch.isfinite(weight).all()):
-            raise DovetailError(
-                name,
-                found=f"{int((~torch.isfinite(weight)).sum())} weights that are NaN or infinite",
-                rule="weights to prune or quantize must be finite",
-                fix="check the checkpoint, or the training that made these weights",
-            )
+        if (weight := layer.base.dense) is not None and not weight.is_meta:
+            refuse_not_finite(name, weight)

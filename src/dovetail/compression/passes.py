@@ -20,9 +20,9 @@ from dovetail.models.targets import CROSS_ATTENTION, roles_of
 Batch = Mapping[str, Tensor]
 
 TOKENS = 1024
-"""Tokens of a piece of a batch: enough for matrix products, little memory for what a block makes of it."""
+"""Tokens of a piece of a batch: enough for matrix products, and little memory for a block's activations."""
 LOOK = 256
-"""Tokens of a piece that is only looked at."""
+"""Tokens of a piece of the run before calibration."""
 _ROWS = {"input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask"}
 
 
@@ -42,7 +42,7 @@ def split(model: nn.Module, batches: Sequence[Batch], most: int = TOKENS) -> lis
 
 
 def _joined(batches: Sequence[Batch], most: int) -> Iterator[Batch]:
-    """Small batches of one width together: each piece costs a thread."""
+    """Yield the batches with small ones of one width joined: each piece costs a thread."""
     waiting: list[Batch] = []
     for batch in batches:
         shapes = {name: tensor.shape[1:] for name, tensor in batch.items()}
@@ -59,9 +59,10 @@ def _joined(batches: Sequence[Batch], most: int) -> Iterator[Batch]:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Disable the key-value cache: a block that runs twice would find its own keys. T5's parts have own configs."""
+    """Disable the key-value cache while entered: a block that runs twice would read its own keys."""
     from transformers import PreTrainedModel
 
+    # Parts of T5 have configs of their own.
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     caching = [config for config in configs.values() if config.to_dict().get("use_cache")]
     for config in caching:
@@ -130,7 +131,7 @@ def input_rows(x: Tensor, layout: Layout, mask: Tensor | None) -> Tensor:
 
 
 def read_by_decoder(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Those of the layers that an encoder-decoder feeds with its decoder's tokens."""
+    """Return the layers whose input an encoder-decoder computes from its decoder's tokens."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or not model.config.is_encoder_decoder:
@@ -142,13 +143,13 @@ def read_by_decoder(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 
 class Stop(BaseException):
-    """Ends a forward pass; no `except Exception` of a model catches it."""
+    """The end of a forward pass; no `except Exception` of a model catches it."""
 
 
 class Pass:
-    """One forward pass of the model, in a thread of its own, that stops at every block.
+    """One forward pass of the model, in a thread of its own, that waits at every block.
 
-    block, args, kwargs   where it stands and what it brings; block is None once it is through
+    block, args, kwargs   the block at which it waits, and the block's arguments; block is None after the last one
     mask, decoder_mask    (b, t) bool, False where its batch is padding
     """
 
@@ -204,7 +205,7 @@ class Pass:
 
 
 class _Here(threading.local):
-    """The pass whose thread this is; none in the thread that walks."""
+    """The pass whose thread this is; None in the calibrating thread."""
 
     now: Pass | None = None
 
@@ -249,7 +250,7 @@ class Passes:
         return forward
 
     def waiting(self) -> list[Pass]:
-        """Those that stand where the first of them stands; empty when all are through."""
+        """Return the passes that wait at the block of the first waiting one; empty after the last block."""
         first = next((one.block for one in self._passes if one.block is not None), None)
         return [one for one in self._passes if first is not None and one.block == first]
 
@@ -268,7 +269,7 @@ class Passes:
     ) -> None:
         """Run the block to observe the inputs of its layers: `see(layer, x)`.
 
-        left  the layers still to be seen, where each is called once: the block's run ends with the last of them
+        left  the layers still to be observed, where each is called once: the run of the block ends with the last one
         """
         assert one.block is not None
         if one.block in layers:  # a layer that is its own block

@@ -1,14 +1,14 @@
-"""Column after column: a weight changes under a constraint, and the columns still to come make up for its error.
+"""Column-wise compression: later columns of a weight compensate for the errors of earlier ones.
 
 For a layer's inputs X and G = XᵀX, the error of a changed weight is ‖(W - Ŵ)Xᵀ‖² = ‖(W - Ŵ)R‖² with G = R Rᵀ, R upper
-triangular. Going through the columns in order, what is left to column m by the errors E of those before it is E R[:, m]
-alone, so the best values of the columns to come are
+triangular. When the columns are visited in order, the errors E of earlier columns affect column m by E R[:, m] alone,
+so the best values of the remaining columns are
 
     W_rest + E R[done, rest] R[rest, rest]⁻¹
 
-This is the optimal-brain-surgeon update of GPTQ (Frantar et al. 2022, §3.3) and SparseGPT (2023, §3.2), which write it
-with U = R⁻¹, the Cholesky factor of G⁻¹. R takes one Cholesky factorisation, no inverse of G, and the update of a block
-of columns reads the errors before it once instead of writing all columns after it. In a block U's small part serves.
+This is the optimal-brain-surgeon update of GPTQ (Frantar et al. 2022, §3.3) and SparseGPT (2023, §3.2), which use
+U = R⁻¹, the Cholesky factor of G⁻¹. R takes one Cholesky factorization and no inverse of G, and the update of a block
+of columns reads the earlier errors once instead of writing all later columns. Within a block its part of U is used.
 Shapes: o i b = out, in, columns of a block.
 """
 
@@ -25,7 +25,7 @@ from dovetail.chains.statistics import InputStatistics
 
 BLOCK = 128
 _LEAF = 16
-"""Columns that are updated one after the other; behind them their block is, in one product."""
+"""Columns that are updated one after the other, before one product updates the rest of their block."""
 _MOST_DAMPING = 1.0
 
 Visit = Callable[[Tensor, Tensor, slice], Callable[[int, Tensor], Tensor]]
@@ -33,7 +33,7 @@ Visit = Callable[[Tensor, Tensor, slice], Callable[[int, Tensor], Tensor]]
 
 @dataclass(frozen=True)
 class Factor:
-    """How errors are carried on.
+    """The factor of a Gram matrix, by which errors affect later columns.
 
     order_i    the columns in the order in which they are visited
     lower_ii   L with G[reversed order] = L Lᵀ, which is R with both axes reversed
@@ -48,7 +48,7 @@ class Factor:
 def factor(inputs: InputStatistics, damping: float, *, by_size: bool = False) -> Factor | None:
     """Return the factor of the inputs' Gram matrix, which it replaces; cached for layers with the same inputs.
 
-    damping  share of the mean diagonal to add; ten times more is tried where G is singular even so
+    damping  share of the mean diagonal to add; multiplied by ten while G is singular
     by_size  visit the inputs of largest norm first (GPTQ's act-order), else from left to right
     returns  None for a matrix that cannot be factored with any damping up to 1
     """
@@ -88,18 +88,18 @@ def reconstruct(weight_oi: Tensor, factor: Factor, visit: Visit, window: int = 1
     """Return the weight, changed column by column.
 
     weight_oi  (o, i) in the factor's dtype; not written to
-    visit      called at the start of each block with its weights (b, o), updated for all errors before, with the
-               diagonal (b,) of U, and its columns' places in the order; gives a function that is called for each column
-               j of the block in turn with its updated weights (o,), and returns what becomes of them. It may look at
-               the block's weights, which are updated in place as columns are visited
-    window     when the first of `window` columns is visited, all of them lie in the block and are up to date
+    visit      called at the start of each block with its weights (b, o), updated for all earlier errors, with the
+               diagonal (b,) of U, and its columns' places in the order. It returns a function that is called for each
+               column j of the block in turn with its updated weights (o,), and returns their new values. The function
+               may read the block's weights, which are updated in place as columns are visited
+    window     when the first of `window` columns is visited, all of them are in the block and up to date
     returns    (o, i)
     """
     i = weight_oi.shape[1]
     block = BLOCK // window * window
     leaf = window * max(1, _LEAF // window)
     lower = factor.lower_ii
-    # Everything lies in reversed order, as the factor does: the columns to come have the lower indices.
+    # Everything is in reversed order, as in the factor: later columns have lower indices.
     last_first = factor.order_i.flip(0)
     new = weight_oi[:, last_first]
     error = torch.empty_like(new)
@@ -124,7 +124,7 @@ def reconstruct(weight_oi: Tensor, factor: Factor, visit: Visit, window: int = 1
 
 
 def _visit_columns(weight_bo: Tensor, upper_bb: Tensor, column: Callable[[int, Tensor], Tensor], leaf: int) -> None:
-    """Visits the block's columns (here rows) in turn; each error is made up for by those behind it."""
+    """Visit the block's columns (here rows) in turn; later columns compensate for the error of each."""
     columns = len(weight_bo)
     diagonal: list[float] = upper_bb.diagonal().tolist()
     for start in range(0, columns, leaf):

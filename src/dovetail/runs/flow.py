@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from dovetail.chains.layer.applied import applied
 from dovetail.checkpoint.adapter import save_adapter
 from dovetail.checkpoint.footprint import footprint
 from dovetail.checkpoint.load import HEAD_KINDS, best_device
 from dovetail.checkpoint.merge import merge, to_stock
-from dovetail.compression.apply import apply, stages_left
+from dovetail.compression.apply import apply
 from dovetail.files import check_folder, write_whole
 from dovetail.progress import Bar
 from dovetail.runs.folder import ADAPTER, MODEL, PACKED, PAGE, TENSORBOARD, choose_output, run_folder
@@ -87,7 +88,7 @@ def run(
             calibration_inputs=recipe.calibration.inputs, seed=recipe.seed, progress=progress,
             on_link=lambda link: rows.add(next(names)),
         )  # fmt: skip
-        if stages_left(model) or trained_parts(model):
+        if applied(model).stages_left or trained_parts(model):
             trained = train(
                 model, tokenizer, task, seed=recipe.seed, calibration=batches, output_dir=folder.training,
                 resume=folder.training.exists(), progress=progress, on_log=folder.log_step,

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.linear import chain_layers
-from dovetail.compression.apply import advance, stages_left
+from dovetail.compression.apply import advance
 from dovetail.compression.calibration import calibration_batches, checked
 from dovetail.errors import TrainError
 from dovetail.files import read_json, write_whole
@@ -130,7 +131,7 @@ def train(
     data = as_task(data)
     rows = _rows(model, tokenizer, data, "train", asked)
     chained = bool(chain_layers(model))
-    stages = 1 + stages_left(model) if chained else 1
+    stages = 1 + applied(model).stages_left if chained else 1
     if stages == 1 and not trained_parts(model):
         raise TrainError(
             "train",

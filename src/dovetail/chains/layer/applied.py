@@ -1,4 +1,4 @@
-"""What a model remembers of the chain that it carries."""
+"""The record of the chain that a model carries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Inputs = Literal["compressed", "original"]
 
 @dataclass
 class AppliedChain:
-    """What a model under a chain remembers of it; one object, held by every chain layer's `record`.
+    """The record of a model's chain; one object, which every chain layer holds as `record`.
 
     chain             the whole chain
     targets           the targets as given
@@ -54,32 +54,21 @@ class AppliedChain:
 
 
 def applied(model: nn.Module) -> AppliedChain:
-    """Return what the model remembers of its chain; raise ChainError when it carries none."""
-    for layer in chain_layers(model).values():
-        if layer.record is None:
-            raise ChainError(
-                "model",
-                found="a packed model, whose chain is merged",
-                rule="this operation needs a model under a chain",
-                fix="call dovetail.to_stock(model), then apply another chain",
-            )
-        assert isinstance(layer.record, AppliedChain)
-        if layer.record.broken:
-            raise ChainError(
-                f"model under {layer.record.chain}",
-                found="a model whose compression was interrupted",
-                rule="all layers of a model are compressed, or none",
-                fix="load the model again",
-            )
-        return layer.record
-    raise ChainError(
-        "model",
-        found="no layer with a chain",
-        rule="this operation needs a model under a chain",
-        fix="call dovetail.apply(model, chain)",
-    )
-
-
-def stages_left(model: nn.Module) -> int:
-    """Return the number of stages that follow the current one."""
-    return applied(model).stages_left
+    """Return the record of the model's chain; raise ChainError for a model that carries none."""
+    layer = next(iter(chain_layers(model).values()), None)
+    rule = "the model must be under a chain"
+    if layer is None:
+        fix = "call dovetail.apply(model, chain)"
+        raise ChainError("model", found="no layer with a chain", rule=rule, fix=fix)
+    if layer.record is None:
+        fix = "call dovetail.to_stock(model), then apply another chain"
+        raise ChainError("model", found="a packed model, whose chain is merged", rule=rule, fix=fix)
+    assert isinstance(layer.record, AppliedChain)
+    if layer.record.broken:
+        raise ChainError(
+            f"model under {layer.record.chain}",
+            found="a model whose compression was interrupted",
+            rule="all layers of a model must be compressed, or none",
+            fix="load the model again",
+        )
+    return layer.record

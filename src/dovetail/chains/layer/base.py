@@ -43,11 +43,8 @@ class Scratch:
                 self._flat[key] = flat = torch.empty(numel, dtype=dtype, device=device)
         return flat[:numel].view(shape)
 
-    def __deepcopy__(self, memo: object) -> Scratch:
-        return Scratch()
-
     def __reduce__(self) -> tuple[type[Scratch], tuple[()]]:
-        return Scratch, ()
+        return Scratch, ()  # a copy shares no memory
 
 
 class Base(nn.Module):
@@ -202,7 +199,6 @@ class Base(nn.Module):
         self.load_state_dict({name: value for name, value in state.items() if name != "start"})
         if start is not None:
             self.start = start.to(self.device)
-        self._row_square = {}
 
     def set_mask(self, keep_oi: Tensor, weight_oi: Tensor | None = None) -> None:
         """Set the pruned weights to zero, and keep the mask, one bit per weight.

@@ -1,13 +1,13 @@
-"""Elastic ranks: one super-adapter of which every leading part is an adapter too, `lora(r=32, elastic=[32, 24, 16])`.
+"""Elastic ranks: an adapter whose leading parts are adapters too, `lora(r=32, elastic=[32, 24, 16])`.
 
-    rank k of LoRA:   W' = W + c B[:, :k] A[:k]      c stays that of the full rank
+    rank k of LoRA:   W' = W + c B[:, :k] A[:k]      c is that of the full rank
 
-Training draws a rank per step and group of layers (`stage_trainer.RankDraws`), so that all of them work; which ones to
-use is decided afterwards: the reference ranks, the median of each list, or better ones by `dovetail.search_ranks`.
-`extract` makes a plain adapter of them.
+Training draws a rank per step and group of layers, so that all ranks are trained. The ranks to use are chosen
+afterwards: the reference ranks, the median of each list, or better ones by `dovetail.search_ranks`. `extract` replaces
+the elastic adapters by plain ones.
 
 Source: neural low-rank adapter search (NLS), SQFT §2.2 and §3.1, after Shears and LoNAS. For LoRA, DoRA, LoHa and VeRA.
-As dear a step as its largest rank, at most; in return the rank need not be known before.
+A training step costs at most that of the largest rank.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _named(place: int, states: Mapping[str, LinkState]) -> Group:
 
 
 def _elastic(model: nn.Module) -> dict[tuple[str, int], LinkState]:
-    """(Layer, place in the stage) -> the elastic adapters of the current stage."""
+    """Return (layer, place in the stage) -> the elastic adapters of the current stage."""
     return {
         (name, place): state
         for name, layer in chain_layers(model).items()
@@ -105,7 +105,7 @@ def draw_ranks(elastic: Sequence[Group], seed: str) -> None:
 
 
 def ranks(model: nn.Module) -> dict[str, int]:
-    """Group name -> the rank that it runs at."""
+    """Return group name -> the rank that the group runs at."""
     return {group.name: group.rank for group in groups(model)}
 
 
@@ -115,13 +115,13 @@ def set_ranks(model: nn.Module, chosen: Mapping[str, int]) -> None:
     for name, rank in chosen.items():
         if name not in named:
             some = ", ".join([*list(named)[:3], *(["…"] if len(named) > 3 else [])]) or "none here"
-            raise ChainError(
-                "set_ranks", found=f"{name!r}"[:200], rule=f"the name must be a group of elastic adapters: {some}"
-            )
-        if rank not in named[name].ranks:
-            raise ChainError(
-                f"set_ranks at {name}", found=f"rank {rank}", rule=f"the rank must be one of {list(named[name].ranks)}"
-            )
+            rule = f"the name must be a group of elastic adapters: {some}"
+            fix = "use a name that dovetail.chains.layer.elastic.ranks(model) returns"
+            raise ChainError("set_ranks", found=f"{name!r}"[:200], rule=rule, fix=fix)
+        known = named[name].ranks
+        if rank not in known:
+            rule, fix = f"the rank must be one of {list(known)}", f"set {known[0]}"
+            raise ChainError(f"set_ranks at {name}", found=f"rank {rank}", rule=rule, fix=fix)
     for name, rank in chosen.items():
         named[name].use_rank(rank)
 
@@ -129,63 +129,66 @@ def set_ranks(model: nn.Module, chosen: Mapping[str, int]) -> None:
 def extract(model: nn.Module) -> nn.Module:
     """Replace elastic adapters, in place, by plain ones of their current ranks; the other parameters are dropped.
 
-    returns  the same model, its effective weights the same to the bit; each layer's link now says its rank, and
-             alpha such that the scale stays
+    returns  the same model, with bit-identical effective weights; each layer's link has its current rank, and the
+             alpha that keeps the scale
     errors   ChainError where no adapter is elastic
     """
+    record = applied(model)
     if not _elastic(model):
         raise ChainError(
-            str(applied(model).chain),
+            str(record.chain),
             found="no elastic adapter in the current stage",
             rule="extract needs at least one elastic adapter",
             fix="use an elastic link, such as lora(r=16, elastic=[16, 12, 8])",
         )
-    for layer in chain_layers(model).values():
+    for layer in record.layers.values():
         layer.extract()
     return model
 
 
-# What a saved adapter says of its ranks.
+# The ranks of a saved adapter.
 
 
 def specs(model: nn.Module) -> dict[str, tuple[Adapter, LinkState]]:
-    """ "LAYER/PLACE" -> the elastic link as the chain has it, and what stands there, extracted or not."""
+    """Return "LAYER/PLACE" -> the elastic link of the chain, and the current one there, extracted or not."""
     record = applied(model)
     trained = record.stage.trained
     return {
         f"{name}/{place}": (link, layer.states[place])
-        for name, layer in chain_layers(model).items()
+        for name, layer in record.layers.items()
         for place, link in enumerate(trained)
         if isinstance(link, Adapter) and link.ranks
     }
 
 
 def saved_ranks(model: nn.Module) -> tuple[dict[str, int], bool]:
-    """ "LAYER/PLACE" -> the rank that it runs at; and whether the adapters are extracted."""
+    """Return "LAYER/PLACE" -> the rank that the adapter runs at; and whether the adapters are extracted."""
     here = specs(model)
     found = {key: state.rank or arguments(state.link)["r"] for key, (_, state) in here.items()}
     return found, any(state.rank is None for _, state in here.values())
 
 
 def check_saved(model: nn.Module, saved: Mapping[str, int], extracted: bool, where: str) -> None:
-    """LoadError unless what `saved_ranks` said of a model can be taken over by this one."""
+    """Raise LoadError unless the result of `saved_ranks` for another model can be loaded into this one."""
     here = specs(model)
+    fix = "save the adapter again, or load it on the base"
     for key in sorted(here.keys() ^ saved.keys()):
         found = f"ranks of {key}"[:200] + (" in the file alone" if key in saved else " missing from the file")
-        raise LoadError(
-            where, found=found, rule="the file must hold exactly one rank for each elastic adapter and layer"
-        )
+        rule = "the file must hold exactly one rank for each elastic adapter and layer"
+        raise LoadError(where, found=found, rule=rule, fix=fix)
     for key, rank in saved.items():
         link, state = here[key]
         if rank not in link.ranks:
-            raise LoadError(f"{where}, {key}", found=f"rank {rank}", rule=f"{link} has the ranks {list(link.ranks)}")
+            rule = f"{link} has the ranks {list(link.ranks)}"
+            raise LoadError(f"{where}, {key}", found=f"rank {rank}", rule=rule, fix=fix)
         if state.rank is None and not (extracted and state.link == link.plain(rank)):
             found = f"a model whose adapter is extracted as {state.link}"
-            raise LoadError(f"{where}, {key}", found=found, rule="an adapter is put on the base, or on its own chain")
+            rule = "an adapter must be put on the base, or on its own chain"
+            raise LoadError(f"{where}, {key}", found=found, rule=rule, fix=fix)
 
 
 def shapes_at(model: nn.Module, saved: Mapping[str, int]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """ "LAYER/PLACE" -> name -> shape of the parameters once they are extracted at these ranks."""
+    """Return "LAYER/PLACE" -> name -> shape of the parameters after extraction at these ranks."""
     return {key: link.plain(saved[key]).parameter_shapes(state.site) for key, (link, state) in specs(model).items()}
 
 
@@ -195,5 +198,5 @@ def load_ranks(model: nn.Module, saved: Mapping[str, int], extracted: bool) -> N
         if state.rank is not None:
             state.use_rank(saved[key])
     if extracted:
-        for layer in chain_layers(model).values():
+        for layer in applied(model).layers.values():
             layer.extract()

@@ -1,7 +1,7 @@
-"""The three ways of running a chain: open, closed and recomputed (see `chain/planner.py` for which and why).
+"""The three ways of running a chain: open, closed and recomputed (`chains/layer/planner.py`).
 
-Precision: factors are kept in float32 and cast to the weight's dtype when used, x never is cast. A scale s enters as
-x + x·(s - 1), whose second term keeps its digits in bfloat16, where s itself would be rounded to 1/128; the sum is
+Precision: factors are kept in float32 and cast to the weight's dtype when used; x is never cast. A scale s is applied
+as x + x·(s - 1): the second term keeps its digits in bfloat16, where s itself would be rounded to 1/128. The sum is
 rounded once.
 Shapes: t o i r = token, out, in, rank. Thin products have r as their first axis, the fast layout on CPUs.
 """

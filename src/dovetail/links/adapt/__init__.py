@@ -6,5 +6,3 @@ from dovetail.links.adapt.ia3 import IA3
 from dovetail.links.adapt.loha import LoHa
 from dovetail.links.adapt.lora import LoRA
 from dovetail.links.adapt.vera import VeRA
-
-__all__ = ["IA3", "Bottleneck", "DoRA", "LoHa", "LoRA", "VeRA"]

@@ -2,8 +2,8 @@
 
     y' = y + U gelu(D y + d) + u        D (r, o), U (o, r); U and u start at zero
 
-Source: Houlsby et al. 2019, §2.1. Non-linear, so no W' does the same (CLAM §A.7's stated limit): it stands last in a
-chain. It can be trained, saved and loaded, but not merged, followed by remask or regrid, or by another stage.
+Source: Houlsby et al. 2019, §2.1. It is non-linear, so no W' has the same effect (a limit that CLAM §A.7 states): it
+must be last in a chain. It can be trained, saved and loaded, but not merged or followed by remask, regrid or a stage.
 """
 
 from __future__ import annotations
@@ -43,15 +43,10 @@ class Bottleneck(OutputAdapter):
         return {"down": (self.r, o), "down_bias": (self.r,), "up": (o, self.r), "up_bias": (o,)}
 
     def init(self, site: Site, weight_oi: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        o = site.out_features
-        return {
-            "down": kaiming_uniform((self.r, o), generator),
-            "down_bias": torch.zeros(self.r),
-            "up": torch.zeros(o, self.r),
-            "up_bias": torch.zeros(o),
-        }
+        zeros = {name: torch.zeros(shape) for name, shape in self.parameter_shapes(site).items()}
+        return zeros | {"down": kaiming_uniform((self.r, site.out_features), generator)}
 
     def output(self, y: Tensor, p: Mapping[str, Tensor]) -> Tensor:
-        down, down_bias = p["down"].to(y.dtype), p["down_bias"].to(y.dtype)
-        up, up_bias = p["up"].to(y.dtype), p["up_bias"].to(y.dtype)
-        return y + functional.linear(functional.gelu(functional.linear(y, down, down_bias)), up, up_bias)
+        p = {name: tensor.to(y.dtype) for name, tensor in p.items()}
+        hidden = functional.gelu(functional.linear(y, p["down"], p["down_bias"]))
+        return y + functional.linear(hidden, p["up"], p["up_bias"])

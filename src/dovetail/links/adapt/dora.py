@@ -54,18 +54,12 @@ class DoRA(RankAdapter):
     peft_alpha: ClassVar[str] = LoRA.peft_alpha
 
     def parameter_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
-        return {
-            "A": (self.r, site.in_features),
-            "B": (site.out_features, self.r),
-            "magnitude": (site.out_features,),
-        }
+        o, i = site.out_features, site.in_features
+        return {"A": (self.r, i), "B": (o, self.r), "magnitude": (o,)}
 
     def init(self, site: Site, weight_oi: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        return {
-            "A": kaiming_uniform((self.r, site.in_features), generator),
-            "B": torch.zeros(site.out_features, self.r),
-            "magnitude": torch.linalg.vector_norm(weight_oi, dim=1),
-        }
+        shapes, magnitude = self.parameter_shapes(site), torch.linalg.vector_norm(weight_oi, dim=1)
+        return {"A": kaiming_uniform(shapes["A"], generator), "B": torch.zeros(shapes["B"]), "magnitude": magnitude}
 
     def fold(self, weight_oi: Tensor, bias_o: Tensor | None, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         moved = weight_oi + self.scale * (p["B"] @ p["A"])

@@ -86,10 +86,8 @@ class LoRA(RankAdapter):
         return {"A": (self.r, site.in_features), "B": (site.out_features, self.r)}
 
     def init(self, site: Site, weight_oi: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        return {
-            "A": kaiming_uniform((self.r, site.in_features), generator),
-            "B": torch.zeros(site.out_features, self.r),
-        }
+        shapes = self.parameter_shapes(site)
+        return {"A": kaiming_uniform(shapes["A"], generator), "B": torch.zeros(shapes["B"])}
 
     def fold(self, weight_oi: Tensor, bias_o: Tensor | None, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         return weight_oi + self.scale * (p["B"] @ p["A"]), bias_o

@@ -72,7 +72,15 @@ class RankAdapter(PeftAdapter):
         return replace(self, r=rank, alpha=alpha, elastic=())  # type: ignore[type-var]
 
     def check(self, site: Site) -> None:
-        check_width(self.name, self.r, site)
+        """Raise ChainError when the rank exceeds the layer's smaller side: more ranks could not change the weight."""
+        width = min(site.out_features, site.in_features)
+        if self.r > width:
+            raise ChainError(
+                f"{self.name} at {site.name}",
+                found=f"r={self.r}, layer of {site.out_features} x {site.in_features}",
+                rule="the rank r must be at most the layer's smaller side",
+                fix=f"set r={width}, or exclude this layer from the targets",
+            )
 
     def peft_fields(self) -> dict[str, Any]:
         """Return the arguments of peft's configuration class that only this method has."""
@@ -159,19 +167,7 @@ def elastic_ranks(method: str, r: int, elastic: Sequence[int]) -> tuple[int, ...
     return tuple(sorted(elastic, reverse=True))
 
 
-def check_width(method: str, r: int, site: Site) -> None:
-    """Raise ChainError when the rank exceeds the layer's smaller side; further ranks could not change the weight."""
-    width = min(site.out_features, site.in_features)
-    if r > width:
-        raise ChainError(
-            f"{method} at {site.name}",
-            found=f"r={r}, layer of {site.out_features} x {site.in_features}",
-            rule="the rank r must be at most the layer's smaller side",
-            fix=f"set r={width}, or exclude this layer from the targets",
-        )
-
-
-def kaiming_uniform(shape: tuple[int, int], generator: torch.Generator, a: float = math.sqrt(5)) -> Tensor:
+def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator, a: float = math.sqrt(5)) -> Tensor:
     """Draw from ±sqrt(6 / ((1 + a²) fan_in)), fan_in the last axis, as torch's `kaiming_uniform_`. float32, CPU."""
-    bound = math.sqrt(6 / ((1 + a * a) * shape[1]))
+    bound = math.sqrt(6 / ((1 + a * a) * shape[-1]))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)

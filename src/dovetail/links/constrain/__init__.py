@@ -2,5 +2,3 @@
 
 from dovetail.links.constrain.regrid import Regrid
 from dovetail.links.constrain.remask import Remask
-
-__all__ = ["Regrid", "Remask"]

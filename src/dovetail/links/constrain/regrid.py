@@ -4,12 +4,12 @@
 
 Source: SQFT §2.4, eq. 3-4 (QA-SparsePEFT), there for affine INT4; here for every grid: affine, NF4/FP4 code books
 with double quantization, FP8. Two forms:
-- start="weights": W starts from the full-precision weights (eq. 3), kept while training. Finer: a code that lay near a
-  boundary flips for a small update. Over a quantizer that moves weights before it rounds them (GPTQ) these are the
-  moved ones, so that training starts at exactly its codes.
-- start="codes": W starts from the quantized weights. The model before tuning is then exactly the quantized model and no
-  full-precision copy is held; an update has to cross half a step before it shows.
-Measured (docs/sqft.md): ahead in short trainings, level in long ones at a fixed rank; so the weights are the default.
+- start="weights": W starts from the full-precision weights (eq. 3), which are kept while training. A small update
+  changes the codes of weights near a boundary. Over a quantizer that changes weights before it rounds them (GPTQ), W
+  starts from the changed weights, so that training starts at its codes.
+- start="codes": W starts from the quantized weights. The model before tuning is exactly the quantized model and no
+  full-precision copy is held; an update takes effect only once it crosses half a step.
+Measured (docs/sqft.md): "weights", the default, is ahead in short trainings and level in long ones at a fixed rank.
 """
 
 from __future__ import annotations

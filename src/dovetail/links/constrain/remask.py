@@ -2,9 +2,8 @@
 
     W' = M ⊙ W        M fixed by the pruner; the gradient is masked likewise
 
-Source: SQFT §2.3, eq. 1-2 (SparsePEFT): a sparse base W^p and a masked update add up to a sparse weight. Here M
-multiplies the whole weight, which is the same for LoRA (the base is zero outside M) and right for every other chain
-as well.
+Source: SQFT §2.3, eq. 1-2 (SparsePEFT): the sum of a sparse base W^p and a masked update is sparse. Here M multiplies
+the whole weight, which is the same for LoRA (the base is zero outside M) and is correct for every other chain.
 """
 
 from __future__ import annotations

@@ -5,5 +5,3 @@ from dovetail.links.prune.ria import Ria
 from dovetail.links.prune.scored import ScoredPruner, scoring
 from dovetail.links.prune.sparsegpt import SparseGPT
 from dovetail.links.prune.wanda import Wanda
-
-__all__ = ["Magnitude", "Ria", "ScoredPruner", "SparseGPT", "Wanda", "scoring"]

@@ -1,12 +1,12 @@
-"""Which layers get more zeros: OWL, by outlying scores.
+"""Sparsity per layer: OWL, by outlying scores.
 
     D_g = fraction of scores above 5 times their layer's mean        s_g = s + c · (mean D - D_g)
 
 Source: Yin et al. 2023 (Outlier Weighed Layerwise Sparsity), §3. Layers with many outliers lose most by pruning, so
-they get fewer zeros; all layers of a transformer block get the same. c is the largest that keeps every s_g within
-s ± spread (λ = 0.08 in the paper), so order and mean hold at any sparsity. The authors' code differs: it stretches the
-D_g over a range of 2λ, which leaves s ± λ where one block stands out, counts outliers against the block's mean, and
-weighs blocks equally.
+they get fewer zeros; all layers of a transformer block have the same sparsity. c is the largest that keeps every s_g
+within s ± spread (λ = 0.08 in the paper), so order and mean hold at any sparsity. The authors' code stretches the D_g
+over a range of 2λ, which exceeds s ± λ where one block has far more outliers, counts outliers against the block's mean,
+and weighs blocks equally.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LEAST_SHARE = 0.1
 
 
 def outlier_ratio(scores_oi: Tensor, threshold: float = 5.0) -> float:
-    """Fraction of scores above threshold times their mean.
+    """Return the fraction of scores above threshold times their mean.
 
     scores_oi  (o, i) any float, not negative
 
@@ -40,14 +40,14 @@ def allocate(
     sparsity: float,
     spread: float = 0.08,
 ) -> dict[str, float]:
-    """Sparsity of each layer: lower where its group's outlier ratio is higher, their mean over all weights unchanged.
+    """Return the sparsity of each layer, lower where its group's outlier ratio is higher, with the wanted mean.
 
     ratios    layer -> `outlier_ratio` of its scores
     weights   layer -> number of its weights
-    groups    layer -> its transformer block; a layer that is not in here is a group of its own
-    sparsity  mean wanted, in [0, 1)
-    spread    how far a group's sparsity may lie from the mean
-    returns   layer -> sparsity, in [0, 1) and in sparsity ± spread; all equal where no group stands out
+    groups    layer -> its transformer block; any other layer is a group of its own
+    sparsity  wanted mean over all weights, in [0, 1)
+    spread    the largest distance of a group's sparsity from the mean
+    returns   layer -> sparsity, in [0, 1) and in sparsity ± spread; all equal where the ratios are equal
 
     >>> found = allocate({"a": 0.0, "b": 0.1}, {"a": 200, "b": 100}, {}, 0.5)
     >>> {name: round(sparsity, 4) for name, sparsity in found.items()}

@@ -1,9 +1,8 @@
-"""Magnitude pruning: the smallest weights go.
+"""Magnitude pruning: zeroes the smallest weights.
 
     score = |W|, compared within the layer, or within each output row
 
-Source: Han et al. 2015. Needs no data; at 50% and more it costs much more quality than Wanda, which it is the
-baseline for.
+Source: Han et al. 2015. It needs no data. At 50% and more it loses much more quality than Wanda.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""RIA: a weight matters by its share of its row and of its column, times the root of its input's size.
+"""RIA: the importance of a weight is its share of its row and of its column, times the root of its input's size.
 
     score = (|W[o, i]| / Σ_o |W[o, i]| + |W[o, i]| / Σ_i |W[o, i]|) · √‖x_i‖₂, compared within the layer
 
-Source: Zhang et al. 2024 (Plug-and-Play: RIA and channel permutation), §3; the exponent 1/2 is theirs. Against Wanda:
-by the shares, rows and columns of small weights, and by the root, inputs of small norm are spared some of the zeros.
-Differs from the authors' code in one place: a row or column of zeros scores 0 (there 0/0).
+Source: Zhang et al. 2024 (Plug-and-Play: RIA and channel permutation), §3, with their exponent 1/2. Compared with
+Wanda, rows and columns of small weights and inputs of small norm get fewer zeros.
+Difference from the authors' code: a row or column of zeros scores 0 (there 0/0).
 """
 
 from __future__ import annotations

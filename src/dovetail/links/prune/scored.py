@@ -1,10 +1,10 @@
-"""Pruning by a score: one function says how much each weight matters, the rest is the same for all.
+"""Pruning by a score: one function computes the importance of each weight, all else is shared.
 
-    keep = the best-scored weights of each row, of the layer, or of every M consecutive inputs (N:M)
+    keep = the weights with the highest scores of each row, of the layer, or of every M consecutive inputs (N:M)
 
 SQFT (Munoz et al. 2024, §2.1) writes the score as an arbitrary function Ψ of the weight and its input. `scoring` makes
-a link of such a function. Nothing is moved: a weight that stays keeps its value. A method that updates the others, as
-SparseGPT does, is a `Pruner` of its own.
+a link of such a function. The remaining weights keep their values. A method that updates them, such as SparseGPT, is a
+`Pruner` of its own.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""SparseGPT: prunes column by column, and the weights that stay make up for those that go.
+"""SparseGPT: prunes column by column; the remaining weights compensate for the pruned ones.
 
     score = w² / [U]_jj²        U the Cholesky factor of the inverse of the inputs' Gram matrix, w the updated weight
 
-Source: Frantar and Alistarh 2023, §3.2-3.4. In blocks of 128 inputs the lowest scores of the block go, over all rows;
-their error is carried to the inputs behind (`dovetail.reconstruct`). Needs a Gram matrix, that is some thousands of
-tokens. Nearer to the dense layer than `wanda`, most of all at 60 % and more; where weights are fine-tuned afterwards,
-`wanda` takes less time and keeps the weights that stay as they were.
-Different from the authors' code: exactly the wanted number of zeros, theirs has one more a block.
+Source: Frantar and Alistarh 2023, §3.2-3.4. In blocks of 128 inputs the weights with the lowest scores over all rows
+are pruned, and the later inputs compensate for their error (`links/column_solver.py`). It needs a Gram matrix, that is
+some thousands of tokens. It is nearer to the dense layer than `wanda`, most of all at 60 % and more. Where weights are
+fine-tuned afterwards, `wanda` takes less time and does not change the remaining weights.
+The number of zeros is exact; the authors' code has one more per block.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SparseGPT(SparsityPruner):
 
     statistics: ClassVar[frozenset[Statistic]] = frozenset({"gram"})
     moves_weights: ClassVar[bool] = True
-    summary: ClassVar[str] = "zeroes input by input, the weights that stay make up for it; needs calibration data"
+    summary: ClassVar[str] = "zeroes input by input, the remaining weights compensate; needs calibration data"
     source: ClassVar[str] = "Frantar and Alistarh 2023"
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class SparseGPT(SparsityPruner):
         def visit(weight_bo: Tensor, diagonal_b: Tensor, places: slice) -> Callable[[int, Tensor], Tensor]:
             alive_bo, keep_bo, importance_b1 = alive_io[places], keep_io[places], diagonal_b.square()[:, None]
             if self.pattern is None:
-                # So that the layer's zeros are right, whatever the blocks' rounding.
+                # Differences of rounded totals, so that the layer's number of zeros is exact.
                 zeros = round(self.sparsity * places.stop * rows) - round(self.sparsity * places.start * rows)
                 scores_bo = _scores(weight_bo, importance_b1, alive_bo)
                 keep_bo.copy_(keep_top(scores_bo.view(1, -1), zeros / scores_bo.numel()).view_as(scores_bo))
@@ -91,5 +91,5 @@ class SparseGPT(SparsityPruner):
 
 
 def _scores(weight_bo: Tensor, importance_b1: Tensor, alive_bo: Tensor) -> Tensor:
-    """w² / U_jj², and less than any of these where a weight was zero before: it stays so."""
+    """Return w² / U_jj², and a lower score where a weight was zero before, so that it stays zero."""
     return (weight_bo.square() / importance_b1).masked_fill_(~alive_bo, -1)

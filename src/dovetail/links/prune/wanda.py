@@ -1,4 +1,4 @@
-"""Wanda: a weight matters by its size times the size of what it is multiplied with.
+"""Wanda: the importance of a weight is its size times the size of its input.
 
     score = |W[o, i]| · ‖x_i‖₂, compared within each output row
 

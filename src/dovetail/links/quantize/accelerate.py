@@ -1,8 +1,8 @@
-"""bitsandbytes' dequantize kernel, where it is installed, faster, and equal to ours to the bit.
+"""bitsandbytes' dequantize kernel, where it is installed: faster than our own path, and bit-identical to it.
 
-Only the kernel is used, on our codes, into our buffer. Its import takes seconds, so small weights do without; it logs a
-complaint about a package that the kernel does not need, so that it is imported quietly. On CPU the kernel takes wrong
-scales where blocks straddle rows, and loses accuracy at blocks of 2048 and more: those are left to our own path.
+Only the kernel is used, on our codes, into our buffer. Its import takes seconds, so it is not imported for small
+weights. On CPU the kernel reads wrong scales where blocks straddle rows, and loses accuracy at blocks of 2048 and more:
+these take our own path.
 """
 
 from __future__ import annotations

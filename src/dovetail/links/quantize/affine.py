@@ -39,7 +39,6 @@ class AffineWeight(QuantizedWeight):
         bits: int,
         identity: str,
     ) -> None:
-        """Packed codes and packed zero points (`packing.pack`)."""
         super().__init__(shape, shape[1] // scale_og.shape[1], CODES_PER_UNIT[bits], identity)
         self.bits = bits
         self.register_buffer("codes", codes)
@@ -64,7 +63,7 @@ class AffineWeight(QuantizedWeight):
 
     @classmethod
     def empty(cls, shape: tuple[int, int], *, groups: int, bits: int, symmetric: bool, identity: str) -> AffineWeight:
-        """Zero buffers of the right shapes, to load a state_dict into."""
+        """Return zeroed buffers of the right shapes, to load a state_dict into."""
         o, i = shape
         codes = torch.zeros(packed_nbytes(o * i, bits), dtype=torch.uint8)
         scale_og = torch.zeros(o, groups, dtype=torch.float16)
@@ -72,7 +71,7 @@ class AffineWeight(QuantizedWeight):
         return cls(codes, scale_og, zero_og, shape=shape, bits=bits, identity=identity)
 
     def _grid(self, start: int, rows: int) -> tuple[Tensor, Tensor | None]:
-        """Scales and zero points of the blocks of these rows, float32 (blocks,)."""
+        """Return the scales and zero points of the blocks of these rows, float32 (blocks,)."""
         first, last = self._block_range(start, rows)
         scale = self.scale_og.view(-1)[first:last].float()
         if self.zero_og is None:
@@ -149,26 +148,16 @@ class AffineQuantizer(Quantizer):
         if self.bits not in (2, 3, 4, 8):
             raise self._bad(f"bits={self.bits}", "bits must be 2, 3, 4 or 8", "set bits=4")
         if self.group < 0:
-            raise self._bad(
-                f"group={self.group}", "group must be at least 0", "set group=64, or group=0 for one group per row"
-            )
+            fix = "set group=64, or group=0 for one group per row"
+            raise self._bad(f"group={self.group}", "group must be at least 0", fix)
 
     def check(self, site: Site) -> None:
         """Raise ChainError where group does not divide the layer's inputs."""
         self._groups(site.in_features, f"{self.name} at {site.name}")
 
     def empty(self, shape: tuple[int, int]) -> AffineWeight:
-        """Zero buffers as `quantize` would fill them for a weight of this shape (o, i)."""
-        groups = self._groups(shape[1], self.name)
-        return AffineWeight.empty(
-            shape, groups=groups, bits=self.bits, symmetric=self.symmetric, identity=identity_of(self)
-        )
-
-    def stored_nbytes(self, site: Site) -> int:
-        """Codes, a float16 scale a group and, if asymmetric, a zero point of `bits` bits a group."""
-        groups = site.out_features * self._groups(site.in_features, f"{self.name} at {site.name}")
-        zeros = 0 if self.symmetric else packed_nbytes(groups, self.bits)
-        return packed_nbytes(site.out_features * site.in_features, self.bits) + 2 * groups + zeros
+        groups, identity = self._groups(shape[1], self.name), identity_of(self)
+        return AffineWeight.empty(shape, groups=groups, bits=self.bits, symmetric=self.symmetric, identity=identity)
 
     def _groups(self, in_features: int, where: str) -> int:
         if self.group == 0:
@@ -188,7 +177,7 @@ class AffineQuantizer(Quantizer):
 def affine_range(
     weight_oi: Tensor, groups: int, *, bits: int, symmetric: bool, where: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points that span each group's range, zero included.
+    """Return the scales and zero points that span each group's range, zero included.
 
     weight_oi  (o, i) float32
     returns    scale (o, groups) float16; zero point (o, groups) float32 integers in [0, 2^bits - 1], None if symmetric

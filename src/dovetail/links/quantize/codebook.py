@@ -60,12 +60,12 @@ class Book:
 
 
 class CodeBookWeight(QuantizedWeight):
-    """4-bit codes and a scale a block: float32, or 8-bit dynamic codes (`dynamic8`)."""
+    """4-bit codes and a scale per block: float32, or 8-bit dynamic codes (`dynamic8`)."""
 
     def __init__(
         self, codes: Tensor, scales: dict[str, Tensor], *, shape: tuple[int, int], block: int, book: Book, identity: str
     ) -> None:
-        """Packed codes; scales: {"scale"} or {"scale_codes", "scale_absmax", "scale_offset"}."""
+        """Take packed codes, and scales named "scale", or "scale_codes", "scale_absmax" and "scale_offset"."""
         super().__init__(shape, block, 2, identity)
         self.bits = 4
         self.book = book
@@ -76,7 +76,7 @@ class CodeBookWeight(QuantizedWeight):
 
     @classmethod
     def from_weight(cls, weight_oi: Tensor, *, block: int, double: bool, book: Book, identity: str) -> CodeBookWeight:
-        """Codes and scales of weight_oi (o, i), float32, contiguous: byte for byte those of bitsandbytes."""
+        """Return the codes and scales of weight_oi (o, i), float32, contiguous: byte for byte those of bitsandbytes."""
         shape = (weight_oi.shape[0], weight_oi.shape[1])
         flat = weight_oi.view(-1)
         whole = flat.numel() // block * block
@@ -97,7 +97,7 @@ class CodeBookWeight(QuantizedWeight):
 
     @classmethod
     def empty(cls, shape: tuple[int, int], *, block: int, double: bool, book: Book, identity: str) -> CodeBookWeight:
-        """Zero buffers of the right shapes, to load a state_dict into."""
+        """Return zeroed buffers of the right shapes, to load a state_dict into."""
         count = shape[0] * shape[1]
         blocks = -(-count // block)
         codes = torch.zeros(packed_nbytes(count, 4), dtype=torch.uint8)
@@ -112,14 +112,14 @@ class CodeBookWeight(QuantizedWeight):
         return cls(codes, scales, shape=shape, block=block, book=book, identity=identity)
 
     def block_scales(self, start: int, rows: int) -> Tensor:
-        """Scales of the blocks of these rows, float32 (blocks,); zero where they are below DEAD_SCALE."""
+        """Return the scales of the blocks of these rows, float32 (blocks,); zero where they are below DEAD_SCALE."""
         first, last = self._block_range(start, rows)
         tensors = [self.get_buffer(name) for name in self._scale_names]
         scale = tensors[0][first:last] if len(tensors) == 1 else dynamic8.decode(tensors, first, last)
         return scale.masked_fill(scale.abs() < DEAD_SCALE, 0.0)
 
     def dequantize(self, out: Tensor) -> Tensor:
-        """As the definition; through bitsandbytes' kernel where that is installed, faster and equal to the bit."""
+        """Write the values into `out`, by bitsandbytes' kernel where it is installed: faster and bit-identical."""
         kernel = four_bit_kernel(self.book.name, self.book.levels, self.shape, self.block, out.dtype, self.codes)
         if kernel is None or not out.is_contiguous():
             return super().dequantize(out)
@@ -140,7 +140,7 @@ class CodeBookWeight(QuantizedWeight):
         self._by_block(Tensor.mul_, rows, self.block_scales(start, stop - start))
 
     def _to_levels(self, rows: Tensor, scale: Tensor) -> None:
-        """Rows in units of their scale, by bitsandbytes' rule: times the reciprocal, but the short block divided."""
+        """Divide rows by their scale, as bitsandbytes does: by its reciprocal, except in the short last block."""
         flat = rows.view(-1)
         whole = flat.numel() // self.block
         flat[: whole * self.block].view(whole, self.block).mul_((1.0 / scale[:whole])[:, None])
@@ -175,5 +175,5 @@ class CodeBookWeight(QuantizedWeight):
 
 
 def _never_zero(scale: Tensor) -> Tensor:
-    """Infinity for zero: a block with scale zero holds only zero."""
+    """Replace a scale of zero by infinity: a block with scale zero holds only zero."""
     return scale.masked_fill(scale == 0, torch.inf)

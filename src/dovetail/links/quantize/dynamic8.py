@@ -1,8 +1,8 @@
 """Scales in 8 bits: QLoRA's double quantization, in the layout of bitsandbytes.
 
-The block scales are themselves quantized: minus their mean, in blocks of 256, to the 256 values of the "dynamic map"
-(Dettmers 2015, arXiv:1511.04561): a sign, a decimal exponent from 1e-6 to 1 told by the number of leading zero bits,
-and what bits are left as a linear fraction. A scale costs 8.125 bits instead of 32.
+The block scales are quantized too: minus their mean, in blocks of 256, to the 256 values of the "dynamic map" (Dettmers
+2015, arXiv:1511.04561): a sign, a decimal exponent from 1e-6 to 1 given by the number of leading zero bits, and the
+remaining bits as a linear fraction. A scale takes 8.125 bits instead of 32.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""`fp8`: 8-bit floats, one scale a row or one for the whole matrix.
+"""`fp8`: 8-bit floats, with one scale per row or one for the whole matrix.
 
 Idea: e4m3 (sign, 4 bits of exponent, 3 of fraction; largest number 448) has a relative precision of 1/16 over more
-than four decades, so that one scale a row is enough; accelerators multiply it natively.
+than four decades, so one scale per row suffices. Accelerators multiply it natively.
 
     scale = max|w| / 448        code = nearest e4m3 number to w / scale        value = code * scale
 
 Zero is a code: a pruned weight stays zero.
 
 Source: Micikevicius et al. 2022 (FP8 formats for deep learning, arXiv:2209.05433), §3.
-Against its neighbours: `int(bits=8)` has equidistant values and is finer for the large weights of a group, coarser
-for the small; fp8 needs no groups. Cost: 8 + 32/in_features bits a weight.
+Trade-off: `int(bits=8)` has equidistant values and is finer for the large weights of a group, coarser for the small
+ones; fp8 needs no groups. Size: 8 + 32/in_features bits per weight.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dovetail.chains.grid import QuantizedWeight, refuse_bad_weight
-from dovetail.chains.link import Quantizer, Site, identity_of
+from dovetail.chains.link import Quantizer, identity_of
 from dovetail.chains.registry import register
 from dovetail.chains.statistics import InputStatistics
 
@@ -38,7 +38,7 @@ SMALLEST_SCALE = 2.0**-116
 @register("fp8")
 @dataclass(frozen=True)
 class Float8(Quantizer):
-    """8-bit floats (e4m3), one scale a row or one a matrix."""
+    """8-bit floats (e4m3), one scale per row or one per matrix."""
 
     summary: ClassVar[str] = "8-bit floats (e4m3), one scale per row or per tensor"
     source: ClassVar[str] = "FP8 formats for deep learning (arXiv:2209.05433)"
@@ -47,7 +47,7 @@ class Float8(Quantizer):
 
     def __post_init__(self) -> None:
         if self.scale not in ("row", "tensor"):
-            raise self._bad(f'scale="{self.scale}"', 'scale is "row" or "tensor"', 'scale="row"')
+            raise self._bad(f'scale="{self.scale}"', 'scale must be "row" or "tensor"', 'set scale="row"')
 
     def quantize(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> Float8Weight:
         """Return the scales and codes of weight_oi (o, i), any float dtype. Raise DovetailError on NaN or inf."""
@@ -61,14 +61,9 @@ class Float8(Quantizer):
         return grid.encode(weight_32)
 
     def empty(self, shape: tuple[int, int]) -> Float8Weight:
-        """Zero buffers as `quantize` would fill them for a weight of this shape (o, i)."""
         codes = torch.zeros(shape, dtype=torch.float8_e4m3fn)
         scale = torch.zeros(shape[0] if self.scale == "row" else 1, dtype=torch.float32)
         return Float8Weight(codes, scale, identity_of(self))
-
-    def stored_nbytes(self, site: Site) -> int:
-        """Return one byte per weight and 4 bytes per scale."""
-        return site.out_features * site.in_features + 4 * (site.out_features if self.scale == "row" else 1)
 
 
 class Float8Weight(QuantizedWeight):

@@ -1,17 +1,17 @@
-"""GPTQ: integers on an affine grid, rounded column by column; the columns still to come make up for each error.
+"""GPTQ: integers on an affine grid, rounded column by column; later columns compensate for the error of each.
 
-    minimise ‖(W - Ŵ)Xᵀ‖²  over Ŵ on the grid, greedily, one input after the other (`dovetail.reconstruct`)
+    minimise ‖(W - Ŵ)Xᵀ‖²  over Ŵ on the grid, greedily, one input after the other (`links/column_solver.py`)
 
-Source: Frantar et al. 2022, §3. Nearer to the layer's outputs than `int` on the same grid, most of all at 2 and 3 bits;
-costs a Gram matrix of the layer's inputs and a factorisation. Scales and zero points are made beforehand, from the
-weights as they were. The paper makes a group's scale when its first column is reached, from weights that have taken up
-the errors before: at 2 and 3 bits that is further from the outputs by up to a quarter (measured, groups of 32), at 4
-and 8 the same. act_order: the inputs of the largest norm are rounded first; the codes are stored in the layer's own
-order all the same and cost nothing to read. It is the default, being nearer on inputs of uneven size.
+Source: Frantar et al. 2022, §3. Its outputs are nearer to the layer's than those of `int` on the same grid, most of all
+at 2 and 3 bits. It costs a Gram matrix of the layer's inputs and a factorization. Scales and zero points are computed
+beforehand, from the original weights. The paper computes a group's scale at its first column, from weights that contain
+the earlier errors: measured in groups of 32, this increases the output error by up to a quarter at 2 and 3 bits, and
+changes nothing at 4 and 8. With act_order, the default, the inputs of the largest norm are rounded first, which helps
+for inputs of uneven size. Codes are stored in the layer's own order in any case.
 
-A weight that is zero before stays exactly zero, and the others make up for it. An input that calibration never saw is
-rounded to the nearest (the authors' code zeroes its weights). Where the Gram matrix is singular even with ten and a
-hundred times the damping, the layer is rounded to nearest, with a CalibrationWarning.
+A zero weight stays exactly zero, and the others compensate. An input that calibration never saw is rounded to the
+nearest (the authors' code zeroes its weights). A layer whose Gram matrix is singular even with ten and a hundred times
+the damping is rounded to nearest, with a CalibrationWarning.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class GPTQ(AffineQuantizer):
     damping: float = 0.01
 
     statistics: ClassVar[frozenset[Statistic]] = frozenset({"gram"})
-    summary: ClassVar[str] = "integers, each column's rounding error made up for by the next; needs calibration data"
+    summary: ClassVar[str] = "integers, later columns compensate for each rounding error; needs calibration data"
     source: ClassVar[str] = "Frantar et al. 2022"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.damping <= 1:
-            raise self._bad(f"damping={self.damping}", "damping lies in [0, 1]", "damping=0.01")
+            raise self._bad(f"damping={self.damping}", "damping must be in [0, 1]", "set damping=0.01")
 
     def quantize(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> AffineWeight:
         """Return the grid and packed codes of weight_oi (o, i), any float. DovetailError on NaN, inf, overflow."""
@@ -69,7 +69,7 @@ class GPTQ(AffineQuantizer):
         return quantized, torch.where(moved, values.to(weight_oi.dtype), start)
 
     def _round(self, weight_oi: Tensor, inputs: InputStatistics | None, rounded_oi: Tensor | None) -> AffineWeight:
-        """Codes and scales; `rounded_oi`, where given, is filled with what was rounded."""
+        """Return the codes and scales; `rounded_oi`, where given, is filled with the weights that were rounded."""
         assert inputs is not None
         weight_32 = refuse_bad_weight(self.name, weight_oi)
         i = weight_32.shape[1]
@@ -79,7 +79,7 @@ class GPTQ(AffineQuantizer):
         if found is None:
             warnings.warn(
                 f"{self.name}: the Gram matrix of {inputs.tokens} tokens is singular; a layer was rounded to nearest. "
-                "More calibration data mends it.",
+                "Add calibration data.",
                 CalibrationWarning,
                 stacklevel=2,
             )

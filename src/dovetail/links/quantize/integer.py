@@ -1,20 +1,19 @@
-"""`int`: integers by rounding to the nearest, one scale a group of inputs.
+"""`int`: integers, rounded to the nearest, with one scale per group of inputs.
 
-Idea: cut each row into groups; spread 2^bits equidistant values over the range of a group; round each weight to the
-nearest. No data, no solver, one pass.
+Idea: cut each row into groups, spread 2^bits equidistant values over the range of a group, and round each weight to the
+nearest. It needs no data and no solver.
 
     asymmetric   scale = (max(w, 0) - min(w, 0)) / (2^bits - 1)     zero = round(-min(w, 0) / scale)
     symmetric    scale = max|w| / ((2^bits - 1) / 2)                zero = 2^(bits-1)
     code = clamp(round(w / scale) + zero, 0, 2^bits - 1)            value = (code - zero) * scale
 
-The scale is rounded to float16 before the codes are made, so that the codes are nearest for what is stored; a group
-whose scale is below float16's smallest number becomes zero. The range always holds 0, and 0 has a code: a pruned
-weight stays zero.
+The scale is rounded to float16 first, so the codes are the nearest for the stored scale; a group whose scale underflows
+float16 becomes zero. The range always contains 0, and 0 has a code: a pruned weight stays zero.
 
-Source: the usual round-to-nearest baseline of GPTQ (Frantar et al. 2022, §3) and SQFT (Munoz et al. 2024, §2.2, eq. 1).
-Against its neighbours: `nf4(double=True)` is as near at 4.13 bits as `int(bits=4)` at 4.31, but has no other width and
-no integer arithmetic; `fp8` needs no groups; GPTQ and HQQ find better codes or scales for the same grid, at the price
-of a solver. Cost: bits + 16/group bits a weight, and bits/group more for the zero points if asymmetric.
+Source: the round-to-nearest baseline of GPTQ (Frantar et al. 2022, §3) and SQFT (Munoz et al. 2024, §2.2, eq. 1).
+Trade-off: `nf4(double=True)` at 4.13 bits has the error of `int(bits=4)` at 4.31, but no other width and no integer
+arithmetic; `fp8` needs no groups; GPTQ finds better codes for the same grid, at the cost of a solver. Size: bits +
+16/group bits per weight, and bits/group more for the zero points if asymmetric.
 """
 
 from __future__ import annotations

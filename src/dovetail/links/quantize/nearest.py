@@ -1,9 +1,9 @@
-"""Nearest of 16 levels: the definition, and a faster way to the same answer on CPU.
+"""The nearest of 16 levels: the definition, and a faster way to the same result on CPU.
 
-The levels' middles cut [-1, 1] into intervals; a number exactly on a middle (as float32) belongs to the lower level, as
-in bitsandbytes. The definition searches the middles. On CPU a search costs 15 times a multiplication, so [-1, 1] is cut
-into equal cells, so many that none holds two middles: a first table gives a cell's middle, one comparison tells the
-side, and a second table gives the answer. Both ways agree to the bit, since cells grow with the number.
+The middles between levels cut [-1, 1] into intervals; a number exactly on a middle (as float32) belongs to the lower
+level, as in bitsandbytes. The definition searches the middles. On CPU a search costs 15 times a multiplication, so
+[-1, 1] is cut into equal cells, small enough that none holds two middles: one table gives a cell's middle, a comparison
+gives the side, and a second table gives the answer. Both ways are bit-identical, since a number's cell is monotonic.
 """
 
 from __future__ import annotations
