@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import dovetail.runs.flow as flow
 import dovetail.runs.rows as rows_of_runs
+import dovetail.runs.steps as steps
 from dovetail import progress
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.chains.notation import chain
@@ -113,7 +114,7 @@ def test_a_pipe_gets_lines_while_a_model_is_loaded_and_merged(tmp_path, monkeypa
     assert progress._LINE_SECONDS < 30
     monkeypatch.setattr(progress, "_LINE_SECONDS", 0.02)
     recipe = small_recipe(tmp_path)
-    monkeypatch.setattr(flow, "load_base", slow(flow.load_base, f"load {recipe['model']}, "))
+    monkeypatch.setattr(steps, "load_base", slow(steps.load_base, f"load {recipe['model']}, "))
     monkeypatch.setattr(flow, "apply", slow(flow.apply, f"run {MAIN}, "))
     monkeypatch.setattr(flow, "merge", slow(flow.merge, "merge, "))
     run(recipe, output=tmp_path / "run")

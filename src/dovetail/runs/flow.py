@@ -18,22 +18,13 @@ from dovetail.checkpoint.merge import merge, to_stock
 from dovetail.compression.apply import apply
 from dovetail.files import check_folder, write_whole
 from dovetail.progress import Bar
+from dovetail.runs import steps
 from dovetail.runs.folder import ADAPTER, MODEL, PACKED, PAGE, TENSORBOARD, choose_output, run_folder
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.page import page
 from dovetail.runs.report.record import Losses, Merge, Report, Row, TaskInfo, environment
 from dovetail.runs.report.summary import verdict
 from dovetail.runs.rows import Rows, row_names
-from dovetail.runs.steps import (
-    calibration,
-    check_layers,
-    legal_chain,
-    load_base,
-    load_tasks,
-    search,
-    write_packed,
-    write_stock,
-)
 from dovetail.training.optimizer import trained_parts
 from dovetail.training.settings import check_report_to
 from dovetail.training.train import train
@@ -64,18 +55,18 @@ def run(
     started = time.perf_counter()
     name = Path(recipe).stem if isinstance(recipe, str | Path) else "run"
     recipe = Recipe.read(recipe)
-    links = legal_chain(recipe)
+    links = steps.legal_chain(recipe)
     output = choose_output(output or recipe.output, name)
     check_folder(output)
     check_report_to(recipe.train.report_to)
-    tasks = load_tasks(recipe)
+    tasks = steps.load_tasks(recipe)
     task = tasks[0]
-    check_layers(recipe, task, links)
+    steps.check_layers(recipe, task, links)
     with Bar(f"load {recipe.model}", shown=progress):
-        model, tokenizer = load_base(recipe, task)
+        model, tokenizer = steps.load_base(recipe, task)
     torch.nn.Module.to(model, best_device())
     model.requires_grad_(False)  # the base is frozen; a new head is trained once the chain is applied
-    batches = calibration(recipe, task, model, tokenizer)
+    batches = steps.calibration(recipe, task, model, tokenizer)
     probe = {name: tensor[:PROBE_ROWS] for name, tensor in batches[0].items()}
     names = iter(row_names(links, head=task.kind in HEAD_KINDS))
     trained, searched, merged, checkpoint, packed = None, None, None, None, None
@@ -98,7 +89,7 @@ def run(
         if (last := next(names, None)) is not None:
             rows.add(last)
         if recipe.search is not None:
-            searched = search(folder, model, tokenizer, task, recipe, progress=progress)
+            searched = steps.search(folder, model, tokenizer, task, recipe, progress=progress)
             rows.add("searched")
         trainable = footprint(model).trainable_parameters
         save_adapter(model, folder.path / ADAPTER)
@@ -106,10 +97,10 @@ def run(
             with Bar("merge", shown=progress):
                 merged = merge(model, lossy=recipe.merge == "lossy", probe=probe, packed=True)
             if any(stage.applied for stage in links.stages):
-                packed = write_packed(folder.path / PACKED, model, tokenizer, probe, task.kind)
+                packed = steps.write_packed(folder.path / PACKED, model, tokenizer, probe, task.kind)
             to_stock(model)
             rows.add("merged", merged.footprint)
-            checkpoint = write_stock(folder.path / MODEL, model, tokenizer, probe)
+            checkpoint = steps.write_stock(folder.path / MODEL, model, tokenizer, probe)
         report = Report(
             task=TaskInfo.of(task, rows.split, recipe.evaluate.limit),
             chain=recipe.chain,

@@ -104,7 +104,8 @@ def search(
     """
     path = folder.training / "ranks.json"
     if path.exists():
-        searched = read_json(path, Searched, rule="the file must hold the ranks that an earlier start found")
+        rule, fix = "the file must hold the ranks that an earlier start found", "pass --no-resume to start again"
+        searched = read_json(path, Searched, rule=rule, fix=fix)
         set_ranks(model, searched.ranks)
         return searched
     found = search_ranks(

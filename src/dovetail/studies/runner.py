@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -206,13 +207,13 @@ def _result(line: Line, folder: Path, failed: Mapping[str, str]) -> Result:
     mergeable = None
     if verdicts and verdicts[0].mergeable is not None:
         mergeable = all(verdict.mergeable for verdict in verdicts)
-    stage, where, lossy = line.stage or "", "", None
+    stage, stored, lossy = line.stage or "", "", None
     if done:
         first = reports[done[0].slug]
-        merged = mergeable is not False and any(row.name == MERGED for row in first.stages)
-        stage = line.stage or (MERGED if merged else last_stage(first))
-        where = precision(folder / "runs" / done[0].slug, first, stage)
-        if mergeable is False and any(row.name == MERGED for row in first.stages):
+        merged = any(row.name == MERGED for row in first.stages)
+        stage = line.stage or (MERGED if merged and mergeable is not False else last_stage(first))
+        stored = precision(folder / "runs" / done[0].slug, first, stage)
+        if merged and mergeable is False:
             lossy = Spread.of(_scores(reports, MERGED))
     zeros = [1 - report.row(stage).footprint.nonzero_fraction for report in reports.values()]
     return Result(
@@ -223,7 +224,7 @@ def _result(line: Line, folder: Path, failed: Mapping[str, str]) -> Result:
         sparsity=sum(zeros) / len(zeros) if zeros else None,
         mergeable=mergeable,
         why=next((verdict.why for verdict in verdicts if verdict.why), ""),
-        precision=where,
+        precision=stored,
         figure=Spread.of(_scores(reports, stage)),
         merged_lossy=lossy,
         failed=[Failure(seed=one.recipe.seed, problem=failed[one.slug]) for one in line.runs if one.slug in failed],
@@ -276,12 +277,11 @@ def _differences(asked: Study, results: list[Result]) -> list[Difference]:
     """Return row minus row, point by point, with paired seeds, where all runs have a score."""
     found = []
     for first, second in asked.compare:
-        for ours in (result for result in results if result.row == first):
-            for theirs in (result for result in results if result.row == second):
-                same = all(ours.point.get(axis, value) == value for axis, value in theirs.point.items())
-                a, b = ours.figure, theirs.figure
-                if same and a.n == b.n > 0 and not ours.failed and not theirs.failed:
-                    values = [x - y for x, y in zip(a.values, b.values, strict=True)]
-                    found.append(Difference(row=first, minus=second, point=ours.point | theirs.point,
-                                            figure=Spread.of(values)))  # fmt: skip
+        for ours, theirs in product(results, results):
+            same = all(ours.point.get(axis, value) == value for axis, value in theirs.point.items())
+            a, b = ours.figure, theirs.figure
+            scored = a.n == b.n > 0 and not ours.failed and not theirs.failed
+            if (ours.row, theirs.row) == (first, second) and same and scored:
+                figure = Spread.of([x - y for x, y in zip(a.values, b.values, strict=True)])
+                found.append(Difference(row=first, minus=second, point=ours.point | theirs.point, figure=figure))
     return found
