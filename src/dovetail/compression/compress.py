@@ -39,7 +39,7 @@ def compress(
     masks       layer name -> (o, i) bool, which pruners use instead of data
     touch       called with a layer's name before it is changed
     """
-    if isinstance(link, Pruner) and masks is not None:
+    if link.kind == "pruner" and masks is not None:
         for name, layer in layers.items():
             touch(name)
             layer.base.set_mask(masks[name])

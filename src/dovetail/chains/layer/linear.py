@@ -152,7 +152,7 @@ class ChainLinear(nn.Module):
         ]
         # Whether the chain starts from the quantized weight rather than from the one before quantizing.
         self.from_codes = all(constraint.from_codes for constraint in self.constraints)
-        closes = [isinstance(s.link, Constraint) for s in self.states if not isinstance(s.link, OutputAdapter)]
+        closes = [s.link.kind == "constraint" for s in self.states if not isinstance(s.link, OutputAdapter)]
         self.path: Path = path or choose_path(closes, self._terms(whole=True), self.layout)
 
     def extract(self) -> None:

@@ -158,12 +158,13 @@ def match_patterns(where: str, patterns: Mapping[str, T], layers: Iterable[str],
     layers = list(layers)
     for pattern, value in patterns.items():
         if not _NAME.fullmatch(pattern):
-            rule = "a pattern is the end of a layer's path; other regular expressions of a file are not run"
+            rule = "a pattern must be the end of a layer's path; other regular expressions of a file are not run"
             raise LoadError(where, found=f"pattern {pattern!r}"[:200], rule=rule, fix="list the layers one by one")
         try:
             compiled = re.compile(rf"(?:.*\.)?(?:{pattern})$")
         except re.error as error:
-            raise LoadError(where, found=f"pattern {pattern!r}: {error}"[:200], rule="a pattern is a name") from None
+            found, fix = f"pattern {pattern!r}: {error}"[:200], "list the layers one by one"
+            raise LoadError(where, found=found, rule="a pattern must be the end of a layer's path", fix=fix) from None
         for name in layers:
             if name not in found and compiled.match(name):
                 found[name] = value

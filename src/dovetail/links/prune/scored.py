@@ -44,10 +44,11 @@ class ScoredPruner(SparsityPruner):
         return _remake, (self.name, arguments(self))  # the class may be bound to another name than its own
 
     def scores(self, weight_oi: Tensor, inputs: InputStatistics | None) -> Tensor:
+        """Return the scores of the function; raise DovetailError where they are not scores of this weight."""
         if not self.statistics:
-            return self._refuse_bad(self.score(weight_oi), weight_oi, None)
+            return self._checked(self.score(weight_oi), weight_oi, None)
         assert inputs is not None
-        return self._refuse_bad(self.score(weight_oi, inputs.norm_i), weight_oi, inputs.norm_i)
+        return self._checked(self.score(weight_oi, inputs.norm_i), weight_oi, inputs.norm_i)
 
     def prune(self, weight_oi: Tensor, inputs: InputStatistics | None) -> tuple[Tensor, Tensor]:
         scores_oi = self.scores(weight_oi, inputs)
@@ -60,29 +61,23 @@ class ScoredPruner(SparsityPruner):
             keep = keep_top(scores_oi.reshape(1, -1), self.sparsity).view_as(scores_oi)
         return keep, weight_oi
 
-    def _refuse_bad(self, scores: Tensor, weight_oi: Tensor, input_norm_i: Tensor | None) -> Tensor:
-        told: object = scores  # by a function of anyone's
-        if not isinstance(told, Tensor) or told.shape != weight_oi.shape or not told.is_floating_point():
-            shape = f"scores of shape {tuple(scores.shape)} and type {scores.dtype}" if isinstance(told, Tensor) else ""
-            raise DovetailError(
-                self.name,
-                found=shape or repr(told)[:200],
-                rule=f"scores must be floating-point numbers, one per weight, of shape {tuple(weight_oi.shape)}",
-                fix=f"check the function that scores {self.name}",
-            )
-        finite = torch.isfinite(scores)
-        if not bool(finite.all()):
-            cause, fix = "", f"check the function that scores {self.name}"
+    def _checked(self, scores: object, weight_oi: Tensor, input_norm_i: Tensor | None) -> Tensor:
+        fix = f"check the function that scores {self.name}"
+        if not isinstance(scores, Tensor) or scores.shape != weight_oi.shape or not scores.is_floating_point():
+            found = repr(scores)[:200]
+            if isinstance(scores, Tensor):
+                found = f"scores of shape {tuple(scores.shape)} and type {scores.dtype}"
+            rule = f"scores must be floating-point numbers, one per weight, of shape {tuple(weight_oi.shape)}"
+            raise DovetailError(self.name, found=found, rule=rule, fix=fix)
+        bad = scores.numel() - int(torch.isfinite(scores).sum())
+        if bad:
+            cause = ""
             if not bool(torch.isfinite(weight_oi).all()):
                 cause, fix = ", as are weights", "check the checkpoint"
             elif input_norm_i is not None and not bool(torch.isfinite(input_norm_i).all()):
                 cause, fix = ", as are the layer's inputs", "check the calibration data, or load the model in float32"
-            raise DovetailError(
-                self.name,
-                found=f"{int((~finite).sum())} of {scores.numel()} scores are NaN or infinite{cause}",
-                rule="scores must be finite",
-                fix=fix,
-            )
+            found = f"{bad} of {scores.numel()} scores are NaN or infinite{cause}"
+            raise DovetailError(self.name, found=found, rule="scores must be finite", fix=fix)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
@@ -135,9 +130,5 @@ def _remake(name: str, values: dict[str, Any]) -> Any:
 
 def _one_of(method: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ChainError(
-            method,
-            found=f"{name}={value!r}",
-            rule=f"{name} must be {' or '.join(allowed)}",
-            fix=f"set {name}={allowed[0]}",
-        )
+        rule = f"{name} must be {' or '.join(allowed)}"
+        raise ChainError(method, found=f"{name}={value!r}", rule=rule, fix=f"set {name}={allowed[0]}")
