@@ -188,7 +188,7 @@ def test_stages_run_one_after_the_other(text: str) -> None:
         sparsity = now
         assert applied(model).stages_left == remaining
         assert all(p.requires_grad == ("links" in name) for name, p in model.named_parameters())
-    with pytest.raises(ChainError, match="advance needs a next stage"):
+    with pytest.raises(ChainError, match="must have another stage"):
         dovetail.advance(model)
     (model(x) - 1).square().mean().backward()
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02).step()
