@@ -10,7 +10,7 @@ of its own:
 Each measurement is a process of its own, one thread, rounds interleaved. Time is the processor's, of `dovetail.apply`
 or of `oneshot` alone, without imports, loading and saving; medians. llm-compressor runs as its users call it: its
 sequential pipeline and defaults, one sample at a time (--peer-batch for more). Memory is measured in a further run: the
-most bytes of tensors alive (`dovetail.peak_memory`, on both sides) beyond the model's own, in units of a block's bytes.
+most bytes of tensors alive (`PeakMemory`, on both sides) beyond the model's own, in units of a block's bytes.
 Error is that of the final hidden states on ids that calibration didn't see, ‖h - h'‖² / ‖h‖².
 """
 
@@ -133,8 +133,8 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def peak_memory(tensors: list[Tensor]) -> Any:
-    """`dovetail.peak_memory.PeakMemory`, read from its file: in the peer's environment there is no Dovetail."""
-    path = Path(__file__).parents[1] / "src/dovetail/peak_memory.py"
+    """Count with `PeakMemory`, read from its file: in the peer's environment there is no Dovetail."""
+    path = Path(__file__).parents[1] / "src/dovetail/training/peak_memory.py"
     spec = importlib.util.spec_from_file_location("peak_memory", path)
     assert spec is not None
     assert spec.loader is not None

@@ -22,7 +22,8 @@ from dovetail.errors import DataError, TrainError
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import Collator, encode, pad_id
-from dovetail.training.peak_memory import PeakMemory, predict_peak_memory
+from dovetail.training.peak_memory import PeakMemory
+from dovetail.training.predict import predict_peak_memory
 from dovetail.training.settings import TrainSettings
 from dovetail.training.train import train
 from dovetail.training.trainer import BatchOrder, mean_loss

@@ -6,19 +6,15 @@ by the same code that makes the real ones; the peak of memory on fake tensors, b
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dovetail.chains import packing
 from dovetail.chains.check import check, check_merge
-from dovetail.chains.layer import bits
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.link import Chain, Link
 from dovetail.chains.notation import chain
@@ -27,12 +23,10 @@ from dovetail.checkpoint.footprint import stored_nbytes, weight_nbytes
 from dovetail.checkpoint.load import HEAD_KINDS, empty_model, load_config, load_tokenizer
 from dovetail.compression.apply import apply_on_meta
 from dovetail.errors import CannotMerge, ChainError, DovetailError
-from dovetail.links.quantize import nearest
-from dovetail.models.targets import fused_experts
 from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import Collator, encode, length_limit, pad_id
-from dovetail.training.optimizer import TrainSettings, cast_frozen, make_optimizer, trained_parts
-from dovetail.training.peak_memory import training_step_peak
+from dovetail.training.optimizer import TrainSettings
+from dovetail.training.predict import predict_peak_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -157,7 +151,7 @@ def plan(
                 bits_per_weight=8 * sum(map(weight_nbytes, layers.values())) / weights,
                 nbytes=stored_nbytes(model_here),
                 trainable_parameters=sum(p.numel() for p in model_here.parameters() if p.requires_grad),
-                predicted_peak_memory_nbytes=_peak(model_here, batch, settings) if memory else None,
+                predicted_peak_memory_nbytes=predict_peak_memory(model_here, batch, settings) if memory else None,
             )
         )
         nothing = replace(nothing, layers=len(layers), weights=weights)
@@ -206,31 +200,3 @@ def _synthetic(model: PreTrainedModel, kind: str, batch_size: int, length: int) 
     if kind in HEAD_KINDS:
         batch["labels"] = torch.zeros(batch_size, dtype=torch.float32 if kind == "regression" else torch.int64)
     return batch
-
-
-def _peak(model: PreTrainedModel, batch: Mapping[str, Tensor], settings: TrainSettings) -> int | None:
-    """Return the peak memory of training steps on this batch: 0 without training, None where it is unknown."""
-    if not trained_parts(model):
-        return 0
-    if fused_experts(model) and not settings.bf16 and model.dtype != torch.bfloat16:
-        return None  # torch's grouped product takes no fake tensors of another dtype
-    if settings.bf16:
-        cast_frozen(model)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, warnings.catch_warnings():
-            # A fake tensor's address is asked for where a copy can be saved; that it has none is an answer too.
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-            model.to_empty(device="cpu")
-            model.tie_weights()
-            if settings.gradient_checkpointing:
-                model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-            return training_step_peak(
-                model,
-                {name: fake.from_tensor(tensor) for name, tensor in batch.items()},
-                make_optimizer=lambda model: make_optimizer(model, settings),
-                bf16=settings.bf16,
-                max_grad_norm=settings.max_grad_norm,
-            )
-    finally:
-        for table in (bits._table, packing._kept_table, nearest._tables):
-            table.cache_clear()  # what fake tensors put there is no good to real ones
