@@ -10,10 +10,12 @@ from importlib.metadata import version
 from io import StringIO
 from signal import SIGINT
 from time import sleep
+from typing import get_type_hints
 
 import pytest
 import typer
 from rich.console import Console
+from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 from dovetail.chains.registry import links
@@ -62,6 +64,26 @@ def test_help_fits_80_columns_and_names_no_type_of_a_flag():
         assert "Usage: dovetail" in page
         assert "…" not in page
         assert "<bool>" not in page
+
+
+def test_options_have_their_declared_names():
+    """Some versions of typer take the name from the metavar: each option declares its own, in lower case."""
+
+    def walk(group: typer.Typer):
+        yield from [each.callback for each in (group.registered_callback, *group.registered_commands) if each]
+        for inner in group.registered_groups:
+            yield from walk(inner.typer_instance)
+
+    count = 0
+    for function in walk(app):
+        for name, hint in get_type_hints(function, include_extras=True).items():
+            for option in (each for each in getattr(hint, "__metadata__", ()) if isinstance(each, OptionInfo)):
+                declared = [text for text in (option.default, *(option.param_decls or ())) if isinstance(text, str)]
+                long = [part for text in declared for part in text.split("/") if part.startswith("--")]
+                flags = {"--json"} if name == "as_json" else {f"--{name.replace('_', '-')}"}
+                assert flags <= set(long) == {part.lower() for part in long}, (function.__name__, name)
+                count += 1
+    assert count > 60
 
 
 _STARTUP = """

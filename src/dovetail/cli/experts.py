@@ -24,7 +24,7 @@ experts_app = typer.Typer(
 
 Alpha = Annotated[
     float | None,
-    typer.Option(metavar="NUMBER", help="Alpha of the new expert. \\[default: the one of the least error]"),
+    typer.Option("--alpha", metavar="NUMBER", help="Alpha of the new expert. \\[default: the one of the least error]"),
 ]
 Files = Annotated[list[Path], typer.Argument(metavar="EXPERT...", help=".dvt files.")]
 Output = Annotated[
@@ -58,8 +58,12 @@ def list_experts(
 @experts_app.command(epilog="Example: dovetail experts similarity a.dvt b.dvt c.dvt --plot matrix.png")
 def similarity(
     files: Files,
-    what: Annotated[str, typer.Option(metavar="MEASURE", help="cosine, sign_agreement or hamming.")] = "cosine",
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the matrix to this PNG file.")] = None,
+    what: Annotated[
+        str, typer.Option("--what", metavar="MEASURE", help="cosine, sign_agreement or hamming.")
+    ] = "cosine",
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Write the matrix to this PNG file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the similarity of experts, computed on their masks."""
@@ -96,18 +100,20 @@ def merge(
     files: Files,
     output: Output,
     method: Annotated[
-        str, typer.Option(metavar="METHOD", help="average, task_arithmetic, ties, dare or dare_ties.")
+        str, typer.Option("--method", metavar="METHOD", help="average, task_arithmetic, ties, dare or dare_ties.")
     ] = "average",
     weights: Annotated[
-        str | None, typer.Option(metavar="NUMBERS", help="One per expert, with commas. \\[default: 1 each]")
+        str | None,
+        typer.Option("--weights", metavar="NUMBERS", help="One per expert, with commas. \\[default: 1 each]"),
     ] = None,
     keep: Annotated[
-        float | None, typer.Option(metavar="SHARE", min=0, max=1, help="Share of values that ties and dare keep.")
+        float | None,
+        typer.Option("--keep", metavar="SHARE", min=0, max=1, help="Share of values that ties and dare keep."),
     ] = None,
     density: Density = 0.2,
     alpha: Alpha = None,
     base: Base = None,
-    seed: Annotated[int, typer.Option(metavar="SEED", help="Seed of dare's random draws.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="SEED", help="Seed of dare's random draws.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Merge experts into an expert (with --density and --alpha), or into a folder with the exact merged values."""
@@ -140,13 +146,13 @@ def merge(
 def compose(
     files: Files,
     output: Output,
-    base: Annotated[str, typer.Option(metavar="MODEL", help="The base model of the experts.")],
-    task: Annotated[str, typer.Option(metavar="TASK", help="A playground task, or a recipe for its data.")],
-    examples: Annotated[int, typer.Option(metavar="N", min=1, help="Training records to use.")] = 32,
-    budget: Annotated[int, typer.Option(metavar="N", min=1, help="Compositions to try.")] = 40,
+    base: Annotated[str, typer.Option("--base", metavar="MODEL", help="The base model of the experts.")],
+    task: Annotated[str, typer.Option("--task", metavar="TASK", help="A playground task, or a recipe for its data.")],
+    examples: Annotated[int, typer.Option("--examples", metavar="N", min=1, help="Training records to use.")] = 32,
+    budget: Annotated[int, typer.Option("--budget", metavar="N", min=1, help="Compositions to try.")] = 40,
     density: Density = 0.2,
     alpha: Alpha = None,
-    seed: Annotated[int, typer.Option(metavar="SEED", help="Seed of the search.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="SEED", help="Seed of the search.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Find weights of experts for a new task from a few examples, without gradients (LoraHub)."""
@@ -230,8 +236,8 @@ def index(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folde
 @experts_app.command(epilog="Example: dovetail experts bench french.dvt")
 def bench(
     expert: File,
-    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Measurements of each part.")] = 5,
-    threads: Annotated[int, typer.Option(metavar="N", min=1, help="Threads of the decoder.")] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Measurements of each part.")] = 5,
+    threads: Annotated[int, typer.Option("--threads", metavar="N", min=1, help="Threads of the decoder.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Measure reading, checking and decoding of an expert, compared with a copy of its uncompressed bytes."""

@@ -26,8 +26,12 @@ Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FOLDER", help="Results, new or empty. \\[default: runs/NAME]"),
 ]
-Resume = Annotated[bool, typer.Option(help="Resume a stopped run with the same recipe and output.")]
-Model = Annotated[str, typer.Option(metavar="MODEL", help="playground, a folder, package:NAME/FOLDER or a hub id.")]
+Resume = Annotated[
+    bool, typer.Option("--resume/--no-resume", help="Resume a stopped run with the same recipe and output.")
+]
+Model = Annotated[
+    str, typer.Option("--model", metavar="MODEL", help="playground, a folder, package:NAME/FOLDER or a hub id.")
+]
 
 
 def _print_version(asked: bool) -> None:
@@ -75,8 +79,12 @@ def study(
         Path,
         typer.Option("--output", "-o", metavar="FOLDER", help="Results: new, empty, or of an earlier start."),
     ],
-    resume: Annotated[bool, typer.Option(help="Keep the finished runs of an earlier start; else delete them.")] = True,
-    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs at a time, each in a process of one thread.")] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Keep the finished runs of an earlier start; else delete them.")
+    ] = True,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, metavar="N", help="Runs at a time, each in a process of one thread.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Run many recipes with several seeds and write tables of quality and measured cost, and curves."""
@@ -104,18 +112,26 @@ def plan(
     chain: Annotated[str, typer.Argument(metavar="CHAIN", help='In quotes: "nf4 >> lora(r=16) >> regrid".')],
     model: Model = "playground",
     targets: Annotated[
-        str, typer.Option(metavar="TARGETS", help="Layers: labels (query, value, up, ...), globs or all-linear.")
+        str,
+        typer.Option(
+            "--targets", metavar="TARGETS", help="Layers: labels (query, value, up, ...), globs or all-linear."
+        ),
     ] = "all-linear",
     task: Annotated[
-        str, typer.Option(metavar="TASK", help="A playground task or a recipe: its longest records set the batch.")
+        str,
+        typer.Option(
+            "--task", metavar="TASK", help="A playground task or a recipe: its longest records set the batch."
+        ),
     ] = "",
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of a batch.")] = 32,
-    length: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of a row, without a task.")] = 128,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Rows of a batch.")] = 32,
+    length: Annotated[int, typer.Option("--length", min=2, metavar="N", help="Tokens of a row, without a task.")] = 128,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16.")] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, slower.")
     ] = False,
-    memory: Annotated[bool, typer.Option(help="Predict the memory of training; minutes for large models.")] = True,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Predict the memory of training; minutes for large models.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Show what a chain does to a model, from its config alone: legality, stages, exact bits, memory of training."""
@@ -158,15 +174,20 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="playground, a folder, package:NAME/FOLDER or a hub id.")
     ],
-    task: Annotated[list[str], typer.Option(metavar="TASK", help="A playground task, or a recipe for its data.")],
+    task: Annotated[
+        list[str], typer.Option("--task", metavar="TASK", help="A playground task, or a recipe for its data.")
+    ],
     adapter: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="A saved adapter, attached to the model first.")
+        Path | None, typer.Option("--adapter", metavar="FOLDER", help="A saved adapter, attached to the model first.")
     ] = None,
     split: Annotated[
-        str | None, typer.Option(metavar="SPLIT", help="\\[default: test, or validation without a test split]")
+        str | None,
+        typer.Option("--split", metavar="SPLIT", help="\\[default: test, or validation without a test split]"),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Score only the first N records.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of a batch.")] = 64,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, metavar="N", help="Score only the first N records.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Rows of a batch.")] = 64,
     as_json: Json = False,
 ) -> None:
     """Score a model on tasks."""

@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 
 Base = Annotated[
     str | None,
-    typer.Option(metavar="MODEL", help="The base model: playground, a folder, package:NAME/FOLDER or a hub id."),
+    typer.Option(
+        "--base", metavar="MODEL", help="The base model: playground, a folder, package:NAME/FOLDER or a hub id."
+    ),
 ]
 File = Annotated[Path, typer.Argument(metavar="EXPERT", help="A .dvt file.")]
-Density = Annotated[float, typer.Option(metavar="SHARE", min=0.0, max=1.0, help="Share of values to keep.")]
-Scale = Annotated[str, typer.Option(metavar="KIND", help="vector: one scale; tensor: one scale per tensor.")]
+Density = Annotated[
+    float, typer.Option("--density", metavar="SHARE", min=0.0, max=1.0, help="Share of values to keep.")
+]
+Scale = Annotated[str, typer.Option("--scale", metavar="KIND", help="vector: one scale; tensor: one scale per tensor.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -39,21 +43,24 @@ def pack(
     base: Base = None,
     density: Annotated[
         float | None,
-        typer.Option(metavar="SHARE", min=0.0, max=1.0, help="Share of values to keep. \\[default: 0.05]"),
+        typer.Option("--density", metavar="SHARE", min=0.0, max=1.0, help="Share of values to keep. \\[default: 0.05]"),
     ] = None,
     alpha: Annotated[
-        float | None, typer.Option(metavar="NUMBER", help="Scale / standard deviation. \\[default: 1]")
+        float | None, typer.Option("--alpha", metavar="NUMBER", help="Scale / standard deviation. \\[default: 1]")
     ] = None,
     scale: Scale = "vector",
     sweep: Annotated[
         str | None,
-        typer.Option(metavar="TASK", help="Choose density and alpha, unless given, by validation on this task."),
+        typer.Option(
+            "--sweep", metavar="TASK", help="Choose density and alpha, unless given, by validation on this task."
+        ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Validation records of the sweep. \\[default: all]")
+        int | None,
+        typer.Option("--limit", metavar="N", min=1, help="Validation records of the sweep. \\[default: all]"),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the plot of the sweep to this PNG file.")
+        Path | None, typer.Option("--plot", metavar="FILE", help="Write the plot of the sweep to this PNG file.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -160,7 +167,9 @@ def unpack(
     base: Base = None,
     adapter: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="An adapter of the same chain, for masks and bases fitted to data."),
+        typer.Option(
+            "--adapter", metavar="FOLDER", help="An adapter of the same chain, for masks and bases fitted to data."
+        ),
     ] = None,
 ) -> None:
     """Convert an expert back to its source format: an adapter folder or a checkpoint."""
@@ -185,7 +194,9 @@ def unpack(
 
 def inspect(
     expert: File,
-    rows: Annotated[int, typer.Option(metavar="N", min=0, help="Tensors to show, sorted by kept values.")] = 20,
+    rows: Annotated[
+        int, typer.Option("--rows", metavar="N", min=0, help="Tensors to show, sorted by kept values.")
+    ] = 20,
     as_json: Json = False,
 ) -> None:
     """Show an expert: a table of its tensors and a histogram of densities."""
