@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import dovetail
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.compression.apply import apply
 from dovetail.compression.calibration import calibration_batches
@@ -43,6 +44,7 @@ from small_models import (
     t5,
     training_killed_at,
 )
+from small_runs import small_recipe
 
 gc.freeze()  # the Trainer collects garbage at every start: not all that torch and transformers have loaded
 
@@ -354,3 +356,14 @@ def test_a_run_is_not_resumed_on_another_base(tmp_path):
     other = apply(llama(), "magnitude(0.4) >> lora(r=4)")
     with pytest.raises(TrainError, match="base other than"):
         quiet(other, SUMS, output_dir=tmp_path / "run", resume=True, **settings)
+
+
+@pytest.mark.parametrize("processes", ["2", "8"])
+def test_one_of_several_processes_is_refused(processes, monkeypatch, tmp_path):
+    """Losses were divided by the tokens of all processes, and averaged over them again."""
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(TrainError, match=f"WORLD_SIZE={processes}"):
+        quiet(llama(), SUMS)
+    with pytest.raises(TrainError, match=f"WORLD_SIZE={processes}"):
+        dovetail.run(small_recipe(tmp_path), output=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()

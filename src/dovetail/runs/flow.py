@@ -26,7 +26,7 @@ from dovetail.runs.report.record import Losses, Merge, Report, Row, TaskInfo, en
 from dovetail.runs.report.summary import verdict
 from dovetail.runs.rows import Rows, row_names
 from dovetail.training.optimizer import trained_parts
-from dovetail.training.settings import check_report_to
+from dovetail.training.settings import check_environment
 from dovetail.training.train import train
 
 PROBE_ROWS = 16
@@ -58,7 +58,7 @@ def run(
     links = steps.legal_chain(recipe)
     output = choose_output(output or recipe.output, name)
     check_folder(output)
-    check_report_to(recipe.train.report_to)
+    check_environment(recipe.train.report_to)
     tasks = steps.load_tasks(recipe)
     task = tasks[0]
     steps.check_layers(recipe, task, links)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
@@ -80,12 +81,20 @@ class TrainSettings(Training):
         return self.model_dump(exclude={"evaluate_every", "evaluate_limit", "checkpoint_every", "report_to"})
 
 
-def check_report_to(name: str) -> None:
-    """Raise TrainError if the package of this experiment tracker is not installed."""
-    packages = _REPORTERS.get(name, ())
+def check_environment(report_to: str) -> None:
+    """Raise TrainError if the tracker's package is not installed, or if this is one of several training processes."""
+    processes = os.environ.get("WORLD_SIZE", "1")  # set by torchrun and accelerate
+    if processes != "1":
+        raise TrainError(
+            "train",
+            found=f"WORLD_SIZE={processes}: one of several processes",
+            rule="a training must run in one process: with several, losses would be divided twice",
+            fix="start it without torchrun or accelerate launch; dovetail study runs several trainings at a time",
+        )
+    packages = _REPORTERS.get(report_to, ())
     if packages and not any(map(find_spec, packages)):
         raise TrainError(
-            f"train, report_to={name}",
+            f"train, report_to={report_to}",
             found=f"the package {packages[0]} is not installed",
             rule="report_to must name an installed experiment tracker",
             fix=f"pip install {packages[0]}",

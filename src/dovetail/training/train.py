@@ -33,7 +33,7 @@ from dovetail.tasks.task import Record, Task
 from dovetail.tasks.tokens import Collator, Example, check_model, encode, length_limit, pad_id
 from dovetail.training import checkpoints
 from dovetail.training.optimizer import HEADS, MODEL, autocast, cast_frozen, cast_heads, learning_rates, trained_parts
-from dovetail.training.settings import TrainSettings, check_report_to
+from dovetail.training.settings import TrainSettings, check_environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -123,7 +123,7 @@ def train(
     from dovetail.training.trainer import StageTrainer, Watch, trackers, trainer_arguments
 
     asked = TrainSettings(**settings)
-    check_report_to(asked.report_to)
+    check_environment(asked.report_to)
     started = time.perf_counter()
     config: Any = model.config
     if not chain_layers(model):
