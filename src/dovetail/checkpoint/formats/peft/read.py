@@ -9,7 +9,7 @@ ranks, so `save_adapter` and `load_adapter` support them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,13 @@ from dovetail.chains.registry import links
 from dovetail.checkpoint.formats.peft.write import CONFIG_FILE, PREFIX, TENSORS_FILE, saved_modules
 from dovetail.compression.apply import apply
 from dovetail.compression.calibration import Batch
-from dovetail.errors import ChainError, LoadError
+from dovetail.errors import ChainError, LoadError, TargetError
 from dovetail.files import first_problem, open_tensors, read_json
 from dovetail.links.adapt.peft import PeftAdapter, PeftConfig, PeftLink
 from dovetail.models.dtypes import STORED_FLOATS, shape_of
 from dovetail.models.layouts import layout_of
 from dovetail.models.targets import find_targets, inside
+from dovetail.models.ties import cannot_untie, shared_outside, untie
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def import_peft(
     base         pruners and quantizers to run first, such as "nf4(double=true)", if it was trained over that
     calibration  for `base`, as `apply` takes it
     returns      the same model, ready to be evaluated, trained, saved or merged; its outputs are stock peft's. A head
-                 that the file contains (`modules_to_save`) is copied into the model and stays trainable
+                 that the file contains (`modules_to_save`) is copied into the model and stays trainable. If it was
+                 tied to the embedding, it is untied, also in the model's configuration
     errors       LoadError that names the field, tensor or layer that Dovetail does not support, and the errors of
                  `apply`; the model is unchanged then
     """
@@ -103,9 +105,14 @@ def import_peft(
         keys = stored.keys()
         shapes = {key: tuple(shape_of(where, stored, key, STORED_FLOATS)[0]) for key in keys}
         file = _File(where, kind, config, shapes)
-        layers, heads = _place(file, model)
-        found = kind.from_peft(config, {layer.site: layer.keys.keys() for layer in layers.values()}, where=where)
-        _check_shapes(file, layers, found)
+        try:
+            layers, heads = _place(file, model)
+            found = kind.from_peft(config, {layer.site: layer.keys.keys() for layer in layers.values()}, where=where)
+            _check_shapes(file, layers, found)
+        except (ChainError, TargetError) as error:  # what neither a link nor a target can express
+            raise LoadError(
+                f"{where}: {error.where}", found=error.found, rule=error.rule, fix="load it with peft"
+            ) from None
         values = {key: stored.get_tensor(key) for key in keys}
     for key, tensor in values.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -114,7 +121,7 @@ def import_peft(
     _check_constants(file, layers, found, values)
     apply(model, Chain((*before, found.link)), targets=list(layers), calibration=calibration)
     _fill(model, layers, found, values)
-    _fill_heads(model, heads, values)
+    _fill_heads(model, heads, config.modules_to_save or (), values)
     return model
 
 
@@ -168,6 +175,9 @@ def _place(file: _File, model: nn.Module) -> tuple[dict[str, _Layer], dict[str, 
         raise _unfit(where, f"{key} missing from the file", "the config requires it (save_projection)")
     for key in heads.keys() - shapes.keys():
         raise _unfit(where, f"{key} missing from the file", "modules_to_save must be saved whole")
+    if tied := cannot_untie(model, modules):
+        rule = "a module of modules_to_save must have tensors of its own, because peft trains a copy of it"
+        raise LoadError(where, found=tied, rule=rule, fix="load the base with tie_word_embeddings=False")
     if not parts:
         rule = f"a file of {name} must contain parameters of a layer"
         raise LoadError(where, found="no parameter of a layer", rule=rule, fix="save it with peft again")
@@ -245,6 +255,7 @@ def _check_targets(
 def _check_shapes(file: _File, layers: Mapping[str, _Layer], found: PeftLink) -> None:
     for name, layer in layers.items():
         here = found.link.plain(found.ranks[name]) if found.link.ranks else found.link
+        here.check(layer.site)
         wanted = here.parameter_shapes(layer.site)
         for ours in wanted.keys() - layer.keys.keys():
             missing = f"{PREFIX}{name}.{file.kind.peft_tensors[ours]} missing from the file"
@@ -286,7 +297,13 @@ def _fill(model: nn.Module, layers: Mapping[str, _Layer], found: PeftLink, tenso
 
 
 @torch.no_grad()
-def _fill_heads(model: nn.Module, heads: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+def _fill_heads(
+    model: nn.Module, heads: Mapping[str, str], saved: Collection[str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Copy the saved modules into the model. One that is tied to another gets tensors of its own first, as in peft."""
+    for path in saved_modules(model, saved):
+        if shared_outside(model, [path]):
+            untie(model, path)
     state = model.state_dict(keep_vars=True)
     for theirs, ours in heads.items():
         state[ours].copy_(tensors[theirs])
