@@ -134,7 +134,22 @@ def empty_model(
     """
     config, auto = _for_task(config, task_kind, num_labels)
     with _unreadable(f"model of type {config.model_type}"), torch.device("meta"):
-        return auto.from_config(config, dtype=_dtype(dtype) or config.dtype or torch.float32).eval()
+        model = auto.from_config(config, dtype=_dtype(dtype) or config.dtype or torch.float32).eval()
+        _place_quantizer(model)
+    return model
+
+
+def _place_quantizer(model: PreTrainedModel) -> None:
+    """Replace the layers that a quantized checkpoint stores in another form, as transformers does before it loads."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    configs: Any = model.config, model.config.get_text_config(decoder=True)
+    said = next((each.quantization_config for each in configs if "quantization_config" in vars(each)), None)
+    if said is None or not AutoHfQuantizer.supports_quant_method(said):
+        return
+    quantizer = AutoHfQuantizer.from_config(said, pre_quantized=True)
+    quantizer.validate_environment(device_map=None, weights_only=True)
+    quantizer.preprocess_model(model, dtype=model.dtype, device_map=None, checkpoint_files=[], use_kernels=False)
 
 
 def best_device() -> torch.device:
@@ -231,11 +246,14 @@ def _unreadable(where: str) -> Iterator[None]:
     from huggingface_hub.errors import StrictDataclassError
 
     # What transformers raises on a checkpoint that it cannot read: a missing file or invalid JSON (OSError,
-    # ValueError), a wrong type in config.json (StrictDataclassError), a quantizer that is not installed (ImportError),
-    # tensors that cannot be converted (RuntimeError), a missing field (KeyError), a truncated file (SafetensorError).
+    # ValueError), a wrong type in config.json (StrictDataclassError), tensors that cannot be converted (RuntimeError),
+    # a missing field (KeyError), a truncated file (SafetensorError), a quantizer that is not installed (ImportError).
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, StrictDataclassError, SafetensorError) as error:
+    except ImportError as error:
+        rule = "the package that the checkpoint needs must be installed"
+        raise LoadError(where, found=_first_line(error), rule=rule, fix="install it, or load another copy") from error
+    except (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError, SafetensorError) as error:
         rule = "the checkpoint must be complete and readable by transformers"
         raise LoadError(where, found=_first_line(error), rule=rule, fix="fetch or save it again") from error
 

@@ -109,7 +109,7 @@ def calibrate_blocks(
                         passes.go_on(here)
                     bar.advance()
             for names in left.values():
-                raise _unreached(names[0])
+                raise unreached(names[0])
     finally:
         for module, training in modes.items():
             module.training = training
@@ -119,12 +119,12 @@ def _finish(found: Mapping[str, InputStatistics], wanted: Collection[Statistic])
     """Finish the statistics of a block's layers; raise DataError for a layer that cannot be compressed by them."""
     for name, statistics in found.items():
         if not statistics.tokens:
-            raise _unreached(name)
+            raise unreached(name)
         statistics.finish()
         if not bool(torch.isfinite(statistics.square_i).all()):
             raise _not_finite(name)
         if not bool(statistics.square_i.any()):
-            raise _unreached(name)
+            raise unreached(name)
         if "gram" in wanted and statistics.tokens < LEAST_TOKENS:
             raise DataError(
                 f"calibration of {name}",
@@ -223,7 +223,7 @@ def _look_ahead(
                 if all(calls.values()):
                     break
             else:
-                raise _unreached(next(name for name, count in calls.items() if not count))
+                raise unreached(next(name for name, count in calls.items() if not count))
     finally:
         for handle in handles:
             handle.remove()
@@ -243,7 +243,8 @@ def _not_finite(name: str) -> DataError:
     )
 
 
-def _unreached(name: str) -> DataError:
+def unreached(name: str) -> DataError:
+    """Return the error for a layer that is compressed by its inputs and gets none."""
     # An expert that no token was sent to: every weight would score the same.
     return DataError(
         f"calibration of {name}",

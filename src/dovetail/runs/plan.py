@@ -22,11 +22,12 @@ from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.footprint import stored_nbytes, weight_nbytes
 from dovetail.checkpoint.load import HEAD_KINDS, empty_model, load_config, load_tokenizer
 from dovetail.compression.apply import apply_on_meta
+from dovetail.compression.blocks import unreached
 from dovetail.errors import CannotMerge, ChainError, DovetailError
 from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import Collator, encode, length_limit, pad_id
 from dovetail.training.optimizer import TrainSettings
-from dovetail.training.predict import predict_peak_memory
+from dovetail.training.predict import predict_peak_memory, predict_unreached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -130,6 +131,10 @@ def plan(
         nothing = replace(nothing, chain=str(chain(chain_)))
         the_chain = check(chain_)
         apply_on_meta(empty, the_chain, targets)
+        if any(link.statistics for stage in the_chain.stages for link in stage.applied):
+            bare = empty_model(config, task_kind=kind, num_labels=num_labels, dtype=dtype)
+            if (name := predict_unreached(bare, applied(empty).layers, batch)) is not None:
+                raise unreached(name)
     except DovetailError as error:
         return replace(nothing, problem=f"{type(error).__name__}: {error}")
     mergeable, advice = True, _rounding(the_chain, empty)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,15 +44,43 @@ def predict_peak_memory(
     model = copy.deepcopy(model)
     if settings.bf16:
         cast_frozen(model)
+    with _faked(model, batch, device) as fake:
+        if settings.gradient_checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        return _peak_of_two_steps(model, fake, settings)
+
+
+def predict_unreached(model: PreTrainedModel, names: Iterable[str], batch: Mapping[str, Tensor]) -> str | None:
+    """Return the first of these layers that a forward pass on the batch never calls, without computing.
+
+    model    on the device "meta", without a chain; it is left on fake tensors
+    returns  None where every layer is called, and where the path depends on values, so that torch cannot tell
+    """
+    left = dict.fromkeys(names)
+
+    def see(name: str) -> Callable[..., None]:
+        return lambda module, args: left.pop(name, None)
+
+    for name in left:
+        model.get_submodule(name).register_forward_pre_hook(see(name))
+    nn.Module.to(model, torch.bfloat16)  # torch's grouped product takes no other fake tensors
+    try:
+        with _faked(model, batch, "cpu") as fake, PeakMemory(), torch.no_grad():
+            model(**fake)
+    except Exception:  # whatever the code of a model does with the values that it does not find
+        return None
+    return next(iter(left), None)
+
+
+@contextmanager
+def _faked(model: nn.Module, batch: Mapping[str, Tensor], device: str) -> Iterator[dict[str, Tensor]]:
+    """Put a model on fake tensors, and yield the batch as fake tensors."""
     try:
         with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             # Code that compares the addresses of tensors finds all equal; no size depends on it.
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             _place(model, device)
-            if settings.gradient_checkpointing:
-                model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-            fake = {name: mode.from_tensor(tensor).to(device) for name, tensor in batch.items()}
-            return _peak_of_two_steps(model, fake, settings)
+            yield {name: mode.from_tensor(tensor).to(device) for name, tensor in batch.items()}
     finally:
         for table in (bits._table, packing._kept_table, nearest._tables):
             table.cache_clear()  # what fake tensors put there is no good to real ones
