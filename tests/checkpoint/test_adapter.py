@@ -1,6 +1,7 @@
 """Adapters saved and loaded: bit-equal on the right base, refused by name on another."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +104,14 @@ def test_an_output_head_is_part_of_the_base(tmp_path):
         load_adapter(other, tmp_path)
 
 
+def without_digest(folder: Path) -> None:
+    """Make the adapter one of an earlier version: a file that lies, rather than one that is damaged."""
+    text = json.loads((folder / "adapter.json").read_text())
+    del text["digest"]
+    (folder / "adapter.json").write_text(json.dumps(text))
+
+
+@pytest.mark.filterwarnings("ignore:.*no digest")
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_file_brings_the_head_of_its_model_and_nothing_else(family, tmp_path):
     model = make(family)
@@ -114,10 +123,12 @@ def test_a_file_brings_the_head_of_its_model_and_nothing_else(family, tmp_path):
     else:
         tensors["head/model.embed_tokens.weight"] = torch.zeros_like(model.get_input_embeddings().weight)
     save_file(tensors, tmp_path / "adapter.safetensors")
+    without_digest(tmp_path)
     with pytest.raises(LoadError, match="head/"):
         load_adapter(make(family), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*no digest")
 @pytest.mark.parametrize("text", ["magnitude(0.5) >> lora(r=4)", "nf4 >> lora(r=4) >> regrid"])
 def test_what_was_trained_in_bf16_is_loaded_onto_the_base_that_it_began_with(text, tmp_path):
     model = make("bert")
@@ -136,6 +147,7 @@ def test_what_was_trained_in_bf16_is_loaded_onto_the_base_that_it_began_with(tex
     tensors = load_file(tmp_path / "adapter.safetensors")
     tensors.pop(next(key for key in tensors if key.startswith("link/")))
     save_file(tensors, tmp_path / "adapter.safetensors")
+    without_digest(tmp_path)
     with pytest.raises(LoadError, match="missing from the file"):
         load_adapter(refused, tmp_path)
     assert {name: p.dtype for name, p in refused.named_parameters()} == before
@@ -153,6 +165,7 @@ def test_another_base_is_refused_by_name(tmp_path):
         load_adapter(other, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*no digest")
 def test_another_quantizer_is_refused_by_name(tmp_path):
     model = make("llama")
     dovetail.apply(model, "nf4 >> lora(r=4)")
@@ -160,6 +173,7 @@ def test_another_quantizer_is_refused_by_name(tmp_path):
     text = json.loads((tmp_path / "adapter.json").read_text())
     text["quantizer"] = "fp4(block=64, double=False)"
     (tmp_path / "adapter.json").write_text(json.dumps(text))
+    without_digest(tmp_path)
     with pytest.raises(LoadError, match="was trained over, fp4"):
         load_adapter(make("llama"), tmp_path)
 
@@ -190,6 +204,7 @@ def first(tensors: dict[str, torch.Tensor], start: str, end: str = "") -> str:
     return next(key for key in tensors if key.startswith(start) and key.endswith(end))
 
 
+@pytest.mark.filterwarnings("ignore:.*no digest")
 @pytest.mark.parametrize(
     ("text", "change", "header"),
     [
@@ -216,6 +231,7 @@ def test_a_file_that_lies_is_refused_and_the_model_is_as_it_was(text, change, he
     save_file(tensors, tmp_path / "adapter.safetensors")
     file = json.loads((tmp_path / "adapter.json").read_text()) | header
     (tmp_path / "adapter.json").write_text(json.dumps(file))
+    without_digest(tmp_path)
     fresh = make("llama").eval()
     before = dict(fresh.named_parameters())
     with pytest.raises(LoadError):
@@ -225,12 +241,14 @@ def test_a_file_that_lies_is_refused_and_the_model_is_as_it_was(text, change, he
     assert all(after[name] is before[name] and after[name].requires_grad for name in before)
 
 
+@pytest.mark.filterwarnings("ignore:.*no digest")
 @pytest.mark.parametrize("bad", [torch.full((4, 64), torch.nan), torch.full((4, 64), 3)])
 def test_parameters_that_are_no_finite_floats_are_refused(bad, tmp_path):
     save_adapter(dovetail.apply(make("llama"), "lora(r=4)", targets="model.layers.0.self_attn.q_proj"), tmp_path)
     tensors = load_file(tmp_path / "adapter.safetensors")
     tensors["link/model.layers.0.self_attn.q_proj/0/A"] = bad
     save_file(tensors, tmp_path / "adapter.safetensors")
+    without_digest(tmp_path)
     model = make("llama")
     with pytest.raises(LoadError, match="finite floats"):
         load_adapter(model, tmp_path)

@@ -465,12 +465,14 @@ LIES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*no digest")
 @pytest.mark.parametrize("lie", LIES)
 def test_a_file_that_lies_is_refused_and_the_model_is_as_it_was(lie, tmp_path):
     model = dovetail.apply(make("llama"), "lora(r=8, elastic=[8, 4, 2])")
     save_adapter(model, tmp_path)
     header, tensors = json.loads((tmp_path / "adapter.json").read_text()), load_file(tmp_path / "adapter.safetensors")
     LIES[lie](header, tensors)
+    del header["digest"]  # as in adapters of earlier versions: the file lies, but it is not damaged
     (tmp_path / "adapter.json").write_text(json.dumps(header))
     save_file(tensors, tmp_path / "adapter.safetensors")
     fresh, carries = make("llama"), dovetail.apply(make("llama"), "lora(r=8, elastic=[8, 4, 2])", seed=1)

@@ -10,12 +10,15 @@ elastic adapters) and `adapter.safetensors`:
     head/NAME                a classifier's head and pooler, and every other trained parameter
 
 Loading needs the base model that the chain was applied to. An error names another base, quantizer or chain.
+adapter.json also holds a digest of both files: an adapter that was changed since it was saved is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,7 +39,7 @@ from dovetail.chains.stages import CheckedChain
 from dovetail.compression.apply import apply, restore
 from dovetail.errors import ChainError, LoadError
 from dovetail.files import atomic, open_tensors, read_json, write_whole
-from dovetail.models.fingerprint import model_fingerprint
+from dovetail.models.fingerprint import model_fingerprint, tensors_fingerprint
 from dovetail.models.layouts import layout_of
 from dovetail.models.targets import new_heads
 from dovetail.training.optimizer import cast_frozen
@@ -53,6 +56,7 @@ class AdapterFile(pydantic.BaseModel, extra="forbid"):
     dtype              of the weights: another one than the base was loaded in, where training rounded it (bf16)
     ranks              LAYER/PLACE -> the rank that an elastic adapter runs at
     extracted          whether elastic adapters were made plain ones of those ranks
+    digest             of everything above and of the tensors; None in adapters of earlier versions
     """
 
     format: Literal["dovetail-adapter"] = "dovetail-adapter"
@@ -67,6 +71,12 @@ class AdapterFile(pydantic.BaseModel, extra="forbid"):
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
     ranks: dict[str, int] = {}
     extracted: bool = False
+    digest: str | None = None
+
+    def digest_of(self, tensors: Mapping[str, Tensor]) -> str:
+        """Return the digest of an adapter of this description and these tensors."""
+        text = f"{self.model_dump_json(exclude={'digest'})}{tensors_fingerprint(tensors)}"
+        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> Path:
@@ -92,9 +102,12 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
             tensors |= {f"base/{name}/{key}": value for key, value in kept.items() if value is not None}
         elif any(link.kind == "pruner" for link in record.stage.applied):
             tensors[f"mask/{name}"] = _mask_bits(layer)
+    tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
+    file = describe(model)
+    file.digest = file.digest_of(tensors)
     with atomic(directory / "adapter.safetensors") as part:
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part, metadata={"format": "pt"})
-    write_whole(directory / "adapter.json", json.dumps(describe(model).model_dump(), indent=2) + "\n")
+        save_file(tensors, part, metadata={"format": "pt"})
+    write_whole(directory / "adapter.json", json.dumps(file.model_dump(), indent=2) + "\n")
     return directory
 
 
@@ -140,6 +153,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         if not _KEY.fullmatch(key):
             rule = "names of tensors must begin with link/, mask/, base/ or head/"
             raise LoadError(str(path), found=f"a tensor {key[:80]!r}", rule=rule, fix="save the adapter again")
+    _check_digest(where, file, tensors)
     before = Before(model)
     try:
         put_chain(model, file, tensors, where)
@@ -150,6 +164,18 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         before.put_back()
         raise
     return model
+
+
+def _check_digest(where: str, file: AdapterFile, tensors: Mapping[str, Tensor]) -> None:
+    if file.digest is None:
+        warnings.warn(f"{where}: no digest in adapter.json: changed bytes would not be noticed", stacklevel=3)
+    elif (found := file.digest_of(tensors)) != file.digest:
+        raise LoadError(
+            where,
+            found=f"an adapter with digest {found}",
+            rule=f"adapter.json and adapter.safetensors must be as they were saved, with digest {file.digest}",
+            fix="copy the folder again, or save the adapter again",
+        )
 
 
 def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:

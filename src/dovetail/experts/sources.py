@@ -111,7 +111,7 @@ def _of_chain(model: nn.Module) -> TaskVector:
         value = parameter.detach()
         start = initial.get(key.removeprefix("link/"))
         tensors[key] = value.clone() if start is None else value - start
-    origin = Origin("chain", said.base_fingerprint, said.chain, said.model_dump(mode="json"))
+    origin = Origin("chain", said.base_fingerprint, said.chain, said.model_dump(mode="json", exclude={"digest"}))
     return TaskVector(tensors, origin)
 
 
