@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import dovetail
-from dovetail.chains.link import Chain, arguments
-from dovetail.chains.notation import MAX_LENGTH, chain
+from dovetail.chains.link import MAX_LENGTH, Chain, arguments
+from dovetail.chains.notation import chain
 from dovetail.chains.registry import links
 from dovetail.errors import ChainError, DovetailError
 from random_links import random_link

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dovetail.chains.link import Chain
+from dovetail.chains.link import MAX_LENGTH, Chain
 from dovetail.chains.notation import chain
 from dovetail.chains.registry import links
 from dovetail.errors import ChainError
@@ -63,3 +63,27 @@ def test_name_with_one_wrong_letter_is_refused_with_the_right_one(name: str, dat
     with pytest.raises(ChainError) as caught:
         chain(wrong)
     assert caught.value.fix
+
+
+@law
+@given(chains, st.integers(1, 300))
+def test_a_chain_that_can_be_made_reads_back_however_long(made: Chain, times: int) -> None:
+    if len(str(made)) * times + 4 * (times - 1) > MAX_LENGTH:
+        with pytest.raises(ChainError, match="characters"):
+            Chain(made.links * times)
+    else:
+        assert chain(str(Chain(made.links * times))) == Chain(made.links * times)
+
+
+@pytest.mark.parametrize("number", [800, 1601, 3000])
+def test_a_text_that_prints_longer_than_it_can_be_read_is_refused(number: int) -> None:
+    with pytest.raises(ChainError, match="characters"):
+        chain(">>".join(["lora"] * number))
+
+
+@pytest.mark.parametrize("value", [None, 5, 1.5, True, [], ["lora"], b"lora", {"chain": "lora"}, object()])
+def test_what_is_no_text_is_refused(value: object) -> None:
+    with pytest.raises(ChainError, match="a chain is text"):
+        chain(value)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        chain("lora") >> value  # type: ignore[operator]

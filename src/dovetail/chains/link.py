@@ -336,11 +336,16 @@ def identity_of(quantizer: Quantizer) -> str:
     return f"{quantizer.name}({given})"
 
 
+MAX_LENGTH = 10_000
+"""The most characters of a chain's text, which may come from outside and must be read in bounded time."""
+
+
 @dataclass(frozen=True, eq=False)
 class Chain:
     """Links in the order in which they are applied. Immutable; `>>` joins links and chains.
 
-    A chain as it was written; `dovetail.chains.check` makes a `CheckedChain` of one that can run.
+    A chain as it was written; `dovetail.chains.check` makes a `CheckedChain` of one that can run. ChainError for no
+    link, and for a text longer than MAX_LENGTH: what a chain prints can always be read back.
     """
 
     links: tuple[Link, ...]
@@ -349,8 +354,11 @@ class Chain:
         if not self.links:
             rule, fix = "a chain has at least one link", "write one, such as lora(r=16)"
             raise ChainError("chain", found="no link", rule=rule, fix=fix)
+        check_length(str(self))
 
     def __rshift__(self, other: Link | Chain) -> Chain:
+        if not isinstance(other, Link | Chain):
+            return NotImplemented
         return Chain(self.links + (other.links if isinstance(other, Chain) else (other,)))
 
     def __eq__(self, other: object) -> bool:
@@ -372,6 +380,13 @@ class Chain:
     def adapters(self) -> tuple[Adapter, ...]:
         """The links that own trainable parameters."""
         return tuple(link for link in self.links if isinstance(link, Adapter))
+
+
+def check_length(text: str) -> None:
+    """Raise ChainError if the text of a chain is longer than MAX_LENGTH."""
+    if len(text) > MAX_LENGTH:
+        rule, fix = f"a chain has at most {MAX_LENGTH}", "remove links, or run them as several chains"
+        raise ChainError("chain", found=f"{len(text)} characters", rule=rule, fix=fix)
 
 
 WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None, "null": None}

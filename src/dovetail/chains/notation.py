@@ -20,12 +20,9 @@ from typing import Any, get_type_hints
 
 import pydantic
 
-from dovetail.chains.link import WORDS, Chain, Link, format_value
+from dovetail.chains.link import WORDS, Chain, Link, check_length, format_value
 from dovetail.chains.registry import links
 from dovetail.errors import ChainError
-
-MAX_LENGTH = 10_000
-"""The most characters: a chain may come from outside, and reading it must take bounded time."""
 
 MAX_DIGITS = 100
 
@@ -49,13 +46,10 @@ def chain(text: str | Chain | Link) -> Chain:
         return text
     if isinstance(text, Link):
         return Chain((text,))
-    if len(text) > MAX_LENGTH:
-        raise ChainError(
-            "chain",
-            found=f"{len(text)} characters",
-            rule=f"a chain has at most {MAX_LENGTH}",
-            fix="remove links, or run them as several chains",
-        )
+    if not isinstance(text, str):
+        rule, fix = "a chain is text, a Chain or a link", 'write it as text, such as "nf4 >> lora(r=16) >> regrid"'
+        raise ChainError("chain", found=f"{type(text).__name__}: {text!r:.60}", rule=rule, fix=fix)
+    check_length(text)
     return _Parser(text).chain()
 
 
