@@ -13,6 +13,12 @@ _LINE_SECONDS = 25.0
 """Time between plain lines: below 30, whatever delays a thread."""
 
 
+def note(text: str, *, shown: bool = True) -> None:
+    """Print one line "note: ..." on standard error: what a user must know about a result that is not an error."""
+    if shown:
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 class Bar:
     """Progress of one piece of work, as a context manager: a loop calls `advance` after each round.
 

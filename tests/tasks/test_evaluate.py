@@ -16,7 +16,7 @@ from small_models import BEGIN, END, PAD, bert, llama, make_tokenizer, t5
 
 PROMPTS = ["the sum of one plus two is", "two plus two is", "is", "the sum of the sum of one plus three plus four is"]
 CHOICES = Task("choices", "choice", "accuracy", {"test": [
-    {"prompt": prompt, "choices": ["one", "two three four", "nine nine"], "label": at % 3}
+    {"prompt": prompt, "choices": [" one", " two three four", " nine nine"], "label": at % 3}
     for at, prompt in enumerate(PROMPTS)
 ]})  # fmt: skip
 PAIRS = Task("pairs", "pairs", "accuracy", {"test": [
@@ -50,7 +50,7 @@ def test_likelihood_scores(make):
     right = norm = 0
     for record in CHOICES.split("test"):
         nll = [loss(model, around(record["prompt"]), ids(choice)) for choice in record["choices"]]
-        lengths = [len(choice) for choice in record["choices"]]
+        lengths = [len(choice) - 1 for choice in record["choices"]]  # without the space that joins it
         right += nll.index(min(nll)) == record["label"]
         norm += min(range(3), key=lambda at: nll[at] / lengths[at]) == record["label"]
     assert scores["choices"] == {"accuracy": right / 4, "accuracy_norm": norm / 4, "n": 4}

@@ -15,6 +15,7 @@ from dovetail.chains.notation import format_value
 from dovetail.chains.registry import links
 from dovetail.display.format import format_score, metric_name, size
 from dovetail.display.tables import print_table
+from dovetail.tasks.task import COUNTS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,6 +115,6 @@ def print_scores(console: Console, scores: Mapping[str, Mapping[str, float]]) ->
         [task, metric_name(metric), format_score(metric, value), f"{metrics['n']:.0f}"]
         for task, metrics in scores.items()
         for metric, value in metrics.items()
-        if metric != "n"
+        if metric not in COUNTS
     ]
     print_table(console, ["task", "metric", "score", "records"], cells, words=2)

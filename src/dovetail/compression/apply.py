@@ -58,7 +58,7 @@ def apply(
     if calibration_inputs not in get_args(Inputs):
         found, rule = f"calibration_inputs={calibration_inputs!r}", f"it must be {' or '.join(get_args(Inputs))}"
         raise ChainError("apply", found=found, rule=rule, fix="leave calibration_inputs out")
-    batches = _calibration(checked.stages[0], calibration) if masks is None else None
+    batches = _calibration(model, checked.stages[0], calibration) if masks is None else None
     record, replaced = attach(model, checked, targets, seed)
     record.on_link, record.calibration_inputs = on_link, calibration_inputs
     untouched = {target.name: target.module for target in replaced}
@@ -136,7 +136,7 @@ def advance(
             rule="the chain must have another stage",
             fix="merge the model",
         )
-    batches = _calibration(record.chain.stages[record.number + 1], calibration)
+    batches = _calibration(model, record.chain.stages[record.number + 1], calibration)
     for layer in record.layers.values():
         layer.absorb(*layer.frozen_weight())
     if record.on_link is not None and (merged := record.stage.trained):
@@ -154,9 +154,9 @@ def advance(
     return model
 
 
-def _calibration(stage: Stage, calibration: Iterable[Batch] | None) -> list[Batch] | None:
+def _calibration(model: nn.Module, stage: Stage, calibration: Iterable[Batch] | None) -> list[Batch] | None:
     """Return the batches, checked; raise ChainError or DataError where the stage needs them and there are none."""
-    batches = None if calibration is None else checked(calibration)
+    batches = None if calibration is None else checked(calibration, model)
     link = next((link for link in stage.applied if link.statistics), None)
     if link is None or batches:
         return batches

@@ -38,7 +38,7 @@ from dovetail.tasks.find import as_task
 from dovetail.tasks.scoring import in_evaluation
 from dovetail.tasks.scoring.runner import Runner
 from dovetail.tasks.task import Record, Task
-from dovetail.tasks.tokens import IGNORED, check_model, encode, length_limit
+from dovetail.tasks.tokens import IGNORED, check_model, length_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -197,9 +197,7 @@ def train_scales(
     task = as_task(records)
     check_model(task.name, task.kind, task.split("train"), model)
     runner = Runner(model, tokenizer, task.name, batch_size, length_limit(model, tokenizer, max_length), progress=False)
-    rows = encode(
-        task.kind, task.split("train"), tokenizer, encoder_decoder=runner.encoder_decoder, max_length=runner.max_length
-    )
+    rows = runner.make.examples(task.kind, task.split("train"))
     units = expert.dense(torch.float32)  # times a tensor's gradient: that of its factor
     live = slots(model, expert.shapes, expert.origin)
     factors = torch.ones(len(units), requires_grad=True)

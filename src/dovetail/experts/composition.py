@@ -34,7 +34,7 @@ from dovetail.tasks.find import as_task
 from dovetail.tasks.scoring import in_evaluation
 from dovetail.tasks.scoring.runner import Runner
 from dovetail.tasks.task import Record, Task
-from dovetail.tasks.tokens import check_model, encode, length_limit
+from dovetail.tasks.tokens import check_model, length_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,9 +115,7 @@ def compose(
         raise DataError("compose", found=f"limit={limit}", rule="limit must be at least 1")
     length = length_limit(model, tokenizer, max_length)
     runner = Runner(model, tokenizer, task.name, batch_size, length, progress=False)
-    rows = encode(
-        task.kind, task.split(split)[:limit], tokenizer, encoder_decoder=runner.encoder_decoder, max_length=length
-    )
+    rows = runner.make.examples(task.kind, task.split(split)[:limit])
 
     def loss(vector: TaskVector) -> float:
         put(model, vector)

@@ -25,7 +25,7 @@ from dovetail.compression.apply import apply_on_meta
 from dovetail.compression.blocks import unreached
 from dovetail.errors import CannotMerge, ChainError, DovetailError
 from dovetail.tasks.task import Task
-from dovetail.tasks.tokens import Collator, encode, length_limit, pad_id
+from dovetail.tasks.tokens import Collator, RowMaker, length_limit, pad_id, vocabulary_of
 from dovetail.training.optimizer import TrainSettings
 from dovetail.training.predict import predict_peak_memory, predict_unreached
 
@@ -187,15 +187,11 @@ def widest_batch(
 ) -> dict[str, Tensor]:
     """Return the widest batch that training on the task sees: full, with the task's longest records."""
     config: Any = model.config
-    rows = encode(
-        task.kind,
-        task.split("train"),
-        tokenizer,
-        encoder_decoder=config.is_encoder_decoder,
-        max_length=length_limit(model, tokenizer, max_length),
-    )
+    length, vocabulary = length_limit(model, tokenizer, max_length), vocabulary_of(model)
+    make = RowMaker(tokenizer, config.is_encoder_decoder, length, vocabulary)
+    rows = make.examples(task.kind, task.split("train"))
     rows.sort(key=lambda row: len(row["input_ids"]), reverse=True)
-    return Collator(pad_id(tokenizer))(rows[:batch_size])
+    return Collator(pad_id(tokenizer, vocabulary))(rows[:batch_size])
 
 
 def _synthetic(model: PreTrainedModel, kind: str, batch_size: int, length: int) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from dovetail.runs.report.record import Checkpoint, Packed, Searched, finite
 from dovetail.searches.ranks import search_ranks
 from dovetail.tasks.find import load_task, number_of_labels
 from dovetail.tasks.task import Task
-from dovetail.tasks.tokens import length_limit
+from dovetail.tasks.tokens import length_limit, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,6 +91,7 @@ def calibration(
         source, tokenizer, samples=recipe.calibration.samples,
         seed=recipe.seed, max_length=length_limit(model, tokenizer, recipe.train.max_length),
         decoder_start=config.decoder_start_token_id if config.is_encoder_decoder else None,
+        vocabulary=vocabulary_of(model),
     )  # fmt: skip
 
 

@@ -47,6 +47,9 @@ HEAD_KINDS = ("classification", "regression")
 LOWER_IS_BETTER = ("perplexity",)
 """Metrics whose smaller value is better."""
 
+COUNTS = ("n", "cut", "windows")
+"""Beside the scores: records; prompts and texts that were cut, if any; rows of texts, if some have several."""
+
 MAX_VALUE = 1e18
 """The largest label in size: its square is a float32 still, and so is a squared error."""
 

@@ -3,8 +3,8 @@
 The loss falls on what is to be learned: labels are -100 (the models' mark for "not counted") on the prompt and on
 padding. Prompt and answer are tokenised apart and joined without special tokens in between, so that what is trained
 is what a greedy continuation of the prompt later produces. Tokens at the start follow the tokenizer: if it begins
-texts with a token, prompts begin with it. A text without a prompt begins with that token or else with the begin or
-end token, so that its first token is predicted from something.
+texts with a token, prompts begin with it, once, also where the prompt's own text begins with it. A text without a
+prompt begins with that token or else with the begin or end token, so that its first token is predicted from something.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import DataError
+from dovetail.progress import note
 from dovetail.tasks.task import HEAD_KINDS, Record, check_labels
 
 if TYPE_CHECKING:
@@ -29,72 +30,135 @@ IGNORED = -100
 """The label of a token that the loss and the scores leave out."""
 
 
+Vocabulary = tuple[int, int]
+"""Rows of the embedding, which bound the ids of inputs, and outputs of the head, which bound those of labels."""
+
+
 def encode(
-    kind: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool, max_length: int
+    kind: str,
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    encoder_decoder: bool,
+    max_length: int,
+    vocabulary: Vocabulary | None = None,
 ) -> list[Example]:
     """Return the training examples of records of one kind, in their order; a long text makes several.
 
     kind              a key of `dovetail.tasks.FIELDS`
     encoder_decoder   prompt to the encoder, answer to the decoder; otherwise one after the other
     max_length        tokens of a row. A prompt loses its beginning, an answer nothing; a text goes on in the next row
+    vocabulary        the model's (`vocabulary_of`), by which token ids are checked; None: of no model
     returns           rows of input_ids and labels (lists), or of the tokenizer's fields and labels (int or float)
 
-    Raises DataError that names the record, for an answer or sentence that does not fit.
+    Raises DataError that names the record, for an answer or sentence that does not fit, and for a token without a row
+    in the embedding.
     """
-    make = RowMaker(tokenizer, encoder_decoder, max_length)
-    if kind in HEAD_KINDS:
-        return make.labels(records, float if kind == "regression" else int)
-    if kind == "text":
-        return make.texts([record["text"] for record in records], split=True)
-    if kind == "pairs":
-        return make.texts([record["good"] for record in records], split=False)
-    if kind == "choice":
-        answers = [record["choices"][record["label"]] for record in records]
-    else:
-        answers = [record["answer"] for record in records]
-    return make.answers([record["prompt"] for record in records], answers, end=True)
+    return RowMaker(tokenizer, encoder_decoder, max_length, vocabulary).examples(kind, records)
 
 
 class RowMaker:
-    """Makes the rows of texts for one model; the parameters are those of `encode`."""
+    """Makes the rows of texts for one model; the parameters are those of `encode`.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool, max_length: int) -> None:
+    numbers  of the records in their split, by which errors name them; None: their places in what is passed
+    cut      number of rows whose prompt or text was cut
+    marked   number of rows whose text brought its own begin or end token
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder_decoder: bool,
+        max_length: int,
+        vocabulary: Vocabulary | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
         self.tokenizer, self.encoder_decoder, self.max_length = tokenizer, encoder_decoder, max_length
+        self.vocabulary, self.numbers = vocabulary, numbers
         self.before, self.after = _marks(tokenizer)
+        self.cut = self.marked = 0
 
-    def answers(self, prompts: Sequence[str], answers: Sequence[str], *, end: bool) -> list[Example]:
-        """Return rows of a prompt and its answer, labels on the answer. `end`: add the end token (training)."""
+    def examples(self, kind: str, records: Sequence[Record]) -> list[Example]:
+        """Return the training examples of records of one kind, as `encode` does."""
+        if kind in HEAD_KINDS:
+            return self.labels(records, float if kind == "regression" else int)
+        if kind == "text":
+            return self.texts([record["text"] for record in records], split=True)
+        if kind == "pairs":
+            return self.texts([record["good"] for record in records], split=False)
+        if kind == "choice":
+            return self.choices(records, right=True)
+        return self.answers([record["prompt"] for record in records], [record["answer"] for record in records])
+
+    def answers(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Example]:
+        """Return rows of a prompt, its answer and the end token, labels on the answer and the end token."""
+        pairs = zip(self._ids(prompts), self._ids(answers), strict=True)
+        return [self._answer(index, *ids, end=True) for index, ids in enumerate(pairs)]
+
+    def say(self, name: str, *, shown: bool) -> dict[str, int]:
+        """Return the number of rows that were cut, where there are any, and print what was done to the rows so far."""
+        if self.cut:
+            note(f"{name}: {self.cut} prompts or texts are cut to {self.max_length} tokens", shown=shown)
+        if self.marked:
+            note(f"{name}: {self.marked} texts bring begin or end tokens; none is added to those", shown=shown)
+        return {"cut": self.cut} if self.cut else {}
+
+    def choices(self, records: Sequence[Record], *, right: bool) -> list[Example]:
+        """Return rows of a prompt and a choice, labels on the choice: the right one and the end token, or all of them.
+
+        Prompt and choice are split as lm-eval 0.4 does (`TemplateLM._encode_pair`): white space at the end of the
+        prompt belongs to the choice, and a decoder's choice is what the tokens of both together have beyond those of
+        the prompt. Where that is nothing, the choice is tokenised alone.
+        """
+        numbers, contexts, said = [], [], []
+        for number, record in enumerate(records):
+            context = record["prompt"].rstrip()
+            for choice in [record["choices"][record["label"]]] if right else record["choices"]:
+                numbers.append(number)
+                contexts.append(context)
+                said.append(record["prompt"][len(context) :] + choice)
+        context_ids, choice_ids = self._ids(contexts), self._ids(said)
+        if not self.encoder_decoder:
+            wholes = self._ids([context + choice for context, choice in zip(contexts, said, strict=True)])
+            split = zip(context_ids, choice_ids, wholes, strict=True)
+            choice_ids = [whole[len(context) :] or choice for context, choice, whole in split]
+        rows = zip(numbers, context_ids, choice_ids, strict=True)
+        return [self._answer(*row, end=right) for row in rows]
+
+    def _answer(self, index: int, prompt: list[int], answer: list[int], *, end: bool) -> Example:
+        """Return the row of a prompt and its answer. `end`: add the end token (training)."""
         eos = end_id(self.tokenizer)
         if end and eos is None:
             rule = "an answer must end with an end token"
             raise DataError("tokenizer", found="no end token", rule=rule, fix="set tokenizer.eos_token")
-        rows: list[Example] = []
-        for index, (prompt, answer) in enumerate(zip(self._ids(prompts), self._ids(answers), strict=True)):
-            if not answer and not end:
-                found, rule = f"answer {answers[index]!r}", "an answer must have at least one token"
-                raise DataError(f"record {index}", found=found, rule=rule, fix="leave the record out")
-            labels = list(answer)
-            if self.encoder_decoder:
-                labels = self.before + labels + (self.after if end else [])
-            if eos is not None and end and labels[-1:] != [eos]:
-                labels.append(eos)
-            room = self.max_length - len(labels)
-            if room < (0 if self.encoder_decoder else max(1, len(self.before))):
-                raise DataError(
-                    f"record {index}",
-                    found=f"an answer of {len(labels)} tokens, max_length={self.max_length}",
-                    rule="prompt and answer must fit in max_length, because an answer is never cut",
-                    fix="raise max_length or leave the record out",
-                )
-            if self.encoder_decoder:
-                rows.append({"input_ids": self._prompt(prompt, self.max_length), "labels": labels})
-            else:
-                rows.append(_continued(self._prompt(prompt, room), labels))
-        return rows
+        if not answer and not end:
+            rule = "an answer must have at least one token"
+            raise DataError(self._where(index), found="an empty answer", rule=rule, fix="leave the record out")
+        labels = list(answer)
+        if not prompt and not self.encoder_decoder:
+            labels = self._unstarted(labels)
+        if self.encoder_decoder:
+            labels = self.before + self._bare(labels) + (self.after if end else [])
+        if eos is not None and end and labels[-1:] != [eos]:
+            labels.append(eos)
+        room = self.max_length - len(labels)
+        if room < (0 if self.encoder_decoder else max(1, len(self.before))):
+            raise DataError(
+                self._where(index),
+                found=f"an answer of {len(labels)} tokens, max_length={self.max_length}",
+                rule="prompt and answer must fit in max_length, because an answer is never cut",
+                fix="raise max_length or leave the record out",
+            )
+        if self.encoder_decoder:
+            return self._checked(index, {"input_ids": self._prompt(prompt, self.max_length), "labels": labels})
+        return self._checked(index, _continued(self._prompt(prompt, room), labels))
 
-    def prompts(self, prompts: Sequence[str]) -> list[Example]:
-        """Return rows of prompts only, for generation."""
-        return [{"input_ids": self._prompt(ids, self.max_length)} for ids in self._ids(prompts)]
+    def prompts(self, prompts: Sequence[str], *, room: int = 0) -> list[Example]:
+        """Return rows of prompts only, for generation, with `room` for the tokens of an answer."""
+        return [
+            self._checked(index, {"input_ids": self._prompt(ids, self.max_length - room)})
+            for index, ids in enumerate(self._ids(prompts))
+        ]
 
     def texts(self, texts: Sequence[str], *, split: bool) -> list[Example]:
         """Return rows of texts, labels on every token. A long text continues in the next row (`split`), or DataError.
@@ -106,9 +170,11 @@ class RowMaker:
         room = self.max_length if self.encoder_decoder else self.max_length - len(start)
         rows: list[Example] = []
         for index, ids in enumerate(self._ids(texts)):
+            if not self.encoder_decoder:
+                ids = self._unstarted(ids)
             if not ids or (len(ids) > room and not split):
                 raise DataError(
-                    f"record {index}",
+                    self._where(index),
                     found=f"a text of {len(ids)} tokens",
                     rule="a text must have at least one token" + ("" if split else f" and at most {room}"),
                     fix="raise max_length or leave the record out",
@@ -117,9 +183,10 @@ class RowMaker:
             for at in range(0, len(ids), room):
                 piece = ids[at : at + room]
                 if self.encoder_decoder:
-                    rows.append({"input_ids": self._prompt([], self.max_length), "labels": piece})
+                    row = {"input_ids": self._prompt([], self.max_length), "labels": piece}
                 else:
-                    rows.append(_continued(context, piece))
+                    row = _continued(context, piece)
+                rows.append(self._checked(index, row))
                 context = piece[-1:]
         return rows
 
@@ -129,23 +196,75 @@ class RowMaker:
         if len(paired) > 1:
             found, rule = "a field 'pair' in some of them", "all records must have a pair, or none"
             raise DataError("records", found=found, rule=rule, fix="add the missing pairs, or remove the field")
-        texts = [record["text"] for record in records]
-        pairs = [record["pair"] for record in records] if paired == {True} else None
-        fields = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length)
+        names = ("text", "pair") if paired == {True} else ("text",)
+        columns = self._unmarked([[record[name] for record in records] for name in names])
+        fields = self.tokenizer(*columns, verbose=False)
+        long = sum(len(ids) > self.max_length for ids in fields["input_ids"])
+        if long:
+            self.cut += long
+            fields = self.tokenizer(*columns, truncation=True, max_length=self.max_length)
         names = [name for name in ("input_ids", "token_type_ids") if name in fields]
-        return [
+        rows = [
             {**{name: fields[name][row] for name in names}, "labels": number(record["label"])}
             for row, record in enumerate(records)
         ]
+        return [self._checked(index, row) for index, row in enumerate(rows)]
+
+    def _unmarked(self, columns: list[list[str]]) -> list[list[str]]:
+        """Return the texts of each record without the marks that the tokenizer puts around them."""
+        begin, end = ("".join(self.tokenizer.convert_ids_to_tokens(mark)) for mark in (self.before, self.after))
+        first = [text.removeprefix(begin) for text in columns[0]]
+        columns = [first, *columns[1:]]
+        last = [text.removesuffix(end) for text in columns[-1]]
+        return [*columns[:-1], last]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     def _prompt(self, ids: list[int], length: int) -> list[int]:
         """Return a prompt with the tokenizer's marks, of at most `length` tokens; it loses its beginning."""
         after = self.after if self.encoder_decoder else []
-        room = length - len(self.before) - len(after)
+        ids = self._bare(ids)
+        room = max(0, length - len(self.before) - len(after))
+        self.cut += len(ids) > room
         return self.before + ids[max(0, len(ids) - room) :] + after or _start(self.tokenizer)
+
+    def _unstarted(self, ids: list[int]) -> list[int]:
+        """Return the tokens of a text without context, without the start that the row has already."""
+        start = self.before or _start(self.tokenizer)
+        if len(ids) <= len(start) or ids[: len(start)] != start:
+            return ids
+        self.marked += 1
+        return ids[len(start) :]
+
+    def _bare(self, ids: list[int]) -> list[int]:
+        """Return the tokens without marks that the text itself holds, so that each mark comes once."""
+        before, after = len(self.before), len(self.after) if self.encoder_decoder else 0
+        begins = before > 0 and ids[:before] == self.before
+        ends = after > 0 and ids[-after:] == self.after
+        self.marked += begins or ends
+        return ids[before if begins else 0 : len(ids) - after if ends else None]
+
+    def _where(self, index: int) -> str:
+        return f"record {index if self.numbers is None else self.numbers[index]}"
+
+    def _checked(self, index: int, row: Example) -> Example:
+        """Return the row; raise DataError for a token id that the model has no row or no output for."""
+        if self.vocabulary is None:
+            return row
+        labels = row.get("labels")
+        columns = [row["input_ids"], labels if isinstance(labels, list) else []]
+        places = ("embedding has {} rows", "head has {} outputs")
+        for ids, size, place in zip(columns, self.vocabulary, places, strict=True):
+            if (token := max(ids, default=0)) >= size:
+                raise DataError(
+                    self._where(index),
+                    found=f"token {self.tokenizer.convert_ids_to_tokens(token)!r} with id {token}; the model's "
+                    + place.format(size),
+                    rule="every token must have a row in the model's embedding",
+                    fix="resize the embedding: model.resize_token_embeddings(len(tokenizer))",
+                )
+        return row
 
 
 def _continued(context: list[int], labels: list[int]) -> Example:
@@ -188,9 +307,31 @@ class Collator:
         return torch.tensor([row + pad for row, pad in zip(rows, pads, strict=True)])
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the tokenizer's padding token, else its end token, else 0; the attention mask hides it."""
-    return _first(tokenizer.pad_token_id, tokenizer.eos_token_id) or 0
+def vocabulary_of(model: nn.Module) -> Vocabulary | None:
+    """Return the sizes that bound token ids; None for a model without an embedding of tokens."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return None
+    try:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:
+        return None
+    rows = next((p.shape[0] for p in embedding.parameters()), None)
+    if rows is None:
+        return None
+    outputs = getattr(head, "out_features", None)
+    return rows, rows if outputs is None else outputs
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | None = None) -> int:
+    """Return the tokenizer's padding token, else its end token, else 0; the attention mask hides it.
+
+    vocabulary   the model's; a token without a row in its embedding is passed over
+    """
+    rows = None if vocabulary is None else vocabulary[0]
+    tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return _first(*(at for at in tokens if at is not None and (rows is None or at < rows))) or 0
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -30,7 +30,7 @@ from dovetail.files import read_json, write_whole
 from dovetail.tasks.find import as_task
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Record, Task
-from dovetail.tasks.tokens import Collator, Example, check_model, encode, length_limit, pad_id
+from dovetail.tasks.tokens import Collator, Example, RowMaker, check_model, length_limit, pad_id, vocabulary_of
 from dovetail.training import checkpoints
 from dovetail.training.optimizer import HEADS, MODEL, autocast, cast_frozen, cast_heads, learning_rates, trained_parts
 from dovetail.training.settings import TrainSettings, check_environment
@@ -146,8 +146,9 @@ def train(
             seed=asked.seed,
             max_length=length_limit(model, tokenizer, asked.max_length),
             decoder_start=config.decoder_start_token_id if config.is_encoder_decoder else None,
+            vocabulary=vocabulary_of(model),
         )
-    given = checked(() if calibration is None else calibration)
+    given = checked(() if calibration is None else calibration, model)
     batches = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in given]
     validate = None if asked.evaluate_every is None else _validation(model, tokenizer, data, asked)
     reports: list[StageReport] = []
@@ -178,7 +179,7 @@ def train(
                 model,
                 trainer_arguments(model, asked, here, checkpoints=output_dir is not None),
                 rows,
-                Collator(pad_id(tokenizer)),
+                Collator(pad_id(tokenizer, vocabulary_of(model))),
                 asked,
                 watch,
                 seed=f"{asked.seed} stage {stage}",
@@ -206,7 +207,7 @@ def _rows(
     records = data.split(split)[:limit]
     check_model(data.name, data.kind, records, model)
     max_length = length_limit(model, tokenizer, settings.max_length)
-    return encode(data.kind, records, tokenizer, encoder_decoder=config.is_encoder_decoder, max_length=max_length)
+    return RowMaker(tokenizer, config.is_encoder_decoder, max_length, vocabulary_of(model)).examples(data.kind, records)
 
 
 def _validation(
@@ -215,7 +216,7 @@ def _validation(
     """Return a function that gives the scores and the mean loss of the model on the validation split."""
     from dovetail.training.trainer import mean_loss
 
-    limit, collate = settings.evaluate_limit, Collator(pad_id(tokenizer))
+    limit, collate = settings.evaluate_limit, Collator(pad_id(tokenizer, vocabulary_of(model)))
     rows = _rows(model, tokenizer, data, "validation", settings, limit)
 
     def validate() -> dict[str, float]:

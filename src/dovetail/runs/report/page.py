@@ -14,6 +14,7 @@ from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Example, Report, Row
 from dovetail.runs.report.summary import learned_nothing
 from dovetail.runs.yaml import yaml_text
+from dovetail.tasks.task import COUNTS
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 260, 64, 16, 14, 54
 """The size of a plot of training, and its margins."""
@@ -92,17 +93,21 @@ def _link(link: Link) -> str:
 def _table(report: Report) -> str:
     task, scored = report.task, report.stages[0].metrics
     columns = [(task.name, task.metric)]
-    columns += [(task.name, metric) for metric in scored[task.name] if metric not in (task.metric, "n")]
+    columns += [(task.name, metric) for metric in scored[task.name] if metric not in (task.metric, *COUNTS)]
     columns += [(name, next(iter(scores))) for name, scores in scored.items() if name != task.name]
     several = len({task for task, _ in columns}) > 1
     titles = [(escape(task) + "<br>" if several else "") + escape(metric_name(metric)) for task, metric in columns]
     titles += ["bits per weight", "nonzero weights", "model size", "trained parameters", "time"]
     head = "<th>stage</th>" + "".join(f'<th class="number">{title}</th>' for title in titles)
     most = max(row.footprint.nbytes for row in report.stages)
-    records = scored[task.name].get("n")
-    note = (f"Scored on {records:.0f} records. " if records else "") + (
-        "Bits per weight: everything stored for the weights under the chain, including scales, zero points and masks. "
-        "Model size: everything that the model stores after the stage, including embeddings and adapters."
+    records, cut, windows = (scored[task.name].get(count) for count in COUNTS)
+    note = (
+        (f"Scored on {records:.0f} records. " if records else "")
+        + (f"{cut:.0f} prompts or texts are cut. " if cut else "")
+        + (f"Long texts are scored in disjoint windows, {windows:.0f} in all. " if windows else "")
+        + "Bits per weight: everything stored for the weights under the chain, including scales, zero points and "
+        + "masks. "
+        + "Model size: everything that the model stores after the stage, including embeddings and adapters."
     )
     return html_table(head, [_row(row, columns, most) for row in report.stages]) + f'\n<p class="note">{note}</p>'
 

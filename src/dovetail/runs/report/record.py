@@ -79,7 +79,7 @@ class Row(ReportPart):
     """The model after one stage.
 
     name       base; pruned, quantized, tuned, searched, merged where the chain has them
-    metrics    task -> metric -> score, and `n`, the number of records; None where a score is infinite
+    metrics    task -> metric -> score, with the counts of `dovetail.tasks.task.COUNTS`; None where a score is infinite
     footprint  of the model after the stage
     seconds    of the stage, including its evaluation
     """

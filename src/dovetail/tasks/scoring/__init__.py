@@ -44,7 +44,7 @@ def evaluate(
     progress: bool = True,
     on_outputs: Callable[[str, list[str]], None] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Return the scores of a model on tasks: task name -> metric -> score, and `n`, the number of records.
+    """Return the scores of a model on tasks: task name -> metric -> score, with the counts of `COUNTS`.
 
     tasks        tasks, playground tasks by their names, or records as `dovetail.train` takes them
     split        the split to score
@@ -55,8 +55,9 @@ def evaluate(
     on_outputs   called with the name of each task and the model's output for each record: the continuation, choice,
                  sentence, label or value; no outputs for texts
 
-    Metrics per kind: generation exact_match; choice accuracy, accuracy_norm; pairs accuracy; text perplexity,
-    nats_per_token; classification accuracy, matthews; regression pearson, spearman.
+    Metrics per kind: generation exact_match; choice accuracy, accuracy_norm (lm-eval's acc and acc_norm); pairs
+    accuracy; text perplexity, nats_per_token (of disjoint windows, not of rolling ones); classification accuracy,
+    matthews; regression pearson, spearman.
 
     Decoder-only and encoder-decoder language models, and models with a classification or regression head, on the
     device where they are. Nothing is drawn by chance, and the model is left in the mode it was in. Raises DataError
@@ -78,7 +79,7 @@ def evaluate(
             length = length_limit(model, tokenizer, max_length)
             runner = Runner(model, tokenizer, task.name, batch_size, length, progress)
             found, outputs = METHODS[task.kind](runner, records)
-            scores[task.name] = {**found, "n": len(records)}
+            scores[task.name] = {**found, "n": len(records), **runner.make.say(task.name, shown=progress)}
             if on_outputs is not None:
                 on_outputs(task.name, outputs)
     return scores

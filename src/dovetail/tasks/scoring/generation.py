@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dovetail.errors import DataError
 from dovetail.tasks.scoring.runner import Runner, Scored
 from dovetail.tasks.task import Record
-from dovetail.tasks.tokens import RowMaker, end_id, pad_id, wrong_model
+from dovetail.tasks.tokens import end_id, wrong_model
 
 MORE = 4
 """Tokens that a continuation may have beyond the longest answer."""
@@ -37,7 +37,7 @@ def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
     if room < 1:
         found, rule = f"an answer of {new_tokens - MORE} tokens", "prompt and answer must fit in max_length tokens"
         raise DataError(f"task {runner.name}", found=found, rule=rule, fix=f"raise max_length={runner.max_length}")
-    rows = RowMaker(tokenizer, runner.encoder_decoder, room).prompts([record["prompt"] for record in records])
+    rows = runner.make.prompts([record["prompt"] for record in records], room=runner.max_length - room)
     own = model.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     # The model's own settings (sampling, penalties) are put aside: generate() would mix them into ours.
@@ -46,7 +46,7 @@ def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
         num_beams=1,
         max_new_tokens=new_tokens,
         use_cache=True,
-        pad_token_id=pad_id(tokenizer),
+        pad_token_id=runner.pad_id,
         eos_token_id=sorted({at for at in (end_id(tokenizer), *ends) if at is not None}) or None,
         decoder_start_token_id=own.decoder_start_token_id,
         bos_token_id=own.bos_token_id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dovetail.progress import Bar
-from dovetail.tasks.tokens import IGNORED, Collator, Example, RowMaker, pad_id, wrong_model
+from dovetail.tasks.tokens import IGNORED, Collator, Example, RowMaker, pad_id, vocabulary_of, wrong_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,16 +43,21 @@ class Runner:
         """Whether the prompt goes to an encoder."""
         return bool(self.config.is_encoder_decoder)
 
-    @property
+    @cached_property
     def make(self) -> RowMaker:
         """What makes the rows of the model."""
-        return RowMaker(self.tokenizer, self.encoder_decoder, self.max_length)
+        return RowMaker(self.tokenizer, self.encoder_decoder, self.max_length, vocabulary_of(self.model))
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills rows."""
+        return pad_id(self.tokenizer, self.make.vocabulary)
 
     def batches(
         self, rows: Sequence[Example], side: Literal["left", "right"] = "right"
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Yield row numbers and their batch on the model's device, the longest rows first."""
-        collate = Collator(pad_id(self.tokenizer), side)
+        collate = Collator(self.pad_id, side)
         device = next(self.model.parameters()).device
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]["input_ids"]))
         with Bar(f"evaluate {self.name}", len(rows), shown=self.progress) as bar:
