@@ -163,8 +163,8 @@ def match_patterns(where: str, patterns: Mapping[str, T], layers: Iterable[str],
         try:
             compiled = re.compile(rf"(?:.*\.)?(?:{pattern})$")
         except re.error as error:
-            found, fix = f"pattern {pattern!r}: {error}"[:200], "list the layers one by one"
-            raise LoadError(where, found=found, rule="a pattern must be the end of a layer's path", fix=fix) from None
+            said, fix = f"pattern {pattern!r}: {error}"[:200], "list the layers one by one"
+            raise LoadError(where, found=said, rule="a pattern must be the end of a layer's path", fix=fix) from None
         for name in layers:
             if name not in found and compiled.match(name):
                 found[name] = value
