@@ -197,7 +197,7 @@ class RowMaker:
             found, rule = "a field 'pair' in some of them", "all records must have a pair, or none"
             raise DataError("records", found=found, rule=rule, fix="add the missing pairs, or remove the field")
         names = ("text", "pair") if paired == {True} else ("text",)
-        columns = self._unmarked([[record[name] for record in records] for name in names])
+        columns: list[Any] = self._unmarked([[record[name] for record in records] for name in names])
         fields = self.tokenizer(*columns, verbose=False)
         long = sum(len(ids) > self.max_length for ids in fields["input_ids"])
         if long:
@@ -330,7 +330,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | None = N
     vocabulary   the model's; a token without a row in its embedding is passed over
     """
     rows = None if vocabulary is None else vocabulary[0]
-    tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    tokens: tuple[Any, Any] = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return _first(*(at for at in tokens if at is not None and (rows is None or at < rows))) or 0
 
 

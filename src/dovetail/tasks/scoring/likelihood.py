@@ -67,7 +67,7 @@ def score_text(runner: Runner, records: Sequence[Record]) -> Scored:
     rows = runner.make.texts(texts, split=True)
     sums, counts = runner.log_likelihoods(rows)
     nats = -(sums.sum() / counts.sum()).item()
-    scores = {"perplexity": math.exp(nats) if nats < 700 else math.inf, "nats_per_token": nats}
+    scores: dict[str, float] = {"perplexity": math.exp(nats) if nats < 700 else math.inf, "nats_per_token": nats}
     if len(rows) == len(texts):
         return scores, []
     said = f"{runner.name}: {len(texts)} texts are scored in {len(rows)} disjoint windows of {runner.max_length} tokens"
