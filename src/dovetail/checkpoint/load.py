@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pydantic
 import torch
-from safetensors import SafetensorError
 
 from dovetail.checkpoint.packed import PACKED, load_packed
-from dovetail.errors import LoadError
-from dovetail.files import read_json
+from dovetail.errors import DovetailError, LoadError
+from dovetail.files import open_tensors, read_json
 from dovetail.models.dtypes import FLOATS
 from dovetail.models.fingerprint import check_merged
 from dovetail.models.locate import ask_hub, resolve
@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 
 INDEX_NBYTES = 1 << 28
 """The limit of the file that names the shard of each tensor."""
+CONFIG_NBYTES = 1 << 24
+"""The limit of config.json, which may name thousands of labels."""
+_MOST = {"layer": 1000, "num_labels": 1_000_000}
+"""Part of a key of a config -> the largest number: the deepest language models have about a hundred layers."""
+_MADE = 1 << 24
+"""The most weights of a model that a checkpoint does not hold."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
@@ -63,7 +69,7 @@ def load(
     config, auto = _for_task(config, task_kind, num_labels)
     packed = isinstance(source, Path) and (source / PACKED).is_file()
     if isinstance(source, Path) and not packed:
-        _check_weights(source)
+        _check_sizes(f"model {name_or_dir}", _weight_files(source), config, auto, trust_remote_code)
     tokenizer = load_tokenizer(name_or_dir, trust_remote_code=trust_remote_code)
     if packed:
         with _unreadable(f"model {name_or_dir}"), torch.random.fork_rng(devices=[]):
@@ -104,6 +110,10 @@ def load_config(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> 
             found, fix = "an adapter, no model", "load the base model, then the adapter"
         rule = "a model's folder must contain config.json, *.safetensors and the tokenizer's files"
         raise LoadError(f"model {name_or_dir}", found=found, rule=rule, fix=fix)
+    if isinstance(source, Path):
+        rule, fix = "config.json must hold the configuration of a model", "copy the folder again"
+        said = read_json(source / "config.json", dict[str, Any], rule=rule, fix=fix, limit=CONFIG_NBYTES)
+        _check_counts(f"model {name_or_dir}, config.json", said)
     with _unreadable(f"model {name_or_dir}, config.json"):
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
@@ -127,14 +137,17 @@ def empty_model(
     task_kind: str = "generation",
     num_labels: int | None = None,
     dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Make a model without storage (device "meta"), with the names, shapes, dtypes and ties that `load` gives.
 
     dtype None is the config's own, or float32 where it names none. `config` is not changed. Raises LoadError.
     """
+    _check_counts(f"model of type {config.model_type}", config.to_dict())
     config, auto = _for_task(config, task_kind, num_labels)
     with _unreadable(f"model of type {config.model_type}"), torch.device("meta"):
-        model = auto.from_config(config, dtype=_dtype(dtype) or config.dtype or torch.float32).eval()
+        made = _dtype(dtype) or config.dtype or torch.float32
+        model = auto.from_config(config, dtype=made, trust_remote_code=trust_remote_code).eval()
         _place_quantizer(model)
     return model
 
@@ -161,12 +174,13 @@ class _Index(pydantic.BaseModel):
     weight_map: dict[str, str]
 
 
-def _check_weights(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files that transformers reads; raise LoadError where one is missing, or of another kind."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.is_file():
+        return [whole]
     rule = "weights are read from safetensors only; nothing is unpickled"
     if not index.is_file():
-        if (folder / "model.safetensors").is_file():
-            return
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
         found = f"only {', '.join(pickles)}" if pickles else "no model.safetensors"
         fix = "convert it with save_pretrained, which writes safetensors"
@@ -178,6 +192,50 @@ def _check_weights(folder: Path) -> None:
     if bad:
         found = f"shards missing or of another kind: {', '.join(bad)}"
         raise LoadError(f"model {folder}", found=found, rule=rule, fix="copy the folder again")
+    return [folder / shard for shard in shards]
+
+
+def _check_sizes(where: str, files: list[Path], config: PreTrainedConfig, auto: Any, trust_remote_code: bool) -> None:
+    """Raise LoadError where the config asks for far more weights than the files hold, before anything is allocated.
+
+    transformers allocates what the config says and compares afterwards. What is left to it is bounded by the files;
+    a model may compute a few of its weights, such as sinusoidal positions, and a new head is small.
+    """
+    shapes: dict[str, list[int]] = {}
+    held = 0
+    for path in files:
+        with open_tensors(path, owner="a checkpoint") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                part = file.get_slice(key)
+                shapes[key], dtype = part.get_shape(), part.get_dtype()
+                # An integer may hold as many packed codes as it has bits.
+                held += math.prod(shapes[key]) * (1 if "F" in dtype else int(dtype.lstrip("UI") or 8))
+    with _unreadable(where), torch.device("meta"):
+        model = auto.from_config(config, trust_remote_code=trust_remote_code)
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    asked = sum(map(math.prod, wanted.values()))
+    if asked <= 1.25 * held + _MADE:
+        return
+    found = f"a config of {asked:,} weights, and files of {held:,}"
+    other = next((name for name, shape in wanted.items() if list(shape) != shapes.get(name, list(shape))), None)
+    if other is not None:
+        found += f"; {other} is {list(wanted[other])} in the config, {shapes[other]} in the file"
+    rule, fix = (
+        "the files must hold the weights that the config asks for",
+        "use the config.json saved with these weights",
+    )
+    raise LoadError(where, found=found, rule=rule, fix=fix)
+
+
+def _check_counts(where: str, said: Mapping[str, Any]) -> None:
+    """Raise LoadError for a number of layers or labels for which making the model alone would not end."""
+    for key, value in said.items():
+        if isinstance(value, Mapping):
+            _check_counts(where, value)
+        most = next((most for part, most in _MOST.items() if part in str(key)), None)
+        if most is not None and isinstance(value, int) and value > most:
+            rule, fix = f"{key} must be at most {most:,}", "use the config.json saved with the weights"
+            raise LoadError(where, found=f"{key}={str(value)[:30]}", rule=rule, fix=fix)
 
 
 def _for_task(config: PreTrainedConfig, task_kind: str, num_labels: int | None) -> tuple[PreTrainedConfig, Any]:
@@ -243,17 +301,16 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _unreadable(where: str) -> Iterator[None]:
-    from huggingface_hub.errors import StrictDataclassError
-
-    # What transformers raises on a checkpoint that it cannot read: a missing file or invalid JSON (OSError,
-    # ValueError), a wrong type in config.json (StrictDataclassError), tensors that cannot be converted (RuntimeError),
-    # a missing field (KeyError), a truncated file (SafetensorError), a quantizer that is not installed (ImportError).
+    # A config or a file from outside can raise anything in transformers: a wrong type or number in config.json a
+    # TypeError, IndexError, AssertionError or ZeroDivisionError, a truncated file a SafetensorError.
     try:
         yield
+    except DovetailError:
+        raise
     except ImportError as error:
         rule = "the package that the checkpoint needs must be installed"
         raise LoadError(where, found=_first_line(error), rule=rule, fix="install it, or load another copy") from error
-    except (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError, SafetensorError) as error:
+    except Exception as error:
         rule = "the checkpoint must be complete and readable by transformers"
         raise LoadError(where, found=_first_line(error), rule=rule, fix="fetch or save it again") from error
 

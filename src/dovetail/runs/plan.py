@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,10 @@ def plan(
 
     config = model if isinstance(model, PreTrainedConfig) else load_config(model, trust_remote_code=trust_remote_code)
     kind = task.kind if task is not None else task_kind
-    empty = empty_model(config, task_kind=kind, num_labels=num_labels, dtype=dtype)
+    make = partial(
+        empty_model, config, task_kind=kind, num_labels=num_labels, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    empty = make()
     batch = _synthetic(empty, kind, batch_size, length)
     if task is not None:
         assert not isinstance(model, PreTrainedConfig), "a task is tokenized: name the model"
@@ -131,10 +135,9 @@ def plan(
         nothing = replace(nothing, chain=str(chain(chain_)))
         the_chain = check(chain_)
         apply_on_meta(empty, the_chain, targets)
-        if any(link.statistics for stage in the_chain.stages for link in stage.applied):
-            bare = empty_model(config, task_kind=kind, num_labels=num_labels, dtype=dtype)
-            if (name := predict_unreached(bare, applied(empty).layers, batch)) is not None:
-                raise unreached(name)
+        calibrated = any(link.statistics for stage in the_chain.stages for link in stage.applied)
+        if calibrated and (name := predict_unreached(make(), applied(empty).layers, batch)) is not None:
+            raise unreached(name)
     except DovetailError as error:
         return replace(nothing, problem=f"{type(error).__name__}: {error}")
     mergeable, advice = True, _rounding(the_chain, empty)
@@ -145,7 +148,7 @@ def plan(
     settings = TrainSettings(batch_size=batch_size, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
     parts = []
     for number, stage in enumerate(the_chain.stages):
-        model_here = empty_model(config, task_kind=kind, num_labels=num_labels, dtype=dtype)
+        model_here = make()
         apply_on_meta(model_here, the_chain, targets, number)
         layers = applied(model_here).layers
         weights = sum(layer.base.shape[0] * layer.base.shape[1] for layer in layers.values())

@@ -65,7 +65,8 @@ def check_layers(recipe: Recipe, task: Task, links: CheckedChain) -> None:
     """Raise a DovetailError where the chain does not fit the layers of the model; only its config is read."""
     config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     labels = number_of_labels(task, recipe.data.num_labels)
-    apply_on_meta(empty_model(config, task_kind=task.kind, num_labels=labels), links, recipe.targets)
+    empty = empty_model(config, task_kind=task.kind, num_labels=labels, trust_remote_code=recipe.trust_remote_code)
+    apply_on_meta(empty, links, recipe.targets)
 
 
 def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
