@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import JetMoeConfig, JetMoeForCausalLM
 
 import dovetail
 from dovetail.chains.layer.linear import chain_layers
@@ -366,4 +367,22 @@ def test_one_of_several_processes_is_refused(processes, monkeypatch, tmp_path):
         quiet(llama(), SUMS)
     with pytest.raises(TrainError, match=f"WORLD_SIZE={processes}"):
         dovetail.run(small_recipe(tmp_path), output=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpointing_of_a_model_without_it_is_refused(tmp_path):
+    config = JetMoeConfig(
+        vocab_size=len(make_tokenizer()), hidden_size=64, num_hidden_layers=1, num_key_value_heads=2, kv_channels=16,
+        intermediate_size=64, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    model = JetMoeForCausalLM(config)
+    with pytest.raises(TrainError, match="support gradient checkpointing"):
+        quiet(model, SUMS, gradient_checkpointing=True)
+    with pytest.raises(TrainError, match="support gradient checkpointing"):
+        dovetail.plan("lora(r=2)", config, gradient_checkpointing=True)
+    recipe = small_recipe(tmp_path, chain="lora(r=2)", merge="none")
+    model.save_pretrained(recipe["model"])
+    recipe["train"]["gradient_checkpointing"] = True
+    with pytest.raises(TrainError, match="support gradient checkpointing"):
+        dovetail.run(recipe, output=tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()

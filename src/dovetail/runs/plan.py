@@ -27,7 +27,7 @@ from dovetail.compression.blocks import unreached
 from dovetail.errors import CannotMerge, ChainError, DovetailError
 from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import Collator, RowMaker, length_limit, pad_id, vocabulary_of
-from dovetail.training.optimizer import TrainSettings
+from dovetail.training.optimizer import TrainSettings, check_checkpointing
 from dovetail.training.predict import predict_peak_memory, predict_unreached
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ def plan(
         check_merge(the_chain)
     except CannotMerge as error:
         mergeable, advice = False, error.fix
+    check_checkpointing(empty, gradient_checkpointing)
     settings = TrainSettings(batch_size=batch_size, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
     parts = []
     for number, stage in enumerate(the_chain.stages):

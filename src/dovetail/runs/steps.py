@@ -27,6 +27,7 @@ from dovetail.searches.ranks import search_ranks
 from dovetail.tasks.find import load_task, number_of_labels
 from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import length_limit, vocabulary_of
+from dovetail.training.optimizer import check_checkpointing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,10 +63,11 @@ def load_tasks(recipe: Recipe) -> list[Task]:
 
 
 def check_layers(recipe: Recipe, task: Task, links: CheckedChain) -> None:
-    """Raise a DovetailError where the chain does not fit the layers of the model; only its config is read."""
+    """Raise a DovetailError where the chain or the training does not fit the model; only its config is read."""
     config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     labels = number_of_labels(task, recipe.data.num_labels)
     empty = empty_model(config, task_kind=task.kind, num_labels=labels, trust_remote_code=recipe.trust_remote_code)
+    check_checkpointing(empty, recipe.train.gradient_checkpointing)
     apply_on_meta(empty, links, recipe.targets)
 
 

@@ -8,14 +8,18 @@ vectors, and no paging of AdamW's state.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.chains.link import Adapter
+from dovetail.errors import TrainError
 from dovetail.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HEADS, MODEL = "heads", "model"
 """Names of the parts outside the chain: new task heads, and a whole model without a chain."""
@@ -37,6 +41,17 @@ def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     if rest:
         parts[HEADS if layers else MODEL] = rest
     return parts
+
+
+def check_checkpointing(model: PreTrainedModel, asked: bool) -> None:
+    """Raise TrainError if gradient checkpointing is asked for and the model does not support it."""
+    if asked and not model.supports_gradient_checkpointing:
+        raise TrainError(
+            f"train a {type(model).__name__}",
+            found="gradient_checkpointing=true",
+            rule="the model must support gradient checkpointing in transformers",
+            fix="leave gradient_checkpointing out, and use a smaller batch_size with gradient_accumulation",
+        )
 
 
 def learning_rates(model: nn.Module, settings: TrainSettings) -> dict[str, float]:

@@ -32,7 +32,16 @@ from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Record, Task
 from dovetail.tasks.tokens import Collator, Example, RowMaker, check_model, length_limit, pad_id, vocabulary_of
 from dovetail.training import checkpoints
-from dovetail.training.optimizer import HEADS, MODEL, autocast, cast_frozen, cast_heads, learning_rates, trained_parts
+from dovetail.training.optimizer import (
+    HEADS,
+    MODEL,
+    autocast,
+    cast_frozen,
+    cast_heads,
+    check_checkpointing,
+    learning_rates,
+    trained_parts,
+)
 from dovetail.training.settings import TrainSettings, check_environment
 
 if TYPE_CHECKING:
@@ -124,6 +133,7 @@ def train(
 
     asked = TrainSettings(**settings)
     check_environment(asked.report_to)
+    check_checkpointing(model, asked.gradient_checkpointing)
     started = time.perf_counter()
     config: Any = model.config
     if not chain_layers(model):
