@@ -7,70 +7,23 @@ train.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.checkpoint.formats.peft import import_peft
 from dovetail.checkpoint.merge import merge
 from dovetail.errors import LoadError
-from families import CONFIGS, batch, logits, make
+from peft_settings import FAMILIES, SETTINGS, answer, base_of, close, config_of, tuned
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's own
 
-FAMILIES = ["llama", "tied_llama", "qwen2", "gpt2", "gemma", "opt", "bloom", "falcon", "phi3", "mixtral", "t5", "bert"]
-TARGETS = {
-    "gpt2": ["c_attn"], "bloom": ["query_key_value"], "falcon": ["query_key_value"], "phi3": ["qkv_proj"],
-    "t5": ["q", "v"], "bert": ["query", "value"],
-}  # fmt: skip
-HEAD = {"t5": "lm_head", "bert": "classifier"}
-EMBEDDING = {
-    "gpt2": "wte", "bloom": "word_embeddings", "falcon": "word_embeddings", "t5": "shared", "bert": "word_embeddings",
-}  # fmt: skip
-NORM = {"gpt2": "ln_f", "bloom": "ln_f", "falcon": "ln_f", "opt": "final_layer_norm", "t5": "final_layer_norm",
-        "bert": "LayerNorm"}  # fmt: skip
-
-Setting = Callable[[list[str], str], peft.PeftConfig]
-SETTINGS: dict[str, Setting] = {
-    "lora": lambda t, f: peft.LoraConfig(r=4, target_modules=t),
-    "rslora": lambda t, f: peft.LoraConfig(r=4, use_rslora=True, target_modules=t),
-    "dora": lambda t, f: peft.LoraConfig(r=4, use_dora=True, target_modules=t),
-    "ia3": lambda t, f: peft.IA3Config(target_modules=t, feedforward_modules=[]),
-    "loha": lambda t, f: peft.LoHaConfig(r=4, target_modules=t),
-    "vera": lambda t, f: peft.VeraConfig(r=4, target_modules=t[:1]),
-    "head": lambda t, f: peft.LoraConfig(r=4, target_modules=t, modules_to_save=[HEAD.get(f, "lm_head")]),
-    "embedding": lambda t, f: peft.LoraConfig(
-        r=4, target_modules=t, modules_to_save=[EMBEDDING.get(f, "embed_tokens")]
-    ),
-    "both": lambda t, f: peft.IA3Config(
-        target_modules=t,
-        feedforward_modules=[],
-        modules_to_save=[HEAD.get(f, "lm_head"), EMBEDDING.get(f, "embed_tokens")],
-    ),
-    "norm": lambda t, f: peft.LoraConfig(r=4, target_modules=t, modules_to_save=[NORM.get(f, "norm")]),
-    "on_the_head": lambda t, f: peft.LoraConfig(r=4, target_modules=[*t, HEAD.get(f, "lm_head")]),
-    "on_the_embedding": lambda t, f: peft.LoraConfig(r=4, target_modules=[*t, EMBEDDING.get(f, "embed_tokens")]),
-    "wide": lambda t, f: peft.LoraConfig(r=80, target_modules=t),
-    "biases": lambda t, f: peft.LoraConfig(r=4, target_modules=t, bias="all"),
-    "own_biases": lambda t, f: peft.LoraConfig(r=4, target_modules=t, bias="lora_only"),
-    "bias_of_b": lambda t, f: peft.LoraConfig(r=4, target_modules=t, lora_bias=True),
-    "tokens": lambda t, f: peft.LoraConfig(r=4, target_modules=t, trainable_token_indices=[5, 9]),
-    "pissa": lambda t, f: peft.LoraConfig(r=4, target_modules=t, init_lora_weights="pissa"),
-    "olora": lambda t, f: peft.LoraConfig(r=4, target_modules=t, init_lora_weights="olora"),
-    "mica": lambda t, f: peft.LoraConfig(r=4, target_modules=t, init_lora_weights="mica"),
-    "orthogonal": lambda t, f: peft.LoraConfig(r=4, target_modules=t, init_lora_weights="orthogonal"),
-    "drawn": lambda t, f: peft.LoraConfig(r=4, target_modules=t, init_lora_weights=False),
-    "adalora": lambda t, f: peft.AdaLoraConfig(target_modules=t, total_step=10),
-    "oft": lambda t, f: peft.OFTConfig(target_modules=t, oft_block_size=16),
-    "hra": lambda t, f: peft.HRAConfig(r=4, target_modules=t),
-}
 MUST_WORK = {
     "lora", "rslora", "dora", "ia3", "loha", "vera", "head", "embedding", "both", "norm", "orthogonal", "mica", "drawn",
 }  # fmt: skip
@@ -85,48 +38,9 @@ CASES = [
 ]
 
 
-def base(family: str) -> Any:
-    if family != "tied_llama":
-        return make(family)
-    config = CONFIGS["llama"]()
-    config.tie_word_embeddings = True
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
-
-
-def config_of(family: str, setting: str) -> peft.PeftConfig:
-    config = SETTINGS[setting](TARGETS.get(family, ["q_proj", "v_proj"]), family)
-    if family == "bert":
-        config.task_type = "SEQ_CLS"
-    if family == "gpt2" and "fan_in_fan_out" in config.to_dict():
-        config.fan_in_fan_out = True
-    return config
-
-
-def tuned(family: str, config: peft.PeftConfig, directory: Path, **saving: Any) -> None:
-    """Put a peft adapter on a new base, move its parameters by normal noise, and save it."""
-    torch.manual_seed(0)
-    model = peft.get_peft_model(base(family), config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(str(directory), **saving)
-
-
-@torch.no_grad()
-def answer(model: Any) -> Tensor:
-    return logits(model.eval(), batch(model))
-
-
-def close(found: Tensor, wanted: Tensor) -> None:
-    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1)
-
-
 def imported(family: str, directory: Path) -> nn.Module | None:
     """The model with the adapter; None where LoadError refuses it and the model is as it was."""
-    model = base(family)
+    model = base_of(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         return import_peft(model, directory)
@@ -149,7 +63,7 @@ def test_import_is_peft(setting: str, family: str, tmp_path: Path) -> None:
     if model is None:
         assert setting not in MUST_WORK or (family, setting) in REFUSED
         return
-    close(answer(model), answer(peft.PeftModel.from_pretrained(base(family), str(tmp_path))))
+    close(answer(model), answer(peft.PeftModel.from_pretrained(base_of(family), str(tmp_path))))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +73,7 @@ def test_import_is_peft(setting: str, family: str, tmp_path: Path) -> None:
 def test_what_was_untied_stays_so_in_the_saved_model(setting: str, family: str, tmp_path: Path) -> None:
     tuned(family, config_of(family, setting), tmp_path / "adapter")
     model: Any = imported(family, tmp_path / "adapter")
-    wanted = answer(peft.PeftModel.from_pretrained(base(family), str(tmp_path / "adapter")))
+    wanted = answer(peft.PeftModel.from_pretrained(base_of(family), str(tmp_path / "adapter")))
     assert model is not None
     merge(model, lossy=True)
     close(answer(model), wanted)
@@ -172,4 +86,4 @@ def test_embeddings_saved_beside_the_adapter(family: str, tmp_path: Path) -> Non
     tuned(family, config_of(family, "lora"), tmp_path, save_embedding_layers=True)
     model = imported(family, tmp_path)
     if model is not None:
-        close(answer(model), answer(peft.PeftModel.from_pretrained(base(family), str(tmp_path))))
+        close(answer(model), answer(peft.PeftModel.from_pretrained(base_of(family), str(tmp_path))))

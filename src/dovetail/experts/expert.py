@@ -22,7 +22,7 @@ from dovetail.errors import DataError, LoadError
 from dovetail.experts import file, ternary
 from dovetail.experts.codec.codec import Coded, code, decode_dense, decode_indices, decode_masks, word_count
 from dovetail.experts.masks import Masks, compare
-from dovetail.experts.vectors import Origin, origin_of, specs_of
+from dovetail.experts.vectors import Origin, groups_of, origin_of, specs_of
 from dovetail.files import writing
 
 
@@ -173,7 +173,8 @@ def compress(
     density      share of all values to keep, 0..1: round(density · n), counted over all tensors together
     alpha        scale = alpha · standard deviation. 1 suffices for bases of 13B and more at densities up to 0.2. For
                  smaller bases choose it on a validation set, from 0.5 to 10 (§4.2); `Expert.with_alpha` costs nothing
-    scale        "vector": one standard deviation, of all values; "tensor": one for each tensor
+    scale        "vector": one standard deviation, of all values; "tensor": one for each tensor. The base's own tensors
+                 among an adapter's parameters, such as a head, are counted and scaled one by one in both cases
     base         the base model, or its fingerprint; None: as in the origin
     origin       origin of the task vector; None: that of a `TaskVector`, or initial values of zero
     provenance   further facts to store in the file
@@ -183,12 +184,18 @@ def compress(
     if scale not in ("vector", "tensor"):
         raise DataError("compress", found=f"scale={scale!r}", rule='scale must be "vector" or "tensor"')
     _check_alpha(alpha)
-    selection = ternary.top_k(task_vector, density, per_tensor=scale == "tensor")
-    specs = specs_of(task_vector)
-    coded = {name: code(selection.masks.pop(name), spec.shape) for name, spec in specs.items()}
-    spreads = selection.spreads.values() if scale == "tensor" else [selection.spread]
+    specs, origin = specs_of(task_vector), origin or origin_of(task_vector)
+    groups = groups_of(specs, origin)
+    found, spread_of = {}, {}
+    for names in groups:
+        part = task_vector if len(groups) == 1 else {name: task_vector[name] for name in names}
+        selection = ternary.top_k(part, density, per_tensor=scale == "tensor")
+        spread_of |= selection.spreads if scale == "tensor" else dict.fromkeys(names, selection.spread)
+        found |= {name: code(selection.masks.pop(name), specs[name].shape) for name in names}
+    coded = {name: found[name] for name in specs}
+    scale = scale if len(groups) == 1 else "tensor"
+    spreads = [spread_of[name] for name in specs] if scale == "tensor" else [selection.spread]
     dtypes = {name: spec.dtype for name, spec in specs.items()}
-    origin = origin or origin_of(task_vector)
     if base is not None:
         origin = replace(origin, base=_fingerprint(base))
     scales = [alpha * spread for spread in spreads]

@@ -30,14 +30,10 @@ from dovetail.errors import DataError
 from dovetail.experts.codec.codec import decode_masks, word_count
 from dovetail.experts.expert import Expert, check_density
 from dovetail.experts.masks import Masks, elect, scaled_sum
+from dovetail.experts.peft_adapters import difference
 from dovetail.experts.vectors import Origin, Spec, TaskVector
 
 Election = Literal["total", "frequency"]
-_NO_MATTER = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "module_dropout", "peft_version",
-    "rank_dropout", "revision", "target_modules", "task_type", "vera_dropout",
-}  # fmt: skip
-"""Keys of a peft config that do not change the meaning of its tensors."""
 _WHOLE = {"chain", "targets", "stage", "base_fingerprint", "chain_fingerprint", "quantizer", "ranks", "extracted"}
 """Keys of an adapter.json that change it; also the seed, if values are differences to what it draws."""
 
@@ -262,11 +258,13 @@ def _check_origins(where: str, one: Origin, two: Origin) -> None:
     parts: dict[str, tuple[Any, Any]] = {name: (getattr(one, name), getattr(two, name)) for name in
                                          ("base", "initial", "chain")}  # fmt: skip
     meant = _WHOLE | ({"seed"} if one.initial == "chain" else set())
-    for label, a, b in (("adapter", one.adapter, two.adapter), ("peft", one.peft, two.peft)):
-        keys = [*(a or {}), *(b or {})]
-        for key in dict.fromkeys(keys):
-            if key in meant if label == "adapter" else key not in _NO_MATTER:
-                parts[f"{label}'s {key}"] = ((a or {}).get(key), (b or {}).get(key))
+    here, there = one.adapter or {}, two.adapter or {}
+    for key in [*here, *(key for key in there if key not in here)]:
+        if key in meant:
+            parts[f"adapter's {key}"] = (here.get(key), there.get(key))
+    if (wrong := difference(one.peft or {}, two.peft or {})) is not None:
+        key, a, b = wrong
+        parts[f"peft's {key}"] = (a, b)
     for label, (here, there) in parts.items():
         if _plain(here) != _plain(there):
             raise DataError(where, found=f"{label} {there!r}"[:300], rule=f"the first expert has {here!r}"[:300],

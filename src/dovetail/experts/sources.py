@@ -3,7 +3,7 @@
 source                         names                            initial values
 model with a chain             as in adapter.safetensors        drawn again from the chain's seed ("chain")
 Dovetail adapter directory     the same                         the same
-peft adapter directory         as in adapter_model.safetensors  those of `peft_initial` ("peft")
+peft adapter directory         as in adapter_model.safetensors  those of `peft_adapters.peft_initial` ("peft")
 checkpoint and its base        as in the base's state_dict      the base's weights ("base"), read tensor by tensor
 
 `load_base` loads the base model of a task vector with the head and the dtype that the vector was trained with.
@@ -11,7 +11,8 @@ checkpoint and its base        as in the base's state_dict      the base's weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.checkpoint.adapter import Before, describe, load_adapter, parameters_of
-from dovetail.checkpoint.formats.peft.write import CLASSIFIER_HEADS, CONFIG_FILE, PREFIX, TENSORS_FILE
+from dovetail.checkpoint.formats.peft.read import refuse_pickle
+from dovetail.checkpoint.formats.peft.write import CLASSIFIER_HEADS, CONFIG_FILE, TENSORS_FILE
 from dovetail.checkpoint.load import load
 from dovetail.compression.apply import initial_values
-from dovetail.errors import DovetailError, LoadError
+from dovetail.errors import LoadError
 from dovetail.experts.expert import Expert
+from dovetail.experts.peft_adapters import (
+    check_config,
+    check_projections,
+    learned,
+    peft_initial,
+    without_twins,
+)
 from dovetail.experts.vectors import Origin, Spec, TaskVector, specs_of
 from dovetail.files import read_json
-from dovetail.links.adapt import VeRA
 from dovetail.models.dtypes import FLOATS, STORED_FLOATS
 from dovetail.models.fingerprint import model_fingerprint
-from dovetail.models.layouts import layout_of
 from dovetail.models.locate import resolve
+from dovetail.models.targets import inside, new_heads
 
-_CONSTANTS = (*VeRA.peft_constants.values(), "base_model.model.vera_A", "base_model.model.vera_B")
 _PREFIXES = ("head/", "base_model.model.")
 
 
@@ -65,12 +72,15 @@ def task_vector(source: nn.Module | str | Path, base: nn.Module | str | Path | N
             return _of_chain(model)
         finally:
             before.put_back()
-    if (folder / CONFIG_FILE).is_file():
-        files = _Files(folder, TENSORS_FILE)
-        return _of_peft(folder, files, None if base is None else _model(source, base, files.shapes))
     if isinstance(base, nn.Module) and chain_layers(base):
-        rule = "the base of a checkpoint must be a plain model"
+        rule = "the base of a checkpoint or a peft adapter must be a plain model"
         raise LoadError("base", found="a model with a chain", rule=rule, fix="load the model again")
+    if (folder / CONFIG_FILE).is_file():
+        config = read_config(folder / CONFIG_FILE)
+        check_config(config)
+        refuse_pickle(folder)
+        files = _Files(folder, TENSORS_FILE)
+        return _of_peft(folder, config, files, None if base is None else _model(source, base, files.shapes))
     files = _Files(folder, "model.safetensors")
     return _of_checkpoint(folder, files, _model(source, base, files.shapes))
 
@@ -105,20 +115,32 @@ def _model(
 
 def _of_chain(model: nn.Module) -> TaskVector:
     said = describe(model)
-    initial = initial_values(model)
+    initial, heads = initial_values(model), new_heads(model)
     tensors = {}
     for key, parameter in parameters_of(model).items():
         value = parameter.detach()
         start = initial.get(key.removeprefix("link/"))
         tensors[key] = value.clone() if start is None else value - start
+        if start is None and not inside(key.removeprefix("head/"), heads):
+            found, rule = "a tensor of the base, trained beside the chain", "the initial value must be known"
+            fix = "freeze it before training, or pack the adapter that it was imported from"
+            raise LoadError(f"task vector at {key}"[:300], found=found, rule=rule, fix=fix)
     origin = Origin("chain", said.base_fingerprint, said.chain, said.model_dump(mode="json", exclude={"digest"}))
     return TaskVector(tensors, origin)
 
 
-def _of_peft(folder: Path, files: _Files, base: nn.Module | None) -> TaskVector:
-    config = read_config(folder / CONFIG_FILE)
+def _of_peft(folder: Path, config: dict[str, Any], files: _Files, base: nn.Module | None) -> TaskVector:
+    for name in files.others:
+        rule = "every tensor of a peft adapter must be a float, because an expert holds no others"
+        raise LoadError(f"{folder}, {name}"[:300], found="integers", rule=rule, fix="load it with peft")
     names = learned(files.specs)
     check_projections(config, {name: files.read(name) for name in files.specs.keys() - set(names)})
+    twins = without_twins(config, names, base)
+    for name, twin in twins.items():
+        if not torch.equal(files.read(name), files.read(twin)):
+            rule = f"it must equal {twin}, to which the base ties it"
+            raise LoadError(f"{folder}, {name}"[:300], found="other values", rule=rule, fix="save it with peft again")
+    names = [name for name in names if name not in twins]
     initial = peft_initial(config, {name: files.specs[name].shape for name in names}, base)
     tensors = {}
     for name in names:
@@ -190,12 +212,13 @@ class _Files:
     """The float tensors of a safetensors file, or of the files that its index names; read one by one."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        index = folder / f"{name}.index.json"
+        index, shards = folder / f"{name}.index.json", {}
         names = [name]
         if not (folder / name).is_file() and index.is_file():
-            said = read_config(index).get("weight_map")
-            names = sorted({str(part) for part in said.values()}) if isinstance(said, dict) else []
+            shards = _shards(index)
+            names = sorted(set(shards.values()))
         self.specs: dict[str, Spec] = {}
+        self.others: list[str] = []
         self._file_of: dict[str, Any] = {}
         for part in names:
             path = folder / part
@@ -204,14 +227,21 @@ class _Files:
                 raise LoadError(str(index), found=f"a file {part[:200]!r}", rule=rule, fix=fix)
             try:
                 file = safe_open(path, framework="pt")
-                for key in file.keys():  # noqa: SIM118 (not a dict)
+                keys = list(file.keys())
+                for key in keys:
                     some = file.get_slice(key)
                     if some.get_dtype() in STORED_FLOATS:
                         self.specs[key] = Spec(tuple(some.get_shape()), STORED_FLOATS[some.get_dtype()])
                         self._file_of[key] = file
+                    else:
+                        self.others.append(key)
             except (OSError, SafetensorError) as error:
                 rule = f"the file must be a complete {name}"
                 raise LoadError(str(path), found=str(error)[:200], rule=rule, fix="copy it again") from None
+            for key in sorted(set(keys) ^ {key for key, shard in shards.items() if shard == part}) if shards else ():
+                found = f"{key}, " + ("which the index does not list" if key in keys else f"not in {part}")
+                rule, fix = "the index must list exactly the tensors of its files", "copy the folder again"
+                raise LoadError(str(index), found=found[:300], rule=rule, fix=fix)
         if not self.specs:
             rule = f"the folder must contain a {name} with float tensors"
             raise LoadError(str(folder), found="no float tensor", rule=rule, fix="check the path")
@@ -225,76 +255,20 @@ class _Files:
         return self._file_of[key].get_tensor(key)
 
 
-def learned(names: Iterable[str]) -> list[str]:
-    """Return the names without VeRA's projections, which are drawn from the config's key and never trained."""
-    return [name for name in names if not name.startswith(_CONSTANTS)]
-
-
-def check_projections(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raise LoadError for VeRA projections that the config's key does not draw: an expert holds only the key."""
-    stored = {name[-1]: tensor for name, tensor in tensors.items() if name.startswith(_CONSTANTS) and tensor.ndim == 2}
-    if stored.keys() != {"A", "B"}:
-        return
-    a, b = stored["A"], stored["B"]
-    try:
-        drawn = VeRA(r=a.shape[0]).constants((b.shape[0], a.shape[1]), config["projection_prng_key"], torch.float32)
-        same = all(torch.allclose(drawn[key].to(t.dtype).float(), t.float(), rtol=1e-2) for key, t in stored.items())
-    except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError, DovetailError):
-        same = False
-    if not same:
-        rule = "VeRA's projections must be those drawn from projection_prng_key: an expert does not hold them"
-        raise LoadError("peft adapter", found="other projections", rule=rule)
-
-
-def peft_initial(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], base: nn.Module | None
-) -> dict[str, Tensor]:
-    """Return a peft adapter's initial values by tensor, float32 on the CPU; tensors without an entry start at 0.
-
-        ia3_l                    1
-        vera_lambda_d            d_initial
-        lora_magnitude_vector    row norms of the base's weight (DoRA §4.1)
-        modules_to_save          the base's own weights; 0 for a new classifier
-
-    The A of a LoRA starts at random numbers that its files do not contain. Its initial value counts as 0, as in
-    ComPEFT's released experts. That of a Dovetail adapter is known from its seed.
-
-    config  adapter_config.json
-    shapes  of the adapter's tensors, by their names in adapter_model.safetensors
-    base    the model of the adapter, with or without it; needed only for magnitudes and saved modules
-    errors  LoadError if the base is needed and missing, or lacks a layer
-    """
-    found, saved = {}, tuple(config.get("modules_to_save") or ())
-    for name, shape in shapes.items():
-        path, _, last = name.removeprefix(PREFIX).rpartition(".")
-        if last == "ia3_l":
-            found[name] = torch.ones(shape)
-        elif last == "vera_lambda_d":
-            found[name] = torch.full(shape, float(config.get("d_initial", 0.1)))
-        elif last == "lora_magnitude_vector" or path.endswith("lora_magnitude_vector"):
-            layer = _module(base, path.removesuffix(".lora_magnitude_vector"), name)
-            weight_oi = layout_of(name, layer).matrix(layer.get_parameter("weight").detach())
-            found[name] = weight_oi.float().norm(dim=1).cpu().view(shape)
-        elif saved and path.endswith(saved) and not path.endswith(CLASSIFIER_HEADS):
-            found[name] = _module(base, path, name).get_parameter(last).detach().float().cpu()
-    for name, start in found.items():
-        if tuple(start.shape) != shapes[name]:
-            rule = f"it must be {list(start.shape)}, as in the base"
-            raise LoadError(f"task vector at {name}", found=f"shape {list(shapes[name])}", rule=rule)
-    return found
-
-
-def _module(base: nn.Module | None, path: str, name: str) -> nn.Module:
-    if base is None:
-        rule = "the base is needed, since the initial values are its weights"
-        raise LoadError(f"task vector at {name}", found="no base", rule=rule, fix="pass base=MODEL (--base MODEL)")
-    for inside in (f"{path}.base_layer", f"{path}.original_module", path):  # as stock peft wraps it
-        try:
-            return base.get_submodule(inside)
-        except AttributeError:
-            continue
-    rule = "the base must contain the layers of the adapter"
-    raise LoadError(f"task vector at {name}", found="no such layer in the base", rule=rule, fix="pass another base")
+def _shards(index: Path) -> dict[str, str]:
+    """Return tensor -> file of an index. LoadError unless it lists every numbered file of its set."""
+    said = read_config(index).get("weight_map")
+    rule, fix = "the index must list the file of every tensor, and every file of its set", "copy the folder again"
+    if not isinstance(said, dict) or not said or not all(isinstance(part, str) for part in said.values()):
+        raise LoadError(str(index), found="no weight_map", rule=rule, fix=fix)
+    named = set(said.values())
+    for part in sorted(named):
+        if match := re.fullmatch(r"(.*-)(\d{1,6})(-of-)(\d{1,6})(\.safetensors)", part):
+            before, number, of, count, end = match.groups()
+            every = (f"{before}{place:0{len(number)}d}{of}{count}{end}" for place in range(1, int(count) + 1))
+            if missing := next((name for name in every if name not in named), None):
+                raise LoadError(str(index), found=f"no tensor of {missing}"[:300], rule=rule, fix=fix)
+    return said
 
 
 def load_base(

@@ -28,7 +28,8 @@ from dovetail.errors import ChainError, LoadError
 from dovetail.experts.expert import Expert
 from dovetail.experts.live.activate import borrowed, put
 from dovetail.experts.live.placement import adapter_file, check_fingerprint
-from dovetail.experts.sources import base_of, peft_initial
+from dovetail.experts.peft_adapters import needs_base, peft_initial
+from dovetail.experts.sources import base_of
 from dovetail.experts.vectors import Origin, TaskVector
 from dovetail.files import atomic
 from dovetail.models.fingerprint import model_fingerprint
@@ -84,7 +85,10 @@ def _unpack_peft(vector: Mapping[str, Tensor], origin: Origin, directory: Path, 
     config = dict(origin.peft or {})
     if config.get("save_projection"):
         config["save_projection"] = False  # stock peft draws the projections from projection_prng_key
-    initial = peft_initial(config, {name: tuple(tensor.shape) for name, tensor in vector.items()}, model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in vector.items()}
+    if model is not None and origin.base is not None and needs_base(config, shapes):
+        check_fingerprint(model_fingerprint(model), origin.base)
+    initial = peft_initial(config, shapes, model)
     tensors = {n: t + initial[n].to(t.dtype) if n in initial else t for n, t in vector.items()}
     write_adapter(directory, config, tensors)
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -69,6 +69,22 @@ class TaskVector(Mapping[str, Tensor]):
 def origin_of(vector: Mapping[str, Tensor]) -> Origin:
     """Return the origin of a task vector; of other tensors, one with initial values of zero."""
     return vector.origin if isinstance(vector, TaskVector) else Origin()
+
+
+def groups_of(names: Iterable[str], origin: Origin) -> list[list[str]]:
+    """Return the tensors that share one scale: all parameters of an adapter, and each of the base's own tensors.
+
+    A head, an embedding or a bias that was trained beside an adapter changes by amounts of another size.
+    """
+    names, whole = list(names), frozenset()
+    if origin.initial == "chain":
+        whole = frozenset(name for name in names if name.startswith("head/"))
+    elif origin.initial == "peft":
+        from dovetail.experts.peft_adapters import of_the_base  # imports transformers, which takes seconds
+
+        whole = of_the_base(origin.peft or {}, names)
+    parameters = [name for name in names if name not in whole]
+    return [parameters, *([name] for name in sorted(whole))] if parameters else [names]
 
 
 def specs_of(vector: Mapping[str, Tensor]) -> dict[str, Spec]:

@@ -2,7 +2,8 @@
 
 A tensor then holds, computed in its own dtype:
 
-    initial value + value        for an adapter with known initial values (`Origin.initial` "chain", "peft")
+    initial value + value        for an adapter with known initial values (`Origin.initial` "chain", "peft"), where a
+                                 tensor of the adapter that the expert lacks gets the value without effect
     value                        for an adapter whose values are the parameters ("zero")
     previous value + value       for a fully fine-tuned model ("base"), only at kept positions
 
@@ -36,6 +37,7 @@ from dovetail.experts.live.placement import (
     initial_values,
     live_fingerprint,
     peft_adapter,
+    rest,
     slots,
 )
 from dovetail.experts.vectors import Origin, Spec, origin_of, specs_of
@@ -85,7 +87,7 @@ class _Active:
     """The active content of a model.
 
     content  an expert, or the tensors of a task vector
-    shapes   by name
+    shapes   by name, of all tensors that are written: the content's, and the rest of an adapter
     initial  initial values by name
     saved    what restores the tensors, by name
     ranks    "LAYER/PLACE" -> previous rank of elastic adapters
@@ -190,12 +192,15 @@ def _switch(model: nn.Module, content: Content, specs: Mapping[str, Spec], origi
     with state.lock:
         part, live = _part(model), slots(model, shapes, origin)
         expected = check_origin(model, origin, shapes)
+        others = rest(model, shapes, origin)
         if isinstance(content, Expert):
             check_scales(content.scales, live)
         if expected is not None:
             check_fingerprint(_fingerprint(model, state, part), expected)
         record = applied(model) if part.startswith("chain") else None
-        active = _Active(content, shapes, origin, _initial_values(model, state, origin, live), record)
+        initial = _initial_values(model, state, origin, live, others)
+        live = slots(model, shapes | {name: tuple(tensor.shape) for name, tensor in others.items()}, origin)
+        active = _Active(content, {name: tuple(t.shape) for name, t in live.items()}, origin, initial, record)
         previous = state.active.pop(part, None)
         try:
             if previous is not None:
@@ -233,16 +238,18 @@ def _fingerprint(model: nn.Module, state: _State, part: str) -> str:
     return state.fingerprint
 
 
-def _initial_values(model: nn.Module, state: _State, origin: Origin, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _initial_values(
+    model: nn.Module, state: _State, origin: Origin, live: Mapping[str, Tensor], others: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return initial values, computed once for all experts that share them."""
-    if origin.initial not in ("chain", "peft"):
+    if origin.initial not in ("chain", "peft") and not others:
         return {}
     file = adapter_file(origin)
-    kinds = [(name, str(t.dtype), str(t.device)) for name, t in live.items()]
+    kinds = [[(name, str(t.dtype), str(t.device)) for name, t in part.items()] for part in (live, others)]
     seed = None if file is None else file.seed
     key = json.dumps([_part(model), origin.initial, seed, origin.peft, kinds, state.fingerprint])
     if state.initial[0] != key:
-        state.initial = (key, initial_values(model, origin, live))
+        state.initial = (key, initial_values(model, origin, live, others))
     return state.initial[1]
 
 
@@ -270,10 +277,13 @@ def _write(model: nn.Module, active: _Active, live: Mapping[str, Tensor]) -> Non
             active.saved[name] = Whole(active.initial[name])
         elif name not in active.saved:
             active.saved[name] = Whole(tensor.detach().clone())
+    named = active.content.coded if isinstance(active.content, Expert) else active.content
     if isinstance(active.content, Expert):
-        active.content.dense(into={name: tensor.data for name, tensor in live.items()})
-    else:
-        for name, tensor in live.items():
+        active.content.dense(into={name: live[name].data for name in named})
+    for name, tensor in live.items():
+        if name not in named:
+            tensor.data.zero_()
+        elif not isinstance(active.content, Expert):
             tensor.data.copy_(_finite(name, active.content[name], tensor.dtype))
     for name, start in active.initial.items():
         live[name].data.add_(start)

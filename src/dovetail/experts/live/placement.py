@@ -4,6 +4,9 @@ model                      names of its tensors
 with a Dovetail chain      link/LAYER/PLACE/NAME and head/NAME, as in adapter.safetensors
 a stock peft model         those of the active adapter, as in adapter_model.safetensors
 any                        those of its state_dict, without the frozen bases of a chain
+
+A model with an adapter (the first two) carries an expert and nothing else: what the expert lacks of the adapter gets
+values without effect (`rest`).
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +28,15 @@ from dovetail.chains.layer.linear import chain_layers
 from dovetail.checkpoint.adapter import AdapterFile, check_constants, parameters_of
 from dovetail.compression.apply import initial_values as chain_initial_values
 from dovetail.errors import LoadError
+from dovetail.experts import peft_adapters
 from dovetail.experts.expert import check_same_base
-from dovetail.experts.sources import peft_initial
 from dovetail.experts.vectors import Origin
 from dovetail.files import parse_json
+from dovetail.links.adapt import VeRA
 from dovetail.models.fingerprint import tensors_fingerprint
+from dovetail.models.layouts import layout_of
 from dovetail.models.targets import new_heads
+from dovetail.models.ties import named_tensors
 
 CHAIN_PREFIXES, _PEFT = ("link/", "head/"), "base_model.model."
 
@@ -48,6 +54,11 @@ def slots(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], origin: Origi
         where, tensor = f"expert at {name}"[:300], live.get(name)
         if tensor is None:
             wrong, rule = "no such tensor in the model", "the model must contain every tensor of the expert"
+            if peft_adapter(model) is not None:
+                wrong, rule = (
+                    "no such tensor in the active adapter",
+                    "the adapter must contain every tensor of the expert",
+                )
             raise LoadError(where, found=wrong, rule=rule, fix=_home(name, origin))
         if tuple(tensor.shape) != tuple(shapes[name]):
             wrong, rule = f"shape {list(shapes[name])}", f"the shape must be the model's, {list(tensor.shape)}"
@@ -81,9 +92,9 @@ def _home(name: str, origin: Origin | None) -> str:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return every name that an expert may use, with its live tensor."""
-    state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+    state = named_tensors(model)
     if peft_adapter(model) is not None:
-        return state | _peft_tensors(model, state)
+        return _peft_tensors(model, state)
     layers = chain_layers(model)
     if layers:  # the chain's fingerprint and cached norms belong to the unchanged bases
         bases = tuple(f"{name}.base." for name in layers)
@@ -108,16 +119,40 @@ class _Known:
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
 
-def _live(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return the live tensors of those names that exist."""
+def _live(model: nn.Module, names: Iterable[str] | None) -> dict[str, Tensor]:
+    """Return the live tensors of those names that exist; None: of every name."""
     adapter, ids, known = peft_adapter(model), _ids(model), _KNOWN.get(model)
     if known is not None and known.ids == ids and known.adapter == adapter:
-        found = {name: known.tensors[name]() for name in names if name in known.tensors}
+        asked = known.tensors if names is None else [name for name in names if name in known.tensors]
+        found = {name: known.tensors[name]() for name in asked}
         if all(tensor is not None for tensor in found.values()):
             return {name: tensor for name, tensor in found.items() if tensor is not None}
     live = _tensors(model)
     _KNOWN[model] = _Known(ids, adapter, {name: weakref.ref(tensor) for name, tensor in live.items()})
-    return {name: live[name] for name in names if name in live}
+    return live if names is None else {name: live[name] for name in names if name in live}
+
+
+def rest(model: nn.Module, names: Collection[str], origin: Origin) -> dict[str, Tensor]:
+    """Return the tensors of the model's adapter that are not among these names; {} for a model without an adapter.
+
+    errors  LoadError for one whose value without effect is not known, and for weights of the base under a chain
+    """
+    if peft_adapter(model) is not None:
+        every = _live(model, None)
+        return {name: every[name] for name in peft_adapters.learned(every) if name not in names}
+    if not chain_layers(model):
+        return {}
+    if origin.initial == "base":
+        rule, fix = "an expert of the base's weights needs a model without adapters", "load the base model again"
+        raise LoadError("expert", found="a model with a chain", rule=rule, fix=fix)
+    every = _live(model, None)
+    found = {name: t for name, t in every.items() if name.startswith(CHAIN_PREFIXES) and name not in names}
+    for name in found:
+        if name.startswith("head/"):
+            rule = "the expert must hold every tensor that was trained beside the chain, whose first value is not known"
+            raise LoadError(f"expert at {name}"[:300], found="no such tensor in the expert", rule=rule,
+                            fix="apply its chain to the base model")  # fmt: skip
+    return found
 
 
 def _ids(model: nn.Module) -> list[int]:
@@ -159,22 +194,33 @@ def _peft_tensors(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     named = get_peft_model_state_dict(
         model, state_dict=state, adapter_name=model.active_adapter, save_embedding_layers=False
     )
-    own = {id(tensor) for tensor in state.values()}
+    frozen = {id(tensor) for tensor in base_tensors(model).values()}  # such as biases that peft trains in place
+    own = {id(tensor) for tensor in state.values()} - frozen
     return {name: tensor for name, tensor in named.items() if id(tensor) in own}  # without copies made for the file
 
 
-_MEANING = ("peft_type", "lora_alpha", "alpha", "use_rslora", "use_dora", "alpha_pattern", "projection_prng_key")
-"""Keys of a peft config that determine the effect of an adapter's tensors."""
-
-
-def initial_values(model: nn.Module, origin: Origin, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def initial_values(
+    model: nn.Module, origin: Origin, tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return new tensors of initial values by name, with dtypes and devices of the live tensors.
 
     Names without an entry have initial values of zero. With `initial="base"` there are no entries, since values are
     added to the tensors of the model.
 
-    errors  LoadError for names that do not belong to the origin
+    tensors  of the expert
+    others   those that it lacks (`rest`): their values have no effect
+    errors   LoadError for names that do not belong to the origin
     """
+    found: dict[str, Tensor] = {}
+    if peft_adapter(model) is not None:
+        wrapped: Any = model
+        live = peft_adapters.plain(wrapped.peft_config[wrapped.active_adapter].to_dict())
+        found = peft_adapters.neutral(live, {name: tuple(t.shape) for name, t in others.items()}, inner(model))
+    elif others or origin.initial == "chain":
+        file = adapter_file(origin)
+        values = chain_initial_values(model, None if file is None else file.seed)
+        names = tensors.keys() | others.keys() if origin.initial == "chain" else others.keys()
+        found = {name: value for key, value in values.items() if (name := f"link/{key}") in names}
     if origin.initial == "chain":
         for name in tensors:
             if not name.startswith(CHAIN_PREFIXES):
@@ -182,19 +228,34 @@ def initial_values(model: nn.Module, origin: Origin, tensors: Mapping[str, Tenso
                 raise LoadError(
                     f"expert at {name}"[:300], found="another name", rule=rule, fix="pack the adapter again"
                 )
-        file = adapter_file(origin)
-        values = chain_initial_values(model, None if file is None else file.seed)
-        found = {f"link/{key}": value for key, value in values.items()}
     elif origin.initial == "peft":
-        base: Any = model
-        if peft_adapter(model) is not None:
-            base = base.get_base_model()
-        found = peft_initial(origin.peft or {}, {name: tuple(t.shape) for name, t in tensors.items()}, base)
-    else:
-        found = {}
-    return {
-        name: value.to(tensors[name].device, tensors[name].dtype) for name, value in found.items() if name in tensors
-    }
+        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        found |= peft_adapters.peft_initial(origin.peft or {}, shapes, inner(model))
+        _check_vera(model, origin, shapes)
+    every = {**tensors, **others}
+    return {name: value.to(every[name].device, every[name].dtype) for name, value in found.items()}
+
+
+def _check_vera(model: Any, origin: Origin, names: Iterable[str]) -> None:
+    """Raise LoadError unless a live VeRA has the projections that peft draws for the expert's layers.
+
+    peft draws them as wide as the widest layer, so other layers may have others from the same key.
+    """
+    if (origin.peft or {}).get("peft_type") != "VERA":
+        return
+    paths = [
+        name.removeprefix(_PEFT).removesuffix(".vera_lambda_b") for name in names if name.endswith("vera_lambda_b")
+    ]
+    weights = [inner(model).get_submodule(path).get_base_layer() for path in paths]  # type: ignore[operator]
+    layouts = [layout_of(path, layer) for path, layer in zip(paths, weights, strict=True)]
+    a, b = (each[model.active_adapter] for each in (model.base_model.vera_A, model.base_model.vera_B))
+    widest = max(each.out_features for each in layouts), max(each.in_features for each in layouts)
+    if (b.shape[0], a.shape[1]) != widest:
+        rule = f"VeRA's projections must be drawn for the expert's layers, up to {widest[0]} x {widest[1]}"
+        raise LoadError("peft model", found=f"projections for {b.shape[0]} x {a.shape[1]}", rule=rule,
+                        fix="call peft.get_peft_model with the expert's config")  # fmt: skip
+    stored = dict(zip(VeRA.peft_constants.values(), (a.detach().cpu(), b.detach().cpu()), strict=True))
+    peft_adapters.check_projections(origin.peft or {}, stored)
 
 
 def adapter_file(origin: Origin) -> AdapterFile | None:
@@ -205,7 +266,7 @@ def adapter_file(origin: Origin) -> AdapterFile | None:
     return parse_json("expert's origin", json.dumps(origin.adapter), AdapterFile, rule=rule, fix=fix)
 
 
-def check_origin(model: nn.Module, origin: Origin, names: Iterable[str]) -> str | None:
+def check_origin(model: nn.Module, origin: Origin, names: Collection[str]) -> str | None:
     """Raise LoadError unless the model has the chain or the peft config of the origin.
 
     returns  the fingerprint that `live_fingerprint` must return; None: unknown
@@ -219,7 +280,7 @@ def check_origin(model: nn.Module, origin: Origin, names: Iterable[str]) -> str 
             return None if file is None else file.chain_fingerprint
         return None
     if (adapter := peft_adapter(model)) is not None:
-        _check_peft(model, adapter, origin.peft or {})
+        _check_peft(model, adapter, origin, names)
         return origin.base
     return origin.base if origin.initial == "base" else None  # the fingerprint includes an adapter's own tensors
 
@@ -242,22 +303,30 @@ def _check_chain(model: nn.Module, origin: Origin) -> AdapterFile | None:
     return file
 
 
-def _check_peft(model: Any, adapter: str, said: Mapping[str, Any]) -> None:
+def _check_peft(model: Any, adapter: str, origin: Origin, names: Collection[str]) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in _modules(model)):
         rule, fix = "the adapter must be unmerged", "call model.unmerge_adapter()"
         raise LoadError("peft model", found="a merged adapter", rule=rule, fix=fix)
-    live = model.peft_config[adapter].to_dict()
-    for key in _MEANING:
-        if key in live and key in said:
-            here, there = live[key], said[key]
-            if (here or None) != (there or None) and not (
-                isinstance(here, list) and sorted(here) == sorted(there or [])
-            ):
-                fix = "call peft.get_peft_model with the expert's config"
-                raise LoadError("expert", found=f"a peft adapter with {key}={here}"[:300],
-                                rule=f"the expert needs {key}={there}"[:300], fix=fix)  # fmt: skip
+    said = origin.peft
+    if origin.initial == "peft":
+        peft_adapters.check_config(said or {})
+    live = peft_adapters.plain(model.peft_config[adapter].to_dict())
+    shown = {"modules_to_save"} | (set() if peft_adapters.has_tokens(names) else {"trainable_token_indices"})
+    if said and (wrong := peft_adapters.difference(live, said, shown)) is not None:
+        key, here, there = wrong
+        raise LoadError("expert", found=f"a peft adapter with {key}={here!r}"[:300],
+                        rule=f"the expert needs {key}={there!r}"[:300],
+                        fix="call peft.get_peft_model with the expert's config")  # fmt: skip
+    if origin.initial == "peft" and (inside := peft_adapters.in_place(said or {}, names)):
+        rule = "an expert in a peft model may change the adapter alone, and peft loads this tensor into the base"
+        raise LoadError(f"expert at {inside[0]}"[:300], found="a tensor of the base", rule=rule,
+                        fix="unpack the expert, and load it with peft on a new base")  # fmt: skip
+    if live.get("bias", "none") != "none" and (origin.base or "unknown") == "unknown":
+        rule = "the biases of the base must be known, because peft trains them in place"
+        fix = "pack the expert with its base (--base MODEL)"
+        raise LoadError("expert", found="an unknown base", rule=rule, fix=fix)
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -265,45 +334,23 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     if layers := chain_layers(model):
         parts = {name: layer.base.state_dict(keep_vars=True) for name, layer in layers.items()}
         return {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.items()}
-    if peft_adapter(model) is None:
-        return {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    return _under_peft(model)
+    return named_tensors(model) if peft_adapter(model) is None else peft_adapters.base_tensors(inner(model))
 
 
 def live_fingerprint(model: nn.Module) -> str:
     """Return the fingerprint of the base that an expert must be made for. Read all its bytes."""
     if layers := chain_layers(model):
         return base_fingerprint(layers)
-    wrapped: Any = model
-    inner: nn.Module = model if peft_adapter(model) is None else wrapped.get_base_model()
     tensors = base_tensors(model)
     if any(tensor.is_meta for tensor in tensors.values()):
         return "unknown"
-    return tensors_fingerprint(tensors, leave_out=new_heads(inner))
+    return tensors_fingerprint(tensors, leave_out=new_heads(inner(model)))
 
 
-def _under_peft(model: Any) -> dict[str, Tensor]:
-    """Return the original state of the model that peft wraps: without adapters and copies, with the old names."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    base = model.get_base_model()
-    inside = {}
-    for path, module in base.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            inside[f"{path}."] = "base_layer."
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            inside[f"{path}."] = "original_module."
-    found = {}
-    for name, tensor in base.state_dict(keep_vars=True).items():
-        for path in (name[: at + 1] for at, letter in enumerate(name) if letter == "."):
-            if path in inside:
-                kept = name.startswith(path + inside[path])
-                name = path + name.removeprefix(path + inside[path]) if kept else ""
-                break
-        if name and isinstance(tensor, Tensor):
-            found[name] = tensor
-    return found
+def inner(model: nn.Module) -> nn.Module:
+    """Return the model inside a model of peft's; another model itself."""
+    wrapped: Any = model
+    return model if peft_adapter(model) is None else wrapped.get_base_model()
 
 
 def check_fingerprint(found: str, expected: str) -> None:

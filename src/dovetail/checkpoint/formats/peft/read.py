@@ -93,13 +93,7 @@ def import_peft(
             raise ChainError("import_peft", found=f"base={str(base)!r}", rule=rule, fix=f"remove {link}")
     kind, config = read_config(directory / CONFIG_FILE)
     path = directory / TENSORS_FILE
-    if not path.is_file() and (directory / "adapter_model.bin").exists():
-        raise LoadError(
-            str(directory / "adapter_model.bin"),
-            found="a pickle",
-            rule="nothing is unpickled, because a pickle can run any code",
-            fix="load it with peft if you trust it, and save it with safe_serialization=True",
-        )
+    refuse_pickle(directory)
     where = str(path)
     with open_tensors(path, owner="a peft adapter directory") as stored:
         keys = stored.keys()
@@ -123,6 +117,18 @@ def import_peft(
     _fill(model, layers, found, values)
     _fill_heads(model, heads, config.modules_to_save or (), values)
     return model
+
+
+def refuse_pickle(directory: Path) -> None:
+    """Raise LoadError where the tensors of a peft adapter are in adapter_model.bin alone."""
+    names = (TENSORS_FILE, f"{TENSORS_FILE}.index.json")
+    if (directory / "adapter_model.bin").exists() and not any((directory / name).is_file() for name in names):
+        raise LoadError(
+            str(directory / "adapter_model.bin"),
+            found="a pickle",
+            rule="nothing is unpickled, because a pickle can run any code",
+            fix="load it with peft if you trust it, and save it with safe_serialization=True",
+        )
 
 
 def _unfit(where: str, found: str, rule: str) -> LoadError:
