@@ -97,6 +97,25 @@ def load(
     return model.eval(), tokenizer
 
 
+def load_like(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a checkpoint into a new model of the class and configuration of another, with transformers' conversions.
+
+    returns  the model, and transformers' names of missing, unexpected and mismatched tensors, which the caller checks
+    errors   LoadError for files that transformers cannot read
+    """
+    _weight_files(folder)
+    with _unreadable(f"model {folder}"), torch.random.fork_rng(devices=[]), _held_report():
+        loaded, info = type(model).from_pretrained(
+            folder,
+            config=copy.deepcopy(model.config),
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    return loaded, info
+
+
 def load_config(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Load the model's configuration, found as `load` finds it; needs no weights. Raises LoadError."""
     from transformers import AutoConfig

@@ -6,6 +6,8 @@ Dovetail adapter directory     the same                         the same
 peft adapter directory         as in adapter_model.safetensors  those of `peft_adapters.peft_initial` ("peft")
 checkpoint and its base        as in the base's state_dict      the base's weights ("base"), read tensor by tensor
 
+A checkpoint whose names transformers converts or ignores is loaded whole, by transformers.
+
 `load_base` loads the base model of a task vector with the head and the dtype that the vector was trained with.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from dovetail.chains.layer.linear import chain_layers
 from dovetail.checkpoint.adapter import Before, describe, load_adapter, parameters_of
 from dovetail.checkpoint.formats.peft.read import refuse_pickle
 from dovetail.checkpoint.formats.peft.write import CLASSIFIER_HEADS, CONFIG_FILE, TENSORS_FILE
-from dovetail.checkpoint.load import load
+from dovetail.checkpoint.load import load, load_like
 from dovetail.compression.apply import initial_values
 from dovetail.errors import LoadError
 from dovetail.experts.expert import Expert
@@ -157,10 +160,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _of_checkpoint(folder: Path, files: _Files, base: nn.Module) -> TaskVector:
     starts = {name: tensor.detach() for name, tensor in base.state_dict().items() if tensor.is_floating_point()}
+    stored: _Files | _Converted = files
     prefix = f"{base.base_model_prefix}." if isinstance(base, PreTrainedModel) else ""
+    if isinstance(base, PreTrainedModel) and any(
+        key not in starts and prefix + key not in starts for key in files.specs
+    ):
+        stored = _converted(folder, files, base)
     keys: dict[str, str] = {}
-    stored: dict[tuple[object, ...], str] = {}  # tied weights count under one name
-    for key, spec in files.specs.items():
+    places: dict[tuple[object, ...], str] = {}  # tied weights count under one name
+    for key, spec in stored.specs.items():
         name = key if key in starts else f"{prefix}{key}"  # a checkpoint of the body alone lacks its prefix
         where = f"{folder}, {key}"
         if name not in starts:
@@ -168,17 +176,33 @@ def _of_checkpoint(folder: Path, files: _Files, base: nn.Module) -> TaskVector:
         if tuple(starts[name].shape) != spec.shape:
             found, rule = f"shape {list(spec.shape)}", f"it must be {list(starts[name].shape)}, as in the base"
             raise LoadError(where, found=found, rule=rule)
-        twin = stored.setdefault(_place(name, starts[name]), name)
+        twin = places.setdefault(_place(name, starts[name]), name)
         if twin == name:
             keys[name] = key
-        elif not torch.equal(files.read(key), files.read(keys[twin])):
+        elif not torch.equal(stored.read(key), stored.read(keys[twin])):
             rule = f"it must equal {twin}, to which the base ties it"
             raise LoadError(where, found="other values", rule=rule, fix="load the base with tie_word_embeddings=False")
     for name, start in starts.items():
-        if _place(name, start) not in stored:
+        if _place(name, start) not in places:
             raise LoadError(str(folder), found=f"no {name}", rule="both must have the same tensors")
-    specs = {n: Spec(files.specs[k].shape, promote(files.specs[k].dtype, starts[n].dtype)) for n, k in keys.items()}
-    return TaskVector(_Difference(files, starts, keys, specs), Origin("base", model_fingerprint(base)), specs)
+    specs = {n: Spec(stored.specs[k].shape, promote(stored.specs[k].dtype, starts[n].dtype)) for n, k in keys.items()}
+    return TaskVector(_Difference(stored, starts, keys, specs), Origin("base", model_fingerprint(base)), specs)
+
+
+def _converted(folder: Path, files: _Files, base: PreTrainedModel) -> _Converted:
+    """Load a checkpoint whose names transformers converts or ignores, such as those of Mixtral's MoE experts."""
+    dtypes = [spec.dtype for spec in files.specs.values()]
+    model, info = load_like(folder, base, reduce(promote, dtypes))
+    rule = "both must have the same tensors"
+    for key, stored, wanted in sorted(info["mismatched_keys"]):
+        rule = f"it must be {list(wanted)}, as in the base"
+        raise LoadError(f"{folder}, {key}", found=f"shape {list(stored)}", rule=rule)
+    for key in sorted(info["unexpected_keys"]):
+        raise LoadError(f"{folder}, {key}", found="a tensor that the base lacks", rule=rule)
+    for key in sorted(info["missing_keys"]):
+        raise LoadError(str(folder), found=f"no {key}", rule=rule)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    return _Converted(tensors)
 
 
 def _place(name: str, tensor: Tensor) -> tuple[object, ...]:
@@ -190,7 +214,7 @@ def _place(name: str, tensor: Tensor) -> tuple[object, ...]:
 class _Difference(Mapping[str, Tensor]):
     """The files of a checkpoint minus the weights of a model, one tensor at a time."""
 
-    files: _Files
+    files: _Files | _Converted
     starts: dict[str, Tensor]
     key_of: dict[str, str]
     specs: dict[str, Spec]
@@ -206,6 +230,21 @@ class _Difference(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.key_of)
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """The float tensors of a loaded model, under its names."""
+
+    tensors: dict[str, Tensor]
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        return {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()}
+
+    def read(self, key: str) -> Tensor:
+        """Return one tensor."""
+        return self.tensors[key]
 
 
 class _Files:
