@@ -43,6 +43,10 @@ class DataError(DovetailError):
     """Data that is missing, empty, or of another form than its task needs."""
 
 
+class NotFinite(DataError):
+    """A model that computes NaN or infinity; the message names the first module that does so."""
+
+
 class RecipeError(DovetailError):
     """A recipe with an unknown key or a value out of range."""
 

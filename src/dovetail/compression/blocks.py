@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from dovetail.compression.passes import (
     Batch,
     Pass,
     Passes,
+    Stop,
     input_rows,
     quick,
     read_by_decoder,
@@ -35,6 +37,7 @@ from dovetail.compression.passes import (
 )
 from dovetail.errors import DataError
 from dovetail.progress import Bar
+from dovetail.tasks.finite import not_finite
 
 Compress = Callable[[dict[str, InputStatistics]], None]
 Seen = dict[str, tuple["weakref.ref[Tensor]", int]]
@@ -193,6 +196,7 @@ def _look_ahead(
     calls = dict.fromkeys(layers, 0)
     blocks = blocks_of(model, list(layers))
     inside: list[str] = []
+    bad: list[str] = []
     called_in: dict[str, str] = {}
     decoded = read_by_decoder(model, layers)
     masks: dict[bool, Tensor | None] = {}
@@ -201,7 +205,12 @@ def _look_ahead(
         calls[name] += 1
         called_in.setdefault(name, inside[0] if inside else name)
         if not bool(torch.isfinite(input_rows(x, layers[name].layout, masks[name in decoded])).all()):
-            raise _not_finite(name)
+            bad.append(name)
+            raise Stop
+
+    def run(piece: Batch) -> None:
+        with suppress(Stop):
+            model(**piece)
 
     def enter(block: str) -> Any:
         return lambda module, args: inside.append(block)
@@ -218,7 +227,9 @@ def _look_ahead(
         with watching(layers, see):
             for piece in pieces:
                 masks = {False: padding_mask(piece), True: padding_mask(piece, "decoder_attention_mask")}
-                model(**piece)
+                run(piece)
+                if bad:
+                    raise not_finite(f"calibration of {bad[0]}", model, partial(run, piece))
                 once = {name for name, count in calls.items() if count == 1} if once is None else once
                 if all(calls.values()):
                     break

@@ -35,10 +35,10 @@ from dovetail.experts.merging import packed
 from dovetail.experts.vectors import Origin, origin_of, specs_of
 from dovetail.progress import Bar
 from dovetail.tasks.find import as_task
-from dovetail.tasks.scoring import in_evaluation
+from dovetail.tasks.lengths import in_evaluation, length_limit
 from dovetail.tasks.scoring.runner import Runner
 from dovetail.tasks.task import Record, Task
-from dovetail.tasks.tokens import IGNORED, check_model, length_limit
+from dovetail.tasks.tokens import IGNORED, check_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -196,7 +196,8 @@ def train_scales(
         raise DataError("train_scales", found=found, rule=rule, fix=fix)
     task = as_task(records)
     check_model(task.name, task.kind, task.split("train"), model)
-    runner = Runner(model, tokenizer, task.name, batch_size, length_limit(model, tokenizer, max_length), progress=False)
+    length = length_limit(model, tokenizer, max_length, task.split("train"))
+    runner = Runner(model, tokenizer, task.name, batch_size, length, progress=False)
     rows = runner.make.examples(task.kind, task.split("train"))
     units = expert.dense(torch.float32)  # times a tensor's gradient: that of its factor
     live = slots(model, expert.shapes, expert.origin)
@@ -238,14 +239,12 @@ def train_scales(
     return assemble(expert.coded, expert.dtypes, "tensor", scales, expert.density, 1.0, expert.origin, provenance)
 
 
-def _logits(runner: Runner, batch: Mapping[str, Tensor]) -> Tensor:
+def _logits(runner: Runner, batch: dict[str, Tensor]) -> Tensor:
     """Return logits without padding, float32 (tokens, vocabulary), or those of a head (rows, labels)."""
-    if runner.encoder_decoder:
-        return runner.model(**batch).logits[batch["labels"] != IGNORED].float()
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits = runner.logits(batch).float()
     if batch["labels"].ndim == 1:
-        return runner.model(**inputs).logits.float()
-    return runner.model(**inputs, use_cache=False).logits[batch["attention_mask"].bool()].float()
+        return logits
+    return logits[batch["labels"] != IGNORED if runner.encoder_decoder else batch["attention_mask"].bool()]
 
 
 def _top_k(vector: Mapping[str, Tensor], density: float) -> dict[str, Coded]:

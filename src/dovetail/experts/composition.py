@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dovetail.errors import DataError, DovetailError
+from dovetail.errors import DataError, DovetailError, NotFinite
 from dovetail.experts.expert import Expert
 from dovetail.experts.live.activate import put
 from dovetail.experts.masks import Masks
@@ -31,10 +31,10 @@ from dovetail.experts.merging import check_together, masks_of, weighted_sum
 from dovetail.experts.vectors import TaskVector
 from dovetail.progress import Bar
 from dovetail.tasks.find import as_task
-from dovetail.tasks.scoring import in_evaluation
+from dovetail.tasks.lengths import in_evaluation, length_limit
 from dovetail.tasks.scoring.runner import Runner
 from dovetail.tasks.task import Record, Task
-from dovetail.tasks.tokens import check_model, length_limit
+from dovetail.tasks.tokens import check_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,13 +113,16 @@ def compose(
     check_model(task.name, task.kind, task.split(split), model)
     if limit is not None and limit < 1:
         raise DataError("compose", found=f"limit={limit}", rule="limit must be at least 1")
-    length = length_limit(model, tokenizer, max_length)
+    length = length_limit(model, tokenizer, max_length, task.split(split)[:limit])
     runner = Runner(model, tokenizer, task.name, batch_size, length, progress=False)
     rows = runner.make.examples(task.kind, task.split(split)[:limit])
 
     def loss(vector: TaskVector) -> float:
         put(model, vector)
-        sums, counts = runner.log_likelihoods(rows)
+        try:
+            sums, counts = runner.log_likelihoods(rows)
+        except NotFinite:
+            return math.inf
         return -(sums.sum() / counts.sum()).item()
 
     with in_evaluation(model), torch.no_grad():

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dovetail.display.format import format_score, metric_name
 from dovetail.display.style import COLOURS, INK, SOFT
-from dovetail.errors import DataError
+from dovetail.errors import DataError, NotFinite
 from dovetail.experts.expert import Expert, compress
 from dovetail.experts.live.activate import activate, deactivate
 from dovetail.files import write_bytes
@@ -244,6 +244,8 @@ def scorer(
                          progress=False)[task.name][key]
                 for each in tasks[first:last]
             ]  # fmt: skip
+        except NotFinite:
+            return [-math.inf] * (last - first)
         finally:
             deactivate(model)
         return [sign * value for value in found]

@@ -25,8 +25,9 @@ from dovetail.checkpoint.load import HEAD_KINDS, empty_model, load_config, load_
 from dovetail.compression.apply import apply_on_meta
 from dovetail.compression.blocks import unreached
 from dovetail.errors import CannotMerge, ChainError, DovetailError
+from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.task import Task
-from dovetail.tasks.tokens import Collator, RowMaker, length_limit, pad_id, vocabulary_of
+from dovetail.tasks.tokens import Collator, RowMaker, pad_id, vocabulary_of
 from dovetail.training.optimizer import TrainSettings, check_checkpointing
 from dovetail.training.predict import predict_peak_memory, predict_unreached
 
@@ -191,9 +192,10 @@ def widest_batch(
 ) -> dict[str, Tensor]:
     """Return the widest batch that training on the task sees: full, with the task's longest records."""
     config: Any = model.config
-    length, vocabulary = length_limit(model, tokenizer, max_length), vocabulary_of(model)
+    records, vocabulary = task.split("train"), vocabulary_of(model)
+    length = length_limit(model, tokenizer, max_length, records)
     make = RowMaker(tokenizer, config.is_encoder_decoder, length, vocabulary)
-    rows = make.examples(task.kind, task.split("train"))
+    rows = make.examples(task.kind, records)
     rows.sort(key=lambda row: len(row["input_ids"]), reverse=True)
     return Collator(pad_id(tokenizer, vocabulary))(rows[:batch_size])
 

@@ -25,8 +25,9 @@ from dovetail.runs.recipe import Recipe, Search
 from dovetail.runs.report.record import Checkpoint, Packed, Searched, finite
 from dovetail.searches.ranks import search_ranks
 from dovetail.tasks.find import load_task, number_of_labels
+from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.task import Task
-from dovetail.tasks.tokens import length_limit, vocabulary_of
+from dovetail.tasks.tokens import vocabulary_of
 from dovetail.training.optimizer import check_checkpointing
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def calibration(
         source = replace(task, splits={"train": task.split(recipe.calibration.split)})
     return calibration_batches(
         source, tokenizer, samples=recipe.calibration.samples,
-        seed=recipe.seed, max_length=length_limit(model, tokenizer, recipe.train.max_length),
+        seed=recipe.seed,
+        max_length=length_limit(model, tokenizer, recipe.train.max_length, source.split("train")),
         decoder_start=config.decoder_start_token_id if config.is_encoder_decoder else None,
         vocabulary=vocabulary_of(model),
     )  # fmt: skip

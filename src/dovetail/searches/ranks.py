@@ -5,6 +5,7 @@ Nothing is trained: a sub-adapter is a part of the super-adapter, scored on a sm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from dovetail.chains.layer.elastic import Group, groups
-from dovetail.errors import SearchError
+from dovetail.errors import NotFinite, SearchError
 from dovetail.progress import Bar
 from dovetail.searches.hill_climb import Evaluation, hill_climb
 from dovetail.tasks.find import as_task
@@ -100,7 +101,10 @@ def search_ranks(
 
     def score(ranks: Ranks) -> float:
         _use(elastic, ranks)
-        scores = evaluate(model, tokenizer, proxy, split=split, batch_size=batch_size, progress=False)
+        try:
+            scores = evaluate(model, tokenizer, proxy, split=split, batch_size=batch_size, progress=False)
+        except NotFinite:
+            return -math.inf
         return sign * scores[proxy.name][proxy.metric]
 
     with Bar(f"search ranks on {proxy.name}", 1 + turns * neighbours, shown=progress) as bar:

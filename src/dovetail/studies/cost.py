@@ -47,8 +47,9 @@ from dovetail.studies.matrix import Line, label
 from dovetail.studies.report import Cost
 from dovetail.studies.verify import tuned
 from dovetail.tasks.find import load_task
+from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.task import Task
-from dovetail.tasks.tokens import length_limit, pad_id
+from dovetail.tasks.tokens import pad_id
 from dovetail.training.peak_memory import PeakMemory
 from dovetail.training.train import train
 
@@ -147,7 +148,7 @@ class _Pipeline:
         task = load_task(recipe.data)
         model, tokenizer, storage = shipped(folder, form, task.kind)
         model.eval()
-        limit = length_limit(model, tokenizer, recipe.train.max_length)
+        limit = length_limit(model, tokenizer, recipe.train.max_length, task.split("train"))
         config = model.config.to_dict()
         batch = calibration_batches(
             task, tokenizer, samples=ROWS, max_length=max(1, limit - NEW_TOKENS),

@@ -339,12 +339,6 @@ def end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return _first(tokenizer.eos_token_id)
 
 
-def length_limit(model: nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
-    """Return `wanted` tokens, or fewer where the tokenizer or the model has a smaller limit."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    return min(wanted, tokenizer.model_max_length, positions or wanted)
-
-
 def wrong_model(name: str, model: nn.Module, *, head: str = "") -> DataError:
     """Return the error for a model without the head that a task needs: of the kind `head`, or a language model's."""
     if head:

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,10 @@ from dovetail.compression.calibration import calibration_batches, checked
 from dovetail.errors import TrainError
 from dovetail.files import read_json, write_whole
 from dovetail.tasks.find import as_task
+from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Record, Task
-from dovetail.tasks.tokens import Collator, Example, RowMaker, check_model, length_limit, pad_id, vocabulary_of
+from dovetail.tasks.tokens import Collator, Example, RowMaker, check_model, pad_id, vocabulary_of
 from dovetail.training import checkpoints
 from dovetail.training.optimizer import (
     HEADS,
@@ -62,11 +63,14 @@ class StageReport:
     links                 the links that were trained, in order; empty for a whole model
     steps                 optimizer steps
     seconds               of training, since the run was last resumed
-    losses                (step, mean loss in nats per token) of every step; squared error for a regression
+    losses                (step, mean loss in nats per token) of every step; nats per record for a classification,
+                          squared error for a regression
     evaluations           (step, scores and mean loss on the validation split), if `evaluate_every` is set
     trainable_parameters  number of trained parameters
     learning_rates        link, "heads" or "model" -> maximum learning rate
     peak_memory_nbytes    on a GPU, the maximum that was allocated; else, of tensors alive at once in the first steps
+    auxiliary_losses      (step, what the model adds to the loss, such as the loss of MoE routers), where it does
+    without_gradient      names of the trained parameters that got no gradient in the first 3 steps
     """
 
     links: list[str]
@@ -77,14 +81,22 @@ class StageReport:
     trainable_parameters: int
     learning_rates: dict[str, float]
     peak_memory_nbytes: int
+    auxiliary_losses: list[tuple[int, float]] = field(default_factory=list)
+    without_gradient: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """The stages in order, and the total seconds, including merging, pruning and quantizing between them."""
+    """The result of training.
+
+    stages    in order
+    seconds   in total, including merging, pruning and quantizing between the stages
+    cut       number of training records whose prompt or text was cut to max_length or to the model's limit
+    """
 
     stages: list[StageReport]
     seconds: float
+    cut: int = 0
 
     @property
     def peak_memory_nbytes(self) -> int:
@@ -139,7 +151,8 @@ def train(
     if not chain_layers(model):
         vars(config).pop("dovetail", None)  # the fingerprint of a merged model is wrong once the model is trained
     data = as_task(data)
-    rows = _rows(model, tokenizer, data, "train", asked)
+    rows, make = _rows(model, tokenizer, data, "train", asked)
+    cut = make.say(f"train {data.name}", shown=progress).get("cut", 0)
     chained = bool(chain_layers(model))
     stages = 1 + applied(model).stages_left if chained else 1
     if stages == 1 and not trained_parts(model):
@@ -154,7 +167,7 @@ def train(
             data,
             tokenizer,
             seed=asked.seed,
-            max_length=length_limit(model, tokenizer, asked.max_length),
+            max_length=length_limit(model, tokenizer, asked.max_length, data.split("train")),
             decoder_start=config.decoder_start_token_id if config.is_encoder_decoder else None,
             vocabulary=vocabulary_of(model),
         )
@@ -205,19 +218,20 @@ def train(
     if asked.bf16 and chained:
         cast_heads(model)
     model.eval()
-    return TrainReport(reports, time.perf_counter() - started)
+    return TrainReport(reports, time.perf_counter() - started, cut)
 
 
 def _rows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Task, split: str, settings: TrainSettings,
     limit: int | None = None,
-) -> list[Example]:  # fmt: skip
-    """Return the tokenized records of a split; DataError for records that do not match the model."""
+) -> tuple[list[Example], RowMaker]:  # fmt: skip
+    """Return the tokenized records of a split, and their maker; DataError for records that do not match the model."""
     config: Any = model.config
     records = data.split(split)[:limit]
     check_model(data.name, data.kind, records, model)
-    max_length = length_limit(model, tokenizer, settings.max_length)
-    return RowMaker(tokenizer, config.is_encoder_decoder, max_length, vocabulary_of(model)).examples(data.kind, records)
+    max_length = length_limit(model, tokenizer, settings.max_length, records)
+    make = RowMaker(tokenizer, config.is_encoder_decoder, max_length, vocabulary_of(model))
+    return make.examples(data.kind, records), make
 
 
 def _validation(
@@ -227,7 +241,7 @@ def _validation(
     from dovetail.training.trainer import mean_loss
 
     limit, collate = settings.evaluate_limit, Collator(pad_id(tokenizer, vocabulary_of(model)))
-    rows = _rows(model, tokenizer, data, "validation", settings, limit)
+    rows, _ = _rows(model, tokenizer, data, "validation", settings, limit)
 
     def validate() -> dict[str, float]:
         with autocast(model.device, settings.bf16):
@@ -258,6 +272,8 @@ def _train_stage(model: PreTrainedModel, trainer: StageTrainer, checkpoint: Path
         trainable_parameters=sum(p.numel() for parameters in parts.values() for p in parameters),
         learning_rates=learning_rates(model, settings),
         peak_memory_nbytes=trainer.watch.peak_memory_nbytes,
+        auxiliary_losses=[(entry["step"], entry["auxiliary_loss"]) for entry in history if "auxiliary_loss" in entry],
+        without_gradient=trainer.watch.without_gradient,
     )
 
 

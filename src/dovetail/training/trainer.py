@@ -13,11 +13,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,9 +27,10 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from dovetail.chains.layer.elastic import Group, draw_ranks, groups, use_reference
-from dovetail.errors import TrainError
-from dovetail.progress import Bar
-from dovetail.tasks.scoring import in_evaluation
+from dovetail.errors import DovetailError, TrainError
+from dovetail.progress import Bar, note
+from dovetail.tasks.finite import check_finite, not_finite
+from dovetail.tasks.lengths import in_evaluation
 from dovetail.tasks.tokens import IGNORED, Collator, Example
 from dovetail.training.checkpoints import TRAINED, load_trained, mark_complete, save_trained
 from dovetail.training.optimizer import autocast, make_optimizer
@@ -106,6 +109,8 @@ class StageTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         watch.handler = self.callback_handler
         self.settings, self.watch = settings, watch
+        self._auxiliary = 0.0
+        self._looked = False
         config: Any = model.config
         self.order = BatchOrder(
             [_tokens(row, config.is_encoder_decoder) for row in rows],
@@ -146,11 +151,46 @@ class StageTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the share of the batch in the mean loss over all labels of the step."""
+        if not self._looked:
+            self._looked = True
+            check_finite(
+                f"{self.watch.title}, step {self.state.global_step + 1}",
+                model,
+                partial(_forward, model, inputs),
+                error=TrainError,
+            )
         outputs = model(**inputs)
         loss = outputs.loss
+        if not bool(loss.isfinite()):
+            raise self._not_finite(model, inputs)
+        share = 1.0
         if self.args.gradient_accumulation_steps > 1:
-            loss = loss * (inputs["labels"].ne(IGNORED).sum() / num_items_in_batch)
+            share = counted(inputs["labels"]) / num_items_in_batch
+            loss = loss * share
+        said = self._loss_of_labels(outputs, inputs["labels"])
+        self._auxiliary += 0.0 if said is outputs.loss else float((outputs.loss.detach() - said) * share)
         return (loss, outputs) if return_outputs else loss
+
+    def _loss_of_labels(self, outputs: Any, labels: Tensor) -> Tensor:
+        config: Any = self.model.config  # pyright: ignore[reportOptionalMemberAccess]
+        return loss_of_labels(outputs, labels, encoder_decoder=config.is_encoder_decoder)
+
+    def _not_finite(self, model: nn.Module, inputs: dict[str, Any]) -> DovetailError:
+        """Return the error for a loss that is not finite; it names the first module with such an output."""
+        step = self.state.global_step
+        where, fix = f"{self.watch.title}, step {step + 1}", "lower lr_scale, or add warmup" if step else ""
+        return not_finite(where, model, partial(_forward, model, inputs), fix=fix, error=TrainError)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        """Return the number of counted labels of a step. The Trainer would take the value -100.0 for no label."""
+        return torch.stack([counted(batch["labels"]) for batch in batch_samples]).sum().to(device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the loss of the labels as "loss", and what a model adds to it (for MoE routers) as "auxiliary_loss"."""
+        if "loss" in logs and self._auxiliary:
+            logs |= {"loss": logs["loss"] - self._auxiliary, "auxiliary_loss": self._auxiliary}
+            self._auxiliary = 0.0
+        super().log(logs, start_time)
 
     # Checkpoints.
 
@@ -205,6 +245,9 @@ class Watch(TrainerCallback):
         self.evaluate_every, self.evaluate = evaluate_every, evaluate
         self.handler: Any = None
         self.peak_memory_nbytes = 0
+        self.without_gradient: list[str] = []
+        self._still: dict[str, nn.Parameter] = {}
+        self._unreached: set[str] = set()
         self._bar: Bar | None = None
         self._memory: PeakMemory | None = None
         self._steps_done = 0
@@ -213,6 +256,8 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
+        self._still = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._unreached = set(self._still)
         self._bar = Bar(self.title, state.max_steps, shown=self.shown, delay=1.0).__enter__()
         self._bar.advance(state.global_step)
         if args.device.type == "cuda":
@@ -221,8 +266,17 @@ class Watch(TrainerCallback):
             self._memory = PeakMemory([*model.parameters(), *model.buffers()])
             self._memory.__enter__()
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._steps_done < _MEASURED_STEPS:
+            self._unreached -= {name for name in self._unreached if self._still[name].grad is not None}
+            self._still = {n: p for n, p in self._still.items() if p.grad is None or not bool(p.grad.any())}
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._steps_done += 1
+        if self._steps_done == _MEASURED_STEPS:
+            self._name(list(self._still))
         due = self.evaluate_every is not None and state.global_step % self.evaluate_every == 0
         if due or self._steps_done == _MEASURED_STEPS:
             self._stop_measuring()
@@ -259,6 +313,16 @@ class Watch(TrainerCallback):
     ) -> None:
         if args.device.type == "cuda":
             self.peak_memory_nbytes = torch.cuda.max_memory_allocated(args.device)
+        if self._steps_done < _MEASURED_STEPS:  # LoRA's A has zeros as its gradient until B has moved
+            self._name([name for name in self._still if name in self._unreached])
+
+    def _name(self, names: list[str]) -> None:
+        """Remember the parameters that got no gradient, and print a note on them."""
+        self.without_gradient = names
+        if names:
+            steps = f"{self._steps_done} steps" if self._steps_done > 1 else "step"
+            said = f"{len(names)} trained tensors got no gradient in the first {steps}, the first of them {names[0]}"
+            note(f"{self.title}: {said}; where that goes on, training does not change them", shown=self.shown)
 
     def close(self) -> None:
         """End the measurement and the bar, also after an error."""
@@ -280,16 +344,42 @@ def _tokens(row: Example, encoder_decoder: bool) -> int:
     return len(row["input_ids"]) + (len(labels) if encoder_decoder and isinstance(labels, list) else 0)
 
 
+@torch.no_grad()
+def _forward(model: nn.Module, inputs: dict[str, Any]) -> None:
+    with in_evaluation(model):  # dropout would draw random numbers
+        model(**inputs)
+
+
+def counted(labels: Tensor) -> Tensor:
+    """Return the number of labels that a loss counts: tokens that are not ignored, or every label of a head."""
+    return labels.ne(IGNORED).sum() if labels.ndim > 1 else torch.tensor(labels.numel(), device=labels.device)
+
+
+def loss_of_labels(outputs: Any, labels: Tensor, *, encoder_decoder: bool) -> Tensor:
+    """Return the mean loss over the counted labels, without what a model adds to it, such as the loss of MoE routers.
+
+    Computed from the logits again only where the outputs list another loss.
+    """
+    others = [name for name, value in outputs.items() if name.endswith("_loss") and isinstance(value, Tensor)]
+    if not others or labels.ndim != 2:
+        return outputs.loss
+    logits_btv = outputs.logits.detach()
+    if not encoder_decoder:
+        logits_btv, labels = logits_btv[:, :-1], labels[:, 1:]
+    return F.cross_entropy(logits_btv.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+
+
 def mean_loss(model: PreTrainedModel, rows: Sequence[Example], collate: Collator, batch_size: int) -> float:
     """Return the mean loss over all counted labels of the rows; dropout is off."""
     total = torch.zeros((), dtype=torch.float64)
-    labels = 0
+    labels, config = 0, cast("Any", model.config)
     with in_evaluation(model), torch.inference_mode():
         for at in range(0, len(rows), batch_size):
             batch = {name: tensor.to(model.device) for name, tensor in collate(rows[at : at + batch_size]).items()}
-            counted = int(batch["labels"].ne(IGNORED).sum())
-            total += counted * model(**batch).loss.double().cpu()
-            labels += counted
+            number, outputs = int(counted(batch["labels"])), model(**batch)
+            loss = loss_of_labels(outputs, batch["labels"], encoder_decoder=config.is_encoder_decoder)
+            total += number * loss.double().cpu()
+            labels += number
     return float(total / labels)
 
 

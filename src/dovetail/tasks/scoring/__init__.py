@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,12 +10,12 @@ from torch import nn
 
 from dovetail.errors import DataError
 from dovetail.tasks.find import as_task
+from dovetail.tasks.lengths import in_evaluation, length_limit
 from dovetail.tasks.scoring.classification import score_labels, score_values
 from dovetail.tasks.scoring.generation import score_generation
 from dovetail.tasks.scoring.likelihood import score_choices, score_pairs, score_text
 from dovetail.tasks.scoring.runner import Runner, Scored
 from dovetail.tasks.task import Record, Task
-from dovetail.tasks.tokens import length_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +75,7 @@ def evaluate(
     with in_evaluation(model), torch.inference_mode():
         for task in tasks:
             records = task.split(split)[:limit]
-            length = length_limit(model, tokenizer, max_length)
+            length = length_limit(model, tokenizer, max_length, records)
             runner = Runner(model, tokenizer, task.name, batch_size, length, progress)
             found, outputs = METHODS[task.kind](runner, records)
             scores[task.name] = {**found, "n": len(records), **runner.make.say(task.name, shown=progress)}
@@ -95,15 +94,3 @@ def _tasks(tasks: Task | str | Sequence[Task | str] | Sequence[Record], split: s
         found, rule = "tasks and records in one list", "the list must contain tasks only, or records only"
         raise DataError("evaluate", found=found, rule=rule, fix="make a dovetail.Task of the records")
     return [as_task(task) for task in tasks if not isinstance(task, Mapping)]
-
-
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode, and restore the mode of every module at the end."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -46,9 +46,10 @@ def _outputs(runner: Runner, kind: str, records: Sequence[Record]) -> Tensor:
     rows = runner.make.labels(records)
     results = torch.zeros(len(rows), runner.config.num_labels)
     for chosen, batch in runner.batches(rows):
-        del batch["labels"]
-        logits = runner.model(**batch).logits
+        logits = runner.logits(batch)
         if logits.ndim != 2:
             raise wrong_model(runner.name, runner.model, head=kind)
+        if not bool(logits.isfinite().all()):
+            raise runner.not_finite(lambda batch=batch: runner.logits(batch))
         results[chosen] = logits.float().cpu()
     return results

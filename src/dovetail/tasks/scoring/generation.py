@@ -6,10 +6,14 @@ answer of the task, so an answer with too much text counts as wrong. Spaces arou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from dovetail.errors import DataError
-from dovetail.tasks.scoring.runner import Runner, Scored
+from dovetail.tasks.scoring.runner import Batch, Runner, Scored
 from dovetail.tasks.task import Record
 from dovetail.tasks.tokens import end_id, wrong_model
 
@@ -22,6 +26,18 @@ def score_generation(runner: Runner, records: Sequence[Record]) -> Scored:
     said = continuations(runner, records)
     right = [text.strip() == record["answer"].strip() for text, record in zip(said, records, strict=True)]
     return {"exact_match": sum(right) / len(right)}, said
+
+
+class _Watch:
+    """A logits processor that changes nothing and remembers whether all logits were finite."""
+
+    def __init__(self) -> None:
+        self.bad = False
+
+    def __call__(self, ids_bt: Tensor, logits_bv: Tensor) -> Tensor:
+        # The largest: a vocabulary may have masked tokens, at minus infinity.
+        self.bad = self.bad or not bool(logits_bv.amax(-1).isfinite().all())
+        return logits_bv
 
 
 def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
@@ -38,6 +54,7 @@ def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
         found, rule = f"an answer of {new_tokens - MORE} tokens", "prompt and answer must fit in max_length tokens"
         raise DataError(f"task {runner.name}", found=found, rule=rule, fix=f"raise max_length={runner.max_length}")
     rows = runner.make.prompts([record["prompt"] for record in records], room=runner.max_length - room)
+    generate: Callable[..., Any] = model.generate  # pyright: ignore[reportAttributeAccessIssue]
     own = model.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     # The model's own settings (sampling, penalties) are put aside: generate() would mix them into ours.
@@ -52,9 +69,20 @@ def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
         bos_token_id=own.bos_token_id,
     )
     said = [""] * len(rows)
+
+    def first_logits(batch: Batch) -> Tensor:
+        """Return the logits (b, 2, v) of the first two tokens, without an end."""
+        found: Any = generate(
+            **batch, max_new_tokens=2, eos_token_id=None, output_logits=True, return_dict_in_generate=True
+        )
+        return torch.stack(found.logits, dim=1)
+
     try:
-        for chosen, batch in runner.batches(rows, side="left"):
-            tokens_bt = model.generate(**batch)  # pyright: ignore[reportAttributeAccessIssue]
+        for chosen, batch in runner.batches(rows, "left", first_logits):
+            watch = _Watch()
+            tokens_bt = generate(**batch, logits_processor=[watch])
+            if watch.bad:
+                raise runner.not_finite(lambda batch=batch: generate(**batch))
             if not runner.encoder_decoder:
                 tokens_bt = tokens_bt[:, batch["input_ids"].shape[1] :]
             for row, text in zip(chosen, tokenizer.batch_decode(tokens_bt, skip_special_tokens=True), strict=True):

@@ -1,17 +1,26 @@
-"""The part that all methods share: batches of rows of similar length, and log-likelihoods of labelled tokens."""
+"""The part that all methods share: batches of rows of similar length, and log-likelihoods of labelled tokens.
+
+A row is scored in a batch as it is scored alone. The outputs of some models change with padding that the mask hides
+(recurrent ones with padding on the left, XLNet), or with any other row of the batch (RWKV with its cache). Running the
+shortest row alone, beside the longest row and beside one of its own length shows which rows may share a batch: all,
+those of equal length, or none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dovetail.progress import Bar
+from dovetail.errors import DovetailError
+from dovetail.progress import Bar, note
+from dovetail.tasks.finite import check_finite, not_finite
 from dovetail.tasks.tokens import IGNORED, Collator, Example, RowMaker, pad_id, vocabulary_of, wrong_model
 
 if TYPE_CHECKING:
@@ -20,6 +29,11 @@ if TYPE_CHECKING:
 
 Scored = tuple[dict[str, float], list[str]]
 """What a method returns: metric -> score, and the model's output for each record as text."""
+
+Side = Literal["left", "right"]
+Batch = dict[str, Tensor]
+Together = Literal["all", "equal", "none"]
+"""Which rows may share a batch: all of them, those of equal length, or none."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,7 @@ class Runner:
     batch_size: int
     max_length: int
     progress: bool
+    _together: dict[Side, Together] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def config(self) -> Any:
@@ -54,36 +69,103 @@ class Runner:
         return pad_id(self.tokenizer, self.make.vocabulary)
 
     def batches(
-        self, rows: Sequence[Example], side: Literal["left", "right"] = "right"
-    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Yield row numbers and their batch on the model's device, the longest rows first."""
-        collate = Collator(self.pad_id, side)
-        device = next(self.model.parameters()).device
-        order = sorted(range(len(rows)), key=lambda row: -len(rows[row]["input_ids"]))
+        self, rows: Sequence[Example], side: Side = "right", outputs: Callable[[Batch], Tensor] | None = None
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """Yield row numbers and their batch on the model's device, the longest rows first.
+
+        side      of the padding
+        outputs   batch -> (rows, ...), by which the effect of padding is found out; the logits by default
+        """
+        order = sorted(range(len(rows)), key=lambda row: _lengths(rows[row]), reverse=True)
+        outputs = outputs or self.logits
+        if side not in self._together and order:
+            self._check_finite(rows[order[-1]], side, outputs)
+        together = self._who_together([rows[row] for row in order], side, outputs)
+        groups = [order] if together == "all" else [[row] for row in order]
+        if together == "equal":
+            groups = [list(group) for _, group in groupby(order, key=lambda row: _lengths(rows[row]))]
         with Bar(f"evaluate {self.name}", len(rows), shown=self.progress) as bar:
-            for at in range(0, len(order), self.batch_size):
-                chosen = order[at : at + self.batch_size]
-                batch = collate([rows[row] for row in chosen])
-                yield chosen, {name: tensor.to(device) for name, tensor in batch.items()}
-                bar.advance(len(chosen))
+            for group in groups:
+                for at in range(0, len(group), self.batch_size):
+                    chosen = group[at : at + self.batch_size]
+                    yield chosen, self._batch([rows[row] for row in chosen], side)
+                    bar.advance(len(chosen))
+
+    def _batch(self, rows: Sequence[Example], side: Side) -> Batch:
+        device = next(self.model.parameters()).device
+        return {name: tensor.to(device) for name, tensor in Collator(self.pad_id, side)(rows).items()}
+
+    @torch.no_grad()
+    def _check_finite(self, row: Example, side: Side, outputs: Callable[[Batch], Tensor]) -> None:
+        check_finite(f"task {self.name}", self.model, lambda: outputs(self._batch([row], side)))
+
+    @torch.no_grad()
+    def _who_together(self, rows: Sequence[Example], side: Side, outputs: Callable[[Batch], Tensor]) -> Together:
+        """Return which rows may share a batch; rows are the longest first. Costs three rows, or five, once."""
+        if self.batch_size == 1 or len(rows) < 2:
+            return "all"
+        long, short = rows[0], rows[-1]
+        padded = _lengths(long) != _lengths(short)
+        if side not in self._together:
+            ids = short["input_ids"]
+            other = long["input_ids"][: len(ids)]
+            alike = {**short, "input_ids": other if other != ids else ids[1:] + ids[:1]}
+            alone = outputs(self._batch([short], side))[0]
+
+            def same(beside: Example) -> bool:
+                found = outputs(self._batch([short, beside], side))[0]
+                length = min(len(alone), len(found))
+                # Half of the dtype's digits: a batch of another shape is summed in another order.
+                slack = torch.finfo(alone.dtype).eps ** 0.5 * float(alone.abs().max())
+                return float((found[:length] - alone[:length]).abs().max()) <= slack
+
+            if padded and same(long):
+                self._together[side] = "all"
+                return "all"
+            self._together[side] = "equal" if same(alike) else "none"
+            if padded or self._together[side] == "none":
+                who = {"equal": "rows of equal length are scored together", "none": "rows are scored one by one"}
+                said = f"the outputs of {type(self.model).__name__} for a row change with the rest of its batch"
+                note(f"{self.name}: {said}; {who[self._together[side]]}", shown=self.progress)
+        return self._together[side]
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the logits: (rows, tokens, vocabulary), or (rows, labels) of a head."""
+        labels = batch.get("labels")
+        if labels is not None and labels.ndim == 2 and self.encoder_decoder:
+            return self.model(**batch).logits
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        more = {} if labels is not None and labels.ndim == 1 else {"use_cache": False}
+        return self.model(**inputs, **more).logits
+
+    def not_finite(self, run: Callable[[], object]) -> DovetailError:
+        """Return the error for outputs that are not finite; `run` repeats the forward pass."""
+        return not_finite(f"task {self.name}", self.model, run)
 
     def log_likelihoods(self, rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """Return per row the sum of log-likelihoods (nats) of its labelled tokens, float64, and their number, int64."""
+        """Return per row the sum of log-likelihoods (nats) of its labelled tokens, float64, and their number, int64.
+
+        Raises NotFinite, which names the first module whose output is not finite.
+        """
         sums, counts = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64)
         for chosen, batch in self.batches(rows):
-            labels_bt = batch["labels"]
-            if self.encoder_decoder:
-                logits_btv = self.model(**batch).logits
-            else:
-                del batch["labels"]
-                logits_btv = self.model(**batch, use_cache=False).logits[:, :-1]
-                labels_bt = labels_bt[:, 1:]
+            labels_bt, logits_btv = batch["labels"], self.logits(batch)
             if logits_btv.ndim != 3:
                 raise wrong_model(self.name, self.model)
+            if not self.encoder_decoder:
+                labels_bt, logits_btv = labels_bt[:, 1:], logits_btv[:, :-1]
             counted_bt = labels_bt != IGNORED
             likelihood_bt = torch.zeros(labels_bt.shape, dtype=torch.float64, device=labels_bt.device)
             likelihood_bt[counted_bt] = -F.cross_entropy(
                 logits_btv[counted_bt].float(), labels_bt[counted_bt], reduction="none"
             ).double()
+            if not bool(likelihood_bt.isfinite().all()):
+                raise self.not_finite(lambda batch=batch: self.logits(batch))
             sums[chosen], counts[chosen] = likelihood_bt.sum(1).cpu(), counted_bt.sum(1).cpu()
         return sums, counts
+
+
+def _lengths(row: Example) -> tuple[int, int]:
+    """Return the tokens of a row and of its labels."""
+    labels = row.get("labels")
+    return len(row["input_ids"]), len(labels) if isinstance(labels, list) else 0
