@@ -59,5 +59,9 @@ class TrainError(DovetailError):
     """Training that cannot start or that diverged."""
 
 
+class HistoryWarning(UserWarning):
+    """What an earlier round of a merged model promised no longer holds, or a chain gives it up."""
+
+
 class CalibrationWarning(UserWarning):
     """A fallback of the calibration on one layer; the message names the layer and the reason."""

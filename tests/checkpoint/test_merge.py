@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import dovetail
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.layer.linear import chain_layers
-from dovetail.errors import CannotMerge, ChainError
+from dovetail.errors import CannotMerge, ChainError, HistoryWarning
 from dovetail.models.probe import probe_batch
 from families import batch, logits, make, move
 
@@ -166,9 +166,13 @@ def test_a_merged_model_says_where_it_comes_from_and_takes_another_chain() -> No
     other = chained("nf4 >> lora(r=4) >> regrid")
     dovetail.merge(other)
     assert other.config.dovetail == note
-    dovetail.apply(model, "wanda(0.5) >> ia3", calibration=[batch(model)])
+    with pytest.warns(HistoryWarning, match="gives up its quantization grid, nf4"):
+        dovetail.apply(model, "wanda(0.5) >> ia3", calibration=[batch(model)])
     move(model)
-    assert dovetail.merge(model).exact
+    report = dovetail.merge(model)
+    assert report.max_abs_weight_diff == 0
+    assert report.given_up == ("grid",)
+    assert not report.exact  # no longer on the grid of the first round
     assert model.config.dovetail["base_fingerprint"] != note["base_fingerprint"]
 
 
@@ -250,10 +254,9 @@ def test_a_chain_without_adapters_merges_to_its_base() -> None:
         assert all(torch.isfinite(w).all() for w in weights_of(model))
 
 
-def test_a_merged_model_is_known_again_and_another_is_refused(tmp_path: Path) -> None:
+def test_a_merged_model_is_known_again_and_a_stale_entry_is_ignored(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from dovetail.errors import LoadError
     from dovetail.tasks.playground import MODEL_DIR
 
     model, tokenizer = dovetail.load(MODEL_DIR)
@@ -269,8 +272,10 @@ def test_a_merged_model_is_known_again_and_another_is_refused(tmp_path: Path) ->
     name = "model.layers.0.mlp.up_proj.weight"
     weights[name][0, 0] += 0.5
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(LoadError, match=r"nf4 >> lora\(r=4\) >> regrid over nf4"):
-        dovetail.load(tmp_path)
+    with pytest.warns(HistoryWarning, match=r"nf4 >> lora\(r=4\) >> regrid over nf4.* ignored"):
+        again, _ = dovetail.load(tmp_path)
+    assert "dovetail" not in again.config.to_dict()
+    assert torch.equal(again.get_parameter(name), weights[name])
 
 
 def test_weight_off_the_grid_is_reported_as_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,7 +266,7 @@ def test_a_packed_model_carries_no_chain_and_says_what_to_do() -> None:
         with pytest.raises(ChainError, match=r"(?s)packed.*to_stock"):
             refused()
     assert not Path("nowhere").exists()
-    dovetail.apply(dovetail.to_stock(model), "lora(r=2)")
+    dovetail.apply(dovetail.to_stock(model), "lora(r=2) >> remask >> regrid")
     with pytest.raises(ChainError, match=r"(?s)is not merged.*merge"):
         dovetail.to_stock(model)
 

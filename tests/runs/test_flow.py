@@ -18,7 +18,7 @@ from dovetail.chains.layer.linear import chain_layers
 from dovetail.chains.notation import chain
 from dovetail.checkpoint.adapter import load_adapter
 from dovetail.checkpoint.load import load
-from dovetail.errors import CannotMerge, RecipeError, TrainError
+from dovetail.errors import CannotMerge, HistoryWarning, RecipeError, TrainError
 from dovetail.runs.flow import run
 from dovetail.runs.plan import plan
 from dovetail.runs.recipe import Recipe
@@ -285,10 +285,30 @@ def test_a_packed_model_is_loaded_scored_and_adapted_like_any_other(tmp_path):
     report = quiet(small_recipe(tmp_path), tmp_path / "run")
     model, _ = load(tmp_path / "run" / "packed")
     assert chain_layers(model)
-    again = quiet(small_recipe(tmp_path, model=str(tmp_path / "run" / "packed"), chain="lora(r=2)"), tmp_path / "more")
+    with pytest.warns(HistoryWarning, match=r"gives up the zeros .* and its quantization grid"):
+        again = quiet(
+            small_recipe(tmp_path, model=str(tmp_path / "run" / "packed"), chain="lora(r=2)"), tmp_path / "more"
+        )
+    assert again.merge.given_up == ("zeros", "grid")
+    assert "gave up the zeros and the grid" in again.verdict
     assert again.row("base").metrics == report.row("merged").metrics
     assert again.packed is None
     assert not (tmp_path / "more" / "packed").exists()
+
+
+@pytest.mark.parametrize("folder", ["model", "packed"])
+def test_a_run_continues_on_the_zeros_and_the_grid_of_an_earlier_run(folder, tmp_path):
+    first = quiet(small_recipe(tmp_path), tmp_path / "run")
+    chain, base = "lora(r=2) >> remask >> regrid", str(tmp_path / "run" / folder)
+    planned = plan(chain, base, memory=False)
+    again = quiet(small_recipe(tmp_path, model=base, chain=chain), tmp_path / "more")
+    assert planned.legal
+    assert planned.mergeable
+    assert planned.bits_per_weight == again.row("tuned").footprint.bits_per_weight
+    assert again.merge.exact
+    assert again.merge.sparsity_after == first.merge.sparsity_after
+    assert again.packed.bits_per_weight == first.packed.bits_per_weight
+    assert "gives up the zeros and the grid" in plan("lora(r=2)", base, memory=False).merge_advice
 
 
 def test_a_packed_classifier_keeps_its_head(tmp_path):

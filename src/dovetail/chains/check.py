@@ -19,21 +19,23 @@ from dovetail.errors import CannotMerge, ChainError
 _EXAMPLES = {"pruner": "wanda(0.5) or magnitude(0.5)", "quantizer": "nf4 or int(bits=4)"}
 
 
-def check(text: str | Chain | Link) -> CheckedChain:
+def check(text: str | Chain | Link, held: tuple[Link, ...] | None = None) -> CheckedChain:
     """Check that a chain can run, and return it with its stages; a checked chain is not checked again.
 
-    Raises ChainError that names the link by its place.
+    held    the pruner and the quantizer of a merged base (`dovetail.chains.layer.held`); None: none, or those that a
+            checked chain was checked with
+    errors  ChainError that names the link by its place
     """
-    if isinstance(text, CheckedChain):
+    if isinstance(text, CheckedChain) and held in (None, text.held):
         return text
-    checked = CheckedChain(chain(text).links)
+    checked = CheckedChain(chain(text).links, held or ())
     _check_order(checked)
     _check_stages(checked)
     return checked
 
 
 def _check_order(chain: CheckedChain) -> None:
-    seen: dict[Kind, Link] = {}
+    seen: dict[Kind, Link] = {link.kind: link for link in chain.kept}
     last: OutputAdapter | None = None
     for place, link in enumerate(chain):
         found, rule, fix = "", "", ""
@@ -42,6 +44,11 @@ def _check_order(chain: CheckedChain) -> None:
             found = f"{link.name} after {last.name}"
             rule = f"{last.name} is a function of the layer's output: links that change the weight must come before it"
             fix = f"put {last.name} last"
+        elif link.kind == "quantizer" and quantizer in chain.kept and quantizer not in chain.links[:place]:
+            if link != quantizer:
+                found = f"a model that was merged on the grid of {quantizer}"
+                rule = "a model is quantized at most once: a second grid would round rounded weights"
+                fix = f"start from the base model, or remove {link.name} to continue on the grid of {quantizer}"
         elif link.kind == "quantizer" and quantizer is not None:
             found = f"{link.name} after {quantizer.name}"
             rule = "a chain has at most one quantizer"

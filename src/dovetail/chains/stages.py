@@ -61,25 +61,67 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class CheckedChain(Chain):
-    """A chain that can run, with its stages. Made by `dovetail.chains.check.check` alone."""
+    """A chain that can run, with its stages. Made by `dovetail.chains.check.check` alone.
+
+    held  the pruner and the quantizer of earlier rounds, where the base is a merged model
+    """
+
+    held: tuple[Link, ...] = ()
+
+    @cached_property
+    def given_up(self) -> tuple[str, ...]:
+        """What the base holds and the chain does not keep: "zeros", "grid".
+
+        It keeps what it names before it would lose it (by a pruner or quantizer of its own) or restores (by a
+        constraint): where that is not enough, it cannot be merged without loss.
+        """
+        return tuple(
+            what
+            for what, kind in MADE_BY.items()
+            if any(link.kind == kind for link in self.held) and self._loses(what, kind)
+        )
+
+    def _loses(self, what: str, kind: Kind) -> bool:
+        if any(isinstance(link, Constraint) and link.restores == what for link in self):
+            return False
+        first = next((link for link in self if link.kind == kind or not getattr(link, f"keeps_{what}")), None)
+        return first is not None and first.kind != kind
+
+    @property
+    def keeping(self) -> str:
+        """How to keep what the chain gives up, as a fix."""
+        return f"use {' >> '.join(map(str, (*self, *map(_restoring, self.given_up))))} to keep them"
+
+    @cached_property
+    def kept(self) -> tuple[Link, ...]:
+        """The pruner and the quantizer of earlier rounds whose zeros and grid the chain starts from."""
+        return tuple(link for link in self.held if not any(MADE_BY[what] == link.kind for what in self.given_up))
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """Its stages, in order."""
-        return stages(self)
+        return stages(self, self.kept)
 
     @cached_property
     def quantizer(self) -> Quantizer | None:
-        """Its quantizer; a legal chain has at most one."""
-        return next((link for link in self if isinstance(link, Quantizer)), None)
+        """The quantizer whose grid it ends on; a legal chain has at most one."""
+        return next((link for link in (*self, *self.kept) if isinstance(link, Quantizer)), None)
+
+    @cached_property
+    def pruner(self) -> Link | None:
+        """The last pruner of the chain, or that of an earlier round."""
+        return next((link for link in reversed((*self.held, *self)) if link.kind == "pruner"), None)
 
     def quantizer_at(self, stage: int) -> Quantizer | None:
         """Return the quantizer on whose grid the base is in that stage."""
-        return self.quantizer if any(self.quantizer in part.applied for part in self.stages[: stage + 1]) else None
+        so_far = (*self.kept, *(link for part in self.stages[: stage + 1] for link in part.applied))
+        return self.quantizer if self.quantizer in so_far else None
 
 
-def stages(chain: Chain) -> tuple[Stage, ...]:
+def stages(chain: Chain, kept: Sequence[Link] = ()) -> tuple[Stage, ...]:
     """Split a chain by (N* D*).
+
+    kept  the pruner and the quantizer whose zeros and grid the base has already: that quantizer is not applied again
 
     >>> from dovetail import chain
     >>> [str(stage) for stage in stages(chain("lora >> wanda(0.5) >> nf4 >> lora >> ia3"))]
@@ -87,12 +129,14 @@ def stages(chain: Chain) -> tuple[Stage, ...]:
     """
     split: list[tuple[list[Link], list[Link]]] = [([], [])]
     for link in chain:
+        if link in kept and link.kind == "quantizer":
+            continue
         if split[-1][1] and not link.differentiable:
             split.append(([], []))
         split[-1][1 if link.differentiable else 0].append(link)
     found = []
     for number, (applied, trained) in enumerate(split):
-        so_far = [link for part, _ in split[: number + 1] for link in part]
+        so_far = [*kept, *(link for part, _ in split[: number + 1] for link in part)]
         still = [link for _, part in split[number:] for link in part if isinstance(link, Constraint)]
         pruned = any(link.kind == "pruner" for link in so_far)
         quantized_here = any(link.kind == "quantizer" for link in applied)
@@ -120,6 +164,11 @@ def _missing(applied: Sequence[Link], trained: Sequence[Link]) -> tuple[Constrai
             elif not getattr(link, f"keeps_{what}"):
                 kept = False
         if not kept and any(link.kind == kind for link in applied):
-            constraints = (cls for cls in links().values() if issubclass(cls, Constraint))
-            found.append(next(cls() for cls in constraints if cls.restores == what))
+            found.append(_restoring(what))
     return tuple(found)
+
+
+def _restoring(what: str) -> Constraint:
+    """Return the constraint that restores "zeros" or "grid"."""
+    constraints = (cls for cls in links().values() if issubclass(cls, Constraint))
+    return next(cls() for cls in constraints if cls.restores == what)

@@ -33,6 +33,7 @@ from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.bits import pack_bits, unpack_bits
 from dovetail.chains.layer.elastic import check_saved, load_ranks, saved_ranks, shapes_at
 from dovetail.chains.layer.fingerprint import base_fingerprint
+from dovetail.chains.layer.held import guard_saving, held
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.chains.link import Adapter
 from dovetail.chains.stages import CheckedChain
@@ -233,7 +234,7 @@ def check_constants(model: nn.Module, seed: int, where: str) -> None:
 
 
 def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
-    links = check(file.chain)
+    links = check(file.chain, held(model))
     if file.stage >= len(links.stages):
         rule = f"{file.chain} has {len(links.stages)} stages, numbered from 0"
         raise LoadError(where, found=f"stage={file.stage}", rule=rule, fix="copy the folder again")
@@ -369,6 +370,7 @@ class Before:
         """Undo every chain put on the model since, and every adapter loaded into the chain that it carries."""
         for parent, children in self._modules:
             parent._modules.update(children)
+        guard_saving(self._modules[0][0])
         for parameter, data, requires_grad in self._parameters:
             parameter.data = data
             parameter.requires_grad_(requires_grad)

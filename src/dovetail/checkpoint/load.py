@@ -12,16 +12,19 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pydantic
 import torch
 
+from dovetail.chains.layer.held import held, read_grids
+from dovetail.chains.link import Link
 from dovetail.checkpoint.packed import PACKED, load_packed
 from dovetail.errors import DovetailError, LoadError
 from dovetail.files import open_tensors, read_json
 from dovetail.models.dtypes import FLOATS
-from dovetail.models.fingerprint import check_merged
+from dovetail.models.fingerprint import drop_stale_note
 from dovetail.models.locate import ask_hub, resolve
 from dovetail.models.targets import HEADS, heads
 from dovetail.tasks.task import FIELDS, HEAD_KINDS
@@ -92,7 +95,9 @@ def load(
         for record in reports:
             logging.getLogger(record.name).handle(record)
     if dtype is None and not info["missing_keys"]:
-        check_merged(f"model {name_or_dir}", model)
+        drop_stale_note(f"model {name_or_dir}", model)
+    if isinstance(source, Path) and any(link.kind == "quantizer" for link in held(model)):
+        read_grids(source, model)
     _set_padding(name_or_dir, model, tokenizer)
     return model.eval(), tokenizer
 
@@ -135,6 +140,19 @@ def load_config(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> 
         _check_counts(f"model {name_or_dir}, config.json", said)
     with _unreadable(f"model {name_or_dir}, config.json"):
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def held_in(name_or_dir: str | Path) -> tuple[Link, ...]:
+    """Return the pruner and the quantizer of a merged model's folder (`dovetail.chains.layer.held`).
+
+    Nothing is raised, and nothing known of a model on the hub: `load` and `apply` find out.
+    """
+    try:
+        path = Path(resolve(name_or_dir)) / "config.json"
+        said = read_json(path, dict[str, Any], rule="config.json must be a JSON object") if path.is_file() else {}
+    except LoadError:
+        return ()
+    return held(SimpleNamespace(dovetail=said.get("dovetail")))
 
 
 def load_tokenizer(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dovetail.chains.check import check_merge
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.fingerprint import packed_fingerprint
+from dovetail.chains.layer.held import Grid, grids, guard_saving, put_grid
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.chains.link import Constraint
 from dovetail.checkpoint.footprint import Footprint, footprint
@@ -37,16 +38,18 @@ class MergeReport:
     """The effect of a merge.
 
     exact                 the merged weights are those that the forward pass used: none lost its zero or its grid
-                          value, and rounding to the model's dtype changed none; and the outputs on the probe are the
-                          same: bit for bit, or up to the order of summation where a chain is open
+                          value, not that of an earlier round either, and rounding to the model's dtype changed none;
+                          and the outputs on the probe are the same: bit for bit, or up to the order of summation where
+                          a chain is open
     max_abs_weight_diff   largest |merged - effective weight|, the effective weight in float32 (float64)
     max_abs_logit_diff    largest difference of the model's output before and after, on a probe batch; None where no
                           probe was given and none could be made
-    sparsity_before, sparsity_after   fraction of zeros in the weights that the chain used before (a lossy merge: in its
-                          base), in the merged weights after
+    sparsity_before, sparsity_after   fraction of zeros in the weights that the chain used before (in its base, where
+                          the merge is lossy or the chain gave up zeros), in the merged weights after
     off_grid              merged weights that are not on the quantizer's grid (0 without a quantizer)
     relative_weight_error ‖merged - effective‖ / ‖effective‖ over all target layers
     footprint             of the packed model, adapters gone: what the merged weights take on their grid
+    given_up              what the layers had from an earlier round and the chain did not keep: "zeros", "grid"
     """
 
     exact: bool
@@ -57,6 +60,7 @@ class MergeReport:
     off_grid: int
     relative_weight_error: float
     footprint: Footprint
+    given_up: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -108,17 +112,23 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
             rule="the model must give outputs, which are compared before and after the merge",
             fix="pass probe=a batch of the model's keyword arguments",
         ) from error
-    identity = next(iter(layers.values())).base.identity
+    base = next(iter(layers.values())).base
+    others = next((grid.identity for grid in grids(model).values()), base.identity)  # layers outside the chain
+    note = {
+        "chain": str(record.chain),
+        "pruner": None if record.chain.pruner is None else str(record.chain.pruner),
+        "quantizer": others if base.quantized is None else base.identity,
+        "base_fingerprint": record.base_fingerprint,
+    }
     tally, slack = _Tally(), _rounding_of_open_layers(layers.values())
     with in_evaluation(model):
         for layer in layers.values():
-            _absorb(layer, record.stage.missing, tally)
+            _absorb(layer, record.stage.missing, tally, of_base="zeros" in record.given_up)
             layer.record = None  # merged: no chain to train, save or merge any more
     layers.clear()  # or codes and values of all layers would be held together in `to_stock`
     summary = footprint(model)
     model.requires_grad_(False)
     if isinstance(model, PreTrainedModel):
-        note = {"chain": str(record.chain), "quantizer": identity, "base_fingerprint": record.base_fingerprint}
         model.config.dovetail = note | ({"packed_fingerprint": packed_fingerprint(model)} if packed else {})
     if not packed:
         to_stock(model)
@@ -127,7 +137,7 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
         logit_diff = float((_outputs(model, probe).double() - before.double()).abs().max())
         same = logit_diff <= slack * float(before.abs().max())  # False where the difference is NaN
     return MergeReport(
-        exact=same and tally.max_abs == 0 and tally.off_grid == 0,
+        exact=same and tally.max_abs == 0 and tally.off_grid == 0 and not record.given_up,
         max_abs_weight_diff=tally.max_abs,
         max_abs_logit_diff=logit_diff,
         sparsity_before=tally.zeros_before / tally.weights,
@@ -135,6 +145,7 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
         off_grid=tally.off_grid,
         relative_weight_error=(tally.error_square / max(tally.square, 1e-300)) ** 0.5,
         footprint=summary,
+        given_up=record.given_up,
     )
 
 
@@ -160,7 +171,11 @@ def to_stock(model: nn.Module) -> nn.Module:
         return model
     while layers:  # one at a time, so that codes and values of all layers are never held together
         _, layer = layers.popitem()
-        replace_module(model, layer, _stock(layer))
+        stock = _stock(layer)
+        if layer.base.quantized is not None:
+            put_grid(stock, Grid.of(layer.base.quantized))
+        replace_module(model, layer, stock)
+    guard_saving(model)
     model.requires_grad_(True)
     if isinstance(model, PreTrainedModel):
         note = {key: value for key, value in model.config.dovetail.items() if key != "packed_fingerprint"}
@@ -199,15 +214,15 @@ class _Tally:
     square: float = 0.0
 
 
-def _absorb(layer: ChainLinear, restore: Sequence[Constraint], tally: _Tally) -> None:
-    """Merge one layer into its base and count the effect."""
+def _absorb(layer: ChainLinear, restore: Sequence[Constraint], tally: _Tally, *, of_base: bool) -> None:
+    """Merge one layer into its base and count the effect; `of_base`: the zeros before are those of the base."""
     base = layer.base
     tally.weights += base.shape[0] * base.shape[1]
     wide = torch.promote_types(base.dtype, torch.float32)
     frozen, bias = layer.frozen_weight()
     used = layer.used_weight(frozen).to(wide)
     # Of the weight that merging writes down; where the chain fills zeros, of the base whose zeros are to be restored.
-    tally.zeros_before += _zeros(base.matrix() if restore else used)
+    tally.zeros_before += _zeros(base.matrix() if restore or of_base else used)
     if restore:
         weight = used.clone()
         for link in restore:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dovetail.chains.layer.base import Base, Scratch
 from dovetail.chains.layer.bits import INTEGERS, join_zeros, split_zeros
 from dovetail.chains.layer.fingerprint import packed_fingerprint
+from dovetail.chains.layer.held import guard_saving
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.chains.link import Quantizer, Site
 from dovetail.chains.notation import chain
@@ -254,6 +255,7 @@ def load_packed(folder: Path, config: PreTrainedConfig, auto: Any, dtype: torch.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         model.config.dtype = dtype
+    guard_saving(model)
     return model.requires_grad_(False).eval()
 
 

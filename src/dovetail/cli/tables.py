@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, get_args
 from rich.markup import escape
 from rich.text import Text
 
-from dovetail.chains.check import check
 from dovetail.chains.link import Adapter, Kind, Link
-from dovetail.chains.notation import format_value
+from dovetail.chains.notation import chain, format_value
 from dovetail.chains.registry import links
+from dovetail.chains.stages import stages
 from dovetail.display.format import format_score, metric_name, size
 from dovetail.display.tables import print_table
 from dovetail.tasks.task import COUNTS
@@ -71,7 +71,7 @@ def untrained_notes(text: str) -> list[str]:
     return [
         f"note: stage {number} trains nothing: {stage.trained[0].name} follows no adapter. Add one, as in "
         f"lora(r=16) >> {stage.trained[0].name}, or remove it."
-        for number, stage in enumerate(check(text).stages, 1)
+        for number, stage in enumerate(stages(chain(text)), 1)
         if stage.trained and not stage.adapters
     ]
 

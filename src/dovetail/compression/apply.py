@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dovetail.chains.check import check
 from dovetail.chains.layer.applied import AppliedChain, Inputs, applied
 from dovetail.chains.layer.attach import attach, replace_module
+from dovetail.chains.layer.held import guard_saving, held
 from dovetail.chains.layer.linear import ChainLinear, LinkState, Shared, adapter_dtype
 from dovetail.chains.link import Adapter, Chain, Link, arguments
 from dovetail.chains.stages import Stage
@@ -54,7 +55,7 @@ def apply(
     errors       ChainError, TargetError, DataError: nearly always before anything is changed. An error after a layer
                  is compressed (a bad later batch, a kill) leaves a model that every further use refuses: load it again
     """
-    checked = check(chain_)
+    checked = check(chain_, held(model))
     if calibration_inputs not in get_args(Inputs):
         found, rule = f"calibration_inputs={calibration_inputs!r}", f"it must be {' or '.join(get_args(Inputs))}"
         raise ChainError("apply", found=found, rule=rule, fix="leave calibration_inputs out")
@@ -69,6 +70,7 @@ def apply(
         if len(untouched) == len(record.layers):
             for name, module in untouched.items():
                 replace_module(model, record.layers[name], module)
+            guard_saving(model)
         else:
             record.broken = True
         raise
@@ -86,7 +88,7 @@ def restore(
     bases: Mapping[str, Mapping[str, Tensor]],
 ) -> nn.Module:
     """Put a chain on the model at a later stage, with the bases that earlier stages trained."""
-    record, _ = attach(model, check(chain_), targets, seed)
+    record, _ = attach(model, check(chain_, held(model)), targets, seed)
     record.number = stage
     quantizer = record.chain.quantizer_at(stage)
     for name, layer in record.layers.items():
@@ -109,7 +111,7 @@ def apply_on_meta(
     errors  those that `apply` raises before it changes anything
     """
     with torch.device("meta"):
-        record, _ = attach(model, check(chain_), targets, 0)
+        record, _ = attach(model, check(chain_, held(model)), targets, 0)
         record.number = stage
         here = record.stage
         for layer in record.layers.values():

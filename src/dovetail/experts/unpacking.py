@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from dovetail.chains.check import check
 from dovetail.chains.layer.elastic import load_ranks
+from dovetail.chains.layer.held import held
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.checkpoint.adapter import Before, put_chain, save_adapter
 from dovetail.checkpoint.formats.peft.write import write_adapter
@@ -115,7 +116,7 @@ def begin_chain(model: nn.Module, origin: Origin) -> None:
     if file is None:
         rule = 'an expert with initial="chain" must hold its adapter.json'
         raise LoadError("expert", found="no adapter", rule=rule, fix="pack the adapter again")
-    links = check(file.chain)
+    links = check(file.chain, held(model))
     fitted = [str(link) for link in links.stages[0].applied if link.statistics]
     fresh = not chain_layers(model)
     if fresh and (fitted or file.stage):

@@ -6,13 +6,14 @@ SHA-256 over names, dtypes, shapes and bytes, streamed tensor by tensor.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from dovetail.errors import LoadError
+from dovetail.errors import HistoryWarning, LoadError
 from dovetail.models.targets import inside, new_heads
 
 if TYPE_CHECKING:
@@ -55,17 +56,18 @@ def model_fingerprint(model: nn.Module) -> str:
     return "unknown" if any(p.is_meta for p in model.parameters()) else fingerprint(model, leave_out=new_heads(model))
 
 
-def check_merged(where: str, model: PreTrainedModel) -> None:
-    """Raise LoadError unless the weights are those that a merged model's config names (`dovetail.merge`)."""
+def drop_stale_note(where: str, model: PreTrainedModel) -> None:
+    """Remove a merged model's entry from the config, and warn, unless the weights are those that it names."""
     said = getattr(model.config, "dovetail", None)
     if not isinstance(said, dict) or "merged_fingerprint" not in said:
         return
     found = fingerprint(model)
     if found != said["merged_fingerprint"]:
-        raise LoadError(
-            where,
-            found=f"weights with fingerprint {found}",
-            rule=f"the weights must be those that config.json names: {said.get('chain')} over {said.get('quantizer')}, "
-            f"merged, with fingerprint {said['merged_fingerprint']}",
-            fix='copy the checkpoint again, or remove "dovetail" from config.json if you changed the weights',
+        del model.config.dovetail
+        warnings.warn(
+            f"{where}: config.json says that the weights are {said.get('chain')} over {said.get('quantizer')}, merged, "
+            f"with fingerprint {said['merged_fingerprint']}; they have fingerprint {found}. The entry is ignored: the "
+            "weights were changed since the merge, by fine-tuning or by damage, and keep neither zeros nor grid.",
+            HistoryWarning,
+            stacklevel=3,
         )

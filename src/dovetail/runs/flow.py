@@ -96,7 +96,7 @@ def run(
         if recipe.merge != "none":
             with Bar("merge", shown=progress):
                 merged = merge(model, lossy=recipe.merge == "lossy", probe=probe, packed=True)
-            if any(stage.applied for stage in links.stages):
+            if links.kept or any(stage.applied for stage in links.stages):
                 packed = steps.write_packed(folder.path / PACKED, model, tokenizer, probe, task.kind)
             to_stock(model)
             rows.add("merged", merged.footprint)

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from dovetail.chains.check import check, check_merge
 from dovetail.chains.layer.applied import applied
+from dovetail.chains.layer.held import held
 from dovetail.chains.link import Chain, Link
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.footprint import stored_nbytes, weight_nbytes
-from dovetail.checkpoint.load import HEAD_KINDS, empty_model, load_config, load_tokenizer
+from dovetail.checkpoint.load import HEAD_KINDS, empty_model, held_in, load_config, load_tokenizer
 from dovetail.compression.apply import apply_on_meta
 from dovetail.compression.blocks import unreached
 from dovetail.errors import CannotMerge, ChainError, DovetailError
@@ -114,7 +115,7 @@ def plan(
     try:
         the_chain = chain(chain_)
         nothing = replace(nothing, chain=str(the_chain))
-        check(the_chain)
+        check(the_chain, held_in(model) if isinstance(model, str | Path) else held(model))
     except ChainError as error:  # before transformers is imported, which takes seconds
         return replace(nothing, problem=f"{type(error).__name__}: {error}")
     from transformers import PreTrainedConfig
@@ -134,7 +135,7 @@ def plan(
     nothing = replace(nothing, batch_size=rows, length=tokens)
     try:
         nothing = replace(nothing, chain=str(chain(chain_)))
-        the_chain = check(chain_)
+        the_chain = check(chain_, held(config))
         apply_on_meta(empty, the_chain, targets)
         calibrated = any(link.statistics for stage in the_chain.stages for link in stage.applied)
         if calibrated and (name := predict_unreached(make(), applied(empty).layers, batch)) is not None:
@@ -142,6 +143,8 @@ def plan(
     except DovetailError as error:
         return replace(nothing, problem=f"{type(error).__name__}: {error}")
     mergeable, advice = True, _rounding(the_chain, empty)
+    if lost := the_chain.given_up:
+        advice = f"the chain gives up the {' and the '.join(lost)} of the merged base: {the_chain.keeping}"
     try:
         check_merge(the_chain)
     except CannotMerge as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dovetail.chains.check import check, check_merge
 from dovetail.chains.layer.elastic import set_ranks
 from dovetail.chains.stages import CheckedChain
-from dovetail.checkpoint.load import HEAD_KINDS, empty_model, load, load_config
+from dovetail.checkpoint.load import HEAD_KINDS, empty_model, held_in, load, load_config
 from dovetail.checkpoint.merge import to_stock
 from dovetail.checkpoint.packed import save_packed
 from dovetail.compression.apply import apply_on_meta
@@ -34,9 +34,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+def checked_chain(recipe: Recipe) -> CheckedChain:
+    """Return the chain of a recipe, checked on what its model holds from earlier rounds. Raises ChainError."""
+    return check(recipe.chain, held_in(recipe.model))
+
+
 def legal_chain(recipe: Recipe) -> CheckedChain:
     """Return the chain; raise ChainError or CannotMerge if it cannot run, or cannot be merged as the recipe asks."""
-    links = check(recipe.chain)
+    links = checked_chain(recipe)
     if recipe.merge == "exact" or (recipe.merge == "lossy" and any(not link.mergeable for link in links)):
         check_merge(links)
     if recipe.search is not None and not any(link.ranks for link in links.stages[-1].adapters):

@@ -25,10 +25,10 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import Field, StrictFloat, StrictInt, StrictStr
 
-from dovetail.chains.check import check
 from dovetail.errors import ChainError, RecipeError
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.rows import row_names
+from dovetail.runs.steps import checked_chain
 from dovetail.runs.yaml import YamlFile, write_yaml
 from dovetail.tasks.spec import Part
 
@@ -152,7 +152,7 @@ def expand(study: Study) -> list[Line]:
 
 
 def _stages(recipe: Recipe) -> list[str]:
-    found = ["base", *row_names(check(recipe.chain))]
+    found = ["base", *row_names(checked_chain(recipe))]
     if recipe.search is not None:
         found.append("searched")
     if recipe.merge != "none":

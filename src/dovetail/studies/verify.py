@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import pydantic
 from safetensors import safe_open
 
-from dovetail.chains.check import check
-from dovetail.chains.link import arguments
+from dovetail.chains.link import Quantizer, arguments
 from dovetail.chains.notation import chain
 from dovetail.checkpoint.adapter import load_adapter
 from dovetail.checkpoint.merge import MergeReport, merge
@@ -95,7 +94,7 @@ def precision(folder: Path, report: Report, stage: str) -> str:
     """Return the precision of the target layers at a stage and of the adapter: FP32 + FP32, INT4 + FP32, INT4."""
     names = [row.name for row in report.stages]
     reached = names[: names.index(stage) + 1]
-    quantizer = check(report.chain).quantizer
+    quantizer = next((link for link in chain(report.chain) if isinstance(link, Quantizer)), None)
     base = _PRECISION[report.environment["dtype"]]
     if quantizer is not None and any(name.startswith("quantized") for name in reached):
         bits = arguments(quantizer).get("bits")

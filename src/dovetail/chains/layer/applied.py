@@ -30,6 +30,7 @@ class AppliedChain:
     on_link           see `apply`
     calibration_inputs  see `apply`
     broken            compression was interrupted: some layers are compressed and others are not
+    given_up          what the layers had from an earlier round and the chain does not keep: "zeros", "grid"
     """
 
     chain: CheckedChain
@@ -41,6 +42,7 @@ class AppliedChain:
     on_link: Callable[[Link], None] | None = field(default=None, repr=False, compare=False)
     calibration_inputs: Inputs = "compressed"
     broken: bool = False
+    given_up: tuple[str, ...] = ()
 
     @property
     def stage(self) -> Stage:

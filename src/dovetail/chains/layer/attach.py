@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
 from dovetail.chains.layer.applied import AppliedChain, applied
 from dovetail.chains.layer.base import Base, Scratch
+from dovetail.chains.layer.bits import pack_bits
+from dovetail.chains.layer.held import grid_of, guard_saving
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
-from dovetail.chains.link import Quantizer, Site, arguments
-from dovetail.chains.notation import chain
+from dovetail.chains.link import Site, arguments
 from dovetail.chains.stages import CheckedChain
-from dovetail.errors import ChainError
+from dovetail.errors import ChainError, HistoryWarning
 from dovetail.models.fingerprint import model_fingerprint
 from dovetail.models.layouts import layout_of
 from dovetail.models.targets import Target, find_targets
@@ -29,39 +32,61 @@ def attach(
         found = f"a model with the chain {applied(model).chain}"
         fix = "write both as one chain, or merge the first one"
         raise ChainError("apply", found=found, rule="a model has at most one chain", fix=fix)
-    _refuse_second_quantizer(model, the_chain)
     layers = find_targets(model, targets)
     sites = {target.name: _checked_site(target, the_chain) for target in layers}
     record = AppliedChain(
         the_chain, targets if isinstance(targets, str) else tuple(targets), seed, model_fingerprint(model)
     )
     scratch = Scratch()
+    modules = {target.name: target.module for target in layers}
     for target in layers:
         module = target.module
         weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
         base = Base(layout_of(target.name, module), weight.detach(), scratch)
         layer = ChainLinear(sites[target.name], base, None if bias is None else bias.detach(), record)
-        layer.train(module.training)
-        replace_module(model, module, layer)
-        record.layers[target.name] = layer
+        record.layers[target.name] = layer.train(module.training)
+    _continue(record, modules)  # the last check: nothing is replaced before it
+    for name, layer in record.layers.items():
+        replace_module(model, modules[name], layer)
+    guard_saving(model)
     return record, layers
 
 
-def _refuse_second_quantizer(model: nn.Module, the_chain: CheckedChain) -> None:
-    """Refuse a quantizer on a merged model whose config names a grid (`dovetail.merge`)."""
-    again = the_chain.quantizer
-    said = getattr(getattr(model, "config", None), "dovetail", None)
-    text = said.get("chain") if isinstance(said, dict) else None
-    if again is None or not isinstance(text, str):  # a config comes from outside
-        return
-    before = next((link for link in chain(text) if isinstance(link, Quantizer)), None)
-    if before is not None:
-        raise ChainError(
-            f"{again.name} in {the_chain}",
-            found=f"a model that was merged on the grid of {before}",
-            rule="a model is quantized at most once: a second grid would round rounded weights",
-            fix=f"start from the base model, or remove {again.name}",
-        )
+def _continue(record: AppliedChain, modules: Mapping[str, nn.Module]) -> None:
+    """Start from the zeros and the grid that the layers have from an earlier round, or say what the chain gives up.
+
+    modules  the stock layers, by the names of the record's layers
+    """
+    links = record.chain
+    bases = {name: layer.base for name, layer in record.layers.items()}
+    grid = next((link for link in links.kept if link.kind == "quantizer"), None)
+    if any(base.device.type == "meta" for base in bases.values()):
+        return  # `apply_on_meta` allocates them, without values
+    for name, base in bases.items():
+        matrix = base.matrix()
+        if any(link.kind == "pruner" for link in links.kept) and links.stages[0].keep_mask:
+            base.mask_bits = pack_bits(matrix != 0)
+        if grid is not None:
+            found = grid_of(modules[name])
+            if found is None:
+                raise ChainError(
+                    f"{name} under {links}",
+                    found=f"a layer of a model that was merged on the grid of {grid}, without that grid",
+                    rule="a chain continues on the grid that was saved with the weights: grid.safetensors",
+                    fix="load the packed model of that run, or a folder saved with this version",
+                )
+            base.set_quantized(found.encode(name, matrix))
+    lost: list[tuple[str, str]] = []
+    if "zeros" in links.given_up:
+        weights = sum(base.shape[0] * base.shape[1] for base in bases.values())
+        zeros = weights - sum(int(torch.count_nonzero(base.matrix())) for base in bases.values())
+        lost += [("zeros", f"the zeros of the base ({zeros / weights:.1%} of the weights under it)")] if zeros else []
+    if "grid" in links.given_up and (on := next(filter(None, map(grid_of, modules.values())), None)):
+        lost += [("grid", f"its quantization grid, {on.identity}")]
+    record.given_up = tuple(what for what, _ in lost)
+    if lost:
+        told = " and ".join(text for _, text in lost)
+        warnings.warn(f"{links} on a merged model gives up {told}; {links.keeping}", HistoryWarning, stacklevel=4)
 
 
 def _checked_site(target: Target, the_chain: CheckedChain) -> Site:

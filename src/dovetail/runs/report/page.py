@@ -6,8 +6,9 @@ import math
 from collections import Counter
 from html import escape
 
-from dovetail.chains.check import check
 from dovetail.chains.link import Link, arguments
+from dovetail.chains.notation import chain
+from dovetail.chains.stages import stages
 from dovetail.display.format import SHARES, duration, format_score, metric_name, percent, size
 from dovetail.display.html import definitions, html_page, html_table, section
 from dovetail.runs.recipe import Recipe
@@ -69,7 +70,7 @@ def _banner(state: str, mark: str, text: str) -> str:
 def _stages(report: Report) -> str:
     """Draw the stages of the chain as boxes of links, those applied once and those trained."""
     boxes = []
-    parts = check(report.chain).stages
+    parts = stages(chain(report.chain))
     for number, stage in enumerate(parts, 1):
         groups = [("applied once", stage.applied), ("trained together", stage.trained)]
         inside = '<span class="arrow">→</span>'.join(

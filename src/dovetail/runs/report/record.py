@@ -99,6 +99,7 @@ class Merge(ReportPart):
     sparsity_before: float
     sparsity_after: float
     off_grid: int
+    given_up: tuple[str, ...] = ()
 
 
 class Losses(ReportPart):

@@ -24,7 +24,10 @@ def verdict(merged: MergeReport | None, *, lossy: bool, quantized: bool) -> str:
     """
     if merged is None:
         return "Not merged: the recipe keeps the base and the adapter apart. The adapter is in adapter/."
-    if merged.exact:
+    if merged.given_up:
+        lost = " and the ".join(merged.given_up)
+        words = [f"Merged: the chain gave up the {lost} that the base had from an earlier merge."]
+    elif merged.exact:
         kept = ["zeros"] if merged.sparsity_before > 0.01 else []
         kept += ["quantization grid"] if quantized else []
         words = ["Merged without loss: the merged weights are bit for bit the tuned weights."]
