@@ -27,12 +27,15 @@ class Footprint:
     nbytes                bytes of the whole model
     nonzero_fraction      of the target layers' base weights
     trainable_parameters  numbers that training changes
+    target_fraction       weights of the target layers over all parameters of the model without adapters: what share of
+                          the model bits_per_weight and nonzero_fraction describe; None in reports of earlier versions
     """
 
     bits_per_weight: float
     nbytes: int
     nonzero_fraction: float
     trainable_parameters: int
+    target_fraction: float | None = None
 
 
 @torch.no_grad()
@@ -53,7 +56,16 @@ def footprint(model: nn.Module) -> Footprint:
         nbytes=stored_nbytes(model),
         nonzero_fraction=nonzero / weights,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        target_fraction=weights / count_weights(model),
     )
+
+
+def count_weights(model: nn.Module) -> int:
+    """Count a model's parameters without adapters, shared ones once, and quantized weights one by one."""
+    layers = chain_layers(model).values()
+    inside = {id(p) for layer in layers for part in (layer.base, layer.links) for p in part.parameters()}
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    return rest + sum(layer.base.shape[0] * layer.base.shape[1] for layer in layers)
 
 
 def weight_nbytes(layer: ChainLinear) -> int:

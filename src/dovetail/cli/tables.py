@@ -13,7 +13,7 @@ from dovetail.chains.link import Adapter, Kind, Link
 from dovetail.chains.notation import chain, format_value
 from dovetail.chains.registry import links
 from dovetail.chains.stages import stages
-from dovetail.display.format import format_score, metric_name, size
+from dovetail.display.format import format_score, metric_name, percent, size
 from dovetail.display.tables import print_table
 from dovetail.tasks.task import COUNTS
 
@@ -98,7 +98,8 @@ def print_plan(console: Console, plan: Plan) -> None:
     print_table(console, heads, cells, words=3)
     for note in untrained_notes(plan.chain):
         console.print(escape(note), soft_wrap=True)
-    console.print(f"{plan.layers} layers, {plan.weights:,} weights in them", soft_wrap=True)
+    share = "" if plan.target_fraction is None else f", {percent(plan.target_fraction)} of the model"
+    console.print(f"{plan.layers} layers, {plan.weights:,} weights in them{share}", soft_wrap=True)
     if plan.predicted_peak_memory_nbytes is None:
         console.print("memory of training not predicted", soft_wrap=True)
     else:

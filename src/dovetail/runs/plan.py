@@ -21,7 +21,7 @@ from dovetail.chains.layer.held import held
 from dovetail.chains.link import Chain, Link
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import CheckedChain
-from dovetail.checkpoint.footprint import stored_nbytes, weight_nbytes
+from dovetail.checkpoint.footprint import count_weights, stored_nbytes, weight_nbytes
 from dovetail.checkpoint.load import HEAD_KINDS, empty_model, held_in, load_config, load_tokenizer
 from dovetail.compression.apply import apply_on_meta
 from dovetail.compression.blocks import unreached
@@ -58,6 +58,7 @@ class Plan:
     mergeable                     whether it merges without loss
     merge_advice                  what to add so that it does; where it does, what is rounded, or ""
     layers, weights               target layers, and weights in them
+    target_fraction               these weights over all parameters of the model: what share bits_per_weight describes
     stages                        one after the other
     bits_per_weight, nbytes       of the model under its last stage, adapters included in nbytes: what
                                   `dovetail.footprint` counts then, exactly
@@ -79,6 +80,7 @@ class Plan:
     predicted_peak_memory_nbytes: int | None
     batch_size: int
     length: int
+    target_fraction: float | None = None
 
 
 def plan(
@@ -167,7 +169,8 @@ def plan(
                 predicted_peak_memory_nbytes=predict_peak_memory(model_here, batch, settings) if memory else None,
             )
         )
-        nothing = replace(nothing, layers=len(layers), weights=weights)
+        share = weights / count_weights(model_here)
+        nothing = replace(nothing, layers=len(layers), weights=weights, target_fraction=share)
     peaks = [part.predicted_peak_memory_nbytes for part in parts]
     return replace(
         nothing,

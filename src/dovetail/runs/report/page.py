@@ -13,7 +13,7 @@ from dovetail.display.format import SHARES, duration, format_score, metric_name,
 from dovetail.display.html import definitions, html_page, html_table, section
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Example, Report, Row
-from dovetail.runs.report.summary import learned_nothing
+from dovetail.runs.report.summary import counted, learned_nothing
 from dovetail.runs.yaml import yaml_text
 from dovetail.tasks.task import COUNTS
 
@@ -106,6 +106,7 @@ def _table(report: Report) -> str:
         (f"Scored on {records:.0f} records. " if records else "")
         + (f"{cut:.0f} prompts or texts are cut. " if cut else "")
         + (f"Long texts are scored in disjoint windows, {windows:.0f} in all. " if windows else "")
+        + f"{counted(report)} ".lstrip()
         + "Bits per weight: everything stored for the weights under the chain, including scales, zero points and "
         + "masks. "
         + "Model size: everything that the model stores after the stage, including embeddings and adapters."

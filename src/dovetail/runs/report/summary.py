@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from dovetail.checkpoint.footprint import Footprint
 from dovetail.checkpoint.merge import MergeReport
 from dovetail.display.format import SHARES, duration, format_score, metric_name, percent, size
 from dovetail.display.tables import print_table
@@ -51,10 +52,16 @@ def verdict(merged: MergeReport | None, *, lossy: bool, quantized: bool) -> str:
         )
     if merged.sparsity_before > 0.01:
         before, after = percent(merged.sparsity_before, 2), percent(merged.sparsity_after, 2)
-        words.append(f"Zeros: {before} of the weights before merging, {after} after.")
+        words.append(f"Zeros: {before} of the weights{_whole(merged.footprint)} before merging, {after} after.")
     if quantized:
         words.append(f"Weights off the quantization grid: {merged.off_grid}.")
     return " ".join(words)
+
+
+def _whole(taken: Footprint) -> str:
+    """Return which share of the model the weights under the chain are."""
+    share = taken.target_fraction
+    return "" if share is None else f" under the chain, which are {percent(share)} of those of the model,"
 
 
 def learned_nothing(report: Report) -> str:
@@ -98,6 +105,15 @@ def _better(metric: str, score: float | None, other: float | None, n: float) -> 
     return gain > 2 * error
 
 
+def counted(report: Report) -> str:
+    """Return which share of the model the bits per weight and the nonzero weights of a report describe."""
+    base, last = report.stages[0].footprint.target_fraction, report.stages[-1].footprint.target_fraction
+    if base is None or last is None:
+        return ""
+    told = f"Bits per weight and nonzero weights are those of the layers under the chain, {percent(last)} of the model"
+    return f"{told}." if base == last else f"{told}; in the row base, those of all linear layers, {percent(base)}."
+
+
 def row_line(row: Row) -> str:
     """Return a finished row as one line, to be printed during the run."""
     task, scores = next(iter(row.metrics.items()))
@@ -128,6 +144,8 @@ def print_summary(console: Console, report: Report, directory: Path) -> None:
         for row in report.stages
     ]
     print_table(console, ["stage", *titles, "bits per\nweight", "nonzero\nweights", "model\nsize", "time"], rows)
+    if note := counted(report):
+        console.print(note)
     console.print(escape(report.verdict))
     if report.training:
         trained, peak = report.footprint.trainable_parameters, size(report.peak_memory_nbytes)

@@ -1,0 +1,77 @@
+"""A figure of some layers says which share of the model they are.
+
+Under any chain, before and after merging and in a plan, `target_fraction` times the model's weights is the number of
+weights that bits per weight and the fraction of nonzero weights describe. The report in words names that share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+import dovetail
+from dovetail.checkpoint.footprint import Footprint
+from dovetail.display.format import percent
+from dovetail.models.targets import find_targets
+from dovetail.runs.plan import plan
+from dovetail.runs.report.summary import verdict
+from families import batch, make, move
+
+FAMILIES = ["llama", "gpt2", "mixtral", "gemma", "t5", "bert"]
+CHAINS = [
+    "lora(r=4)",
+    "magnitude(0.5) >> lora(r=4) >> remask",
+    "int(bits=4, group=32) >> ia3 >> regrid",
+    "magnitude(0.5) >> nf4 >> lora(r=4) >> remask >> regrid",
+]
+TARGETS: dict[str, Any] = {"all": "all-linear", "one": ["*.0.*"]}
+
+
+def whole(model: nn.Module) -> int:
+    """The weights of a stock model, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def same(taken: Footprint, weights: int, total: int) -> bool:
+    return taken.target_fraction is not None and round(taken.target_fraction * total) == weights
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("text", CHAINS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_share_is_that_of_the_weights_counted(family: str, text: str, targets: str) -> None:
+    model, where = make(family), TARGETS[targets]
+    names = [target.name for target in find_targets(model, where)]
+    weights = sum(model.get_submodule(name).get_parameter("weight").numel() for name in names)
+    total, stock = whole(model), dovetail.footprint(model)
+    assert same(stock, sum(t.module.get_parameter("weight").numel() for t in find_targets(model)), total)
+    dovetail.apply(model, text, targets=where, calibration=[batch(model)])
+    move(model)
+    under = dovetail.footprint(model)
+    assert same(under, weights, total)
+    report = dovetail.merge(model)
+    assert same(report.footprint, weights, total)
+    zeros = sum(int((model.get_submodule(name).get_parameter("weight") == 0).sum()) for name in names)
+    assert round((1 - report.footprint.nonzero_fraction) * report.footprint.target_fraction * total) == zeros
+    assert whole(model) == total
+    told = verdict(report, lossy=False, quantized="regrid" in text)
+    assert ("Zeros:" in told) == (report.sparsity_before > 0.01)
+    if "Zeros:" in told:
+        assert f"under the chain, which are {percent(weights / total)} of those of the model" in told
+    if targets == "all":
+        kind = "classification" if family == "bert" else "generation"
+        planned = plan(text, make(family).config, memory=False, task_kind=kind)
+        assert planned.target_fraction == pytest.approx(weights / total)
+
+
+def test_experts_of_a_mixture_that_no_chain_reaches_are_part_of_the_whole() -> None:
+    model = make("mixtral")
+    dovetail.apply(model, "magnitude(0.5)")
+    report = dovetail.merge(model)
+    stock = zip(model.parameters(), make("mixtral").parameters(), strict=True)
+    zeros = sum(int((p == 0).sum()) - int((q == 0).sum()) for p, q in stock)
+    assert report.sparsity_after == 0.5
+    assert report.footprint.target_fraction is not None
+    assert zeros / whole(model) == pytest.approx(0.5 * report.footprint.target_fraction)
