@@ -114,7 +114,13 @@ def test_plot(tmp_path):
     path = race(0)[0].plot(tmp_path / "sweep.png", original=0.7)
     with Image.open(path) as picture:
         assert picture.size == (1260, 690)
-    assert sweep(vector(), lambda expert: math.nan).plot(tmp_path / "none.png").stat().st_size > 1000
+    odd = sweep(vector(), lambda expert: math.nan if expert.alpha != 4 else 0.5)
+    assert odd.plot(tmp_path / "odd.png").stat().st_size > 1000
+
+
+def test_without_a_finite_score_nothing_is_best():
+    with pytest.raises(DataError, match="no finite score at"):
+        sweep(vector(), lambda expert: math.nan)
 
 
 def records() -> list[dict[str, str]]:

@@ -12,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
+from dovetail.errors import DovetailError
 from dovetail.models.targets import find_targets
 
 
@@ -40,17 +41,20 @@ class Footprint:
 
 @torch.no_grad()
 def footprint(model: nn.Module) -> Footprint:
-    """Count a model, with or without a chain. The target layers are those under the chain, else `all-linear`."""
+    """Count a model, with or without a chain. The target layers are those under the chain, else `all-linear`.
+
+    Raises DovetailError that names a target layer whose weights are NaN or infinite.
+    """
     layers = chain_layers(model)
     if layers:
         weights = sum(layer.base.shape[0] * layer.base.shape[1] for layer in layers.values())
         stored = sum(weight_nbytes(layer) for layer in layers.values())
-        nonzero = sum(int(torch.count_nonzero(layer.base.matrix())) for layer in layers.values())
+        nonzero = sum(_nonzero(name, layer.base.matrix()) for name, layer in layers.items())
     else:
-        parameters = [target.module.get_parameter("weight") for target in find_targets(model)]
-        weights = sum(p.numel() for p in parameters)
-        stored = sum(p.nbytes for p in parameters)
-        nonzero = sum(int(torch.count_nonzero(p)) for p in parameters)
+        parameters = {target.name: target.module.get_parameter("weight") for target in find_targets(model)}
+        weights = sum(p.numel() for p in parameters.values())
+        stored = sum(p.nbytes for p in parameters.values())
+        nonzero = sum(_nonzero(name, p) for name, p in parameters.items())
     return Footprint(
         bits_per_weight=8 * stored / weights,
         nbytes=stored_nbytes(model),
@@ -58,6 +62,17 @@ def footprint(model: nn.Module) -> Footprint:
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         target_fraction=weights / count_weights(model),
     )
+
+
+def _nonzero(name: str, weight: Tensor) -> int:
+    if not bool(torch.isfinite(weight).all()):
+        raise DovetailError(
+            f"footprint at {name}",
+            found="weights that are NaN or infinite",
+            rule="the weights that are counted must be finite",
+            fix="check the checkpoint, or the training that made these weights",
+        )
+    return int(torch.count_nonzero(weight))
 
 
 def count_weights(model: nn.Module) -> int:

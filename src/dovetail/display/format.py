@@ -20,9 +20,9 @@ def metric_name(metric: str) -> str:
 
 
 def format_score(metric: str, value: float | None) -> str:
-    """Format the value of a metric: shares in percent, other metrics with three decimals; None is infinite."""
+    """Format the value of a metric: shares in percent, other metrics with three decimals; None is not finite."""
     if value is None:
-        return "infinite"
+        return "not finite"
     if metric in SHARES:
         return percent(value)
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"

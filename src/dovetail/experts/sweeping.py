@@ -165,6 +165,9 @@ def sweep(
     points = {id(racer): _point(racer, parts.sizes) for racer in racers}
     finished = [racer for racer in racers if not racer.stopped]
     top = max(_mean(racer.scores, parts.sizes) for racer in finished)
+    if not math.isfinite(top):
+        found, rule = f"no finite score at {len(racers)} points", "at least one point must have a finite score"
+        raise DataError("sweep", found=found, rule=rule, fix="pass smaller alphas, or check the model and the task")
     equal = [racer for racer in finished if _mean(racer.scores, parts.sizes) == top]
     lowest = min(racer.density for racer in equal)  # the size also depends on the digits in the header
     plateau = sorted((r for r in equal if r.density == lowest), key=lambda racer: racer.expert.alpha)
@@ -267,10 +270,10 @@ def default_alpha(parameters: int, density: float) -> float | None:
 
 
 def _mean(scores: Sequence[float], sizes: Sequence[int]) -> float:
-    """Return the mean over records; minus infinity if it is not a number."""
+    """Return the mean over records; minus infinity if it is not finite."""
     seen = sizes[: len(scores)]
     mean = sum(score * size for score, size in zip(scores, seen, strict=True)) / max(1, sum(seen))
-    return mean if not math.isnan(mean) else -math.inf
+    return mean if math.isfinite(mean) else -math.inf
 
 
 def _point(racer: _Racer, sizes: Sequence[int]) -> Point:

@@ -44,7 +44,7 @@ def hill_climb(
     """Climb from `start` for at most `turns` turns (SQFT, Algorithm 1).
 
     sample_neighbours  (anchor, visited) -> neighbours to try; visited ones and repeats among them are left out
-    evaluate           configuration -> score, larger is better; NaN counts as the worst. Called once for each
+    evaluate           configuration -> score, larger is better; one that is not finite is the worst. Called once for each
                        configuration at most: the visited set is the cache
     on_evaluation      called with each evaluation and the anchor's, before the anchor moves
 
@@ -59,7 +59,7 @@ def hill_climb(
 
     def score(turn: int, configuration: T, anchor: Evaluation[T] | None) -> Evaluation[T]:
         value = evaluate(configuration)
-        scores[configuration] = -math.inf if math.isnan(value) else value
+        scores[configuration] = value if math.isfinite(value) else -math.inf
         found = Evaluation(turn, configuration, scores[configuration])
         history.append(found)
         if on_evaluation is not None:

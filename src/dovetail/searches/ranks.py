@@ -77,8 +77,8 @@ def search_ranks(
     split       the split that they come from. A task without a validation split is refused; split="train" searches on
                 the training records, which favours large ranks
     seed        of the sample and the neighbours
-    errors      SearchError for a model without an elastic adapter and settings out of range; DataError for a missing
-                split. The ranks of the model are then unchanged
+    errors      SearchError for a model without an elastic adapter, settings out of range, and where no configuration
+                has a finite score; DataError for a missing split. The ranks of the model are then unchanged
     """
     numbers = {"turns": turns, "neighbours": neighbours, "step": step, "samples": samples}
     for name, value in numbers.items():
@@ -120,6 +120,13 @@ def search_ranks(
                 turns,
                 show,
             )
+            if not math.isfinite(climb.best.score):
+                raise SearchError(
+                    f"search_ranks on {proxy.name}",
+                    found=f"no finite {proxy.metric} at {len(climb.history)} configurations",
+                    rule="at least one configuration must have a finite score",
+                    fix="check the outputs of the model, or raise samples",
+                )
         except BaseException:
             _use(elastic, before)
             raise

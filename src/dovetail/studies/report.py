@@ -51,7 +51,7 @@ class Spread(ReportPart):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Summarize values; with an infinite value there is no mean."""
+        """Summarize values; with a value that is not finite there is no mean."""
         good = bool(values) and all(map(math.isfinite, values))
         return cls(
             values=list(values) if good else [],

@@ -227,7 +227,14 @@ def _result(line: Line, folder: Path, failed: Mapping[str, str]) -> Result:
         precision=stored,
         figure=Spread.of(_scores(reports, stage)),
         merged_lossy=lossy,
-        failed=[Failure(seed=one.recipe.seed, problem=failed[one.slug]) for one in line.runs if one.slug in failed],
+        failed=[
+            *(Failure(seed=one.recipe.seed, problem=failed[one.slug]) for one in line.runs if one.slug in failed),
+            *(
+                Failure(seed=one.recipe.seed, problem=f"its score at the stage {stage} is not finite")
+                for one in done
+                if reports[one.slug].score(reports[one.slug].row(stage)) is None
+            ),
+        ],
         runs=[one.slug for one in line.runs],
     )
 

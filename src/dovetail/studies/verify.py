@@ -55,6 +55,10 @@ def _verify(folder: Path) -> Judgement:
         return Judgement(mergeable=None, why="")
     if recipe.merge == "exact" and report.merge is not None:
         before, after = report.score(report.row(last_stage(report))), report.score(report.row(MERGED))
+        if before is None or after is None:
+            return Judgement(
+                mergeable=False, why="a score before or after merging is not finite, so none can be compared"
+            )
         if before != after:
             return Judgement(mergeable=False, why=f"merging changes the score from {before} to {after}")
         return _lossless(report.merge)

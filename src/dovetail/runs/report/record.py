@@ -30,7 +30,7 @@ MAX_NBYTES = 1 << 28
 
 
 def finite(score: float | None) -> float | None:
-    """Return a score, or None for an infinite one, which JSON cannot hold."""
+    """Return a score, or None for one that is infinite or NaN, which JSON cannot hold."""
     return score if score is not None and math.isfinite(score) else None
 
 
@@ -79,7 +79,7 @@ class Row(ReportPart):
     """The model after one stage.
 
     name       base; pruned, quantized, tuned, searched, merged where the chain has them
-    metrics    task -> metric -> score, with the counts of `dovetail.tasks.task.COUNTS`; None where a score is infinite
+    metrics    task -> metric -> score, with the counts of `dovetail.tasks.task.COUNTS`; None where one is not finite
     footprint  of the model after the stage
     seconds    of the stage, including its evaluation
     """
@@ -168,7 +168,7 @@ class Example(ReportPart):
 class Searched(ReportPart):
     """The result of a search over elastic ranks (`dovetail.RankSearch`), scored on a sample of `split`.
 
-    start, best  scores of the reference ranks and of the ranks found; None where infinite
+    start, best  scores of the reference ranks and of the ranks found; None where not finite
     ranks        group of layers -> rank found
     """
 
