@@ -44,8 +44,8 @@ def hill_climb(
     """Climb from `start` for at most `turns` turns (SQFT, Algorithm 1).
 
     sample_neighbours  (anchor, visited) -> neighbours to try; visited ones and repeats among them are left out
-    evaluate           configuration -> score, larger is better; one that is not finite is the worst. Called once for each
-                       configuration at most: the visited set is the cache
+    evaluate           configuration -> score, larger is better; one that is not finite is the worst. Called at most
+                       once for each configuration: the visited set is the cache
     on_evaluation      called with each evaluation and the anchor's, before the anchor moves
 
     The anchor moves only to a strictly better score, and to the first of equal ones, so the result is never worse than

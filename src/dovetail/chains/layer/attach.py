@@ -72,7 +72,7 @@ def _continue(record: AppliedChain, modules: Mapping[str, nn.Module]) -> None:
                 raise ChainError(
                     f"{name} under {links}",
                     found=f"a layer of a model that was merged on the grid of {grid}, without that grid",
-                    rule="a chain continues on the grid that was saved with the weights: grid.safetensors",
+                    rule="a chain continues on the grid that was saved with the weights, in dovetail/grid.safetensors",
                     fix="load the packed model of that run, or a folder saved with this version",
                 )
             base.set_quantized(found.encode(name, matrix))

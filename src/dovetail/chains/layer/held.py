@@ -2,8 +2,8 @@
 
 config.json's "dovetail" (`dovetail.merge`) names both. The zeros are in the weights. The grid (scales and zero points,
 without the codes) stays on the layer that was merged, in memory, and `save_pretrained` writes it beside the weights
-into `grid.safetensors`, which other programs ignore. A chain on such a model continues from both, or gives them up and
-says so (`CheckedChain.given_up`).
+into `dovetail/grid.safetensors`, which other programs ignore. A chain on such a model continues from both, or gives
+them up and says so (`CheckedChain.given_up`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from dovetail.chains.notation import chain
 from dovetail.errors import ChainError, DovetailError, HistoryWarning, LoadError
 from dovetail.files import atomic, open_tensors
 
-GRIDS = "grid.safetensors"
+GRIDS = "dovetail/grid.safetensors"
+"""In a folder of its own: some programs read every safetensors file that lies beside the weights."""
 _ATTRIBUTE = "dovetail_grid"
 
 
@@ -151,6 +152,8 @@ class _Saving:
         result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
         if found := grids(model):
             tensors = {f"{name}/{key}": t.cpu() for name, grid in found.items() for key, t in grid.tensors.items()}
-            with atomic(Path(save_directory) / GRIDS) as part:
+            path = Path(save_directory) / GRIDS
+            path.parent.mkdir(exist_ok=True)
+            with atomic(path) as part:
                 save_file(tensors, part, metadata={name: grid.identity for name, grid in found.items()})
         return result
