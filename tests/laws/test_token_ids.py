@@ -48,7 +48,7 @@ def model_of(name: str) -> Any:
 
 
 KINDS = ["generation", "choice", "pairs", "text"]
-NAMED = r"record 1\n.*'<\|im_end\|>' with id 128; the model's embedding has 128 rows"
+NAMED = r"record 1\n.*'<\|im_end\|>' with id 128; the model's (embedding has 128 rows|head has 128 outputs)"
 CASES = [(n, k) for n in ("llama", "gpt2", "bloom", "opt", "t5", "rwkv", "mamba") for k in KINDS]
 CASES += [(n, "classification") for n in ENCODERS]
 

@@ -28,6 +28,7 @@ from dovetail.models.fingerprint import drop_stale_note
 from dovetail.models.locate import ask_hub, resolve
 from dovetail.models.targets import HEADS, heads
 from dovetail.tasks.task import FIELDS, HEAD_KINDS
+from dovetail.tasks.tokens import keep_end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -321,6 +322,7 @@ def _set_padding(name: str | Path, model: PreTrainedModel, tokenizer: PreTrained
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+        keep_end_ids(model, tokenizer)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

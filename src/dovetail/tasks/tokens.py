@@ -21,7 +21,7 @@ from dovetail.progress import note
 from dovetail.tasks.task import HEAD_KINDS, Record, check_labels
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Example = dict[str, Any]
 """One row before padding: input_ids, and where there is a loss labels, lists of ints; or a label, int or float."""
@@ -337,6 +337,22 @@ def pad_id(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | None = N
 def end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the token that ends a text, or None."""
     return _first(tokenizer.eos_token_id)
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens at which a generated answer ends: the model's own, and the tokenizer's, which is trained."""
+    own: Any = model.generation_config.eos_token_id
+    ends = own if isinstance(own, list) else [own]
+    return sorted({at for at in (end_id(tokenizer), *ends) if at is not None})
+
+
+def keep_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write `end_ids` to the model's generation config, so that `generate` stops where a scored answer stops."""
+    if model.can_generate():
+        ends = end_ids(model, tokenizer)
+        own: Any = model.generation_config.eos_token_id
+        if ends and ends not in ([own], own):
+            model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
 
 
 def wrong_model(name: str, model: nn.Module, *, head: str = "") -> DataError:

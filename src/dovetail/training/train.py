@@ -31,7 +31,7 @@ from dovetail.tasks.find import as_task
 from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Record, Task
-from dovetail.tasks.tokens import Collator, Example, RowMaker, check_model, pad_id, vocabulary_of
+from dovetail.tasks.tokens import Collator, Example, RowMaker, check_model, keep_end_ids, pad_id, vocabulary_of
 from dovetail.training import checkpoints
 from dovetail.training.optimizer import (
     HEADS,
@@ -217,6 +217,8 @@ def train(
                     shutil.rmtree(path)
     if asked.bf16 and chained:
         cast_heads(model)
+    if data.kind in ("generation", "choice"):  # an end token was trained
+        keep_end_ids(model, tokenizer)
     model.eval()
     return TrainReport(reports, time.perf_counter() - started, cut)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dovetail.errors import DataError
 from dovetail.tasks.scoring.runner import Batch, Runner, Scored
 from dovetail.tasks.task import Record
-from dovetail.tasks.tokens import end_id, wrong_model
+from dovetail.tasks.tokens import end_ids, wrong_model
 
 MORE = 4
 """Tokens that a continuation may have beyond the longest answer."""
@@ -56,7 +56,6 @@ def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
     rows = runner.make.prompts([record["prompt"] for record in records], room=runner.max_length - room)
     generate: Callable[..., Any] = model.generate  # pyright: ignore[reportAttributeAccessIssue]
     own = model.generation_config
-    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     # The model's own settings (sampling, penalties) are put aside: generate() would mix them into ours.
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -64,7 +63,7 @@ def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
         max_new_tokens=new_tokens,
         use_cache=True,
         pad_token_id=runner.pad_id,
-        eos_token_id=sorted({at for at in (end_id(tokenizer), *ends) if at is not None}) or None,
+        eos_token_id=end_ids(model, tokenizer) or None,
         decoder_start_token_id=own.decoder_start_token_id,
         bos_token_id=own.bos_token_id,
     )
