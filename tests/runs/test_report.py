@@ -88,7 +88,7 @@ def test_the_page(changes):
     assert "http" not in re.sub(r"http-equiv", "", text)
     assert "url(" not in text
     assert "@import" not in text
-    for part in ("Chain", "After each stage", "Merge", "Run", "Recipe", "stage 2", "25.0 %", "infinite", "bits 4"):
+    for part in ("Chain", "After each stage", "Merge", "Run", "Recipe", "stage 2", "25.0 %", "not finite", "bits 4"):
         assert part in text
     assert ("Learning rates" in text) == ("training" not in changes)
     assert text.count("&lt;img src=x") == (0 if "examples" in changes else 2)
@@ -203,7 +203,7 @@ def test_a_narrow_console_cuts_no_number(tmp_path):
 def test_scores_sizes_and_durations_as_text():
     assert format_score("exact_match", 0.1234) == "12.3 %"
     assert format_score("pearson", -0.5) == "-0.500"
-    assert format_score("perplexity", None) == "infinite"
+    assert format_score("perplexity", None) == "not finite"
     assert [size(n) for n in (0, 999, 1000, 1_234_567)] == ["0 bytes", "999 bytes", "1 kB", "1.23 MB"]
     assert [duration(s) for s in (0.04, 59.9, 61, 3700)] == ["0.0 s", "59.9 s", "1 min 1 s", "1 h 1 min"]
 
