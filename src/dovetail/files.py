@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import platform
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,6 +83,41 @@ def atomic(path: Path, *, shared: bool = False) -> Iterator[Path]:
         part.replace(path)
     finally:
         _remove(part)
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Hold the lock of an output while the block runs; raise DovetailError where another process holds it.
+
+    The lock is the file `.NAME.lock` beside the output, which says whose it is. It ends with the process.
+    """
+    import fcntl
+
+    lock = path.with_name(f".{path.name}.lock")
+    with writing(path):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = lock.open("a+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with file:
+                    file.seek(0)
+                    holder = file.read(200) or "another process"
+                rule, fix = "an output must have one writer at a time", "wait for it to end, or choose another --output"
+                found = f"{holder}, which is writing to it"
+                raise DovetailError(f"output {path}", found=found, rule=rule, fix=fix) from None
+            if lock.exists() and lock.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                break  # else the holder before has just removed it
+            file.close()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+    with file:
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _remove(path: Path) -> None:

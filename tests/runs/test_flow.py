@@ -32,7 +32,7 @@ from small_runs import MAIN, save_labels, save_model, small_recipe
 
 FIELDS = {
     "chain", "model", "seed", "stages", "merge", "footprint", "peak_memory_nbytes", "seconds", "environment", "task",
-    "examples", "verdict", "training", "checkpoint", "packed", "search",
+    "examples", "verdict", "training", "checkpoint", "packed", "search", "identity",
 }  # fmt: skip
 
 

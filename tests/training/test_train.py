@@ -354,7 +354,9 @@ def test_a_run_is_not_resumed_on_another_base(tmp_path):
     settings = {"max_steps": 6, "checkpoint_every": 2}
     with training_killed_at(4):
         quiet(apply(llama(), "magnitude(0.3) >> lora(r=4)"), SUMS, output_dir=tmp_path / "run", **settings)
-    other = apply(llama(), "magnitude(0.4) >> lora(r=4)")
+    other = apply(llama(), "magnitude(0.3) >> lora(r=4)")
+    layer = next(iter(chain_layers(other).values()))
+    layer.base.set_dense(layer.base.matrix() * 1.5)  # as another machine may compress it
     with pytest.raises(TrainError, match="base other than"):
         quiet(other, SUMS, output_dir=tmp_path / "run", resume=True, **settings)
 

@@ -68,10 +68,11 @@ def run(
     model.requires_grad_(False)  # the base is frozen; a new head is trained once the chain is applied
     batches = steps.calibration(recipe, task, model, tokenizer)
     probe = {name: tensor[:PROBE_ROWS] for name, tensor in batches[0].items()}
+    identity = steps.identity(model, tokenizer, tasks, batches)
     names = iter(row_names(links, head=task.kind in HEAD_KINDS))
     trained, searched, merged, checkpoint, packed = None, None, None, None, None
 
-    with Bar(f"run {recipe.chain}", shown=progress), run_folder(output, recipe, resume) as folder:
+    with Bar(f"run {recipe.chain}", shown=progress), run_folder(output, recipe, resume, identity) as folder:
         rows = Rows(folder, model, tokenizer, tasks, recipe, progress=progress, on_row=on_row)
         rows.add("base")
         apply(
@@ -116,6 +117,7 @@ def run(
             checkpoint=checkpoint,
             packed=packed,
             environment=environment(model),
+            identity=identity,
             search=searched,
             examples=rows.examples(),
         )

@@ -1,6 +1,7 @@
 """The folder of a run: written beside its final place and renamed when complete; a killed run continues there.
 
 OUTPUT.partial/recipe.yaml      the recipe that the run started with
+OUTPUT.partial/identity.json    the model, the tokenizer and the data that it started with, as digests
 OUTPUT.partial/progress.jsonl   the finished rows
 OUTPUT.partial/training/        checkpoints of training (`dovetail.training.checkpoints`)
 OUTPUT.partial/...              everything that OUTPUT will hold
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -20,14 +21,15 @@ from typing import Any
 import pydantic
 
 from dovetail.errors import DovetailError, RecipeError
-from dovetail.files import check_folder, writing
+from dovetail.files import check_folder, only_writer, read_json, write_whole, writing
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Row, finite
+from dovetail.training.identity import difference
 from dovetail.training.train import StageReport
 
 RECIPE, LOG, PAGE = "recipe.yaml", "log.jsonl", "report.html"
 MODEL, PACKED, ADAPTER, TENSORBOARD = "model", "packed", "adapter", "tensorboard"
-_PROGRESS, _TRAINING = "progress.jsonl", "training"
+_PROGRESS, _TRAINING, _IDENTITY = "progress.jsonl", "training", "identity.json"
 
 
 class FinishedRow(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -105,39 +107,54 @@ def choose_output(asked: str | Path | None, name: str) -> Path:
 
 
 @contextmanager
-def run_folder(output: Path, recipe: Recipe, resume: bool) -> Iterator[RunFolder]:
+def run_folder(output: Path, recipe: Recipe, resume: bool, identity: Mapping[str, str]) -> Iterator[RunFolder]:
     """Yield the folder to write to, which becomes `output` when the block succeeds.
+
+    identity   what a resumed run must share with its start beside the recipe (`dovetail.training.identity`)
 
     Bad input (a DovetailError) leaves nothing behind of a run that was started here; after any other error, such as a
     kill or a full disk, a later start continues. With `resume` False, an unfinished run is discarded.
     """
     check_folder(output)
+    made = [path for path in output.parents if not path.exists()]
+    try:
+        with only_writer(output), _partial(output, recipe, resume, identity) as folder:
+            yield folder
+    except DovetailError:
+        for path in made:
+            with suppress(OSError):  # not empty: it holds an unfinished run
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def _partial(output: Path, recipe: Recipe, resume: bool, identity: Mapping[str, str]) -> Iterator[RunFolder]:
+    """Yield the folder beside the output, new or of an unfinished run; rename it when the block succeeds."""
+    check_folder(output)  # another process may just have finished it
     partial = output.with_name(output.name + ".partial")
-    made = [path for path in (partial, *partial.parents) if not path.exists()]
     if partial.is_dir() and (not resume or not any(partial.iterdir())):
         shutil.rmtree(partial)
     resumed = partial.exists()
     if resumed:
-        _check_same(partial, recipe, output)
+        _check_same(partial, recipe, output, identity)
     try:
         if not resumed:
             with writing(output):
                 partial.mkdir(parents=True)
-            recipe.dump(partial / RECIPE)  # the first file: a folder without it was not written by a run
+            write_whole(partial / _IDENTITY, json.dumps(identity))
+            recipe.dump(partial / RECIPE)  # the last file: a folder without it was not written by a run
         yield RunFolder(partial)
     except DovetailError:
         if not resumed:
             shutil.rmtree(partial, ignore_errors=True)
-            for path in made[1:]:
-                if path.exists():
-                    path.rmdir()
         raise
     shutil.rmtree(partial / _TRAINING, ignore_errors=True)
-    (partial / _PROGRESS).unlink(missing_ok=True)
+    for name in (_PROGRESS, _IDENTITY):
+        (partial / name).unlink(missing_ok=True)
     partial.replace(output)
 
 
-def _check_same(partial: Path, recipe: Recipe, output: Path) -> None:
+def _check_same(partial: Path, recipe: Recipe, output: Path, identity: Mapping[str, str]) -> None:
     where, fix = f"output {output}", "choose another --output, or pass --no-resume to discard the unfinished run"
     if not (partial / RECIPE).is_file():
         rule = "this name is reserved for the unfinished run"
@@ -147,6 +164,9 @@ def _check_same(partial: Path, recipe: Recipe, output: Path) -> None:
         found = f"{partial.name}, an unfinished run with another {differing[0]}: {differing[1]}"[:500]
         rule = "a run must continue with the recipe that it started with"
         raise RecipeError(where, found=found, rule=rule, fix=fix)
+    rule = "a run must continue with the model and the data that it started with"
+    if found := difference(read_json(partial / _IDENTITY, dict[str, str], rule=rule, fix=fix), identity):
+        raise RecipeError(where, found=f"{partial.name}, an unfinished run with {found}", rule=rule, fix=fix)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

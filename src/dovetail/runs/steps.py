@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from dovetail.tasks.find import load_task, number_of_labels
 from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import vocabulary_of
+from dovetail.training.identity import batches_identity, model_identity, records_identity, tokenizer_identity
 from dovetail.training.optimizer import check_checkpointing
 
 if TYPE_CHECKING:
@@ -103,6 +105,23 @@ def calibration(
         decoder_start=config.decoder_start_token_id if config.is_encoder_decoder else None,
         vocabulary=vocabulary_of(model),
     )  # fmt: skip
+
+
+def identity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], batches: list[dict[str, Tensor]]
+) -> dict[str, str]:
+    """Return what a resumed run must share with its start beside the recipe: names of parts -> digests."""
+    return {
+        **model_identity(model),
+        "tokenizer": tokenizer_identity(tokenizer),
+        **{data_of(task): records_identity(task.splits) for task in tasks},
+        "calibration": batches_identity(batches),
+    }
+
+
+def data_of(task: Task) -> str:
+    """Return the name of a task's records in the identity of a run."""
+    return f"data of {task.name}"
 
 
 def search(

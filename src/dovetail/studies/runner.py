@@ -24,18 +24,21 @@ from typing import Any
 import torch
 
 from dovetail.errors import DovetailError, RecipeError
-from dovetail.files import check_folder, write_whole
+from dovetail.files import check_folder, only_writer, write_whole
 from dovetail.runs.flow import run
 from dovetail.runs.folder import RECIPE
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import REPORT, Report
-from dovetail.runs.steps import check_layers, legal_chain
+from dovetail.runs.steps import check_layers, data_of, legal_chain
 from dovetail.studies.cost import KEPT, measure
 from dovetail.studies.matrix import Line, Run, Study, expand, unique_runs
 from dovetail.studies.report import Cost, Difference, Event, Failure, Result, Spread, StudyReport
 from dovetail.studies.tables import CURVE, curve, markdown, page
 from dovetail.studies.verify import MERGED, check_mergeable, last_stage, precision
 from dovetail.tasks.find import load_task
+from dovetail.training.identity import records_identity
+
+_OTHER = "pass another --output, or --no-resume to delete all runs"
 
 STUDY, TABLE, PAGE = "study.yaml", "table.md", "study.html"
 
@@ -65,7 +68,15 @@ def study(
         raise RecipeError("study", found=f"jobs={jobs}", rule="jobs must be at least 1", fix="pass --jobs 1")
     lines, folder = expand(asked), Path(output)
     _check(lines)
-    _claim(folder, resume)
+    with only_writer(folder):
+        _claim(folder, resume)
+        return _study(asked, lines, folder, jobs, progress, on_run)
+
+
+def _study(
+    asked: Study, lines: list[Line], folder: Path, jobs: int, progress: bool, on_run: Callable[[Event], None] | None
+) -> StudyReport:
+    """Do the runs that are left, and write the tables."""
     runs = list(unique_runs(lines))
     todo = [run for run in runs if not _finished(run, folder)]
     for one in todo:  # results of an earlier run of that name
@@ -130,8 +141,12 @@ def _finished(run: Run, folder: Path) -> bool:
         key, mine, made = differing
         found = f"{run.slug}, made with {key}: {str(made)[:200]}, now {str(mine)[:200]}"
         rule = "a resumed study must have the recipes that it was started with"
-        fix = "pass another --output, or --no-resume to delete all runs"
-        raise RecipeError(f"output {folder}", found=found, rule=rule, fix=fix)
+        raise RecipeError(f"output {folder}", found=found, rule=rule, fix=_OTHER)
+    task = load_task(run.recipe.data)
+    made, now = Report.load(place).identity.get(data_of(task)), records_identity(task.splits)
+    if made not in (None, now):
+        rule = "a resumed study must have the data that it was started with"
+        raise RecipeError(f"output {folder}", found=f"{run.slug}, made with other data", rule=rule, fix=_OTHER)
     return True
 
 

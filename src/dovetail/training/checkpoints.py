@@ -1,6 +1,6 @@
 """Checkpoints from which a killed run continues: trained parameters as safetensors, and the state of the Trainer.
 
-    output_dir/settings.json                     the settings that the run started with
+    output_dir/settings.json                     the settings, the model and the data that the run started with
     output_dir/stage-1/base                      fingerprint of the bases of the stage
     output_dir/stage-1/checkpoint-200/           the two latest, while the stage runs
     output_dir/stage-1/trained.safetensors       after the stage, with report.json
@@ -25,7 +25,8 @@ from torch import nn
 from dovetail.chains.layer.fingerprint import base_fingerprint
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.errors import TrainError
-from dovetail.files import atomic, read_json, write_whole
+from dovetail.files import atomic, only_writer, read_json, write_whole, writing
+from dovetail.training.identity import difference
 
 TRAINED = "trained.safetensors"
 """Name of the file of trained parameters, in a checkpoint and after a stage."""
@@ -37,8 +38,11 @@ _COMPLETE, _SETTINGS, _BASE = "complete", "settings.json", "base"
 
 
 @contextmanager
-def run_directory(output_dir: Path | None, settings: Mapping[str, Any], resume: bool) -> Iterator[Path]:
-    """Yield the directory of the run: a temporary one, or output_dir, which holds this run only."""
+def run_directory(output_dir: Path | None, identity: Mapping[str, Any], resume: bool) -> Iterator[Path]:
+    """Yield the directory of the run: a temporary one, or output_dir, which holds this run only.
+
+    identity   what a resumed run must share with the run that it continues
+    """
     if output_dir is None:
         if resume:
             raise TrainError(
@@ -50,29 +54,34 @@ def run_directory(output_dir: Path | None, settings: Mapping[str, Any], resume: 
         with tempfile.TemporaryDirectory(prefix="dovetail-") as name:
             yield Path(name)
         return
-    path, mine = output_dir / _SETTINGS, dict(settings)
-    if path.exists():
-        if not resume:
-            raise TrainError(
-                "train",
-                found=f"an earlier run in {output_dir}",
-                rule="a directory must hold one run only",
-                fix="pass resume=True, or another output_dir",
-            )
-        theirs = read_json(path, dict[str, Any], rule="an output directory must hold the settings of its run")
-        differing = [name for name in mine if mine[name] != theirs.get(name)]
-        if differing:
-            name = differing[0]
-            raise TrainError(
-                f"resume from {output_dir}",
-                found=f"{name}={mine[name]}, but {name}={theirs.get(name)} at the start",
-                rule="a run must continue with the settings that it started with",
-                fix="pass the same settings, or another output_dir",
-            )
-    else:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(mine))
-    yield output_dir
+    with only_writer(output_dir):
+        _claim(output_dir, dict(identity), resume)
+        yield output_dir
+
+
+def _claim(output_dir: Path, mine: dict[str, Any], resume: bool) -> None:
+    """Create the directory of a new run; raise TrainError if it holds another run than the one to resume."""
+    path = output_dir / _SETTINGS
+    if not path.exists():
+        with writing(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(mine))
+        return
+    if not resume:
+        raise TrainError(
+            "train",
+            found=f"an earlier run in {output_dir}",
+            rule="a directory must hold one run only",
+            fix="pass resume=True, or another output_dir",
+        )
+    theirs = read_json(path, dict[str, Any], rule="an output directory must hold the settings of its run")
+    if found := difference(theirs, mine):
+        raise TrainError(
+            f"resume from {output_dir}",
+            found=found,
+            rule="a run must continue with the chain, the model, the data and the settings that it started with",
+            fix="pass the same ones, or another output_dir",
+        )
 
 
 def mark_complete(checkpoint: Path) -> None:

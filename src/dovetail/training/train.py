@@ -33,6 +33,7 @@ from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Record, Task
 from dovetail.tasks.tokens import Collator, Example, RowMaker, check_model, keep_end_ids, pad_id, vocabulary_of
 from dovetail.training import checkpoints
+from dovetail.training.identity import batches_identity, model_identity, records_identity, tokenizer_identity
 from dovetail.training.optimizer import (
     HEADS,
     MODEL,
@@ -175,7 +176,8 @@ def train(
     batches = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in given]
     validate = None if asked.evaluate_every is None else _validation(model, tokenizer, data, asked)
     reports: list[StageReport] = []
-    kept = checkpoints.run_directory(output_dir, asked.fixed(), resume)
+    identity = {} if output_dir is None else _identity(model, tokenizer, data, batches, asked)
+    kept = checkpoints.run_directory(output_dir, identity, resume)
     with kept as directory, _kept_use_cache(model), _kept_random_state():
         if asked.bf16 and chained:
             cast_frozen(model)
@@ -234,6 +236,21 @@ def _rows(
     max_length = length_limit(model, tokenizer, settings.max_length, records)
     make = RowMaker(tokenizer, config.is_encoder_decoder, max_length, vocabulary_of(model))
     return make.examples(data.kind, records), make
+
+
+def _identity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Task, calibration: Sequence[Mapping[str, Tensor]],
+    settings: TrainSettings,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what a resumed run must share with the run that it continues."""
+    return {
+        **settings.fixed(),
+        **model_identity(model),
+        "task": data.kind,
+        "data": records_identity({"train": data.split("train")}),
+        "tokenizer": tokenizer_identity(tokenizer),
+        "calibration": batches_identity(calibration),
+    }
 
 
 def _validation(

@@ -217,6 +217,7 @@ class Report(ReportPart):
     packed              None where nothing was pruned or quantized, or base and adapter were kept apart
     search              where the recipe asks for one
     examples            the first records of the scored split, before and after tuning
+    identity            digests of the model, the tokenizer and the data; {} in reports of earlier versions
     """
 
     task: TaskInfo
@@ -235,6 +236,7 @@ class Report(ReportPart):
     environment: dict[str, str]
     search: Searched | None = None
     examples: list[Example] = []
+    identity: dict[str, str] = {}
 
     def row(self, name: str) -> Row:
         """Return the row of that name; raise KeyError where the run has none."""
