@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -72,7 +73,7 @@ def evaluate(
             rule = f"{name} must be at least 1"
             raise DataError("evaluate", found=f"{name}={value}", rule=rule, fix=f"raise {name}")
     scores: dict[str, dict[str, float]] = {}
-    with in_evaluation(model), torch.inference_mode():
+    with in_evaluation(model), _without_router_losses(model), torch.inference_mode():
         for task in tasks:
             records = task.split(split)[:limit]
             length = length_limit(model, tokenizer, max_length, records)
@@ -82,6 +83,20 @@ def evaluate(
             if on_outputs is not None:
                 on_outputs(task.name, outputs)
     return scores
+
+
+@contextmanager
+def _without_router_losses(model: nn.Module) -> Iterator[None]:
+    """Compute no losses of MoE routers while entered: no score needs them, and `generate` cannot compute them."""
+    config: Any = model.config
+    asked = config.to_dict().get("output_router_logits")
+    if asked:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if asked:
+            config.output_router_logits = asked
 
 
 def _tasks(tasks: Task | str | Sequence[Task | str] | Sequence[Record], split: str) -> list[Task]:
