@@ -114,6 +114,14 @@ def integers(folder: Path) -> None:
     save_file(load_file(file) | {"base_model.model.extra": torch.zeros(2, dtype=torch.int32)}, file)
 
 
+def without_a_parameter(folder: Path) -> None:
+    """Remove the last tensor of a layer, which peft would draw anew."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors[sorted(name for name in tensors if "layers.1" in name)[0]]
+    save_file(tensors, file)
+
+
 FILES: dict[str, Callable[[Path], None]] = {
     "a pickle": pickled,
     "no shard": shards(without_a_shard),
@@ -135,6 +143,28 @@ def test_a_file_that_import_refuses(change: str, setting: str, tmp_path: Path) -
     with pytest.raises(LoadError):
         import_peft(base_of("llama"), tmp_path)
     with pytest.raises(LoadError):
+        experts.task_vector(tmp_path, base_of("llama"))
+
+
+@pytest.mark.parametrize("setting", ["lora", "dora", "rslora", "loha", "vera", "head", "norm"])
+def test_a_layer_without_a_parameter(setting: str, tmp_path: Path) -> None:
+    changed(tmp_path, {}, setting)
+    without_a_parameter(tmp_path)
+    with pytest.raises(LoadError):
+        import_peft(base_of("llama"), tmp_path)
+    with pytest.raises(LoadError, match="missing from the file"):
+        experts.task_vector(tmp_path, base_of("llama"))
+
+
+@pytest.mark.parametrize("setting", ["head", "norm", "both"])
+def test_a_saved_module_without_its_tensor(setting: str, tmp_path: Path) -> None:
+    changed(tmp_path, {}, setting)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if "layers" in name}
+    save_file(tensors, file)
+    with pytest.raises(LoadError, match="missing from the file"):
+        import_peft(base_of("llama"), tmp_path)
+    with pytest.raises(LoadError, match="missing from the file"):
         experts.task_vector(tmp_path, base_of("llama"))
 
 

@@ -110,8 +110,9 @@ def load_like(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> tuple
     errors   LoadError for files that transformers cannot read
     """
     _weight_files(folder)
+    made: Any = type(model)
     with _unreadable(f"model {folder}"), torch.random.fork_rng(devices=[]), _held_report():
-        loaded, info = type(model).from_pretrained(
+        loaded, info = made.from_pretrained(
             folder,
             config=copy.deepcopy(model.config),
             dtype=dtype,

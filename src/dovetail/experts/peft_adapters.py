@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dovetail.checkpoint.formats.peft.write import CLASSIFIER_HEADS, PREFIX
+from dovetail.checkpoint.formats.peft.write import CLASSIFIER_HEADS, PREFIX, saved_modules
 from dovetail.errors import DovetailError, LoadError
 from dovetail.links.adapt import VeRA
 from dovetail.links.adapt.lora import BASE_UNCHANGED, LoraConfig
@@ -85,6 +85,13 @@ STARTS: Mapping[str, Mapping[str, Start]] = {
     "P_TUNING": {"prompt_embeddings": DRAWN},
 }
 """peft_type -> name of a tensor after the layer's path -> its start: a number, a field of the config, or a function."""
+_TOGETHER = {
+    "LORA": [{"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"}],
+    "ADALORA": [set(STARTS["ADALORA"])],
+    "LOHA": [{"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}],
+    "VERA": [set(STARTS["VERA"])],
+}
+"""Parameters that a layer has together: peft draws a missing one at random when it loads the adapter."""
 NO_ZERO = {"HRA", "VBLORA", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"}
 """Methods whose tensors change the model at their starts too, since these are drawn and count as 0."""
 _TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
@@ -146,6 +153,19 @@ def of_the_base(config: Config, names: Iterable[str]) -> frozenset[str]:
     check_config(config)
     table = STARTS[config["peft_type"]]
     return frozenset(name for name in names if _start(config, table, name)[1] is None)
+
+
+def check_complete(config: Config, names: Collection[str], base: nn.Module | None) -> None:
+    """Raise LoadError where a layer lacks a parameter, or a saved module of the base a tensor."""
+    groups = _TOGETHER.get(config["peft_type"], [])
+    wanted = [name.removesuffix(ending) + other for group in groups for ending in group for name in names
+              if name.endswith(f".{ending}") for other in group]  # fmt: skip
+    saved = {} if base is None else saved_modules(base, config.get("modules_to_save") or ())
+    wanted += [f"{PREFIX}{path}.{key}" for path, module in saved.items() for key in module.state_dict()]
+    for name in sorted(set(wanted) - set(names)):
+        rule = "a layer must have all its parameters, and a saved module all its tensors"
+        raise LoadError(f"peft adapter at {name}"[:300], found="missing from the file", rule=rule,
+                        fix="save it with peft again")  # fmt: skip
 
 
 def _start(config: Config, table: Mapping[str, Start], name: str) -> tuple[str, Start | None]:

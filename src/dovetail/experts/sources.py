@@ -35,6 +35,7 @@ from dovetail.compression.apply import initial_values
 from dovetail.errors import LoadError
 from dovetail.experts.expert import Expert
 from dovetail.experts.peft_adapters import (
+    check_complete,
     check_config,
     check_projections,
     learned,
@@ -145,6 +146,7 @@ def _of_peft(folder: Path, config: dict[str, Any], files: _Files, base: nn.Modul
             raise LoadError(f"{folder}, {name}"[:300], found="other values", rule=rule, fix="save it with peft again")
     names = [name for name in names if name not in twins]
     initial = peft_initial(config, {name: files.specs[name].shape for name in names}, base)
+    check_complete(config, names, base)
     tensors = {}
     for name in names:
         value, start = files.read(name), initial.get(name)
