@@ -173,7 +173,7 @@ def test_an_adapter_of_a_second_round_is_saved_and_loaded(text: str, tmp_path: P
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_what_is_saved_loads(family: str, text: str, tmp_path: Path) -> None:
     model: Any = apply(make(family), text)
-    for each in (model, copy.deepcopy(model)):
+    for each in (model, copy.deepcopy(model), model.base_model):  # the body can be saved by itself
         with pytest.raises(ChainError, match=r"(?s)not merged.*save_adapter.*merge"):
             each.save_pretrained(tmp_path)
         assert not list(tmp_path.iterdir())
@@ -182,8 +182,17 @@ def test_what_is_saved_loads(family: str, text: str, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     dovetail.to_stock(model)
+    assert model.base_model.save_pretrained(tmp_path / "body") is None
     model.save_pretrained(tmp_path)
     again, said = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(said.values())
     with torch.no_grad():
         assert torch.equal(logits(again.eval(), batch(again)), logits(model, batch(again)))
+
+
+def test_a_chain_that_fails_leaves_a_model_that_can_be_saved(tmp_path: Path) -> None:
+    model = make("llama")
+    with pytest.raises(RuntimeError):
+        dovetail.apply(model, "wanda(0.5) >> lora(r=4) >> remask", calibration=[{"input_ids": torch.zeros(1, 2)}])
+    model.save_pretrained(tmp_path)
+    assert "save_pretrained" not in vars(model)

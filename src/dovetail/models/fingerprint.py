@@ -67,7 +67,7 @@ def drop_stale_note(where: str, model: PreTrainedModel) -> None:
         warnings.warn(
             f"{where}: config.json says that the weights are {said.get('chain')} over {said.get('quantizer')}, merged, "
             f"with fingerprint {said['merged_fingerprint']}; they have fingerprint {found}. The entry is ignored: the "
-            "weights were changed since the merge, by fine-tuning or by damage, and keep neither zeros nor grid.",
+            "weights were changed since the merge (fine-tuned, cast or damaged); their zeros and grid are unknown.",
             HistoryWarning,
             stacklevel=3,
         )

@@ -124,11 +124,13 @@ def read_grids(folder: Path, model: nn.Module) -> None:
 def guard_saving(model: nn.Module) -> None:
     """Let `model.save_pretrained` refuse a chain that stock transformers could not load, and write the grids.
 
-    A model without chain and grids gets its own `save_pretrained` back.
+    The same holds for each part of the model that can be saved by itself. What has no chain and no grid gets its own
+    `save_pretrained` back.
     """
-    vars(model).pop("save_pretrained", None)
-    if callable(getattr(type(model), "save_pretrained", None)) and (chain_layers(model) or grids(model)):
-        model.save_pretrained = _Saving(model)  # type: ignore[assignment]
+    for part in model.modules():
+        vars(part).pop("save_pretrained", None)
+        if callable(getattr(type(part), "save_pretrained", None)) and (chain_layers(part) or grids(part)):
+            part.save_pretrained = _Saving(part)  # type: ignore[assignment]
 
 
 class _Saving:
