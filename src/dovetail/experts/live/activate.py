@@ -199,7 +199,8 @@ def _switch(model: nn.Module, content: Content, specs: Mapping[str, Spec], origi
             check_fingerprint(_fingerprint(model, state, part), expected)
         record = applied(model) if part.startswith("chain") else None
         initial = _initial_values(model, state, origin, live, others)
-        live = slots(model, shapes | {name: tuple(tensor.shape) for name, tensor in others.items()}, origin)
+        if others:
+            live = slots(model, shapes | {name: tuple(tensor.shape) for name, tensor in others.items()}, origin)
         active = _Active(content, {name: tuple(t.shape) for name, t in live.items()}, origin, initial, record)
         previous = state.active.pop(part, None)
         try:
