@@ -63,5 +63,9 @@ class HistoryWarning(UserWarning):
     """What an earlier round of a merged model promised no longer holds, or a chain gives it up."""
 
 
+class OutputError(DovetailError):
+    """An output that cannot be written, such as on a full disk; what an unfinished run has written is kept."""
+
+
 class CalibrationWarning(UserWarning):
     """A fallback of the calibration on one layer; the message names the layer and the reason."""

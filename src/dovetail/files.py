@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import platform
 import shutil
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dovetail.errors import DovetailError, LoadError
+from dovetail.errors import DovetailError, LoadError, OutputError
 
 if TYPE_CHECKING:
     import pydantic
@@ -59,12 +60,45 @@ def _check_parent(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into a DovetailError about writing `path`."""
+    """Turn an OSError of the block into an OutputError about writing `path`."""
     try:
         yield
     except OSError as error:
-        found = error.strerror or str(error)
-        raise DovetailError(f"output {path}", found=found[:300], rule="the output must be writable") from None
+        raise _unwritable(path, error.strerror or str(error)) from None
+
+
+@contextmanager
+def on_full_disk(path: Path) -> Iterator[None]:
+    """Turn an error of the block that comes from a full disk into an OutputError about `path`; others pass."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not _is_full(cause):
+            cause = cause.__context__
+        if cause is None or isinstance(error, DovetailError):
+            raise
+        raise _unwritable(path, getattr(cause, "strerror", None) or "the disk did not take a file") from None
+
+
+def _is_full(error: BaseException) -> bool:
+    # safetensors and torch give the reason in the text alone, and torch's writer gives none.
+    said = ("No space left", "File too large", "quota exceeded", "inline_container.cc", "iostream error")
+    return getattr(error, "errno", None) in _FULL or any(text in str(error) for text in said)
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def _unwritable(path: Path, found: str) -> OutputError:
+    place = next((place for place in (path, *path.absolute().parents) if place.exists()), Path("/"))
+    free = shutil.disk_usage(place).free / 1e6
+    return OutputError(
+        f"output {path}",
+        found=f"{found[:300]}; {free:,.1f} MB are free there",
+        rule="the output must be writable",
+        fix="make room or allow writing there, and start the same command again",
+    )
 
 
 @contextmanager

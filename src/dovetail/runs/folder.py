@@ -20,8 +20,8 @@ from typing import Any
 
 import pydantic
 
-from dovetail.errors import DovetailError, RecipeError
-from dovetail.files import check_folder, only_writer, read_json, write_whole, writing
+from dovetail.errors import DovetailError, OutputError, RecipeError
+from dovetail.files import atomic, check_folder, on_full_disk, only_writer, read_json, write_whole, writing
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Row, finite
 from dovetail.training.identity import difference
@@ -137,13 +137,16 @@ def _partial(output: Path, recipe: Recipe, resume: bool, identity: Mapping[str, 
     resumed = partial.exists()
     if resumed:
         _check_same(partial, recipe, output, identity)
+    else:
+        with writing(output), atomic(partial) as part:
+            part.mkdir(parents=True)
+            write_whole(part / _IDENTITY, json.dumps(identity))
+            recipe.dump(part / RECIPE)
     try:
-        if not resumed:
-            with writing(output):
-                partial.mkdir(parents=True)
-            write_whole(partial / _IDENTITY, json.dumps(identity))
-            recipe.dump(partial / RECIPE)  # the last file: a folder without it was not written by a run
-        yield RunFolder(partial)
+        with on_full_disk(output):
+            yield RunFolder(partial)
+    except OutputError:
+        raise  # the run continues once there is room
     except DovetailError:
         if not resumed:
             shutil.rmtree(partial, ignore_errors=True)

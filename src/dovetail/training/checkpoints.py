@@ -25,7 +25,7 @@ from torch import nn
 from dovetail.chains.layer.fingerprint import base_fingerprint
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.errors import TrainError
-from dovetail.files import atomic, only_writer, read_json, write_whole, writing
+from dovetail.files import atomic, on_full_disk, only_writer, read_json, write_whole, writing
 from dovetail.training.identity import difference
 
 TRAINED = "trained.safetensors"
@@ -56,7 +56,8 @@ def run_directory(output_dir: Path | None, identity: Mapping[str, Any], resume: 
         return
     with only_writer(output_dir):
         _claim(output_dir, dict(identity), resume)
-        yield output_dir
+        with on_full_disk(output_dir):
+            yield output_dir
 
 
 def _claim(output_dir: Path, mine: dict[str, Any], resume: bool) -> None:
