@@ -63,7 +63,7 @@ def drop_stale_note(where: str, model: PreTrainedModel) -> None:
         return
     found = fingerprint(model)
     if found != said["merged_fingerprint"]:
-        del model.config.dovetail
+        vars(model.config).pop("dovetail")
         warnings.warn(
             f"{where}: config.json says that the weights are {said.get('chain')} over {said.get('quantizer')}, merged, "
             f"with fingerprint {said['merged_fingerprint']}; they have fingerprint {found}. The entry is ignored: the "

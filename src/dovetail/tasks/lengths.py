@@ -81,14 +81,15 @@ class _Skimming(TorchFunctionMode):
     """Leaves out the products of matrices, and checks look-ups in tables first: a GPU would end the process."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and len(args) > 1 and isinstance(args[1], Tensor):
-            return args[0].new_zeros(*args[0].shape[:-1], args[1].shape[0])
-        if func is F.scaled_dot_product_attention and len(args) > 2:
-            return args[0].new_zeros(*args[0].shape[:-1], args[2].shape[-1])
-        if func is torch.embedding and int(args[1].max()) >= args[0].shape[0]:
+        first, second, third = [*args, None, None, None][:3]
+        if func is F.linear and isinstance(second, Tensor):
+            return first.new_zeros(*first.shape[:-1], second.shape[0])
+        if func is F.scaled_dot_product_attention and isinstance(third, Tensor):
+            return first.new_zeros(*first.shape[:-1], third.shape[-1])
+        if func is torch.embedding and int(second.max()) >= first.shape[0]:
             raise IndexError
         return func(*args, **kwargs)
 

@@ -165,6 +165,7 @@ class StageTrainer(Trainer):
             raise self._not_finite(model, inputs)
         share = 1.0
         if self.args.gradient_accumulation_steps > 1:
+            assert num_items_in_batch is not None
             share = counted(inputs["labels"]) / num_items_in_batch
             loss = loss * share
         said = self._loss_of_labels(outputs, inputs["labels"])
