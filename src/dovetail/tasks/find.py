@@ -82,8 +82,10 @@ def read_records(
     """
     records: list[Record] = []
     try:
-        with path.open(encoding="utf-8-sig") as file:  # Windows puts a byte-order mark first
+        # Windows puts a byte-order mark first. Bytes that are not UTF-8 are kept, to be named with their line.
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
+                _check_utf8(path, number, line)
                 if line.strip():
                     records.append(_record(f"{path}, line {number}", line, kind, columns, pair))
                 if len(records) == limit:
@@ -91,13 +93,19 @@ def read_records(
     except OSError as error:
         rule = "a data file must be JSON Lines, one record per line; its path is relative to the recipe"
         raise DataError(str(path), found=error.strerror or str(error), rule=rule, fix="check the path") from None
-    except UnicodeDecodeError as error:
-        found, rule = f"byte {error.start} is not UTF-8", "a data file must be UTF-8 text"
-        raise DataError(str(path), found=found, rule=rule, fix="save the file as UTF-8") from None
     if not records:
         rule = "a split must contain at least one record"
         raise DataError(str(path), found="no records", rule=rule, fix="add records, or remove the split")
     return records
+
+
+def _check_utf8(path: Path, number: int, line: str) -> None:
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        found = f"byte 0x{ord(line[error.start]) - 0xDC00:02x} at character {error.start + 1}, which is not UTF-8"
+        rule, fix = "a data file must be UTF-8 text", "save the file as UTF-8"
+        raise DataError(f"{path}, line {number}", found=found, rule=rule, fix=fix) from None
 
 
 def _record(where: str, line: str, kind: str, columns: Mapping[str, str], pair: bool) -> Record:
