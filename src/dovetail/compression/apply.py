@@ -22,6 +22,7 @@ from dovetail.chains.stages import Stage
 from dovetail.compression.calibration import Batch, checked
 from dovetail.compression.compress import compress, refuse_bad_weights
 from dovetail.errors import ChainError, DataError
+from dovetail.models.targets import task_heads
 
 
 @torch.inference_mode(mode=False)  # or training could not use what was made under a caller's inference mode
@@ -175,12 +176,8 @@ def _calibration(model: nn.Module, stage: Stage, calibration: Iterable[Batch] | 
 
 
 def _freeze(model: nn.Module, record: AppliedChain) -> None:
-    """Freeze everything except adapters and a sequence classifier's own head, which starts untrained."""
-    new: set[int] = set()
-    if type(model).__name__.endswith("ForSequenceClassification"):
-        body = getattr(model, "base_model", model)
-        inside = {id(p) for p in body.parameters()}
-        new = {id(p) for p in model.parameters() if id(p) not in inside}
+    """Freeze everything except adapters and task heads, which start untrained; poolers in the body stay frozen."""
+    new = {id(p) for path in task_heads(model) for p in model.get_submodule(path).parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in new)
     for layer in record.layers.values():

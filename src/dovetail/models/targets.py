@@ -209,8 +209,31 @@ def heads(model: nn.Module) -> list[str]:
 
 
 def new_heads(model: nn.Module) -> list[str]:
-    """Return the paths of the heads of a sequence classifier that may be untrained, pooler included; else []."""
-    return heads(model) if type(model).__name__.endswith("ForSequenceClassification") else []
+    """Return the paths of task heads, which may be untrained, pooler included; [] for a model without one.
+
+    A task head is what stands beside the body of a model that has no output embedding: the classifier of texts, tokens
+    or images, the layer that finds answers, the one that scores choices.
+    """
+    beside = task_heads(model)
+    return [*(paths := heads(model)), *(path for path in beside if not inside(path, paths))] if beside else []
+
+
+def task_heads(model: nn.Module) -> list[str]:
+    """Return the paths of the modules with parameters beside the body of a model that is no language model.
+
+    Where no module of the model is its body (T5 for answers), they are known by name.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or model.can_generate() or model.get_output_embeddings() is not None:
+        return []
+    named = HEADS - {"pooler"}
+    return [
+        path
+        for path, child in model.named_children()
+        if (path in named if model.base_model is model else child is not model.base_model)
+        and any(True for _ in child.parameters())
+    ]
 
 
 def inside(name: str, paths: Iterable[str]) -> bool:
