@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dovetail.errors import DataError
+from dovetail.progress import note
 from dovetail.tasks import playground
 from dovetail.tasks.spec import Data
 from dovetail.tasks.task import FIELDS, METRICS, Record, Task, check_labels, check_record
@@ -52,6 +54,8 @@ def as_task(data: Task | str | Iterable[Record], split: str = "train") -> Task:
             + "; ".join(f"{k}: {', '.join(f)}" for k, f in FIELDS.items()),
             fix="rename the fields, or make a dovetail.Task and name its kind",
         )
+    if unread := {str(name): None for record in data for name in record if name not in (*FIELDS[kinds[0]], "pair")}:
+        _say(f"data: fields that a {kinds[0]} record does not have, and that nothing reads: {', '.join(unread)}")
     return Task("data", kinds[0], METRICS[kinds[0]][0], {split: data})
 
 
@@ -79,15 +83,20 @@ def read_records(
     columns  field of the record -> column of the file
     pair     the column of "pair" must be there; else it is taken where it is
     limit    only the first so many
+
+    Columns that no field reads are named once, on standard error.
     """
     records: list[Record] = []
+    unread: dict[str, None] = {}
     try:
         # Windows puts a byte-order mark first. Bytes that are not UTF-8 are kept, to be named with their line.
         with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
                 _check_utf8(path, number, line)
                 if line.strip():
-                    records.append(_record(f"{path}, line {number}", line, kind, columns, pair))
+                    record, others = _record(f"{path}, line {number}", line, kind, columns, pair)
+                    records.append(record)
+                    unread.update(dict.fromkeys(others))
                 if len(records) == limit:
                     break
     except OSError as error:
@@ -96,7 +105,15 @@ def read_records(
     if not records:
         rule = "a split must contain at least one record"
         raise DataError(str(path), found="no records", rule=rule, fix="add records, or remove the split")
+    if unread:
+        _say(f"{path}: columns that no field reads: {', '.join(unread)}")
     return records
+
+
+@cache
+def _say(text: str) -> None:
+    """Print a note, once however often a file is read (a study reads its data for each run)."""
+    note(text)
 
 
 def _check_utf8(path: Path, number: int, line: str) -> None:
@@ -108,7 +125,8 @@ def _check_utf8(path: Path, number: int, line: str) -> None:
         raise DataError(f"{path}, line {number}", found=found, rule=rule, fix=fix) from None
 
 
-def _record(where: str, line: str, kind: str, columns: Mapping[str, str], pair: bool) -> Record:
+def _record(where: str, line: str, kind: str, columns: Mapping[str, str], pair: bool) -> tuple[Record, list[str]]:
+    """Return the record of a line, and the columns that are not part of it."""
     if len(line) > MAX_LINE:
         found, rule = f"{len(line)} characters", f"a line must have at most {MAX_LINE} characters"
         raise DataError(where, found=found, rule=rule, fix="split the record, or shorten its texts")
@@ -130,7 +148,7 @@ def _record(where: str, line: str, kind: str, columns: Mapping[str, str], pair: 
             )
     record = {name: row[columns[name]] for name in wanted}
     check_record(where, kind, record)
-    return record
+    return record, [column for column in row if column not in {columns[name] for name in wanted}]
 
 
 def number_of_labels(task: Task, stated: int | None = None) -> int | None:
