@@ -91,7 +91,7 @@ def test_models(tmp_path, refused):
     (tmp_path / "base" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     message = refused(recipe=recipe)
     assert "LoadError" in message
-    assert "Safetensor" in message
+    assert "whole model.safetensors" in message
     (tmp_path / "base" / "model.safetensors").unlink()
     assert "no model.safetensors" in refused(recipe=recipe)
     (tmp_path / "base" / "config.json").unlink()
