@@ -17,7 +17,9 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-FOLDERS = ["chains", "links", "contract", "laws", "compression", "checkpoint"]
+FOLDERS = ["chains", "links", "contract", "compression", "checkpoint"]
+LAWS = ["codec", "every_target_counts", "import_is_peft", "merging", "packing_laws", "second_round", "verdict"]
+"""The laws that are about numbers; the others are about files, names and errors."""
 SETTINGS: dict[str, dict[str, str]] = {
     "aten-default": {"ATEN_CPU_CAPABILITY": "default"},
     "sse41": {"ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
@@ -28,12 +30,12 @@ SETTINGS: dict[str, dict[str, str]] = {
     "no-bitsandbytes": {"DOVETAIL_TEST_WITHOUT": "bitsandbytes"},
 }
 ONLY_NUMBA = ["experts/test_experts.py"]
-"""What numba compiles is the codec of experts: these tests replace FOLDERS in its setting."""
+"""What numba compiles is the codec of experts: these tests replace all others in its setting."""
 
 
 def run(name: str, workers: str, arguments: list[str]) -> bool:
     """Run the numeric tests under a setting, print one line and the failures, and return whether all passed."""
-    places = ONLY_NUMBA if name.startswith("numba") else FOLDERS
+    places = ONLY_NUMBA if name.startswith("numba") else [*FOLDERS, *(f"laws/test_{law}.py" for law in LAWS)]
     places = [str(TESTS / place) for place in places if (TESTS / place).exists()]
     command = [
         sys.executable,
