@@ -66,7 +66,7 @@ def test_a_lossy_merge_keeps_zeros_and_grid_and_says_what_it_costs(text: str, dt
     assert report.max_abs_weight_diff == pytest.approx(worst, rel=1e-5)
     assert report.relative_weight_error == pytest.approx(float((error / square).sqrt()), rel=1e-5)
     assert 0 < report.relative_weight_error < 1
-    assert report.max_abs_logit_diff == pytest.approx(float((after - before).abs().max()), rel=1e-6)
+    assert report.max_abs_logit_diff == pytest.approx(float((after.double() - before.double()).abs().max()), rel=1e-6)
     assert report.max_abs_logit_diff > 0
     if pruned:
         assert report.sparsity_after >= 0.5
