@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 from transformers import LlamaConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import dovetail
+from dovetail.checkpoint.load import _check_counts
 from dovetail.errors import DovetailError, LoadError
 from dovetail.runs.plan import plan
 from families import ENCODERS, make
@@ -105,3 +107,13 @@ def test_a_number_of_layers_has_a_bound(name: str, count: int, folders: dict[str
 def test_a_config_made_in_python_has_the_same_bound() -> None:
     with pytest.raises(LoadError, match="num_hidden_layers"):
         plan("lora(r=2)", LlamaConfig(num_hidden_layers=100_000), memory=False)
+
+
+@pytest.mark.parametrize("kind", [*sorted(CONFIG_MAPPING.keys())[::20], "gemma3n_text", "gemma4_text"])
+def test_the_bounds_refuse_no_config_of_transformers(kind: str) -> None:
+    """Gemma 3n has 262,144 tokens in what it calls vocab_size_per_layer_input."""
+    try:
+        config = CONFIG_MAPPING[kind]()
+    except Exception as error:
+        pytest.skip(f"{kind} has no default configuration: {type(error).__name__}")
+    _check_counts(kind, config.to_dict())

@@ -51,6 +51,7 @@ def old_buffers(folder: Path) -> None:
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
         "model.rotary_emb.inv_freq": torch.ones(8),
         "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8),
+        "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
         "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
         "bert.embeddings.position_ids": torch.arange(8)[None],
         "roberta.embeddings.position_ids": torch.arange(8)[None],

@@ -110,3 +110,16 @@ def test_a_base_that_is_not_finite_is_never_merged(text: str) -> None:
     with pytest.raises(CannotMerge, match="NaN or infinite"):
         dovetail.merge(model)
     assert applied(model).layers
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("text", CHAINS)
+def test_masked_logits_are_equal_where_both_are_minus_infinity(text: str, dtype: str) -> None:
+    model, masked = tuned(text, DTYPES[dtype]), tuned(text, DTYPES[dtype])
+    masked.lm_head.register_forward_hook(
+        lambda module, args, output: output.index_fill(-1, torch.tensor([5]), -torch.inf)
+    )
+    report, found = dovetail.merge(model), dovetail.merge(masked)
+    assert found.exact == report.exact
+    assert found.max_abs_logit_diff is not None
+    assert found.max_abs_logit_diff <= report.max_abs_logit_diff

@@ -37,8 +37,8 @@ INDEX_NBYTES = 1 << 28
 """The limit of the file that names the shard of each tensor."""
 CONFIG_NBYTES = 1 << 24
 """The limit of config.json, which may name thousands of labels."""
-_MOST = {"layer": 1000, "num_labels": 1_000_000}
-"""Part of a key of a config -> the largest number: the deepest language models have about a hundred layers."""
+_MOST = {"layers": 1000, "_layer": 1000, "num_labels": 1_000_000}
+"""End of a key of a config -> the largest number: the deepest language models have about a hundred layers."""
 _MADE = 1 << 24
 """The most weights of a model that a checkpoint does not hold."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
@@ -247,8 +247,9 @@ def _check_sizes(where: str, files: list[Path], config: PreTrainedConfig, auto: 
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 part = file.get_slice(key)
                 shapes[key], dtype = part.get_shape(), part.get_dtype()
-                # An integer may hold as many packed codes as it has bits.
-                held += math.prod(shapes[key]) * (1 if "F" in dtype else int(dtype.lstrip("UI") or 8))
+                # An integer may hold as many packed codes as it has bits; BOOL has 8.
+                bits = int("".join(filter(str.isdigit, dtype)) or 8)
+                held += math.prod(shapes[key]) * (1 if "F" in dtype else bits)
     with _unreadable(where), torch.device("meta"):
         model = auto.from_config(config, trust_remote_code=trust_remote_code)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -271,7 +272,7 @@ def _check_counts(where: str, said: Mapping[str, Any]) -> None:
     for key, value in said.items():
         if isinstance(value, Mapping):
             _check_counts(where, value)
-        most = next((most for part, most in _MOST.items() if part in str(key)), None)
+        most = next((most for end, most in _MOST.items() if str(key).endswith(end)), None)
         if most is not None and isinstance(value, int) and value > most:
             rule, fix = f"{key} must be at most {most:,}", "use the config.json saved with the weights"
             raise LoadError(where, found=f"{key}={str(value)[:30]}", rule=rule, fix=fix)

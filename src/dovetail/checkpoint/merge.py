@@ -102,7 +102,8 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
         probe = made = probe_batch(model)
     try:
         before = None if probe is None else _outputs(model, probe)
-        _require_finite(str(record.chain), "outputs of the model before the merge", before)
+        if before is not None:
+            _require_finite(str(record.chain), "outputs of the model before the merge", _unmasked(before))
     except Exception as error:  # a probe for another model, or outputs that are not finite: nothing is merged yet
         if made is None or isinstance(error, DovetailError):
             raise
@@ -134,8 +135,9 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
         to_stock(model)
     logit_diff, same = None, True
     if probe is not None and before is not None:
-        logit_diff = float((_outputs(model, probe).double() - before.double()).abs().max())
-        same = logit_diff <= slack * float(before.abs().max())  # False where the difference is NaN
+        after = _outputs(model, probe).double()
+        logit_diff = float((after - before.double()).masked_fill(after == before, 0).abs().max())  # -inf is equal, too
+        same = logit_diff <= slack * float(_unmasked(before).abs().max())  # False where the difference is NaN
     return MergeReport(
         exact=same and tally.max_abs == 0 and tally.off_grid == 0 and not record.given_up,
         max_abs_weight_diff=tally.max_abs,
@@ -254,6 +256,11 @@ def _stock(layer: ChainLinear) -> nn.Module:
         weight = weight.clone()  # out of the shared buffer
     stock = layer.layout.build(weight, None if layer.bias is None else layer.bias.detach())
     return stock.train(layer.training)
+
+
+def _unmasked(outputs: Tensor) -> Tensor:
+    """Return the outputs with 0 for minus infinity, which is how a model writes masked ones."""
+    return outputs.masked_fill(outputs == -math.inf, 0)
 
 
 def _outputs(model: nn.Module, probe: Batch) -> Tensor:
