@@ -216,6 +216,8 @@ def test_verdicts():
     assert "off the quantization grid: 0" in verdict(merged(True, 0.0), lossy=False, quantized=True)
     assert verdict(merged(False, 0.1), lossy=True, quantized=False).startswith("Merged with loss")
     assert verdict(merged(False, 1e-9), lossy=False, quantized=False).startswith("Merged, rounded once")
+    other = MergeReport(False, 0.0, 0.9, 0.5, 0.5, 0, 0.0, FOOTPRINT)
+    assert "computes something else" in verdict(other, lossy=False, quantized=False)
     assert verdict(None, lossy=False, quantized=True).startswith("Not merged")
 
 

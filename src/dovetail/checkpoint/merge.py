@@ -135,8 +135,7 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
         to_stock(model)
     logit_diff, same = None, True
     if probe is not None and before is not None:
-        after = _outputs(model, probe).double()
-        logit_diff = float((after - before.double()).masked_fill(after == before, 0).abs().max())  # -inf is equal, too
+        logit_diff = logit_difference(_outputs(model, probe), before)
         same = logit_diff <= slack * float(_unmasked(before).abs().max())  # False where the difference is NaN
     return MergeReport(
         exact=same and tally.max_abs == 0 and tally.off_grid == 0 and not record.given_up,
@@ -256,6 +255,11 @@ def _stock(layer: ChainLinear) -> nn.Module:
         weight = weight.clone()  # out of the shared buffer
     stock = layer.layout.build(weight, None if layer.bias is None else layer.bias.detach())
     return stock.train(layer.training)
+
+
+def logit_difference(one: Tensor, two: Tensor) -> float:
+    """Return the largest difference of two outputs, computed in float64; 0 where both are minus infinity."""
+    return float((one.double() - two.double()).masked_fill(one == two, 0).abs().max())
 
 
 def _unmasked(outputs: Tensor) -> Tensor:

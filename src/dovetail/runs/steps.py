@@ -15,7 +15,7 @@ from dovetail.chains.check import check, check_merge
 from dovetail.chains.layer.elastic import set_ranks
 from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.load import HEAD_KINDS, empty_model, held_in, load, load_config
-from dovetail.checkpoint.merge import to_stock
+from dovetail.checkpoint.merge import logit_difference, to_stock
 from dovetail.checkpoint.packed import save_packed
 from dovetail.compression.apply import apply_on_meta
 from dovetail.compression.calibration import calibration_batches, text_task
@@ -181,7 +181,7 @@ def _difference(one: PreTrainedModel, other: PreTrainedModel, probe: dict[str, T
     moved: Any = torch.nn.Module.to(one, other.device)
     probe = {name: tensor.to(other.device) for name, tensor in probe.items()}
     with torch.inference_mode():
-        return float((moved(**probe).logits - other(**probe).logits).abs().max())
+        return logit_difference(moved(**probe).logits, other(**probe).logits)
 
 
 def stored_nbytes(directory: Path) -> int:

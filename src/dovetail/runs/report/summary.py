@@ -39,6 +39,11 @@ def verdict(merged: MergeReport | None, *, lossy: bool, quantized: bool) -> str:
             f"changed weights by up to {merged.max_abs_weight_diff:.2g} "
             f"({merged.relative_weight_error:.1%} of the norm of the weights)."
         ]
+    elif merged.max_abs_weight_diff == 0 and merged.max_abs_logit_diff:
+        words = [
+            "Merged, but not without loss: the merged weights are bit for bit the tuned weights, and the model "
+            "computes something else with them."
+        ]
     else:
         words = [
             "Merged, rounded once: the tuned chain does not store its weights, so merging rounded them to the dtype of "
@@ -52,16 +57,16 @@ def verdict(merged: MergeReport | None, *, lossy: bool, quantized: bool) -> str:
         )
     if merged.sparsity_before > 0.01:
         before, after = percent(merged.sparsity_before, 2), percent(merged.sparsity_after, 2)
-        words.append(f"Zeros: {before} of the weights{_whole(merged.footprint)} before merging, {after} after.")
+        words.append(f"Zeros{_whole(merged.footprint)}: {before} before merging, {after} after.")
     if quantized:
         words.append(f"Weights off the quantization grid: {merged.off_grid}.")
     return " ".join(words)
 
 
 def _whole(taken: Footprint) -> str:
-    """Return which share of the model the weights under the chain are."""
+    """Return of which weights the zeros are a share, and what share of the model these are."""
     share = taken.target_fraction
-    return "" if share is None else f" under the chain, which are {percent(share)} of those of the model,"
+    return "" if share is None else f" among the weights under the chain ({percent(share)} of the model)"
 
 
 def learned_nothing(report: Report) -> str:
