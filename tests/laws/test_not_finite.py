@@ -19,10 +19,10 @@ from dovetail.errors import DataError, DovetailError, SearchError
 from dovetail.experts.sweeping import sweep
 from dovetail.models.targets import find_targets
 from dovetail.runs.report.record import finite
-from dovetail.searches.hill_climb import hill_climb
-from dovetail.searches.ranks import search_ranks
 from dovetail.studies.report import Spread
 from dovetail.studies.verify import _lossless
+from dovetail.training.hill_climb import hill_climb
+from dovetail.training.rank_search import search_ranks
 from families import batch, make
 from small_models import llama, make_tokenizer, sum_records
 
@@ -63,7 +63,7 @@ def test_a_search_over_ranks_needs_a_finite_score(metric: str, odd: float, monke
     records = sum_records(8) if kind == "generation" else [{"text": "one plus two"}] * 8
     task = dovetail.Task("task", kind, metric, {"validation": records})
     values: list[float] = []
-    monkeypatch.setattr("dovetail.searches.ranks.evaluate", lambda *_, **__: {"task": {metric: values.pop(0)}})
+    monkeypatch.setattr("dovetail.training.rank_search.evaluate", lambda *_, **__: {"task": {metric: values.pop(0)}})
 
     def search(scores: list[float]) -> Any:
         values[:] = scores

@@ -18,6 +18,7 @@ import pydantic
 from pydantic import Field
 
 from dovetail.chains.notation import chain
+from dovetail.runs.search_settings import SEARCHES, Budget, ChainSettings, RankSettings, Search
 from dovetail.runs.yaml import YamlFile, write_yaml
 from dovetail.tasks.spec import Data, Limit, Part, Positive, at_folder
 from dovetail.training.settings import Training
@@ -34,16 +35,6 @@ class Calibration(Part):
     split: Literal["train", "validation", "test"] = "train"
     text: Path | None = None
     inputs: Literal["compressed", "original"] = "compressed"
-
-
-class Search(Part):
-    """The search over ranks after training; each key is an argument of `dovetail.search_ranks`."""
-
-    turns: Positive = 10
-    neighbours: Positive = 8
-    step: Positive = 2
-    samples: Positive = 100
-    split: Literal["train", "validation"] = "validation"
 
 
 class Evaluation(Part):
@@ -64,15 +55,17 @@ class Recipe(YamlFile):
     """A run. Build it with `Recipe.load(path)` or `Recipe.parse(mapping)`.
 
     model   playground, a folder (relative to the recipe), a hub id, or package:NAME/FOLDER
-    chain   the notation; kept in its canonical form
-    search  search the ranks of the elastic adapters after training; None: no search
+    chain   the notation; kept in its canonical form. Left out where `search` searches chains
+    layers  pattern of layers -> the same chain with other arguments; of several patterns that fit, the last decides
+    search  what to search; None: no search
     merge   exact: CannotMerge before training starts if the chain cannot be merged without loss; lossy: merge anyway
             and measure the loss; none: keep the adapter apart
     output  folder of the run, relative to where the command is given
     """
 
     model: Annotated[str, Field(min_length=1)]
-    chain: Annotated[str, Field(min_length=1)]
+    chain: str
+    layers: dict[str, str] = Field({})
     targets: str | tuple[str, ...] = "all-linear"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
@@ -85,10 +78,31 @@ class Recipe(YamlFile):
     merge: Literal["exact", "lossy", "none"] = "exact"
     output: Path | None = None
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _searched(cls, value: Any) -> Any:
+        search = value.get("search") if isinstance(value, dict) else None
+        chains = isinstance(search, dict) and search.get("kind") == "chains"
+        return {"chain": "", **value} if chains else value
+
     @pydantic.field_validator("chain")
     @classmethod
     def _canonical(cls, text: str) -> str:
-        return str(chain(text))
+        return str(chain(text)) if text else ""
+
+    @pydantic.field_validator("layers")
+    @classmethod
+    def _canonical_layers(cls, layers: dict[str, str]) -> dict[str, str]:
+        return {pattern: str(chain(text)) for pattern, text in layers.items()}
+
+    @pydantic.model_validator(mode="after")
+    def _one_chain(self) -> Recipe:
+        if isinstance(self.search, ChainSettings):
+            if self.chain or self.layers:
+                raise ValueError("a search over chains must have no chain and no layers: use search.prefix")
+        elif not self.chain:
+            raise ValueError("chain must not be empty, such as chain: lora(r=16)")
+        return self
 
     def dump(self, path: str | Path) -> None:
         """Write the recipe with all defaults, atomically; the file repeats the run from any folder."""
@@ -120,7 +134,7 @@ class Recipe(YamlFile):
     def _keys(cls, place: Sequence[int | str]) -> tuple[str, list[str]]:
         parts: dict[int | str, type[Part]] = {
             "data": Data, "tasks": Data, "limit": Limit, "train": Training, "calibration": Calibration,
-            "evaluate": Evaluation, "search": Search,
+            "evaluate": Evaluation, "search": RankSettings, "budget": Budget, **SEARCHES,
         }  # fmt: skip
         names = [part for part in place if part in parts]
         if not names:

@@ -22,15 +22,16 @@ from dovetail.compression.calibration import calibration_batches, text_task
 from dovetail.errors import RecipeError
 from dovetail.files import read_json, write_whole
 from dovetail.runs.folder import RunFolder
-from dovetail.runs.recipe import Recipe, Search
+from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Checkpoint, Packed, Searched, finite
-from dovetail.searches.ranks import search_ranks
+from dovetail.runs.search_settings import RankSettings
 from dovetail.tasks.find import load_task, number_of_labels
 from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import vocabulary_of
 from dovetail.training.identity import batches_identity, model_identity, records_identity, tokenizer_identity
 from dovetail.training.optimizer import check_checkpointing
+from dovetail.training.rank_search import search_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +44,10 @@ def checked_chain(recipe: Recipe) -> CheckedChain:
 
 def legal_chain(recipe: Recipe) -> CheckedChain:
     """Return the chain; raise ChainError or CannotMerge if it cannot run, or cannot be merged as the recipe asks."""
+    if not isinstance(recipe.search, RankSettings | None):
+        rule = "a run trains one chain; a search of this kind trains many"
+        fix = "run it with `dovetail search`, or remove search"
+        raise RecipeError("search", found=f"kind {recipe.search.kind}", rule=rule, fix=fix)
     links = checked_chain(recipe)
     if recipe.merge == "exact" or (recipe.merge == "lossy" and any(not link.mergeable for link in links)):
         check_merge(links)
@@ -65,7 +70,7 @@ def load_tasks(recipe: Recipe) -> list[Task]:
     for task in tasks:
         task.split(recipe.evaluate.split or "test")
     first.split("train")
-    if recipe.search is not None:
+    if isinstance(recipe.search, RankSettings):
         first.split(recipe.search.split)
     return tasks
 
@@ -132,6 +137,8 @@ def search(
 
     A result of an earlier start of this run is read from its folder.
     """
+    settings = recipe.search
+    assert isinstance(settings, RankSettings)
     path = folder.training / "ranks.json"
     if path.exists():
         rule, fix = "the file must hold the ranks that an earlier start found", "pass --no-resume to start again"
@@ -140,7 +147,7 @@ def search(
         return searched
     found = search_ranks(
         model, tokenizer, task, batch_size=recipe.evaluate.batch_size, seed=recipe.seed, progress=progress,
-        **(recipe.search or Search()).model_dump(),
+        **settings.model_dump(exclude={"kind"}),
     )  # fmt: skip
     for turn, ranks, score in found.history:
         folder.log("search", turn=turn, ranks=ranks, **{found.metric: finite(score)})

@@ -1,4 +1,4 @@
-"""Searches over what a chain leaves open. So far: the ranks of elastic adapters."""
+"""Searches over what a recipe leaves open: the chain, the arguments of its links on each layer, elastic ranks."""
 
 import lazy_loader
 

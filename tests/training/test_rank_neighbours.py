@@ -8,10 +8,10 @@ from random import Random
 import pytest
 
 import dovetail
-import dovetail.searches.ranks as rank_search
+import dovetail.training.rank_search as rank_search
 from dovetail.chains.layer.elastic import groups
 from dovetail.searches import search_ranks
-from dovetail.searches.ranks import sample_neighbours
+from dovetail.training.rank_search import sample_neighbours
 from small_models import SUMS, llama, make_tokenizer
 
 

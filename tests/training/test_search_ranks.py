@@ -20,9 +20,9 @@ from dovetail.runs.flow import run
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Report
 from dovetail.searches import hill_climb, proxy_task, search_ranks
-from dovetail.searches.ranks import sample_neighbours
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Task
+from dovetail.training.rank_search import sample_neighbours
 from small_models import SUMS, llama, make_tokenizer, quiet
 from small_runs import small_recipe
 
@@ -206,7 +206,7 @@ def test_refusals_leave_the_ranks_as_they_were(trained, monkeypatch):
             raise KeyboardInterrupt
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr("dovetail.searches.ranks.evaluate", stops)
+    monkeypatch.setattr("dovetail.training.rank_search.evaluate", stops)
     with pytest.raises(KeyboardInterrupt):
         search_ranks(trained, make_tokenizer(), SUMS, samples=5, progress=False)
     assert ranks(trained) == before
@@ -283,11 +283,20 @@ def test_search_in_recipes(tmp_path):
     assert Recipe.parse(base).search is None
     search = Recipe.parse(base | {"search": {}}).search
     assert search is not None
-    assert search.model_dump() == {"turns": 10, "neighbours": 8, "step": 2, "samples": 100, "split": "validation"}
+    assert search.model_dump() == {"kind": "ranks", "turns": 10, "neighbours": 8, "step": 2, "samples": 100,
+                                   "split": "validation"}  # fmt: skip
     for bad, message in [({"turns": 0}, "turns"), ({"turn": 3}, "did you mean turns"), (True, "search"), (5, "search"),
-                         ({"split": "test"}, "split")]:  # fmt: skip
+                         ({"split": "test"}, "split"), ({"kind": "rank"}, "layers, chains or ranks"),
+                         ({"kind": "layers", "trial": 3}, "did you mean trials"), ({"kind": 3}, "layers, chains or ranks"),
+                         ({"kind": "layers", "rungs": [60, 60]}, "must rise"), ({"kind": "chains"}, "search.prefix"),
+                         ({"kind": "layers", "budget": {"bits": 4}}, "bits_per_weight")]:  # fmt: skip
         with pytest.raises(RecipeError, match=message):
             Recipe.parse(base | {"search": bad})
+    assert Recipe.parse({"model": "playground", "data": "word_problems", "search": {"kind": "chains"}}).chain == ""
+    with pytest.raises(RecipeError, match="chain must not be empty"):
+        Recipe.parse(base | {"chain": ""})
+    with pytest.raises(RecipeError, match="dovetail search"):
+        run(base | {"search": {"kind": "layers"}}, output=tmp_path / "run", progress=False)
     with pytest.raises(DataError, match="validation"):  # before anything is loaded or written
         run(recipe_of(tmp_path, search={}) | {"model": "there/is/none"}, output=tmp_path / "run", progress=False)
     assert not (tmp_path / "run.partial").exists()
