@@ -287,7 +287,8 @@ def test_search_in_recipes(tmp_path):
                                    "split": "validation"}  # fmt: skip
     for bad, message in [({"turns": 0}, "turns"), ({"turn": 3}, "did you mean turns"), (True, "search"), (5, "search"),
                          ({"split": "test"}, "split"), ({"kind": "rank"}, "layers, chains or ranks"),
-                         ({"kind": "layers", "trial": 3}, "did you mean trials"), ({"kind": 3}, "layers, chains or ranks"),
+                         ({"kind": "layers", "trial": 3}, "did you mean trials"),
+                         ({"kind": 3}, "layers, chains or ranks"),
                          ({"kind": "layers", "rungs": [60, 60]}, "must rise"), ({"kind": "chains"}, "search.prefix"),
                          ({"kind": "layers", "budget": {"bits": 4}}, "bits_per_weight")]:  # fmt: skip
         with pytest.raises(RecipeError, match=message):
