@@ -1,0 +1,167 @@
+"""The report of a search, as `search.json` holds it: the trials, the front and the best of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from dovetail.display.format import format_score, size
+from dovetail.errors import SearchError
+from dovetail.files import read_json, write_whole
+from dovetail.runs.recipe import Recipe
+from dovetail.runs.report.record import MAX_NBYTES, ReportPart, TaskInfo
+
+JSON = "search.json"
+Direction = Literal["minimize", "maximize"]
+
+
+class Trial(ReportPart):
+    """A candidate that was scored.
+
+    number    in the study
+    state     complete; pruned by its scores of early epochs; failed: `problem` says why
+    rung      of successive halving, from 0
+    params    name -> value, as the sampler proposed them
+    values    objective -> value; empty unless the trial is complete
+    seconds   of training and scoring
+    ended     seconds from the start of the first trial of the study to the end of this one
+    recipe    what `dovetail run` trains for this candidate; {} for a trial that failed before it was proposed
+    details   what the kind of search remembers of a candidate
+    """
+
+    number: int
+    state: Literal["complete", "pruned", "failed"]
+    rung: int
+    params: dict[str, Any]
+    values: dict[str, float]
+    seconds: float
+    ended: float
+    recipe: dict[str, Any]
+    details: dict[str, Any] = Field(default_factory=dict)
+    problem: str = ""
+
+    @property
+    def chain(self) -> str:
+        """The chain of the candidate."""
+        return str(self.recipe.get("chain", ""))
+
+
+class SearchReport(ReportPart):
+    """The report of a whole search.
+
+    task         scored; its split is the one that candidates were scored on
+    objectives   objective -> direction, in order
+    trials       in the order in which they were proposed
+    front        numbers of the trials that no other trial dominates, by the first objective
+    best         number of the best trial of the front (eq. 5 of QR-Adaptor with the recipe's alpha)
+    headline     the result in one sentence
+    finish       what the kind of search did with the best candidates
+    seconds      of all trials, over all workers
+    """
+
+    kind: str
+    model: str
+    sampler: str
+    seed: int
+    task: TaskInfo
+    objectives: dict[str, Direction]
+    trials: list[Trial]
+    front: list[int]
+    best: int
+    headline: str
+    finish: dict[str, Any]
+    seconds: float
+    environment: dict[str, str]
+
+    def trial(self, number: int) -> Trial:
+        """Return a trial by its number; SearchError where there is none."""
+        for trial in self.trials:
+            if trial.number == number:
+                return trial
+        rule = f"the search has trials {', '.join(str(trial.number) for trial in self.trials)}"
+        raise SearchError(f"trial {number}", found="no such trial", rule=rule[:300], fix="name one of these")
+
+    def recipe(self, trial: int | Trial) -> Recipe:
+        """Return the recipe of a candidate, ready for `dovetail.run`."""
+        found = self.trial(trial) if isinstance(trial, int) else trial
+        if not found.recipe:
+            rule = "a trial that failed before it was proposed has no recipe"
+            raise SearchError(f"trial {found.number}", found=found.problem, rule=rule, fix="name another trial")
+        return Recipe.parse(found.recipe)
+
+    def save(self, directory: Path) -> None:
+        """Write search.json atomically."""
+        write_whole(directory / JSON, self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> SearchReport:
+        """Read the search.json of a folder; raise LoadError where it is none."""
+        rule, fix = "the folder of a search must contain a search.json", "pass the folder given as --output"
+        return read_json(Path(directory) / JSON, cls, rule=rule, fix=fix, limit=MAX_NBYTES)
+
+
+def format_value(objective: str, value: float, metric: str) -> str:
+    """Format the value of an objective; `metric` is the metric of the task, which quality is."""
+    if objective == "quality":
+        return format_score(metric, value)
+    return f"{value:,.0f}" if objective == "trainable_parameters" else size(value)
+
+
+def front(trials: Sequence[Trial], objectives: Mapping[str, Direction]) -> list[Trial]:
+    """Return the complete trials that no other one dominates, by the first objective, the best first.
+
+    Of several trials of one candidate, the one of the highest rung counts. Of equal candidates the first one counts.
+    """
+    last: dict[str, Trial] = {}
+    for trial in trials:
+        if trial.state == "complete":
+            key = repr(sorted(trial.params.items()))
+            if key not in last or trial.rung > last[key].rung:
+                last[key] = trial
+    losses = {trial.number: _losses(trial, objectives) for trial in last.values()}
+
+    def dominated(one: tuple[float, ...], number: int) -> bool:
+        return any(
+            all(a <= b for a, b in zip(other, one, strict=True)) and (other != one or at < number)
+            for at, other in losses.items()
+            if at != number
+        )
+
+    found = [trial for trial in last.values() if not dominated(losses[trial.number], trial.number)]
+    return sorted(found, key=lambda trial: (losses[trial.number], trial.number))
+
+
+def best(trials: Sequence[Trial], objectives: Mapping[str, Direction], alpha: float) -> Trial:
+    """Return the trial of the front with the largest objective of QR-Adaptor's eq. 5.
+
+    Each objective is z-scored over the complete trials. Quality has the weight alpha, and the others share 1 - alpha.
+    """
+    shown = front(trials, objectives)
+    if len(objectives) == 1:
+        return shown[0]
+    complete = [_losses(trial, objectives) for trial in trials if trial.state == "complete"]
+    weights = [alpha if name == "quality" else 0.0 for name in objectives]
+    rest = (1 - sum(weights)) / max(1, weights.count(0.0)) if "quality" in objectives else 1 / len(objectives)
+    weights = [alpha if name == "quality" else rest for name in objectives]
+    columns = list(zip(*complete, strict=True))
+    means = [sum(column) / len(column) for column in columns]
+    spreads = [
+        (sum((value - mean) ** 2 for value in column) / len(column)) ** 0.5 or 1.0
+        for column, mean in zip(columns, means, strict=True)
+    ]
+
+    def loss(trial: Trial) -> float:
+        parts = zip(weights, _losses(trial, objectives), means, spreads, strict=True)
+        return sum(weight * (value - mean) / spread for weight, value, mean, spread in parts)
+
+    return min(shown, key=lambda trial: (loss(trial), trial.number))
+
+
+def _losses(trial: Trial, objectives: Mapping[str, Direction]) -> tuple[float, ...]:
+    """Return the values of a trial in the order of the objectives, signed so that smaller is better."""
+    return tuple(
+        -trial.values[name] if direction == "maximize" else trial.values[name] for name, direction in objectives.items()
+    )
