@@ -23,6 +23,8 @@ from .links.prune.scored import scoring as scoring
 from .runs.flow import run as run
 from .runs.plan import plan as plan
 from .runs.recipe import Recipe as Recipe
+from .searches import SearchReport as SearchReport
+from .searches import search as search
 from .searches import search_ranks as search_ranks
 from .studies.runner import study as study
 from .tasks.scoring import evaluate as evaluate

@@ -108,6 +108,56 @@ def study(
         print(f"\nThe page of this study is {output / 'study.html'}")
 
 
+@app.command(epilog="Example: dovetail search examples/chains.yaml --output runs/chains --workers 2")
+def search(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file with `search`; see docs/search.md.")],
+    output: Output = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            "--storage", metavar="URL", help="Database that all workers share. \\[default: SQLite in the output]"
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, metavar="N", help="Processes on this machine.")] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Continue a stopped search; else delete its trials.")
+    ] = True,
+    only_plan: Annotated[
+        bool, typer.Option("--plan", help="Show the space, the trials, predicted time and memory; run nothing else.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Search the best chain: train many candidates, and write the best ones as recipes."""
+    quiet()
+    from dataclasses import asdict
+
+    from dovetail.cli.search_tables import print_preview, print_search, trial_line
+    from dovetail.runs.folder import choose_output
+    from dovetail.runs.recipe import Recipe
+    from dovetail.searches.search import preview
+    from dovetail.searches.search import search as run_search
+
+    loaded = Recipe.load(recipe)
+    if only_plan:
+        cost = preview(loaded)
+        if as_json:
+            print_json(asdict(cost))
+        else:
+            print_preview(console(), cost)
+        return
+    output = choose_output(output or loaded.output, recipe.stem)
+    options = [*(["--storage", storage] if storage else []), *(["--workers", str(workers)] if workers > 1 else [])]
+    with resumable(["search", str(recipe), "--output", str(output), *options]):
+        found = run_search(
+            loaded, output=output, storage=storage, workers=workers, resume=resume,
+            on_trial=None if as_json else lambda trial: print(trial_line(trial), file=sys.stderr, flush=True),
+        )  # fmt: skip
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        print_search(console(), found, output)
+
+
 @app.command(epilog='Example: dovetail plan "wanda(0.5) >> nf4 >> lora(r=16) >> remask >> regrid" --task word_problems')
 def plan(
     chain: Annotated[str, typer.Argument(metavar="CHAIN", help='In quotes: "nf4 >> lora(r=16) >> regrid".')],

@@ -87,20 +87,25 @@ class LayerSettings(Part):
 class ChainSettings(Part):
     """The search over chains of adapters (CLAM §4): a link and its rank in each slot, and one factor of learning rates.
 
-    prefix         links before the slots, such as "nf4" or "wanda(0.5) >> nf4"; the recipe has no chain of its own
+    prefix         pruners and quantizers before the slots, such as "nf4" or "wanda(0.5) >> nf4"
     slots          the number of adapters of a chain
-    ranks          ranks of each slot: searched, or each link's default
-    learning_rate  a factor on the learning rate of each link ("scaled"), or one rate for all links ("global")
+    suffix         constraints after the slots, such as "remask >> regrid"
+    links          what a slot may hold; a link that has a rank takes each of 4, 8, 16, 32 and 64
+    ranks          searched; or fixed, with the ranks that `links` states and the factor 1 (CLAM-2*, CLAM-3*)
+    learning_rate  scaled: a factor on the rate of each link; or global: one rate for all links (CLAM-2†, CLAM-3†)
     trials         chains that are trained
     sampler        of Optuna or of Dovetail
     pruning        of trials by epoch, where quality is the only objective
     budget         limits that no proposal exceeds
+    alpha          weight of the quality in eq. 5 of QR-Adaptor, which chooses the best of several objectives
     seeds          the winner is trained on the whole training split with each of these seeds, and scored on test
     """
 
     kind: Literal["chains"]
     prefix: str = ""
-    slots: Annotated[int, Field(ge=1, le=8)] = 2
+    slots: Annotated[int, Field(ge=1, le=5)] = 2
+    suffix: str = ""
+    links: Annotated[tuple[str, ...], Field(min_length=1)] = ("ia3", "lora", "loha", "vera")
     ranks: Literal["searched", "fixed"] = "searched"
     learning_rate: Literal["scaled", "global"] = "scaled"
     trials: Positive = 40
@@ -110,6 +115,14 @@ class ChainSettings(Part):
     budget: Budget = Budget()
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.7
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (0, 1, 2)
+
+    @pydantic.model_validator(mode="after")
+    def _one_objective(self) -> ChainSettings:
+        if self.pruning != "none" and self.objectives != ("quality",):
+            raise ValueError("pruning compares qualities: set objectives: [quality], or pruning: none")
+        if self.ranks == "fixed" and self.learning_rate == "global":
+            raise ValueError("ranks: fixed keeps the learning rates of the links too: set one of the two")
+        return self
 
 
 SEARCHES: dict[str, type[Part]] = {"ranks": RankSettings, "layers": LayerSettings, "chains": ChainSettings}

@@ -4,3 +4,8 @@ from .ranks import RankSearch as RankSearch
 from .ranks import hill_climb as hill_climb
 from .ranks import proxy_task as proxy_task
 from .ranks import search_ranks as search_ranks
+from .report import SearchReport as SearchReport
+from .report import Trial as Trial
+from .search import preview as preview
+from .search import search as search
+from .space import SearchSpace as SearchSpace

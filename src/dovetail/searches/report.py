@@ -165,3 +165,28 @@ def _losses(trial: Trial, objectives: Mapping[str, Direction]) -> tuple[float, .
     return tuple(
         -trial.values[name] if direction == "maximize" else trial.values[name] for name, direction in objectives.items()
     )
+
+
+def growth(trials: Sequence[Trial], objectives: Mapping[str, Direction]) -> list[tuple[int, float, float]]:
+    """Return how the front grew: (finished trials, seconds since the search began, value) after each complete trial.
+
+    The value is the best objective so far; with several objectives the hypervolume of the front so far, each objective
+    scaled to [0, 1] over all complete trials, with the reference point 1.1.
+    """
+    done = sorted((trial for trial in trials if trial.state == "complete"), key=lambda trial: trial.ended)
+    if len(objectives) == 1:
+        (name,) = objectives
+        choose = max if objectives[name] == "maximize" else min
+        so_far = [choose(trial.values[name] for trial in done[: count + 1]) for count in range(len(done))]
+        return [(count + 1, trial.ended, value) for count, (trial, value) in enumerate(zip(done, so_far, strict=True))]
+    import numpy as np
+    from optuna._hypervolume import compute_hypervolume
+
+    losses_nm = np.array([_losses(trial, objectives) for trial in done])
+    spans = np.ptp(losses_nm, axis=0)
+    scaled_nm = (losses_nm - losses_nm.min(axis=0)) / np.where(spans > 0, spans, 1.0)
+    reference = np.full(len(objectives), 1.1)
+    return [
+        (count + 1, trial.ended, float(compute_hypervolume(scaled_nm[: count + 1], reference)))
+        for count, trial in enumerate(done)
+    ]

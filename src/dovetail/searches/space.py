@@ -144,7 +144,8 @@ class SearchSpace(ABC):
     def finish(self, folder: Path, report: SearchReport, *, progress: bool) -> dict[str, Any]:
         """Train what the recipe asks for at the end, in `folder`; return what the report holds of it as `finish`.
 
-        A killed search calls this again with the same folder, so that finished trainings are kept.
+        A killed search calls this again with the same folder, so that finished trainings are kept. The key
+        "references", name -> objective -> value, holds models that the page shows beside the trials.
         """
         return {}
 

@@ -1,8 +1,8 @@
 """Parameters that are trained, their learning rates and their precision.
 
-Each link has its own learning rate (CLAM, Table 4: they differ by orders of magnitude), times one common scale (the c
-of CLAM §3.2). AdamW has betas 0.9 and 0.999 (Table 5). Differences from the table: no weight decay by default, none of
-vectors, and no paging of AdamW's state.
+Each link has its own learning rate (CLAM, Table 4: they differ by orders of magnitude), unless the settings state one
+for all links (CLAM, A.9). A common scale multiplies them (the c of CLAM §3.2). AdamW has betas 0.9 and 0.999 (Table 5).
+Differences from the table: no weight decay by default, none of vectors, and no paging of AdamW's state.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def check_checkpointing(model: PreTrainedModel, asked: bool) -> None:
 def learning_rates(model: nn.Module, settings: TrainSettings) -> dict[str, float]:
     """Return the maximum learning rate of each of `trained_parts`."""
     of_links = {
-        str(state.link): state.link.learning_rate
+        str(state.link): settings.link_learning_rate or state.link.learning_rate
         for layer in chain_layers(model).values()
         for state in layer.states
         if isinstance(state.link, Adapter)

@@ -25,6 +25,7 @@ class Training(Part):
     epochs, max_steps       of each stage; max_steps takes precedence over epochs
     batch_size              rows of a batch; a step takes `gradient_accumulation` batches
     lr_scale                multiplies every learning rate (CLAM's c)
+    link_learning_rate      of every link of the chain, in place of its own; lr_scale multiplies it too
     head_learning_rate      of parameters that are trained outside the chain: new heads
     schedule, warmup        linear or cosine to 0, or constant; fraction of the steps of a linear warm-up from 0
     weight_decay            of matrices; vectors (scales, biases, norms) have none
@@ -44,6 +45,7 @@ class Training(Part):
     batch_size: Positive = 32
     gradient_accumulation: Positive = 1
     lr_scale: PositiveFloat = 1.0
+    link_learning_rate: PositiveFloat | None = None
     head_learning_rate: PositiveFloat = 1e-3
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -11,6 +11,7 @@ from dovetail.chains.notation import chain
 from dovetail.chains.stages import stages
 from dovetail.display.format import SHARES, duration, format_score, metric_name, percent, size
 from dovetail.display.html import definitions, html_page, html_table, section
+from dovetail.display.svg import ticks
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Example, Report, Row
 from dovetail.runs.report.summary import counted, learned_nothing
@@ -257,8 +258,8 @@ def draw_curves(curves: list[tuple[str, list[list[tuple[int, float]]]]], ends: l
     """
     total = sum(ends)
     values = [value for _, stages in curves for points in stages for _, value in points]
-    ticks = _ticks(min(0.0, *values), max(values))
-    low, high = ticks[0], ticks[-1]
+    levels = ticks(min(0.0, *values), max(values))
+    low, high = levels[0], levels[-1]
 
     def x(step: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * step / max(1, total)
@@ -270,10 +271,10 @@ def draw_curves(curves: list[tuple[str, list[list[tuple[int, float]]]]], ends: l
         return f'<text class="tick" x="{at:.1f}" y="{height:.1f}" text-anchor="{anchor}">{label}</text>'
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
-    for tick in ticks:
+    for tick in levels:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(text(LEFT - 8, y(tick) + 4, "end", f"{tick:g}"))
-    for tick in (tick for tick in _ticks(0, total) if tick <= total):
+    for tick in (tick for tick in ticks(0, total) if tick <= total):
         inside = x(tick) <= WIDTH - RIGHT - 24  # a label at the right border ends there
         parts.append(text(x(tick), HEIGHT - 32, "middle" if inside else "end", f"{tick:g}"))
     parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "middle", "training step"))
@@ -304,12 +305,3 @@ def running_mean(losses: list[tuple[int, float]]) -> list[tuple[int, float]]:
         mean += weight * (loss - mean)
         found.append((step, mean))
     return found
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Return about five round numbers from `low` to at least `high`."""
-    span = max(high - low, 1e-9)
-    power = 10 ** math.floor(math.log10(span / 5))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if span / (power * factor) <= 5)
-    first = math.floor(low / step)
-    return [round(n * step, 12) for n in range(first, max(math.ceil(high / step), first + 1) + 1)]

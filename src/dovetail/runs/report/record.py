@@ -267,13 +267,16 @@ class Report(ReportPart):
 
 def environment(model: PreTrainedModel) -> dict[str, str]:
     """Return what is needed to repeat a run: versions, device, threads and dtype."""
+    return host_environment(model.device) | {"dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def host_environment(device: torch.device) -> dict[str, str]:
+    """Return the versions, the device and the number of threads."""
     packages = {name: version(name) for name in ("dovetail", "torch", "transformers")}
-    device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return packages | {
         "python": platform.python_version(),
         "system": platform.system(),
         "device": f"{device.type} ({name})",
         "threads": str(torch.get_num_threads()),
-        "dtype": str(model.dtype).removeprefix("torch."),
     }

@@ -1,0 +1,57 @@
+"""What `dovetail search` prints: a line for each trial, the front, and the cost before a search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from dovetail.display.format import duration, size
+from dovetail.display.tables import print_table
+from dovetail.searches.report import SearchReport, Trial, format_value
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dovetail.searches.space import Preview
+
+
+def trial_line(trial: Trial) -> str:
+    """Return one line about a finished trial."""
+    values = ", ".join(f"{name} {value:.4g}" for name, value in trial.values.items()) or trial.state
+    said = f"trial {trial.number}: {values}, {duration(trial.seconds)}, {trial.chain}"
+    return said + (f"\n{trial.problem}" if trial.problem else "")
+
+
+def print_search(console: Console, report: SearchReport, output: Path) -> None:
+    """Print the front of a search and where its files are."""
+    console.print(f"\n[bold]{escape(report.headline)}[/bold]", soft_wrap=True)
+    names = list(report.objectives)
+    cells = [
+        [
+            trial.chain,
+            f"{trial.number}{', best' if trial.number == report.best else ''}",
+            *(format_value(name, trial.values[name], report.task.metric) for name in names),
+            duration(trial.seconds),
+        ]
+        for trial in map(report.trial, report.front)
+    ]
+    print_table(console, ["chain", "trial", *(name.replace("_", "\n") for name in names), "time"], cells)
+    print(f"\nrun the best one with: dovetail run {output / 'best.yaml'}")
+    print(f"the page of this search is {output / 'report.html'}")
+
+
+def print_preview(console: Console, cost: Preview) -> None:
+    """Print what a search will cost."""
+    seconds = "not predicted" if cost.seconds is None else duration(cost.seconds)
+    memory = "not predicted" if cost.peak_memory_nbytes is None else size(cost.peak_memory_nbytes)
+    rows = {
+        "candidates in the space": "not counted" if cost.points is None else f"{cost.points:,}",
+        "trials": f"{cost.trials:,}",
+        "predicted time, one worker": seconds,
+        "predicted peak memory": memory,
+        **cost.facts,
+    }
+    for name, text in rows.items():
+        console.print(f"{name}  [bold]{escape(text)}[/bold]", soft_wrap=True)

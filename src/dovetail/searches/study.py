@@ -1,0 +1,438 @@
+"""The trials of a search as an Optuna study, and the workers that share it.
+
+All state is the study's. Any number of processes on any number of machines run `work` on one study; each takes the next
+trial until enough of them are finished. What one worker needs to know of another is on the trial: its host, its process
+and the start time of that process.
+
+A trial whose worker ended without a result waits in the queue again, with its number and its parameters, and the next
+free worker repeats it. On the host of the lost worker that happens at once, since its process is gone. On other hosts
+the heartbeats of Optuna tell, after GRACE_SECONDS; then the trial fails and a copy of it waits.
+
+Numbers of a sampler follow from the seed of the recipe, the number of the trial and the name of the parameter. So one
+worker that was killed and resumed proposes what it would have proposed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
+from functools import cache
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import optuna
+import psutil
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, TrialPruned, UpdateFinishedTrialError
+from optuna.samplers import BaseSampler
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.storages._heartbeat import get_heartbeat_thread
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from dovetail.errors import NotFinite, SearchError, TrainError
+from dovetail.runs.search_settings import ChainSettings, LayerSettings
+from dovetail.searches.report import Trial
+from dovetail.searches.space import Candidate, SearchSpace
+
+if TYPE_CHECKING:
+    from optuna.pruners import BasePruner
+
+HEARTBEAT_SECONDS, GRACE_SECONDS = 30, 120
+"""Interval of the heartbeats, and the age of the last one at which a trial on another host counts as lost."""
+_UNSIGNED_SECONDS = 60
+"""Age at which a running trial without a worker's name counts as lost: a worker signs its trial at once."""
+_WAIT_SECONDS = 1.0
+"""Time between two looks at the study while other workers run the last trials."""
+_OPENINGS = 5
+"""How often a storage is opened: workers that start at the same time disturb each other while tables are created."""
+
+_IDENTITY = "dovetail:identity"
+_WORKER, _KEY, _RUNG, _SECONDS, _DETAILS, _PROBLEM = "worker", "key", "rung", "seconds", "details", "problem"
+
+
+# Opening a study.
+
+
+@contextmanager
+def open_study(url: str, name: str, space: SearchSpace, identity: Mapping[str, str]) -> Iterator[optuna.Study]:
+    """Yield the study of that name, new or of an earlier start, and close the storage afterwards.
+
+    url       of the storage, as SQLAlchemy reads it
+    identity  what every worker must share: digests of the recipe and of the data
+
+    Raises SearchError for a storage that cannot be opened, and for a study of another recipe. An error of the storage
+    later on becomes a SearchError too.
+    """
+    storage = _open_storage(url)
+    try:
+        with _explained(url):
+            directions = list(space.objectives.values())
+            study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
+            _check_identity(study, identity, url)
+            study.sampler = _sampler(space)
+            study.pruner = _pruner(space)
+            yield study
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def delete_study(url: str, name: str) -> None:
+    """Delete a study and all its trials, if there is one."""
+    storage = _open_storage(url)
+    with _explained(url), suppress(KeyError):
+        optuna.delete_study(study_name=name, storage=storage)
+    storage.engine.dispose()
+
+
+def check_url(url: str) -> None:
+    """Raise SearchError for a text that is no URL of a storage, or a storage that ends with the process."""
+    rule, fix = "a storage is a URL of a database", "pass --storage sqlite:///search.db, or leave it out"
+    try:
+        parsed = make_url(url)
+        parsed.get_dialect()
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise SearchError("storage", found=str(error)[:200], rule=rule, fix=fix) from None
+    except ImportError as error:
+        raise _missing(parsed, error) from None
+    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+        rule = "workers and later starts must find the trials: the storage must outlive the process"
+        raise SearchError(f"storage {hidden(url)}", found="a database in memory", rule=rule, fix=fix)
+
+
+def hidden(url: str) -> str:
+    """Return a URL without its password."""
+    return make_url(url).render_as_string(hide_password=True)
+
+
+def _missing(parsed: URL, error: ImportError) -> SearchError:
+    fix = f"install the package {error.name or parsed.get_driver_name()}"
+    if parsed.get_backend_name() == "postgresql":
+        fix = "pip install 'dovetail[postgres]', and write postgresql+psycopg://USER@HOST/DATABASE"
+    where = f"storage {parsed.render_as_string(hide_password=True)}"
+    return SearchError(where, found=str(error), rule="the driver of the database must be installed", fix=fix)
+
+
+def _open_storage(url: str) -> RDBStorage:
+    check_url(url)
+    parsed = make_url(url)
+    arguments: dict[str, Any] = {}
+    if parsed.get_backend_name() == "sqlite":
+        arguments = {"timeout": 60}
+    elif parsed.get_backend_name() == "postgresql":
+        arguments = {"connect_timeout": 10}
+    with _explained(url), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        for opening in range(_OPENINGS):
+            try:
+                return RDBStorage(
+                    url, engine_kwargs={"connect_args": arguments, "pool_pre_ping": True},
+                    heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
+                    heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+                )  # fmt: skip
+            except ImportError as error:
+                raise _missing(parsed, error) from None
+            except SQLAlchemyError:
+                if opening + 1 == _OPENINGS:
+                    raise
+                time.sleep(0.2 * (opening + 1))
+    raise AssertionError
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Turn an error of the storage into a SearchError."""
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError) as error:
+        cause = error.__cause__ or error
+        found = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0][:300]
+        rule = "the storage must be reachable and writable"
+        fix = "check the URL and the server; a search that has begun continues when the command is given again"
+        raise SearchError(f"storage {hidden(url)}", found=found, rule=rule, fix=fix) from None
+
+
+def _check_identity(study: optuna.Study, identity: Mapping[str, str], url: str) -> None:
+    """Write the identity to a new study, and compare it with that of an old one."""
+    if _IDENTITY not in study.user_attrs and not study.get_trials(deepcopy=False):
+        study.set_user_attr(_IDENTITY, dict(identity))
+    found = study.user_attrs.get(_IDENTITY)
+    if found == dict(identity):
+        return
+    other = "trials that no search of Dovetail made"
+    if found is not None:
+        other = f"a search with other {' and '.join(name for name in identity if found.get(name) != identity[name])}"
+    where = f"study {study.study_name} in {hidden(url)}"
+    rule = "all workers and all starts of a search must have the same recipe and the same data"
+    raise SearchError(where, found=other, rule=rule, fix="choose another --output, or pass --no-resume to start again")
+
+
+# Samplers and pruners.
+
+
+def _sampler(space: SearchSpace) -> BaseSampler:
+    """Return the sampler that the recipe names."""
+    settings, seed = space.settings, space.recipe.seed
+    match settings.sampler:
+        case "tpe":
+            return _Signed(lambda number: optuna.samplers.TPESampler(seed=number), seed)
+        case "nsga2":
+            return _Signed(lambda number: optuna.samplers.NSGAIISampler(seed=number), seed)
+        case "random":
+            return _Signed(lambda number: optuna.samplers.RandomSampler(seed=number), seed)
+    from dovetail.searches.samplers import PRGASampler, RefineSampler, ThreeStageSampler
+
+    named: BaseSampler = {
+        "prga": lambda: PRGASampler(seed=seed),
+        "refine": lambda: RefineSampler(alpha=settings.alpha, seed=seed),
+        "three_stage": lambda: ThreeStageSampler(alpha=settings.alpha, seed=seed),
+    }[settings.sampler]()
+    return _Signed(lambda number: named, seed)
+
+
+class _Signed(BaseSampler):
+    """Signs a trial with the name of its worker, and leaves its parameters to another sampler.
+
+    make   makes that sampler for a seed; each question to it has its own seed, so that its answer does not depend on
+           the questions before
+    """
+
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
+        self._make, self._seed = make, seed
+
+    def _of(self, trial: FrozenTrial, question: str = "") -> BaseSampler:
+        return self._make(zlib.crc32(f"{self._seed}/{trial.number}/{question}".encode()))
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        study._storage.set_trial_user_attr(trial._trial_id, _WORKER, this_worker())
+        self._of(trial).before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._of(trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._of(trial).sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._of(trial, param_name).sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        self._of(trial).after_trial(study, trial, state, values)
+
+
+def _pruner(space: SearchSpace) -> BasePruner:
+    match space.settings:
+        case ChainSettings(pruning="median"):
+            return optuna.pruners.MedianPruner()
+        case ChainSettings(pruning="hyperband"):
+            return optuna.pruners.HyperbandPruner()
+        case ChainSettings() | LayerSettings():
+            return optuna.pruners.NopPruner()
+
+
+# Workers.
+
+
+@cache
+def this_worker() -> dict[str, Any]:
+    """Return the name of this process: its host, its number and the time at which it started."""
+    return {"host": _host(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+@cache
+def _host() -> str:
+    """Return the name of the host; containers on one host may have equal names, and other process numbers."""
+    with suppress(OSError):
+        return f"{platform.node()} {os.stat('/proc/self/ns/pid').st_ino}"
+    return platform.node()
+
+
+def _gone(worker: Mapping[str, Any]) -> bool:
+    """Return whether a worker of this host has ended."""
+    try:
+        process = psutil.Process(worker["pid"])
+        same = abs(process.create_time() - worker["started"]) < 2  # the clock of the host may be set
+        return not same or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def requeue(study: optuna.Study) -> None:
+    """Put the trials of lost workers back into the queue."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        worker = trial.user_attrs.get(_WORKER)
+        if worker is None:
+            begun = trial.datetime_start or datetime.now()
+            lost = datetime.now() - begun > timedelta(seconds=_UNSIGNED_SECONDS)
+        else:
+            lost = worker["host"] == _host() and _gone(worker)
+        if lost:
+            _put_back(study, trial._trial_id)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        fail_stale_trials(study)
+
+
+def _put_back(study: optuna.Study, trial_id: int) -> None:
+    with suppress(UpdateFinishedTrialError):  # it was not lost
+        study._storage.set_trial_state_values(trial_id, state=TrialState.WAITING)
+
+
+def work(study: optuna.Study, space: SearchSpace, *, on_trial: Callable[[Trial], None] | None = None) -> None:
+    """Run trials until as many as the recipe asks for are finished, and none is left running or waiting.
+
+    on_trial   called with each trial that this worker finished
+
+    An error that is not one of a single candidate ends the worker; its trial waits for another one.
+    """
+    asked = space.settings.trials
+    while True:
+        requeue(study)
+        trials = study.get_trials(deepcopy=False)
+        _enqueue(study, space, trials)
+        done = sum(_rung(trial) == 0 and _finished(trial) for trial in trials)
+        running = [trial for trial in trials if trial.state is TrialState.RUNNING]
+        waiting = any(trial.state is TrialState.WAITING for trial in study.get_trials(deepcopy=False))
+        if waiting or done + sum(_rung(trial) == 0 for trial in running) < asked:
+            number = _run(study, space)
+            if on_trial is not None:
+                for trial in finished(study, space):
+                    if trial.number == number:
+                        on_trial(trial)
+        elif running:
+            time.sleep(_WAIT_SECONDS)
+        else:
+            return
+
+
+def _enqueue(study: optuna.Study, space: SearchSpace, trials: Sequence[FrozenTrial]) -> None:
+    """Enqueue the fixed candidates that are not in the study yet."""
+    known = {trial.user_attrs.get(_KEY) for trial in trials}
+    for fixed in space.fixed(_records(trials, space)):
+        if fixed.key not in known:
+            attributes = {_KEY: fixed.key, _RUNG: fixed.candidate.rung}
+            study.enqueue_trial(dict(fixed.candidate.params), user_attrs=attributes)
+
+
+def _run(study: optuna.Study, space: SearchSpace) -> int:
+    """Run the next trial, and return its number."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed")  # the next block has one
+        trial = study.ask()
+    with get_heartbeat_thread(trial._trial_id, study._storage):
+        try:
+            if _duplicate(study, trial):
+                _tell(study, trial, state=TrialState.FAIL)
+                return trial.number
+            started = time.perf_counter()
+            values, state = _score(study, space, trial)
+            trial.set_user_attr(_SECONDS, time.perf_counter() - started)
+            _tell(study, trial, values, state)
+        except BaseException:
+            _put_back(study, trial._trial_id)
+            raise
+    return trial.number
+
+
+def _duplicate(study: optuna.Study, trial: optuna.Trial) -> bool:
+    """Return whether another worker enqueued the same fixed candidate before, at the same time as this one."""
+    key = trial.user_attrs.get(_KEY)
+    return key is not None and any(
+        other.number < trial.number and other.user_attrs.get(_KEY) == key and other.state is not TrialState.FAIL
+        for other in study.get_trials(deepcopy=False)
+    )
+
+
+def _score(
+    study: optuna.Study, space: SearchSpace, trial: optuna.Trial
+) -> tuple[list[float] | None, TrialState | None]:
+    """Score the candidate of a trial; return its values, or the state of a trial without any."""
+    reported = set(study._storage.get_trial(trial._trial_id).intermediate_values)  # by a worker that was lost
+
+    def report(step: int, quality: float) -> None:
+        if len(space.objectives) == 1 and isfinite(quality):
+            if step not in reported:
+                trial.report(quality, step)
+            if trial.should_prune():
+                raise TrialPruned
+
+    try:
+        space.suggest(trial)
+        scored = space.score(Candidate(trial.params, trial.user_attrs.get(_RUNG, 0)), report)
+    except TrialPruned:
+        return None, TrialState.PRUNED
+    except (NotFinite, TrainError) as error:
+        trial.set_user_attr(_PROBLEM, f"{type(error).__name__}: {error}"[:2000])
+        return None, TrialState.FAIL
+    trial.set_user_attr(_DETAILS, dict(scored.details))
+    values = [float(scored.values[name]) for name in space.objectives]
+    if not all(map(isfinite, values)):
+        trial.set_user_attr(_PROBLEM, f"values that are not finite: {dict(scored.values)}")
+        return None, TrialState.FAIL
+    return values, None
+
+
+def _tell(
+    study: optuna.Study, trial: optuna.Trial, values: list[float] | None = None, state: TrialState | None = None
+) -> None:
+    """Finish a trial, unless another worker that took this one for lost has finished it."""
+    if study._storage.get_trial(trial._trial_id).state is TrialState.WAITING:
+        study._storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING)
+    study.tell(trial, values, state, skip_if_finished=True)
+
+
+# What the trials say.
+
+
+def finished(study: optuna.Study, space: SearchSpace) -> list[Trial]:
+    """Return the finished trials, in the order of their numbers."""
+    return _records(study.get_trials(deepcopy=False), space)
+
+
+def _finished(trial: FrozenTrial) -> bool:
+    """Return whether a trial has a result; one that failed without a problem was lost, and a copy of it waits."""
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or (
+        trial.state is TrialState.FAIL and _PROBLEM in trial.user_attrs
+    )
+
+
+def _rung(trial: FrozenTrial) -> int:
+    return trial.user_attrs.get(_RUNG, 0)
+
+
+def _records(trials: Sequence[FrozenTrial], space: SearchSpace) -> list[Trial]:
+    """Return the finished trials of a study as a report holds them."""
+    begun = min((trial.datetime_start for trial in trials if trial.datetime_start), default=datetime.now())
+    names = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+    return [
+        Trial(
+            number=trial.number,
+            state=names[trial.state],  # pyright: ignore[reportArgumentType]
+            rung=_rung(trial),
+            params=trial.params,
+            values=dict(zip(space.objectives, trial.values or (), strict=False))
+            if trial.state is TrialState.COMPLETE
+            else {},
+            seconds=trial.user_attrs.get(_SECONDS, 0.0),
+            ended=((trial.datetime_complete or begun) - begun).total_seconds(),
+            recipe=space.candidate_recipe(Candidate(trial.params, _rung(trial))).model_dump(mode="json"),
+            details=trial.user_attrs.get(_DETAILS, {}),
+            problem=trial.user_attrs.get(_PROBLEM, ""),
+        )
+        for trial in trials
+        if _finished(trial)
+    ]
