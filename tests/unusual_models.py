@@ -12,6 +12,8 @@ from transformers import (
     LEDForConditionalGeneration,
     LongformerConfig,
     LongformerForSequenceClassification,
+    LongT5Config,
+    LongT5ForConditionalGeneration,
     MambaConfig,
     MambaForCausalLM,
     MPNetConfig,
@@ -62,6 +64,13 @@ MAKERS: dict[str, Callable[[], PreTrainedModel]] = {
         LEDConfig(
             vocab_size=128, d_model=32, **_SIDES, max_encoder_position_embeddings=32, attention_window=4,
             max_decoder_position_embeddings=28, decoder_start_token_id=2, **_END,
+        )
+    ),
+    "longt5": lambda: LongT5ForConditionalGeneration(
+        LongT5Config(
+            vocab_size=128, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, local_radius=3,
+            global_block_size=4, encoder_attention_type="transient-global", decoder_start_token_id=0, pad_token_id=0,
+            eos_token_id=1,
         )
     ),
     "fnet": lambda: FNetForSequenceClassification(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
 from dovetail.tasks.scoring import evaluate
+from dovetail.tasks.scoring.runner import Runner
 from dovetail.tasks.task import Task
 from families import CONFIGS, ENCODERS, make
 from small_models import WORDS, make_tokenizer
@@ -13,7 +16,7 @@ from unusual_models import unusual
 
 DECODERS = [name for name in CONFIGS if name not in ENCODERS]
 CHANGED_BY_PADDING = ["rwkv", "xlnet"]
-UNUSUAL = [*CHANGED_BY_PADDING, "mamba", "mpt", "led"]
+UNUSUAL = [*CHANGED_BY_PADDING, "mamba", "mpt", "led", "longt5"]
 PROMPTS = [" ".join(WORDS[at % 14] for at in range(start, start + length)) for start, length in
            [(0, 1), (3, 7), (5, 2), (1, 4), (8, 4), (2, 9), (11, 1)]]  # fmt: skip
 
@@ -51,6 +54,32 @@ def test_a_language_model_scores_the_same_in_batches_of_any_size(name: str, kind
         found, texts = outputs(model, task, size)
         assert texts == said
         assert found == pytest.approx(scores, rel=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("size", [2, 5, 7])
+def test_padding_that_changes_rows_of_some_lengths_is_left_out(size: int, side: Literal["left", "right"]) -> None:
+    """LongT5 sums up blocks of 4 tokens, which padding on the left by 4 tokens does not change."""
+    model, lengths = unusual("longt5"), [1, 2, 3, 4, 5, 6, 7, 9, 12]
+    rows = [{"input_ids": list(range(3, 3 + length))} for length in lengths]
+
+    def outputs(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        decoder_ids = torch.zeros(len(batch["input_ids"]), 2, dtype=torch.int64)
+        return model(**batch, decoder_input_ids=decoder_ids).logits
+
+    runner = Runner(model, make_tokenizer(), "t", size, 1024, progress=False)
+    with torch.inference_mode():
+        for chosen, batch in runner.batches(rows, side, outputs):
+            for row, found in zip(chosen, outputs(batch), strict=True):
+                alone = outputs({"input_ids": torch.tensor([rows[row]["input_ids"]])})[0]
+                torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_reads_prompts_from_its_first_position(capsys: pytest.CaptureFixture[str]) -> None:
+    model = unusual("led")
+    task = Task("t", "generation", "exact_match", {"test": [{"prompt": p, "answer": " one"} for p in PROMPTS]})
+    evaluate(model, make_tokenizer(), task)
+    assert "change with the rest of its batch" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [2, 5, 7])

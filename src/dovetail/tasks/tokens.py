@@ -277,7 +277,7 @@ class Collator:
     """Pads rows to the longest of the batch.
 
     pad_id    fills input_ids; the attention mask is 0 there
-    side      "left" for prompts to be continued, which carry no labels; labels are padded right
+    side      "left" for prompts that a decoder continues, which carry no labels; labels are padded right
     returns   int64 tensors (rows, tokens); labels (rows, tokens) or (rows,), float32 for a regression
     """
 

@@ -1,7 +1,8 @@
 """Generation: the greedy continuation of the prompt, compared with the answer (exact match).
 
-Batched with padding on the left, stopped at the end token. A continuation may run a few tokens past the longest
-answer of the task, so an answer with too much text counts as wrong. Spaces around the answer are ignored.
+Batched with padding on the left (on the right for an encoder), stopped at the end token. A continuation may run a few
+tokens past the longest answer of the task, so an answer with too much text counts as wrong. Spaces around the answer
+are ignored.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dovetail.errors import DataError
-from dovetail.tasks.scoring.runner import Batch, Runner, Scored
+from dovetail.tasks.scoring.runner import Batch, Runner, Scored, Side
 from dovetail.tasks.task import Record
 from dovetail.tasks.tokens import end_ids, wrong_model
 
@@ -68,6 +69,7 @@ def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
         bos_token_id=own.bos_token_id,
     )
     said = [""] * len(rows)
+    side: Side = "right" if runner.encoder_decoder else "left"  # an encoder reads from its first position
 
     def first_logits(batch: Batch) -> Tensor:
         """Return the logits (b, 2, v) of the first two tokens, without an end."""
@@ -77,7 +79,7 @@ def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
         return torch.stack(found.logits, dim=1)
 
     try:
-        for chosen, batch in runner.batches(rows, "left", first_logits):
+        for chosen, batch in runner.batches(rows, side, first_logits):
             watch = _Watch()
             tokens_bt = generate(**batch, logits_processor=[watch])
             if watch.bad:

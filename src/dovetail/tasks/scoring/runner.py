@@ -1,13 +1,14 @@
 """The part that all methods share: batches of rows of similar length, and log-likelihoods of labelled tokens.
 
 A row is scored in a batch as it is scored alone. The outputs of some models change with padding that the mask hides
-(recurrent ones with padding on the left, XLNet), or with any other row of the batch (RWKV with its cache). Running the
-shortest row alone, beside the longest row and beside one of its own length shows which rows may share a batch: all,
-those of equal length, or none.
+(recurrent ones with padding on the left, XLNet), or with any other row of the batch (RWKV with its cache). Running
+rows of up to three lengths alone and beside the longest row, and the shortest beside one of its own length, shows which
+rows may share a batch: all, those of equal length, or none.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -101,33 +102,38 @@ class Runner:
 
     @torch.no_grad()
     def _who_together(self, rows: Sequence[Example], side: Side, outputs: Callable[[Batch], Tensor]) -> Together:
-        """Return which rows may share a batch; rows are the longest first. Costs three rows, or five, once."""
+        """Return which rows may share a batch; rows are the longest first. Costs at most ten rows, once."""
         if self.batch_size == 1 or len(rows) < 2:
             return "all"
         long, short = rows[0], rows[-1]
         padded = _lengths(long) != _lengths(short)
         if side not in self._together:
+            each = {_lengths(row): row for row in rows}  # one row of each length, the longest first
+            some = list(each.values())[:0:-1]
+            if padded and self._same(some[:: math.ceil(len(some) / 3)], long, side, outputs):
+                self._together[side] = "all"
+                return "all"
             ids = short["input_ids"]
             other = long["input_ids"][: len(ids)]
             alike = {**short, "input_ids": other if other != ids else ids[1:] + ids[:1]}
-            alone = outputs(self._batch([short], side))[0]
-
-            def same(beside: Example) -> bool:
-                found = outputs(self._batch([short, beside], side))[0]
-                length = min(len(alone), len(found))
-                # Half of the dtype's digits: a batch of another shape is summed in another order.
-                slack = torch.finfo(alone.dtype).eps ** 0.5 * float(alone.abs().max())
-                return float((found[:length] - alone[:length]).abs().max()) <= slack
-
-            if padded and same(long):
-                self._together[side] = "all"
-                return "all"
-            self._together[side] = "equal" if same(alike) else "none"
+            self._together[side] = "equal" if self._same([short], alike, side, outputs) else "none"
             if padded or self._together[side] == "none":
                 who = {"equal": "rows of equal length are scored together", "none": "rows are scored one by one"}
                 said = f"the outputs of {type(self.model).__name__} for a row change with the rest of its batch"
                 note(f"{self.name}: {said}; {who[self._together[side]]}", shown=self.progress)
         return self._together[side]
+
+    def _same(self, rows: Sequence[Example], beside: Example, side: Side, outputs: Callable[[Batch], Tensor]) -> bool:
+        """Return whether each of these rows has the outputs in a batch with another row that it has alone."""
+        together = outputs(self._batch([*rows, beside], side))
+        for row, found in zip(rows, together, strict=False):
+            alone = outputs(self._batch([row], side))[0]
+            length = min(len(alone), len(found))
+            # Half of the dtype's digits: a batch of another shape is summed in another order.
+            slack = torch.finfo(alone.dtype).eps ** 0.5 * float(alone.abs().max())
+            if not float((found[:length] - alone[:length]).abs().max()) <= slack:
+                return False
+        return True
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits: (rows, tokens, vocabulary), or (rows, labels) of a head."""
