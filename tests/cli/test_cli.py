@@ -8,7 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from io import StringIO
-from signal import SIGINT
+from signal import SIGINT, default_int_handler, signal
 from time import sleep
 from typing import get_type_hints
 
@@ -136,7 +136,10 @@ def test_ctrl_c_says_where_it_stopped_and_how_to_resume(tmp_path):
     )
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     command = [sys.executable, "-m", "dovetail", "run", "recipe.yaml", "-o", "out"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal(SIGINT, default_int_handler),  # a suite in the background ignores it
+    )  # fmt: skip
     try:
         assert process.stderr is not None
         while not process.stderr.readline().startswith("quantized"):  # its next work is training
@@ -148,6 +151,7 @@ def test_ctrl_c_says_where_it_stopped_and_how_to_resume(tmp_path):
         _, err = process.communicate(timeout=120)
     finally:
         process.kill()
+        process.wait()
     assert process.returncode == 130
     assert re.search(r"stopped at train sums, \d+ of 100000\nresume with: dovetail run recipe.yaml --output out\n", err)
     assert "Traceback" not in err

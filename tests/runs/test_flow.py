@@ -31,8 +31,8 @@ from small_models import training_killed_at
 from small_runs import MAIN, save_labels, save_model, small_recipe
 
 FIELDS = {
-    "chain", "model", "seed", "stages", "merge", "footprint", "peak_memory_nbytes", "seconds", "environment", "task",
-    "examples", "verdict", "training", "checkpoint", "packed", "search", "identity",
+    "chain", "layers", "model", "seed", "stages", "merge", "footprint", "peak_memory_nbytes", "seconds", "environment",
+    "task", "examples", "verdict", "training", "checkpoint", "packed", "search", "identity",
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dovetail.chains.check import check
+from dovetail.chains.assignment import Assignment, assign
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.bits import pack_bits, unpack_bits
 from dovetail.chains.layer.elastic import check_saved, load_ranks, saved_ranks, shapes_at
@@ -36,7 +36,6 @@ from dovetail.chains.layer.fingerprint import base_fingerprint
 from dovetail.chains.layer.held import guard_saving, held
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.chains.link import Adapter
-from dovetail.chains.stages import CheckedChain
 from dovetail.compression.apply import apply, restore
 from dovetail.errors import ChainError, LoadError
 from dovetail.files import atomic, open_tensors, read_json, write_whole
@@ -53,7 +52,8 @@ class AdapterFile(pydantic.BaseModel, extra="forbid"):
 
     base_fingerprint   of the whole model before the chain
     chain_fingerprint  of the bases that the links sit on: after pruning, quantizing and merging earlier stages
-    quantizer          identity of the base's grid, or its dtype
+    layers             pattern of layers -> their chain, where their links have other arguments
+    quantizer          identity of the base's grid, or its dtype; of several, all
     dtype              of the weights: another one than the base was loaded in, where training rounded it (bf16)
     ranks              LAYER/PLACE -> the rank that an elastic adapter runs at
     extracted          whether elastic adapters were made plain ones of those ranks
@@ -63,6 +63,7 @@ class AdapterFile(pydantic.BaseModel, extra="forbid"):
     format: Literal["dovetail-adapter"] = "dovetail-adapter"
     version: Literal[1] = 1
     chain: str
+    layers: dict[str, str] = {}
     targets: str | list[str]
     seed: Annotated[int, pydantic.Field(ge=-(2**63), lt=2**64)]
     stage: Annotated[int, pydantic.Field(ge=0)]
@@ -74,9 +75,15 @@ class AdapterFile(pydantic.BaseModel, extra="forbid"):
     extracted: bool = False
     digest: str | None = None
 
+    @property
+    def chain_of_layers(self) -> str:
+        """The chain, with that of the layers that have their own."""
+        return ", ".join([self.chain, *(f"{pattern}: {text}" for pattern, text in self.layers.items())])
+
     def digest_of(self, tensors: Mapping[str, Tensor]) -> str:
         """Return the digest of an adapter of this description and these tensors."""
-        text = f"{self.model_dump_json(exclude={'digest'})}{tensors_fingerprint(tensors)}"
+        without = {"digest"} if self.layers else {"digest", "layers"}  # as versions without `layers` wrote it
+        text = f"{self.model_dump_json(exclude=without)}{tensors_fingerprint(tensors)}"
         return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
@@ -97,8 +104,9 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
         )
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: parameter.detach() for key, parameter in parameters_of(model).items()}
+    keeps_bases = _keeps_bases(record.assignment, record.number)
     for name, layer in record.layers.items():
-        if _keeps_bases(record.chain, record.number):
+        if keeps_bases:
             kept = {**layer.base.state_dict(), "start": layer.base.start, "bias": layer.bias}
             tensors |= {f"base/{name}/{key}": value for key, value in kept.items() if value is not None}
         elif any(link.kind == "pruner" for link in record.stage.applied):
@@ -119,21 +127,28 @@ def describe(model: nn.Module) -> AdapterFile:
     base = next(iter(record.layers.values())).base
     return AdapterFile(
         chain=str(record.chain),
+        layers=record.assignment.texts,
         targets=record.targets if isinstance(record.targets, str) else list(record.targets),
         seed=record.seed,
         stage=record.number,
         base_fingerprint=record.base_fingerprint,
         chain_fingerprint=base_fingerprint(record.layers),
-        quantizer=base.identity,
+        quantizer=_identity(record.layers),
         dtype=str(base.dtype).removeprefix("torch."),  # type: ignore[arg-type]
         ranks=ranks,
         extracted=extracted,
     )
 
 
-def _keeps_bases(chain_: CheckedChain, stage: int) -> bool:
+def _keeps_bases(assignment: Assignment, stage: int) -> bool:
     """Return whether the bases cannot be computed again from the model and its masks: trained or fitted to data."""
-    return stage > 0 or any(not link.remade_without_data for link in chain_.stages[0].applied)
+    applied_first = (link for links in assignment.chains for link in links.stages[0].applied)
+    return stage > 0 or any(not link.remade_without_data for link in applied_first)
+
+
+def _identity(layers: Mapping[str, ChainLinear]) -> str:
+    """Return the identity of the grid or the dtype of the layers' bases; where they differ, each one once."""
+    return ", ".join(dict.fromkeys(layer.base.identity for layer in layers.values()))
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
@@ -199,15 +214,15 @@ def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], w
         _apply_again(model, file, tensors, where)
         layers = chain_layers(model)
         _round_again(model, file, tensors)
-    elif str(applied(model).chain) != file.chain or applied(model).number != file.stage:
+    elif not same_chain(model, file):
         raise LoadError(
             where,
-            found=f"a model that carries {applied(model).chain}, stage {applied(model).number + 1}",
-            rule=f"the model must carry the adapter's chain, {file.chain}, stage {file.stage + 1}",
+            found=f"a model that carries {applied(model).assignment}, stage {applied(model).number + 1}",
+            rule=f"the model must carry the adapter's chain, {file.chain_of_layers}, stage {file.stage + 1}",
             fix="load the adapter onto the base model",
         )
     check_constants(model, file.seed, where)
-    identity = next(iter(layers.values())).base.identity
+    identity = _identity(layers)
     if identity != file.quantizer:
         rule = f"the base must be the one that the adapter was trained over, {file.quantizer}"
         raise LoadError(where, found=f"a base on {identity}", rule=rule, fix="load the adapter onto that base")
@@ -218,6 +233,12 @@ def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], w
             rule="pruning and quantizing again must give the same bases, bit for bit",
             fix="load the adapter onto the unchanged base model",
         )
+
+
+def same_chain(model: nn.Module, file: AdapterFile) -> bool:
+    """Return whether the model carries the adapter's chain, with the same arguments on each layer, in its stage."""
+    record = applied(model)
+    return (str(record.chain), record.assignment.texts, record.number) == (file.chain, file.layers, file.stage)
 
 
 def check_constants(model: nn.Module, seed: int, where: str) -> None:
@@ -234,9 +255,9 @@ def check_constants(model: nn.Module, seed: int, where: str) -> None:
 
 
 def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], where: str) -> None:
-    links = check(file.chain, held(model))
-    if file.stage >= len(links.stages):
-        rule = f"{file.chain} has {len(links.stages)} stages, numbered from 0"
+    assignment = assign(file.chain, file.layers, held(model))
+    if file.stage >= (stages := len(assignment.chain.stages)):
+        rule = f"{file.chain} has {stages} stages, numbered from 0"
         raise LoadError(where, found=f"stage={file.stage}", rule=rule, fix="copy the folder again")
     bases: dict[str, dict[str, Tensor]] = {}
     masks = {}
@@ -258,10 +279,15 @@ def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor]
                 tensor = tensor.to(torch.uint8 if what == "mask_bits" else weight.dtype)
             bases.setdefault(name, {})[what] = tensor
     try:
-        if _keeps_bases(links, file.stage):
-            restore(model, links, targets=file.targets, seed=file.seed, stage=file.stage, bases=bases)
+        if _keeps_bases(assignment, file.stage):
+            restore(
+                model, file.chain, layers=file.layers, targets=file.targets, seed=file.seed, stage=file.stage,
+                bases=bases,
+            )  # fmt: skip
         else:
-            apply(model, links, targets=file.targets, seed=file.seed, masks=masks or None)
+            apply(
+                model, file.chain, layers=file.layers, targets=file.targets, seed=file.seed, masks=masks or None
+            )  # fmt: skip
     except (KeyError, RuntimeError) as error:  # a layer that the file lacks, or another name or shape in a base
         raise LoadError(
             where,

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from dovetail.chains.check import check_merge
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.fingerprint import packed_fingerprint
-from dovetail.chains.layer.held import Grid, grids, guard_saving, put_grid
+from dovetail.chains.layer.held import Grid, grids, guard_saving, held_by_layers, put_grid
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.chains.link import Constraint
+from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.footprint import Footprint, footprint
 from dovetail.compression.apply import replace_module
 from dovetail.compression.calibration import Batch
@@ -115,12 +116,15 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
         ) from error
     base = next(iter(layers.values())).base
     others = next((grid.identity for grid in grids(model).values()), base.identity)  # layers outside the chain
-    note = {
+    note: dict[str, Any] = {
         "chain": str(record.chain),
-        "pruner": None if record.chain.pruner is None else str(record.chain.pruner),
-        "quantizer": others if base.quantized is None else base.identity,
+        **_from_now(record.chain, others if base.quantized is None else base.identity),
         "base_fingerprint": record.base_fingerprint,
     }
+    now = {name: _from_now(record.assignment.at(name), layer.base.identity) for name, layer in layers.items()}
+    earlier = {name: had for name, had in held_by_layers(model).items() if name not in layers}
+    if own := earlier | {name: has for name, has in now.items() if not has.items() <= note.items()}:
+        note["layers"] = own
     tally, slack = _Tally(), _rounding_of_open_layers(layers.values())
     with in_evaluation(model):
         for layer in layers.values():
@@ -182,6 +186,11 @@ def to_stock(model: nn.Module) -> nn.Module:
         note = {key: value for key, value in model.config.dovetail.items() if key != "packed_fingerprint"}
         model.config.dovetail = note | {"merged_fingerprint": fingerprint(model)}
     return model
+
+
+def _from_now(links: CheckedChain, identity: str) -> dict[str, str | None]:
+    """Return what a merged layer holds for a later round (`dovetail.chains.layer.held`), as config.json names it."""
+    return {"pruner": None if links.pruner is None else str(links.pruner), "quantizer": identity}
 
 
 def _require_finite(where: str, what: str, *tensors: Tensor | None) -> None:

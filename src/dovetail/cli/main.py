@@ -162,6 +162,12 @@ def search(
 def plan(
     chain: Annotated[str, typer.Argument(metavar="CHAIN", help='In quotes: "nf4 >> lora(r=16) >> regrid".')],
     model: Model = "playground",
+    layers: Annotated[
+        Path | None,
+        typer.Option(
+            "--layers", metavar="FILE", help="YAML: pattern of layers -> their chain; or a recipe with `layers`."
+        ),
+    ] = None,
     targets: Annotated[
         str,
         typer.Option(
@@ -191,11 +197,13 @@ def plan(
 
     from dovetail.cli.tables import print_plan
     from dovetail.runs.plan import plan as make_plan
+    from dovetail.runs.recipe import read_layers
     from dovetail.tasks.find import number_of_labels
 
     found = find_task(task) if task else None
     made = make_plan(
-        chain, model, targets=[part.strip() for part in targets.split(",")], task=found, batch_size=batch_size,
+        chain, model, layers=None if layers is None else read_layers(layers),
+        targets=[part.strip() for part in targets.split(",")], task=found, batch_size=batch_size,
         length=length, bf16=bf16, gradient_checkpointing=gradient_checkpointing, memory=memory,
         num_labels=None if found is None else number_of_labels(found),
     )  # fmt: skip

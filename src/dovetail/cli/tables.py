@@ -76,9 +76,16 @@ def untrained_notes(text: str) -> list[str]:
     ]
 
 
+def print_layers(console: Console, layers: Mapping[str, str]) -> None:
+    """Print the chains of the layers that have their own."""
+    for pattern, text in layers.items():
+        console.print(f"  {escape(pattern)}: {escape(text)}", soft_wrap=True)
+
+
 def print_plan(console: Console, plan: Plan) -> None:
     """Print a legal plan: one row per stage, and whether it merges."""
     console.print(f"\n[bold]{escape(plan.chain)}[/bold]", soft_wrap=True)
+    print_layers(console, plan.layers)
     heads = [
         "stage", "applied once", "trained", "bits per\nweight", "bytes", "trainable\nparameters",
         "peak\nmemory",
@@ -99,7 +106,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     for note in untrained_notes(plan.chain):
         console.print(escape(note), soft_wrap=True)
     share = "" if plan.target_fraction is None else f", {percent(plan.target_fraction)} of the model"
-    console.print(f"{plan.layers} layers, {plan.weights:,} weights in them{share}", soft_wrap=True)
+    console.print(f"{plan.layer_count} layers, {plan.weights:,} weights in them{share}", soft_wrap=True)
     if plan.predicted_peak_memory_nbytes is None:
         console.print("memory of training not predicted", soft_wrap=True)
     else:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from dovetail.chains.check import check
+from dovetail.chains.assignment import Layers, assign
 from dovetail.chains.layer.applied import AppliedChain, Inputs, applied
 from dovetail.chains.layer.attach import attach, replace_module
 from dovetail.chains.layer.held import guard_saving, held
@@ -30,6 +30,7 @@ def apply(
     model: nn.Module,
     chain_: str | Chain | Link,
     *,
+    layers: Layers | None = None,
     targets: str | Sequence[str] = "all-linear",
     calibration: Iterable[Batch] | None = None,
     seed: int = 0,
@@ -44,6 +45,8 @@ def apply(
     held.
 
     chain_       the notation, a Chain or a link
+    layers       pattern of layers, as in `targets` -> the same links with other arguments; of several patterns that fit
+                 a layer, the last decides (`dovetail.chains.assignment`)
     targets      labels, globs or "all-linear" (`dovetail.models.targets`)
     calibration  batches of the model's keyword arguments; needed by links that use activations
     calibration_inputs  the inputs that a block is calibrated on: outputs of the "compressed" blocks before it, which it
@@ -56,12 +59,12 @@ def apply(
     errors       ChainError, TargetError, DataError: nearly always before anything is changed. An error after a layer
                  is compressed (a bad later batch, a kill) leaves a model that every further use refuses: load it again
     """
-    checked = check(chain_, held(model))
+    assignment = assign(chain_, layers, held(model))
     if calibration_inputs not in get_args(Inputs):
         found, rule = f"calibration_inputs={calibration_inputs!r}", f"it must be {' or '.join(get_args(Inputs))}"
         raise ChainError("apply", found=found, rule=rule, fix="leave calibration_inputs out")
-    batches = _calibration(model, checked.stages[0], calibration) if masks is None else None
-    record, replaced = attach(model, checked, targets, seed)
+    batches = _calibration(model, assignment.chain.stages[0], calibration) if masks is None else None
+    record, replaced = attach(model, assignment, targets, seed)
     record.on_link, record.calibration_inputs = on_link, calibration_inputs
     untouched = {target.name: target.module for target in replaced}
     del replaced  # or the original weights would be held until the end
@@ -83,19 +86,19 @@ def restore(
     model: nn.Module,
     chain_: str | Chain | Link,
     *,
+    layers: Layers | None,
     targets: str | Sequence[str],
     seed: int,
     stage: int,
     bases: Mapping[str, Mapping[str, Tensor]],
 ) -> nn.Module:
     """Put a chain on the model at a later stage, with the bases that earlier stages trained."""
-    record, _ = attach(model, check(chain_, held(model)), targets, seed)
+    record, _ = attach(model, assign(chain_, layers, held(model)), targets, seed)
     record.number = stage
-    quantizer = record.chain.quantizer_at(stage)
     for name, layer in record.layers.items():
         state = dict(bases[name])
         bias = state.pop("bias", None)
-        layer.base.restore(quantizer, state)
+        layer.base.restore(record.assignment.at(name).quantizer_at(stage), state)
         if bias is not None:
             layer.bias = nn.Parameter(bias.to(layer.base.device), requires_grad=False)
     _start_links(record)
@@ -104,7 +107,11 @@ def restore(
 
 
 def apply_on_meta(
-    model: nn.Module, chain_: str | Chain | Link, targets: str | Sequence[str] = "all-linear", stage: int = 0
+    model: nn.Module,
+    chain_: str | Chain | Link,
+    targets: str | Sequence[str] = "all-linear",
+    stage: int = 0,
+    layers: Layers | None = None,
 ) -> nn.Module:
     """Put a chain in one of its stages on a model without storage, in place: every check, no computation.
 
@@ -112,11 +119,11 @@ def apply_on_meta(
     errors  those that `apply` raises before it changes anything
     """
     with torch.device("meta"):
-        record, _ = attach(model, check(chain_, held(model)), targets, 0)
+        record, _ = attach(model, assign(chain_, layers, held(model)), targets, 0)
         record.number = stage
-        here = record.stage
-        for layer in record.layers.values():
-            layer.base.allocate(record.chain.quantizer_at(stage), mask=here.keep_mask, start=here.keep_start)
+        for name, layer in record.layers.items():
+            here, quantizer = record.stage_at(name), record.assignment.at(name).quantizer_at(stage)
+            layer.base.allocate(quantizer, mask=here.keep_mask, start=here.keep_start)
         _start_links(record)
     _freeze(model, record)
     return model
@@ -196,16 +203,19 @@ def _start(
 
     untouched  layer name -> the owner of its original weight; entries are removed as layers are compressed
     """
-    stage, layers = record.stage, record.layers
-    if stage.applied:
+    layers = record.layers
+    stages = {name: record.stage_at(name) for name in layers}
+    if record.stage.applied:
         refuse_bad_weights(layers)
-    for link in stage.applied:
+    for place, link in enumerate(record.stage.applied):
         compress(
-            model, layers, link, batches, inputs=record.calibration_inputs, keep_start=stage.keep_start, masks=masks,
-            progress=progress, touch=lambda name: untouched.pop(name, None),
+            model, layers, {name: stage.applied[place] for name, stage in stages.items()}, batches,
+            inputs=record.calibration_inputs, masks=masks, progress=progress,
+            keep_start={name for name, stage in stages.items() if stage.keep_start},
+            touch=lambda name: untouched.pop(name, None),
         )  # fmt: skip
-        if not stage.keep_mask:
-            for layer in layers.values():
+        for name, layer in layers.items():
+            if not stages[name].keep_mask:
                 layer.base.mask_bits = None
         if record.on_link is not None:
             record.on_link(link)
@@ -214,18 +224,18 @@ def _start(
 
 def _start_links(record: AppliedChain) -> None:
     """Put the current stage's differentiable links on the layers, with their initial values."""
-    stage, layers = record.stage, record.layers
+    layers = record.layers
     shapes = [layer.base.shape for layer in layers.values()]
     widest = max(o for o, _ in shapes), max(i for _, i in shapes)
-    shared = [
-        Shared(link.constants(widest, record.seed, torch.float32) if isinstance(link, Adapter) else {})
-        for link in stage.trained
-    ]
-    for layer in layers.values():
+    shared: dict[tuple[int, Link], Shared] = {}
+    for name, layer in layers.items():
         states = []
-        for place, link in enumerate(stage.trained):
+        for place, link in enumerate(record.stage_at(name).trained):
+            if (place, link) not in shared:
+                constants = link.constants(widest, record.seed, torch.float32) if isinstance(link, Adapter) else {}
+                shared[place, link] = Shared(constants)
             values = _initial(layer, record, place, record.seed)
-            states.append(LinkState(link, layer.site, values, shared[place]).train(layer.training))
+            states.append(LinkState(link, layer.site, values, shared[place, link]).train(layer.training))
         layer.set_links(states)
 
 
@@ -245,7 +255,7 @@ def initial_values(model: nn.Module, seed: int | None = None) -> dict[str, Tenso
     record = applied(model)
     found = {}
     for name, layer in record.layers.items():
-        for place, (link, state) in enumerate(zip(record.stage.trained, layer.states, strict=True)):
+        for place, (link, state) in enumerate(zip(record.stage_at(name).trained, layer.states, strict=True)):
             values = _initial(layer, record, place, record.seed if seed is None else seed)
             if isinstance(link, Adapter) and link.ranks and state.rank is None:
                 values = {key: value.clone() for key, value in link.at_rank(values, arguments(state.link)["r"]).items()}
@@ -256,10 +266,11 @@ def initial_values(model: nn.Module, seed: int | None = None) -> dict[str, Tenso
 @torch.no_grad()
 def _initial(layer: ChainLinear, record: AppliedChain, place: int, seed: int) -> dict[str, Tensor]:
     """Return the initial values of the link at `place`; they depend on its arguments and the layer's base alone."""
-    link = record.stage.trained[place]
+    stage = record.stage_at(layer.site.name)
+    link = stage.trained[place]
     if not isinstance(link, Adapter):
         return {}
-    weight = layer.base.start_weight(record.stage.from_codes[place])
+    weight = layer.base.start_weight(stage.from_codes[place])
     text = f"{seed}/{record.number}/{place}/{layer.site.name}"
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
     dtype = adapter_dtype(layer.base.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,31 +22,34 @@ from dovetail.links.prune.allocation import allocate, outlier_ratio
 def compress(
     model: nn.Module,
     layers: Mapping[str, ChainLinear],
-    link: Link,
+    links: Mapping[str, Link],
     batches: Sequence[Batch] | None,
     *,
     inputs: Inputs,
-    keep_start: bool,
+    keep_start: Collection[str],
     masks: Mapping[str, Tensor] | None,
     progress: bool,
     touch: Callable[[str], object],
 ) -> None:
     """Prune or quantize the bases of the layers, in place.
 
-    batches     calibration data, where the link needs statistics
+    links       layer name -> its pruner or quantizer, of one class
+    batches     calibration data, where the links need statistics
     inputs      what a block is calibrated on (`dovetail.compression.blocks`)
-    keep_start  a quantizer keeps the dense weights beside the codes
+    keep_start  names of the layers whose quantizer keeps the dense weights beside the codes
     masks       layer name -> (o, i) bool, which pruners use instead of data
     touch       called with a layer's name before it is changed
     """
-    if link.kind == "pruner" and masks is not None:
+    first = next(iter(links.values()))
+    if first.kind == "pruner" and masks is not None:
         for name, layer in layers.items():
             touch(name)
             layer.base.set_mask(masks[name])
         return
-    links = dict.fromkeys(layers, link)
-    if isinstance(link, Pruner) and link.allocation == "outlier":
-        links = _allocated(model, layers, link, batches, progress)
+    for link in dict.fromkeys(links.values()):
+        if isinstance(link, Pruner) and link.allocation == "outlier":
+            own = {name: layers[name] for name in layers if links[name] == link}
+            links = {**links, **_allocated(model, own, link, batches, progress)}
 
     def one(name: str, statistics: InputStatistics | None) -> None:
         touch(name)
@@ -56,9 +59,10 @@ def compress(
             keep, weight = own.prune(before, statistics)
             base.set_mask(keep, None if weight is before else weight)
         elif isinstance(own, Quantizer):
-            base.quantize(own, statistics, keep_start)
+            base.quantize(own, statistics, name in keep_start)
 
-    if not link.statistics:
+    wanted = first.statistics
+    if not wanted:
         for name in layers:
             one(name, None)
         return
@@ -70,9 +74,7 @@ def compress(
             del statistics
 
     assert batches is not None
-    calibrate_blocks(
-        model, layers, batches, block, wanted=link.statistics, inputs=inputs, title=link.name, progress=progress
-    )
+    calibrate_blocks(model, layers, batches, block, wanted=wanted, inputs=inputs, title=first.name, progress=progress)
 
 
 def _allocated(

@@ -34,7 +34,17 @@ from dovetail.experts.peft_adapters import difference
 from dovetail.experts.vectors import Origin, Spec, TaskVector
 
 Election = Literal["total", "frequency"]
-_WHOLE = {"chain", "targets", "stage", "base_fingerprint", "chain_fingerprint", "quantizer", "ranks", "extracted"}
+_WHOLE = {
+    "chain",
+    "layers",
+    "targets",
+    "stage",
+    "base_fingerprint",
+    "chain_fingerprint",
+    "quantizer",
+    "ranks",
+    "extracted",
+}
 """Keys of an adapter.json that change it; also the seed, if values are differences to what it draws."""
 
 

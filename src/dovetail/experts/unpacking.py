@@ -116,8 +116,7 @@ def begin_chain(model: nn.Module, origin: Origin) -> None:
     if file is None:
         rule = 'an expert with initial="chain" must hold its adapter.json'
         raise LoadError("expert", found="no adapter", rule=rule, fix="pack the adapter again")
-    links = check(file.chain, held(model))
-    fitted = [str(link) for link in links.stages[0].applied if link.statistics]
+    fitted = [str(link) for link in check(file.chain, held(model)).stages[0].applied if link.statistics]
     fresh = not chain_layers(model)
     if fresh and (fitted or file.stage):
         raise ChainError(

@@ -163,7 +163,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
         if target == ALL_LINEAR:
             chosen.update(_all_linear(where, layers, refusals, heads(model)))
             continue
-        matched = [layer.name for layer in layers if _matches(layer, target)]
+        matched = [layer.name for layer in layers if matches(layer, target)]
         if not matched:
             raise _nothing_matches(model, target, layers)
         for name in matched:
@@ -281,10 +281,11 @@ def _path_matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
-def _matches(layer: Target, target: str) -> bool:
+def matches(layer: Target, target: str) -> bool:
+    """Return whether a label or a glob fits the layer; "all-linear" fits every one."""
     if target in LABELS:
         return target in layer.roles
-    return any(_path_matches(name, target) for name in (layer.name, *layer.aliases))
+    return target == ALL_LINEAR or any(_path_matches(name, target) for name in (layer.name, *layer.aliases))
 
 
 def _all_linear(where: str, layers: list[Target], refusals: dict[str, str], head_paths: list[str]) -> list[str]:

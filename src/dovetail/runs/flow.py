@@ -76,7 +76,7 @@ def run(
         rows = Rows(folder, model, tokenizer, tasks, recipe, progress=progress, on_row=on_row)
         rows.add("base")
         apply(
-            model, links, targets=recipe.targets, calibration=batches,
+            model, links, layers=recipe.layers, targets=recipe.targets, calibration=batches,
             calibration_inputs=recipe.calibration.inputs, seed=recipe.seed, progress=progress,
             on_link=lambda link: rows.add(next(names)),
         )  # fmt: skip
@@ -105,6 +105,7 @@ def run(
         report = Report(
             task=TaskInfo.of(task, rows.split, recipe.evaluate.limit),
             chain=recipe.chain,
+            layers=recipe.layers,
             model=recipe.model,
             seed=recipe.seed,
             stages=rows.done,

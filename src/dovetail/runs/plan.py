@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dovetail.chains.check import check, check_merge
+from dovetail.chains.assignment import Layers, assign
+from dovetail.chains.check import check_merge
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.held import held
 from dovetail.chains.link import Chain, Link
@@ -57,7 +58,8 @@ class Plan:
     problem                       why not, in full; "" for a legal chain
     mergeable                     whether it merges without loss
     merge_advice                  what to add so that it does; where it does, what is rounded, or ""
-    layers, weights               target layers, and weights in them
+    layers                        pattern of layers -> the chain of those that it fits, where it is not `chain`
+    layer_count, weights          target layers, and weights in them
     target_fraction               these weights over all parameters of the model: what share bits_per_weight describes
     stages                        one after the other
     bits_per_weight, nbytes       of the model under its last stage, adapters included in nbytes: what
@@ -71,7 +73,8 @@ class Plan:
     problem: str
     mergeable: bool
     merge_advice: str
-    layers: int
+    layers: dict[str, str]
+    layer_count: int
     weights: int
     stages: list[StagePlan]
     bits_per_weight: float
@@ -87,6 +90,7 @@ def plan(
     chain_: str | Chain | Link,
     model: str | Path | PreTrainedConfig = "playground",
     *,
+    layers: Layers | None = None,
     targets: str | Sequence[str] = "all-linear",
     task: Task | None = None,
     task_kind: str = "generation",
@@ -102,6 +106,7 @@ def plan(
 ) -> Plan:
     """Plans a chain on a model without running it.
 
+    layers      pattern of layers -> the same links with other arguments, as in `dovetail.apply`
     model       as for `dovetail.load`, of which only config.json is read; or a configuration
     task        to train on: its kind and its longest records decide the batch, and the tokenizer is read too
     task_kind   where no task is given
@@ -113,11 +118,11 @@ def plan(
     An illegal chain gives a plan with `legal=False`; other errors are raised: LoadError for the model, DataError for
     records that do not suit it.
     """
-    nothing = Plan(str(chain_), False, "", False, "", 0, 0, [], 0.0, 0, 0, 0, batch_size, length)
+    texts = {pattern: str(text) for pattern, text in (layers or {}).items()}
+    nothing = Plan(str(chain_), False, "", False, "", texts, 0, 0, [], 0.0, 0, 0, 0, batch_size, length)
     try:
-        the_chain = chain(chain_)
-        nothing = replace(nothing, chain=str(the_chain))
-        check(the_chain, held_in(model) if isinstance(model, str | Path) else held(model))
+        found = assign(chain(chain_), layers, held_in(model) if isinstance(model, str | Path) else held(model))
+        nothing = replace(nothing, chain=str(found.chain), layers=found.texts)
     except ChainError as error:  # before transformers is imported, which takes seconds
         return replace(nothing, problem=f"{type(error).__name__}: {error}")
     from transformers import PreTrainedConfig
@@ -136,9 +141,9 @@ def plan(
     rows, tokens = batch["input_ids"].shape
     nothing = replace(nothing, batch_size=rows, length=tokens)
     try:
-        nothing = replace(nothing, chain=str(chain(chain_)))
-        the_chain = check(chain_, held(config))
-        apply_on_meta(empty, the_chain, targets)
+        the_chain = assign(chain_, layers, held(config)).chain
+        nothing = replace(nothing, chain=str(the_chain))
+        apply_on_meta(empty, chain_, targets, layers=layers)
         calibrated = any(link.statistics for stage in the_chain.stages for link in stage.applied)
         if calibrated and (name := predict_unreached(make(), applied(empty).layers, batch)) is not None:
             raise unreached(name)
@@ -156,21 +161,21 @@ def plan(
     parts = []
     for number, stage in enumerate(the_chain.stages):
         model_here = make()
-        apply_on_meta(model_here, the_chain, targets, number)
-        layers = applied(model_here).layers
-        weights = sum(layer.base.shape[0] * layer.base.shape[1] for layer in layers.values())
+        apply_on_meta(model_here, chain_, targets, number, layers)
+        planned = applied(model_here).layers
+        weights = sum(layer.base.shape[0] * layer.base.shape[1] for layer in planned.values())
         parts.append(
             StagePlan(
                 applied=[str(link) for link in stage.applied],
                 trained=[str(link) for link in stage.trained],
-                bits_per_weight=8 * sum(map(weight_nbytes, layers.values())) / weights,
+                bits_per_weight=8 * sum(map(weight_nbytes, planned.values())) / weights,
                 nbytes=stored_nbytes(model_here),
                 trainable_parameters=sum(p.numel() for p in model_here.parameters() if p.requires_grad),
                 predicted_peak_memory_nbytes=predict_peak_memory(model_here, batch, settings) if memory else None,
             )
         )
         share = weights / count_weights(model_here)
-        nothing = replace(nothing, layers=len(layers), weights=weights, target_fraction=share)
+        nothing = replace(nothing, layer_count=len(planned), weights=weights, target_fraction=share)
     peaks = [part.predicted_peak_memory_nbytes for part in parts]
     return replace(
         nothing,

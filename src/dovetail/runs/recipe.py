@@ -18,8 +18,9 @@ import pydantic
 from pydantic import Field
 
 from dovetail.chains.notation import chain
+from dovetail.errors import RecipeError
 from dovetail.runs.search_settings import SEARCHES, Budget, ChainSettings, RankSettings, Search
-from dovetail.runs.yaml import YamlFile, write_yaml
+from dovetail.runs.yaml import YamlFile, read_yaml, write_yaml
 from dovetail.tasks.spec import Data, Limit, Part, Positive, at_folder
 from dovetail.training.settings import Training
 
@@ -49,6 +50,16 @@ class Evaluation(Part):
     split: Literal["train", "validation", "test"] | None = None
     limit: Positive | None = None
     batch_size: Positive = 64
+
+
+def read_layers(path: Path) -> dict[str, str]:
+    """Return the chains of layers in a YAML file: the `layers` of a recipe, or a mapping of patterns to chains."""
+    found = read_yaml(path)
+    found = found.get("layers", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
+        rule = "the file must map patterns of layers to chains"
+        raise RecipeError(str(path), found=f"{found!r}"[:200], rule=rule, fix='write a line as in down: "int(bits=8)"')
+    return found
 
 
 class Recipe(YamlFile):

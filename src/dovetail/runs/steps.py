@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dovetail.chains.check import check, check_merge
+from dovetail.chains.assignment import assign
+from dovetail.chains.check import check_merge
 from dovetail.chains.layer.elastic import set_ranks
 from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.load import HEAD_KINDS, empty_model, held_in, load, load_config
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 def checked_chain(recipe: Recipe) -> CheckedChain:
     """Return the chain of a recipe, checked on what its model holds from earlier rounds. Raises ChainError."""
-    return check(recipe.chain, held_in(recipe.model))
+    return assign(recipe.chain, recipe.layers, held_in(recipe.model)).chain
 
 
 def legal_chain(recipe: Recipe) -> CheckedChain:
@@ -81,7 +82,7 @@ def check_layers(recipe: Recipe, task: Task, links: CheckedChain) -> None:
     labels = number_of_labels(task, recipe.data.num_labels)
     empty = empty_model(config, task_kind=task.kind, num_labels=labels, trust_remote_code=recipe.trust_remote_code)
     check_checkpointing(empty, recipe.train.gradient_checkpointing)
-    apply_on_meta(empty, links, recipe.targets)
+    apply_on_meta(empty, links, recipe.targets, layers=recipe.layers)
 
 
 def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

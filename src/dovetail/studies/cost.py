@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dovetail.chains.check import check
+from dovetail.chains.assignment import assign
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.elastic import extract, groups
 from dovetail.chains.link import Chain
@@ -268,10 +268,12 @@ def _save_base(model: PreTrainedModel, place: Path) -> None:
     """Write the base under the adapter, packed; a base that no link has changed is written in full."""
     record = applied(model)
     last = record.chain.stages[-1].trained
-    links = record.chain.links[: len(record.chain) - len(last)]
+    count = len(record.chain) - len(last)
+    links, own = record.chain.links[:count], record.assignment.layers
     for layer in record.layers.values():
         layer.set_links([])
-    record.chain = check(Chain(links)) if links else record.chain
+    if links:
+        record.assignment = assign(Chain(links), {pattern: Chain(each.links[:count]) for pattern, each in own.items()})
     merge(model, lossy=not links, packed=bool(links))
     if links:
         save_packed(model, place)

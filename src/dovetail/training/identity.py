@@ -25,7 +25,7 @@ def model_identity(model: nn.Module) -> dict[str, str]:
     record = applied(model)
     targets = record.targets if isinstance(record.targets, str) else ", ".join(record.targets)
     return {
-        "chain": str(record.chain),
+        "chain": str(record.assignment),
         "model": record.base_fingerprint,
         "targets": targets,
         "seed of the chain": str(record.seed),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dovetail.chains.layer.linear import chain_layers
+from dovetail.chains.layer.linear import LinkState, chain_layers
 from dovetail.chains.link import Adapter
 from dovetail.errors import TrainError
 from dovetail.training.settings import TrainSettings
@@ -26,21 +26,31 @@ HEADS, MODEL = "heads", "model"
 
 
 def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Return the trained parameters by part: a link as text, "heads", or "model" for a model without a chain.
+    """Return the trained parameters by part: a link, "heads", or "model" for a model without a chain.
 
-    Parts are in the order of the chain. Equal links are one part; links that differ between layers are several.
+    Parts are in the order of the chain. Equal links are one part; so is a link whose arguments differ between layers,
+    by its name and its place.
     """
     layers = chain_layers(model)
     parts: dict[str, list[nn.Parameter]] = {}
-    for layer in layers.values():
-        for state in layer.states:
-            if trained := [p for p in state.parameters() if p.requires_grad]:
-                parts.setdefault(str(state.link), []).extend(trained)
+    for part, states in _links(model).items():
+        if trained := [p for state in states for p in state.parameters() if p.requires_grad]:
+            parts[part] = trained
     in_chain = {id(p) for parameters in parts.values() for p in parameters}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in in_chain]
     if rest:
         parts[HEADS if layers else MODEL] = rest
     return parts
+
+
+def _links(model: nn.Module) -> dict[str, list[LinkState]]:
+    """Return the links of the current stage on all layers, by the names of their parts."""
+    found: dict[str, list[LinkState]] = {}
+    for place, states in enumerate(zip(*(layer.states for layer in chain_layers(model).values()), strict=True), 1):
+        texts = {str(state.link) for state in states}
+        part = texts.pop() if len(texts) == 1 else f"{states[0].link.name}, link {place}"
+        found.setdefault(part, []).extend(states)
+    return found
 
 
 def check_checkpointing(model: PreTrainedModel, asked: bool) -> None:
@@ -57,10 +67,9 @@ def check_checkpointing(model: PreTrainedModel, asked: bool) -> None:
 def learning_rates(model: nn.Module, settings: TrainSettings) -> dict[str, float]:
     """Return the maximum learning rate of each of `trained_parts`."""
     of_links = {
-        str(state.link): settings.link_learning_rate or state.link.learning_rate
-        for layer in chain_layers(model).values()
-        for state in layer.states
-        if isinstance(state.link, Adapter)
+        part: settings.link_learning_rate or states[0].link.learning_rate
+        for part, states in _links(model).items()
+        if isinstance(states[0].link, Adapter)
     }
     rates = {HEADS: settings.head_learning_rate, MODEL: settings.learning_rate, **of_links}
     return {part: rates[part] * settings.lr_scale for part in trained_parts(model)}

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import nn
 
+from dovetail.chains.assignment import Assignment
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.chains.link import Link
 from dovetail.chains.stages import CheckedChain, Stage
@@ -21,7 +22,7 @@ Inputs = Literal["compressed", "original"]
 class AppliedChain:
     """The record of a model's chain; one object, which every chain layer holds as `record`.
 
-    chain             the whole chain
+    assignment        the whole chain of each layer
     targets           the targets as given
     seed              of initial values and shared projections
     base_fingerprint  of the model before anything was done to it
@@ -33,7 +34,7 @@ class AppliedChain:
     given_up          what the layers had from an earlier round and the chain does not keep: "zeros", "grid"
     """
 
-    chain: CheckedChain
+    assignment: Assignment
     targets: str | tuple[str, ...]
     seed: int
     base_fingerprint: str
@@ -45,9 +46,18 @@ class AppliedChain:
     given_up: tuple[str, ...] = ()
 
     @property
+    def chain(self) -> CheckedChain:
+        """The whole chain, with the arguments of the layers that have none of their own."""
+        return self.assignment.chain
+
+    @property
     def stage(self) -> Stage:
-        """The current stage."""
+        """The current stage, with the arguments of the layers that have none of their own."""
         return self.chain.stages[self.number]
+
+    def stage_at(self, layer: str) -> Stage:
+        """Return the current stage of a layer, by its path."""
+        return self.assignment.at(layer).stages[self.number]
 
     @property
     def stages_left(self) -> int:

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from dovetail.chains.assignment import Assignment
 from dovetail.chains.layer.applied import AppliedChain, applied
 from dovetail.chains.layer.base import Base, Scratch
 from dovetail.chains.layer.bits import pack_bits
-from dovetail.chains.layer.held import grid_of, guard_saving
+from dovetail.chains.layer.held import grid_of, guard_saving, held
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.chains.link import Site, arguments
 from dovetail.chains.stages import CheckedChain
@@ -22,7 +23,7 @@ from dovetail.models.targets import Target, find_targets
 
 
 def attach(
-    model: nn.Module, the_chain: CheckedChain, targets: str | Sequence[str], seed: int
+    model: nn.Module, assignment: Assignment, targets: str | Sequence[str], seed: int
 ) -> tuple[AppliedChain, list[Target]]:
     """Replace the target layers, after every check that needs no run, by layers that carry an empty chain.
 
@@ -33,9 +34,10 @@ def attach(
         fix = "write both as one chain, or merge the first one"
         raise ChainError("apply", found=found, rule="a model has at most one chain", fix=fix)
     layers = find_targets(model, targets)
-    sites = {target.name: _checked_site(target, the_chain) for target in layers}
+    assignment = assignment.on(layers, lambda name: held(model, name))
+    sites = {target.name: _checked_site(target, assignment.at(target.name)) for target in layers}
     record = AppliedChain(
-        the_chain, targets if isinstance(targets, str) else tuple(targets), seed, model_fingerprint(model)
+        assignment, targets if isinstance(targets, str) else tuple(targets), seed, model_fingerprint(model)
     )
     scratch = Scratch()
     modules = {target.name: target.module for target in layers}
@@ -59,13 +61,13 @@ def _continue(record: AppliedChain, modules: Mapping[str, nn.Module]) -> None:
     """
     links = record.chain
     bases = {name: layer.base for name, layer in record.layers.items()}
-    grid = next((link for link in links.kept if link.kind == "quantizer"), None)
     if any(base.device.type == "meta" for base in bases.values()):
         return  # `apply_on_meta` allocates them, without values
     for name, base in bases.items():
-        matrix = base.matrix()
-        if any(link.kind == "pruner" for link in links.kept) and links.stages[0].keep_mask:
+        matrix, own = base.matrix(), record.assignment.at(name)
+        if any(link.kind == "pruner" for link in own.kept) and own.stages[0].keep_mask:
             base.mask_bits = pack_bits(matrix != 0)
+        grid = next((link for link in own.kept if link.kind == "quantizer"), None)
         if grid is not None:
             found = grid_of(modules[name])
             if found is None:

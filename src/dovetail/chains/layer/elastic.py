@@ -20,7 +20,7 @@ from torch import nn
 
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.linear import LinkState, chain_layers
-from dovetail.chains.link import Adapter, arguments
+from dovetail.chains.link import Adapter, Link, arguments
 from dovetail.errors import ChainError, LoadError
 from dovetail.models.targets import CROSS_ATTENTION, roles_of
 
@@ -58,11 +58,12 @@ def groups(model: nn.Module) -> list[Group]:
 
     The query, key and value layers of one attention are a group, without the query where it reads another input
     (cross-attention); every other layer, and every layer without a label (`dovetail.models.targets`), is one by itself.
+    Layers whose links have other arguments are a group of their own.
     """
-    found: dict[tuple[str, int], dict[str, LinkState]] = {}
+    found: dict[tuple[str, int, Link], dict[str, LinkState]] = {}
     for (name, place), state in _elastic(model).items():
-        found.setdefault((_group(name), place), {})[name] = state
-    return [_named(place, states) for (_, place), states in found.items()]
+        found.setdefault((_group(name), place, state.link), {})[name] = state
+    return [_named(place, states) for (_, place, _), states in found.items()]
 
 
 def _group(layer: str) -> str:
@@ -152,11 +153,10 @@ def extract(model: nn.Module) -> nn.Module:
 def specs(model: nn.Module) -> dict[str, tuple[Adapter, LinkState]]:
     """Return "LAYER/PLACE" -> the elastic link of the chain, and the current one there, extracted or not."""
     record = applied(model)
-    trained = record.stage.trained
     return {
         f"{name}/{place}": (link, layer.states[place])
         for name, layer in record.layers.items()
-        for place, link in enumerate(trained)
+        for place, link in enumerate(record.stage_at(name).trained)
         if isinstance(link, Adapter) and link.ranks
     }
 

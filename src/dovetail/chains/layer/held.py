@@ -61,8 +61,10 @@ class Grid:
         return found
 
 
-def held(model_or_config: Any) -> tuple[Link, ...]:
+def held(model_or_config: Any, layer: str = "") -> tuple[Link, ...]:
     """Return the pruner and the quantizer that a merged model's config names, as far as it names them.
+
+    layer   path of a layer, which may have had other arguments than the rest
 
     A config comes from outside: an entry that Dovetail did not write says nothing.
     """
@@ -70,6 +72,8 @@ def held(model_or_config: Any) -> tuple[Link, ...]:
     said = getattr(config, "dovetail", None)
     if not isinstance(said, dict) or not isinstance(said.get("chain"), str) or "base_fingerprint" not in said:
         return ()
+    own = held_by_layers(config).get(layer)
+    said = said | (own if isinstance(own, dict) else {})
     grid = said.get("quantizer")
     texts: list[tuple[type[Link], Any]] = [
         (Pruner, said.get("pruner", said["chain"])),  # notes of earlier versions name the pruner in the chain only
@@ -83,6 +87,13 @@ def held(model_or_config: Any) -> tuple[Link, ...]:
             what = f"config.json's dovetail entry names {text}, which is not a known link: ignored ({error.found})"
             warnings.warn(what, HistoryWarning, stacklevel=2)
     return tuple(found)
+
+
+def held_by_layers(model_or_config: Any) -> dict[str, Any]:
+    """Return path of a layer -> what it has in place of that which the config names for the whole model."""
+    said = getattr(getattr(model_or_config, "config", model_or_config), "dovetail", None)
+    own = said.get("layers") if isinstance(said, dict) else None
+    return own if isinstance(own, dict) else {}
 
 
 def grids(model: nn.Module) -> dict[str, Grid]:

@@ -25,7 +25,7 @@ from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.elastic import check_saved, specs
 from dovetail.chains.layer.fingerprint import base_fingerprint
 from dovetail.chains.layer.linear import chain_layers
-from dovetail.checkpoint.adapter import AdapterFile, check_constants, parameters_of
+from dovetail.checkpoint.adapter import AdapterFile, check_constants, parameters_of, same_chain
 from dovetail.compression.apply import initial_values as chain_initial_values
 from dovetail.errors import LoadError
 from dovetail.experts import peft_adapters
@@ -287,14 +287,13 @@ def check_origin(model: nn.Module, origin: Origin, names: Collection[str]) -> st
 
 def _check_chain(model: nn.Module, origin: Origin) -> AdapterFile | None:
     record, file = applied(model), adapter_file(origin)
-    chain = origin.chain if file is None else file.chain
-    stage = record.number if file is None else file.stage
-    if chain is not None and (chain, stage) != (str(record.chain), record.number):
-        found, rule = f"a model with {record.chain}, stage {record.number + 1}", f"{chain}, stage {stage + 1}"
+    if file is None and origin.chain in (None, str(record.chain)):
+        return None
+    if file is None or not same_chain(model, file):
+        found = f"a model with {record.assignment}, stage {record.number + 1}"
+        rule = f"{origin.chain}" if file is None else f"{file.chain_of_layers}, stage {file.stage + 1}"
         fix = "apply that chain to the base model"
         raise LoadError("expert", found=found, rule=f"the model must carry the expert's chain, {rule}", fix=fix)
-    if file is None:
-        return None
     check_saved(model, file.ranks, file.extracted, "expert")
     if file.extracted and any(state.rank is not None for _, state in specs(model).values()):
         rule, fix = "the adapters must be extracted, as the expert's", "call set_ranks with its ranks, then extract"

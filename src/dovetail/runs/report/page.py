@@ -83,7 +83,11 @@ def _stages(report: Report) -> str:
         )
         name = f'<span class="stage-name">stage {number}</span>' if len(parts) > 1 else ""
         boxes.append(f'<div class="stage">{name}<div class="groups">{inside}</div></div>')
-    return '<div class="chain">' + '<div class="down">↓ merged into the base</div>'.join(boxes) + "</div>"
+    drawn = '<div class="chain">' + '<div class="down">↓ merged into the base</div>'.join(boxes) + "</div>"
+    if not report.layers:
+        return drawn
+    rows = (f"<td>{escape(one)}</td><td><code>{escape(text)}</code></td>" for one, text in report.layers.items())
+    return drawn + html_table("<th>layers</th><th>their chain</th>", rows)
 
 
 def _link(link: Link) -> str:

@@ -208,6 +208,7 @@ class Packed(ReportPart):
 class Report(ReportPart):
     """The report of a whole run.
 
+    layers              pattern of layers -> their chain, where their links have other arguments
     stages              the model after each stage, `base` first
     merge               None where the base and the adapter were kept apart
     verdict             what merging kept and changed, in words
@@ -222,6 +223,7 @@ class Report(ReportPart):
 
     task: TaskInfo
     chain: str
+    layers: dict[str, str] = {}
     model: str
     seed: int
     stages: list[Row]

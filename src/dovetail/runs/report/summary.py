@@ -134,6 +134,8 @@ def print_summary(console: Console, report: Report, directory: Path) -> None:
     if warning := learned_nothing(report):
         console.print(f"\n[bold]{escape(warning)}[/bold]")
     console.print(f"\n[bold]{escape(report.chain)}[/bold]  on {escape(report.model)}", soft_wrap=True)
+    for pattern, text in report.layers.items():
+        console.print(f"  {escape(pattern)}: {escape(text)}", soft_wrap=True)
     scored = {report.task.name: report.task.metric}
     scored |= {name: next(iter(scores)) for name, scores in report.stages[0].metrics.items() if name not in scored}
     titles = [f"{name}\n{metric_name(metric)}" for name, metric in scored.items()]
