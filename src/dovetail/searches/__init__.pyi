@@ -6,6 +6,9 @@ from .ranks import proxy_task as proxy_task
 from .ranks import search_ranks as search_ranks
 from .report import SearchReport as SearchReport
 from .report import Trial as Trial
+from .samplers import PRGASampler as PRGASampler
+from .samplers import RefineSampler as RefineSampler
+from .samplers import ThreeStageSampler as ThreeStageSampler
 from .search import preview as preview
 from .search import search as search
 from .space import SearchSpace as SearchSpace

@@ -1,0 +1,200 @@
+"""What the samplers share: they read all that they know from the study, and write down what they propose.
+
+A sampler keeps no state. The random numbers of a trial follow from the seed and the number of the trial, and everything
+else from the trials of the study, so that a study can be closed, reopened and shared by any number of workers.
+
+A proposal is written to the trial, as a system attribute, before the trial runs. Then the trials are read again. Where
+another trial has the same configuration, the sampler proposes another one. Of two workers that propose the same at the
+same time, the one that writes last reads what the other wrote, so that no configuration is proposed twice as long as
+the space has another one. `study._storage` is the only way to write to a trial from a sampler; Optuna's own samplers
+and those of OptunaHub use it too.
+"""
+
+from __future__ import annotations
+
+import zlib
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.search_space import intersection_search_space
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from dovetail.errors import SearchError
+from dovetail.searches.samplers.space import Gene, Key, Space
+
+_PROPOSAL = "dovetail:proposal"
+_TRIES, _ROUNDS = 50, 10
+
+
+class ProposalSampler(BaseSampler):
+    """A sampler without state that proposes no configuration twice.
+
+    start     configurations that are proposed first, in this order, each as name -> value. A parameter that one of them
+              leaves out is sampled
+    strata    number of consecutive trials of the initial design, a Latin hypercube, that cover each range
+    seed      of all random numbers; None draws one
+    """
+
+    def __init__(self, *, start: Sequence[Mapping[str, Any]], strata: int, seed: int | None) -> None:
+        for place, parameters in enumerate(start):
+            if not isinstance(parameters, Mapping) or not parameters:
+                raise SearchError(
+                    f"start[{place}]",
+                    found=repr(parameters),
+                    rule="a start is a mapping of parameter names to values",
+                    fix='pass, for example, start=[{"bits": 4, "rank": 8}]',
+                )
+        self.start = [dict(parameters) for parameters in start]
+        self._strata = strata
+        self._seed = int(np.random.SeedSequence().entropy) if seed is None else seed  # pyright: ignore
+
+    @abstractmethod
+    def proposals(
+        self, study: Study, trial: FrozenTrial, space: Space, others: Sequence[FrozenTrial], random: np.random.Generator
+    ) -> Iterator[dict[str, Any]]:
+        """Yield configurations of the space, the most wanted first; the first one that is not taken is used.
+
+        others  all other trials of the study, in any state
+        """
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        trials = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number]
+        space = intersection_search_space(trials)
+        if not any(each.state is TrialState.COMPLETE for each in trials):
+            space = dict(sorted(max((each.distributions for each in trials), key=len, default={}).items()))
+        return {name: distribution for name, distribution in space.items() if not distribution.single()}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        space, random = Space(search_space), np.random.default_rng((self._seed, trial.number))
+        proposal: dict[str, Any] = {}
+        for _ in range(_ROUNDS):
+            others = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number]
+            if start := self._next_start(trial, others):
+                proposal = start
+            elif search_space:
+                proposal = self._first_free(study, trial, space, others, random)
+            else:
+                return {}
+            study._storage.set_trial_system_attr(trial._trial_id, _PROPOSAL, proposal)
+            others = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number]
+            if not any(_includes(planned(each), proposal) for each in others):
+                break
+        # A start may lack parameters or hold conditional ones: `sample_independent` reads it, one by one.
+        return {} if proposal in self.start else proposal
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        gene = Gene.of(param_distribution)
+        proposal = trial.system_attrs.get(_PROPOSAL, {})
+        if param_name in proposal and gene.allows(proposal[param_name]):
+            return proposal[param_name]
+        if param_name in proposal and proposal in self.start:
+            raise SearchError(
+                f"start[{self.start.index(proposal)}]",
+                found=f"{param_name}={proposal[param_name]!r}",
+                rule=f"a value must fit {param_distribution}",
+                fix="change the value, or leave the parameter out of the start",
+            )
+        return self._design(trial.number, param_name, gene)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        proposal = trial.system_attrs.get(_PROPOSAL, {})
+        unknown = proposal.keys() - trial.params.keys() if proposal in self.start else set()
+        if state is TrialState.COMPLETE and unknown:
+            raise SearchError(
+                f"start[{self.start.index(proposal)}]",
+                found=f"no trial parameter is named {', '.join(sorted(unknown))}",
+                rule="a start names only parameters that its trial has",
+                fix=f"use names of {', '.join(sorted(trial.params))}",
+            )
+
+    def design(self, trial: FrozenTrial, space: Space) -> dict[str, Any]:
+        """Return the configuration of the initial design for the number of this trial."""
+        return {name: self._design(trial.number, name, gene) for name, gene in space.genes.items()}
+
+    def _design(self, number: int, name: str, gene: Gene) -> Any:
+        """Return a value such that `strata` consecutive trials cover the range (a Latin hypercube over the names)."""
+        strata = min(gene.count or self._strata, self._strata)
+        block, place = divmod(number, strata)
+        random = np.random.default_rng((self._seed, zlib.crc32(name.encode()), block))
+        share_n = (random.permutation(strata) + random.random(strata)) / strata
+        return gene.decode(gene.lower + float(share_n[place]) * (gene.upper - gene.lower))
+
+    def _next_start(self, trial: FrozenTrial, others: Sequence[FrozenTrial]) -> dict[str, Any] | None:
+        """Return the first start that no trial has. A trial that the user enqueued has its own parameters."""
+        if "fixed_params" in trial.system_attrs:
+            return None
+        known = [planned(each) for each in others]
+        return next((start for start in self.start if not any(_includes(each, start) for each in known)), None)
+
+    def _first_free(
+        self, study: Study, trial: FrozenTrial, space: Space, others: Sequence[FrozenTrial], random: np.random.Generator
+    ) -> dict[str, Any]:
+        taken = taken_keys(space, others)
+        first: dict[str, Any] | None = None
+        for proposal in islice(self.proposals(study, trial, space, others, random), _TRIES):
+            if space.key(proposal) not in taken:
+                return proposal
+            first = first or proposal
+        return space.free(taken, random) or first or space.random(random)
+
+
+def planned(trial: FrozenTrial) -> dict[str, Any]:
+    """Return the parameters that a trial has or, where it waits or has just started, will have."""
+    attributes = trial.system_attrs
+    return {**attributes.get(_PROPOSAL, {}), **attributes.get("fixed_params", {}), **trial.params}
+
+
+def taken_keys(space: Space, trials: Sequence[FrozenTrial]) -> set[Key]:
+    """Return the configurations that trials have, whatever their state.
+
+    A trial with a parameter outside of the space, which is conditional, is not one of them: another trial with the same
+    values of the space can still be another configuration.
+    """
+    found = set()
+    for trial in trials:
+        parameters = planned(trial)
+        own = {name for name in parameters if name not in trial.distributions or not trial.distributions[name].single()}
+        if own <= space.genes.keys() and space.allows(parameters):
+            found.add(space.key(parameters))
+    return found
+
+
+def _includes(parameters: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
+    return all(name in parameters and parameters[name] == value for name, value in part.items())
+
+
+def finished(trials: Sequence[FrozenTrial], space: Space) -> list[FrozenTrial]:
+    """Return the trials that are complete, lie in the space, and have no NaN among their values."""
+    return [
+        trial
+        for trial in trials
+        if trial.state is TrialState.COMPLETE and space.allows(trial.params) and not np.isnan(trial.values).any()
+    ]
+
+
+def losses(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> NDArray[np.float64]:
+    """Return the values of finished trials as losses: smaller is better. (n, m)."""
+    sign_m = np.array([-1.0 if direction is StudyDirection.MAXIMIZE else 1.0 for direction in directions])
+    return sign_m * np.array([trial.values for trial in trials], dtype=float).reshape(-1, len(sign_m))
+
+
+def violations(trials: Sequence[FrozenTrial]) -> NDArray[np.float64]:
+    """Return the sum of the positive constraints of each trial; 0 is feasible. (n,)."""
+    return np.array([sum(max(value, 0.0) for value in trial.constraints.values()) for trial in trials], dtype=float)
+
+
+def check_setting(where: str, name: str, value: object, valid: bool, rule: str) -> None:
+    """Raise SearchError if a setting of a sampler is not valid."""
+    if not valid:
+        raise SearchError(where, found=f"{name}={value!r}", rule=f"{name} must be {rule}", fix=f"change {name}")
