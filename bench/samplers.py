@@ -10,8 +10,8 @@ refine  one objective, 6 floats, 30 evaluations, optimum off the centre: best va
 
 Means and standard deviations over the seeds. pymoo's NSGA-II runs with its defaults (SBX of eta 15, mutation of eta 20,
 rounded for integers) and, where genes are integers, also with the operators that its documentation advises for them
-(eta 3, probability 1). Results are kept in DIR/samplers.json, one for each method and seed; those that exist are not run
-again. Needs the extra `bench` (pymoo).
+(eta 3, probability 1). Each result is kept in DIR/samplers.json, and those that exist are not run again. `pip install
+dovetail[bench]` installs pymoo.
 """
 
 from __future__ import annotations

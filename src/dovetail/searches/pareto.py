@@ -49,7 +49,7 @@ def crowding_distance(losses_nm: NDArray[np.float64], rank_n: NDArray[np.intp]) 
     rank_n     (n,)    Pareto ranks
     returns    (n,)    the sum over the objectives of the gap between the two neighbours, divided by the range of the
                        objective among the points of that rank. It is infinite at both ends of an objective; an
-                       objective without a finite, positive range adds nothing
+                       objective that is the same everywhere or infinite somewhere adds nothing else
 
     >>> crowding_distance(np.array([[0.0, 4.0], [1.0, 1.0], [4.0, 0.0]]), np.array([1, 1, 1])).tolist()
     [inf, 2.0, inf]
@@ -60,8 +60,7 @@ def crowding_distance(losses_nm: NDArray[np.float64], rank_n: NDArray[np.intp]) 
         for loss_n in losses_nm[members].T:
             order = np.argsort(loss_n, kind="stable")
             sorted_n = loss_n[order]
-            span = sorted_n[-1] - sorted_n[0]
-            if np.isfinite(span) and span > 0:
-                distance[members[order[1:-1]]] += (sorted_n[2:] - sorted_n[:-2]) / span
+            if np.isfinite(sorted_n).all() and sorted_n[-1] > sorted_n[0]:
+                distance[members[order[1:-1]]] += (sorted_n[2:] - sorted_n[:-2]) / (sorted_n[-1] - sorted_n[0])
             distance[members[order[[0, -1]]]] = np.inf
     return distance

@@ -173,13 +173,16 @@ def _predict(x_nf: Array, y_n: Array, x_cf: Array) -> tuple[Array, Array]:
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import RBF
 
-    fits = (
-        GaussianProcessRegressor(RBF(length), alpha=noise, optimizer=None, normalize_y=True).fit(x_nf, y_n)  # pyright: ignore[reportArgumentType]
-        for length in _LENGTHS
-        for noise in _NOISES
-    )
-    process = max(fits, key=lambda fit: fit.log_marginal_likelihood_value_)
-    mean_c, deviation_c = process.predict(x_cf, return_std=True)
+    def fit(length: float, noise: float) -> GaussianProcessRegressor:
+        process = GaussianProcessRegressor(RBF(length), alpha=noise, normalize_y=True)
+        return process.set_params(optimizer=None).fit(x_nf, y_n)
+
+    likelihoods = {}
+    for noise in _NOISES:
+        process = fit(1.0, noise)
+        for length in _LENGTHS:
+            likelihoods[length, noise] = process.log_marginal_likelihood(np.log([length]), clone_kernel=False)
+    mean_c, deviation_c = fit(*max(likelihoods, key=likelihoods.__getitem__)).predict(x_cf, return_std=True)
     return mean_c, np.maximum(deviation_c, 1e-12)
 
 
@@ -206,7 +209,9 @@ def _constraints(trials: Sequence[FrozenTrial]) -> list[dict[str, float]]:
     one of their constraint, or 1.
     """
     names = sorted({name for trial in trials for name in trial.constraints})
-    table = np.array([[trial.constraints.get(name, 0.0) for name in names] for trial in trials]).reshape(-1, len(names))
+    table = np.array([[trial.constraints.get(name, 0.0) for name in names] for trial in trials]).reshape(
+        len(trials), -1
+    )
     finite = np.where(np.isfinite(table), np.abs(table), 0).max(0, initial=1.0)
     return [dict(zip(names, row, strict=True)) for row in np.clip(table, -finite, finite).tolist()]
 
