@@ -33,8 +33,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from dovetail.searches.pareto import crowding_distance, pareto_rank
+from dovetail.searches.samplers.genes import Space
 from dovetail.searches.samplers.proposal import ProposalSampler, check_setting, finished, losses, violations
-from dovetail.searches.samplers.space import Space
 
 Array = NDArray[np.float64]
 _CHILDREN = 25

@@ -27,7 +27,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from dovetail.errors import SearchError
-from dovetail.searches.samplers.space import Gene, Key, Space
+from dovetail.searches.samplers.genes import Gene, Key, Space
 
 _PROPOSAL = "dovetail:proposal"
 _TRIES, _ROUNDS = 50, 10

@@ -33,8 +33,8 @@ from optuna.distributions import BaseDistribution
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from dovetail.searches.samplers.genes import Space
 from dovetail.searches.samplers.proposal import ProposalSampler, check_setting, finished, losses, planned, violations
-from dovetail.searches.samplers.space import Space
 
 Array = NDArray[np.float64]
 _ASKS = 3

@@ -17,10 +17,10 @@ import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+from dovetail.searches.samplers.genes import Space
 from dovetail.searches.samplers.prga import PRGASampler
 from dovetail.searches.samplers.proposal import ProposalSampler, check_setting, finished
 from dovetail.searches.samplers.refine import RefineSampler
-from dovetail.searches.samplers.space import Space
 
 
 class ThreeStageSampler(ProposalSampler):
