@@ -134,8 +134,8 @@ def search(
     from dovetail.cli.search_tables import print_preview, print_search, trial_line
     from dovetail.runs.folder import choose_output
     from dovetail.runs.recipe import Recipe
-    from dovetail.searches.search import preview
-    from dovetail.searches.search import search as run_search
+    from dovetail.searches.flow import preview
+    from dovetail.searches.flow import search as run_search
 
     loaded = Recipe.load(recipe)
     if only_plan:

@@ -1,3 +1,5 @@
+from .flow import preview as preview
+from .flow import search as search
 from .ranks import Climb as Climb
 from .ranks import Evaluation as Evaluation
 from .ranks import RankSearch as RankSearch
@@ -9,6 +11,4 @@ from .report import Trial as Trial
 from .samplers import PRGASampler as PRGASampler
 from .samplers import RefineSampler as RefineSampler
 from .samplers import ThreeStageSampler as ThreeStageSampler
-from .search import preview as preview
-from .search import search as search
 from .space import SearchSpace as SearchSpace

@@ -22,6 +22,7 @@ from functools import cached_property
 from html import escape
 from itertools import product
 from math import ceil, isfinite, log2, prod
+from operator import attrgetter
 from pathlib import Path
 from random import Random
 from time import perf_counter
@@ -189,12 +190,8 @@ class ChainSpace(SearchSpace):
 
     def _check_budget(self) -> None:
         """Raise SearchError for a budget that no candidate meets, or that is above every candidate."""
-        budget = self.settings.budget
-        sizes = [
-            self._size([choose(label) for label in labels])
-            for labels in self._sequences
-            for choose in (self._cheapest, self._dearest)
-        ]
+        budget, ends = self.settings.budget, self._ends
+        sizes = [self._size([ends[label][end] for label in labels]) for labels in self._sequences for end in (0, 1)]
         for name, limit, found in [
             ("bits_per_weight", budget.bits_per_weight, [self._bits]),
             ("trainable_parameters", budget.trainable_parameters, [parameters for parameters, _ in sizes]),
@@ -212,18 +209,21 @@ class ChainSpace(SearchSpace):
         parameters = self._heads + sum(option.parameters for option in options)
         return parameters, self._base_nbytes + sum(option.nbytes for option in options)
 
-    def _cheapest(self, label: str) -> Option:
-        return min((option for option in self.options if option.label == label), key=lambda option: option.parameters)
-
-    def _dearest(self, label: str) -> Option:
-        return max((option for option in self.options if option.label == label), key=lambda option: option.parameters)
+    @cached_property
+    def _ends(self) -> dict[str, tuple[Option, Option]]:
+        """Label -> its option with the fewest parameters, and the one with the most."""
+        found: dict[str, list[Option]] = {}
+        for option in self.options:
+            found.setdefault(option.label, []).append(option)
+        size = attrgetter("parameters")
+        return {label: (min(options, key=size), max(options, key=size)) for label, options in found.items()}
 
     def _fits(self, chosen: Sequence[Option]) -> bool:
         """Return whether a legal chain within the budget begins with these options."""
         labels, budget = tuple(option.label for option in chosen), self.settings.budget
         for sequence in self._sequences:
             if sequence[: len(labels)] == labels:
-                rest = [self._cheapest(label) for label in sequence[len(labels) :]]
+                rest = [self._ends[label][0] for label in sequence[len(labels) :]]
                 parameters, nbytes = self._size([*chosen, *rest])
                 if parameters <= (budget.trainable_parameters or parameters) and nbytes <= (budget.nbytes or nbytes):
                     return True

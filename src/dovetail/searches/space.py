@@ -1,6 +1,6 @@
 """What a kind of search implements: which candidates there are, the recipe of each, and how one is scored.
 
-The search itself (`searches/search.py`) and its workers (`searches/study.py`) know no kinds. A search goes like this:
+The search itself (`searches/flow.py`) and its workers (`searches/study.py`) know no kinds. A search goes like this:
 
     space = ...                                         checks the recipe; no weights are read
     until `trials` candidates of rung 0 are scored:     in every worker, which share nothing but the study

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 30, 120
 """Interval of the heartbeats, and the age of the last one at which a trial on another host counts as lost."""
-_UNSIGNED_SECONDS = 60
+_UNSIGNED_SECONDS = 10
 """Age at which a running trial without a worker's name counts as lost: a worker signs its trial at once."""
 _WAIT_SECONDS = 1.0
 """Time between two looks at the study while other workers run the last trials."""
@@ -247,7 +247,6 @@ def _pruner(space: SearchSpace) -> BasePruner:
 # Workers.
 
 
-@cache
 def this_worker() -> dict[str, Any]:
     """Return the name of this process: its host, its number and the time at which it started."""
     return {"host": _host(), "pid": os.getpid(), "started": psutil.Process().create_time()}
