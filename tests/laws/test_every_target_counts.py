@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +17,8 @@ from transformers import (
     Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     ViTConfig,
     ViTForImageClassification,
     WavLMConfig,
@@ -22,9 +27,9 @@ from transformers import (
 
 import dovetail
 from dovetail.chains.layer.applied import applied
-from dovetail.errors import TargetError
+from dovetail.errors import ChainError, TargetError
 from dovetail.models.probe import probe_batch
-from families import FAMILIES
+from families import FAMILIES, move
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 1}
 STATE = {**SMALL, "vocab_size": 128, "state_size": 8}
@@ -93,3 +98,23 @@ def test_a_read_in_a_branch_that_the_config_turns_off_does_not_count() -> None:
             module.pretraining_tp, module.slow_but_exact = 2, True
     with pytest.raises(TargetError, match="reads its weight"):
         dovetail.apply(model, "lora(r=2)", targets="down")
+
+
+def rwkv(rescale_every: int) -> Any:
+    torch.manual_seed(0)
+    sizes = {**SMALL, "attention_hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 128}
+    return RwkvForCausalLM(RwkvConfig.from_dict(sizes | {"rescale_every": rescale_every})).eval()
+
+
+@pytest.mark.parametrize("text", ["lora(r=2)", "int(bits=4, group=32) >> ia3 >> regrid", "magnitude(0.5)"])
+def test_a_model_that_changes_weights_in_its_forward_pass_is_refused(text: str, tmp_path: Path) -> None:
+    """RWKV rescales weights for inference, so what is saved after that is not what was computed."""
+    model = rwkv(rescale_every=1)
+    with pytest.raises(ChainError, match=r"weight\.div_ in its forward pass, if self\.config\.rescale_every > 0"):
+        dovetail.apply(model, text)
+    model = dovetail.apply(rwkv(rescale_every=0), text)
+    move(model)
+    wanted = outputs(model)
+    dovetail.merge(model, lossy=True)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(outputs(RwkvForCausalLM.from_pretrained(tmp_path)), wanted, rtol=1e-5, atol=1e-5)

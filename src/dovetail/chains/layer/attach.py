@@ -20,6 +20,7 @@ from dovetail.errors import ChainError, HistoryWarning
 from dovetail.models.fingerprint import model_fingerprint
 from dovetail.models.layouts import layout_of
 from dovetail.models.targets import Target, find_targets
+from dovetail.models.weight_reads import changes_weights
 
 
 def attach(
@@ -33,6 +34,13 @@ def attach(
         found = f"a model with the chain {applied(model).chain}"
         fix = "write both as one chain, or merge the first one"
         raise ChainError("apply", found=found, rule="a model has at most one chain", fix=fix)
+    if change := changes_weights(model):
+        raise ChainError(
+            f"apply to {type(model).__name__}",
+            found=change,
+            rule="a forward pass must leave the weights as they are, because they are trained, merged and saved",
+            fix="turn it off in config.json before the model is loaded (RWKV: rescale_every=0)",
+        )
     layers = find_targets(model, targets)
     assignment = assignment.on(layers, lambda name: held(model, name))
     sites = {target.name: _checked_site(target, assignment.at(target.name)) for target in layers}
