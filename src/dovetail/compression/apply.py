@@ -78,7 +78,7 @@ def apply(
         else:
             record.broken = True
         raise
-    _freeze(model, record)
+    freeze(model, record)
     return model
 
 
@@ -101,8 +101,8 @@ def restore(
         layer.base.restore(record.assignment.at(name).quantizer_at(stage), state)
         if bias is not None:
             layer.bias = nn.Parameter(bias.to(layer.base.device), requires_grad=False)
-    _start_links(record)
-    _freeze(model, record)
+    start_links(record)
+    freeze(model, record)
     return model
 
 
@@ -124,8 +124,8 @@ def apply_on_meta(
         for name, layer in record.layers.items():
             here, quantizer = record.stage_at(name), record.assignment.at(name).quantizer_at(stage)
             layer.base.allocate(quantizer, mask=here.keep_mask, start=here.keep_start)
-        _start_links(record)
-    _freeze(model, record)
+        start_links(record)
+    freeze(model, record)
     return model
 
 
@@ -182,7 +182,7 @@ def _calibration(model: nn.Module, stage: Stage, calibration: Iterable[Batch] | 
     )
 
 
-def _freeze(model: nn.Module, record: AppliedChain) -> None:
+def freeze(model: nn.Module, record: AppliedChain) -> None:
     """Freeze everything except adapters and task heads, which start untrained; poolers in the body stay frozen."""
     new = {id(p) for path in task_heads(model) for p in model.get_submodule(path).parameters()}
     for parameter in model.parameters():
@@ -219,10 +219,10 @@ def _start(
                 layer.base.mask_bits = None
         if record.on_link is not None:
             record.on_link(link)
-    _start_links(record)
+    start_links(record)
 
 
-def _start_links(record: AppliedChain) -> None:
+def start_links(record: AppliedChain) -> None:
     """Put the current stage's differentiable links on the layers, with their initial values."""
     layers = record.layers
     shapes = [layer.base.shape for layer in layers.values()]

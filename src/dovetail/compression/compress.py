@@ -49,7 +49,7 @@ def compress(
     for link in dict.fromkeys(links.values()):
         if isinstance(link, Pruner) and link.allocation == "outlier":
             own = {name: layers[name] for name in layers if links[name] == link}
-            links = {**links, **_allocated(model, own, link, batches, progress)}
+            links = {**links, **allocated(model, own, link, batches, progress)}
 
     def one(name: str, statistics: InputStatistics | None) -> None:
         touch(name)
@@ -77,10 +77,13 @@ def compress(
     calibrate_blocks(model, layers, batches, block, wanted=wanted, inputs=inputs, title=first.name, progress=progress)
 
 
-def _allocated(
+def allocated(
     model: nn.Module, layers: Mapping[str, ChainLinear], link: Pruner, batches: Sequence[Batch] | None, progress: bool
 ) -> dict[str, Link]:
-    """Return the pruner of each layer, with the sparsity that its block gets for its outliers."""
+    """Return the pruner of each layer, with the sparsity that its block gets for its outliers; nothing is changed.
+
+    layers  all under the same pruner, whose allocation is "outlier"
+    """
     ratios: dict[str, float] = {}
 
     def look(found: dict[str, InputStatistics]) -> None:

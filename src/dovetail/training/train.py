@@ -113,6 +113,7 @@ def train(
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
     output_dir: Path | None = None,
     resume: bool = False,
+    stop_after: int | None = None,
     progress: bool = True,
     on_log: OnLog | None = None,
     logging_dir: Path | None = None,
@@ -130,6 +131,8 @@ def train(
     calibration   batches for pruning and quantizing in later stages; by default drawn from the train split
     output_dir    directory of checkpoints; nothing is written without one
     resume        continue a killed run, to the same bits; the model must be as it was at the start of that run
+    stop_after    end after this step of the first stage, with a checkpoint in output_dir, from which the same call with
+                  resume goes on
     progress      show a bar if training takes longer than a second
     on_log        called with (stage from 1, step, {"loss": ...} or {"validation": scores}) as soon as they are known
 
@@ -143,7 +146,7 @@ def train(
     for records that do not match the model.
     """
     # Imported here: the Trainer takes seconds to import.
-    from dovetail.training.trainer import StageTrainer, Watch, trackers, trainer_arguments
+    from dovetail.training.trainer import StageTrainer, StopAfter, Watch, trackers, trainer_arguments
 
     asked = TrainSettings(**settings)
     check_environment(asked.report_to)
@@ -209,10 +212,15 @@ def train(
                 asked,
                 watch,
                 seed=f"{asked.seed} stage {stage}",
-                trackers=trackers(asked.report_to, (logging_dir or Path("tensorboard")) / here.name),
+                trackers=[
+                    *trackers(asked.report_to, (logging_dir or Path("tensorboard")) / here.name),
+                    *([] if stop_after is None else [StopAfter(stop_after)]),
+                ],
             )
             report = _train_stage(model, trainer, checkpoints.last_checkpoint(here) if resume else None)
             reports.append(report)
+            if trainer.state.global_step < trainer.state.max_steps:
+                break
             if output_dir is not None:
                 checkpoints.save_trained(model, here / checkpoints.TRAINED)
                 write_whole(here / _REPORT, json.dumps(asdict(report)))

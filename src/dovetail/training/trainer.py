@@ -229,6 +229,17 @@ class RankDraws(TrainerCallback):
         use_reference(self.elastic)
 
 
+class StopAfter(TrainerCallback):
+    """End training after a step, with a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
 class Watch(TrainerCallback):
     """Show the progress, measure memory, evaluate at intervals, and end a run whose loss is not finite.
 
