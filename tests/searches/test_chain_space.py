@@ -189,6 +189,7 @@ def test_ranks_above_the_layers_are_not_proposed(small):
         ({"trials": 0}, RecipeError, "trials"),
         ({"objectives": []}, RecipeError, "objectives"),
         ({"objectives": ["speed"]}, RecipeError, "objectives"),
+        ({"objectives": ["quality", "quality"]}, RecipeError, "once"),
         ({"pruning": "median", "objectives": ["quality", "nbytes"]}, RecipeError, "pruning"),
         ({"ranks": "fixed", "learning_rate": "global"}, RecipeError, "fixed"),
         ({"chains": 3}, RecipeError, "chains"),

@@ -41,7 +41,7 @@ def test_workers_that_are_killed(url):
     check_nothing_lost(url, space, workers=2)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "three_stage"])
 def test_a_killed_worker_resumes_to_the_same_trials(tmp_path, sampler):
     space = QuickSpace(12, seconds=0.03, sampler=sampler, objectives=("quality", "nbytes"))
     whole = trials_of(
@@ -136,6 +136,27 @@ def test_a_candidate_that_diverges_is_a_failed_trial(url):
     assert {trial.state for trial in trials} == {"complete", "failed"}
     for trial in trials:
         assert (trial.state == "failed") == ("loss=nan" in trial.problem) == (trial.params["a"] % 2 == 1)
+
+
+def test_a_candidate_is_scored_once(url):
+    class Small(QuickSpace):
+        scored = 0
+
+        def suggest(self, trial):
+            trial.suggest_int("a", 0, 1)
+            trial.suggest_int("b", 0, 1)
+
+        def score(self, candidate, report):
+            self.scored += 1
+            return super().score(candidate, report)
+
+    space = Small(10)
+    trials = trials_of(url, space)
+    assert len(trials) == 10
+    assert space.scored == len({tuple(sorted(trial.params.items())) for trial in trials}) <= 4
+    by_params = {}
+    for trial in trials:
+        assert by_params.setdefault(str(trial.params), trial.values) == trial.values
 
 
 def test_values_that_are_not_finite_fail_the_trial(url):

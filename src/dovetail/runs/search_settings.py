@@ -16,6 +16,15 @@ from dovetail.tasks.spec import Part, Positive
 
 Objective = Literal["quality", "nbytes", "peak_memory", "trainable_parameters"]
 Sampler = Literal["three_stage", "prga", "refine", "nsga2", "tpe", "random"]
+
+
+def _different(objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
+    if len(set(objectives)) < len(objectives):
+        raise ValueError("each objective must be named once")
+    return objectives
+
+
+Objectives = Annotated[tuple[Objective, ...], Field(min_length=1), pydantic.AfterValidator(_different)]
 Values = Annotated[tuple[int | float | str, ...], Field(min_length=1)]
 
 
@@ -71,7 +80,7 @@ class LayerSettings(Part):
     candidates: Positive = 200
     rungs: tuple[Positive, ...] = ()
     samples: Positive = 128
-    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = ("quality", "nbytes")
+    objectives: Objectives = ("quality", "nbytes")
     budget: Budget = Budget()
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.7
     finish: Literal["best", "front", "none"] = "best"
@@ -111,7 +120,7 @@ class ChainSettings(Part):
     trials: Positive = 40
     sampler: Sampler = "tpe"
     pruning: Literal["none", "median", "hyperband"] = "none"
-    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = ("quality",)
+    objectives: Objectives = ("quality",)
     budget: Budget = Budget()
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.7
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (0, 1, 2)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from dovetail.display.format import format_score, size
@@ -13,6 +14,8 @@ from dovetail.errors import SearchError
 from dovetail.files import read_json, write_whole
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import MAX_NBYTES, ReportPart, TaskInfo
+from dovetail.searches.pareto import pareto_rank
+from dovetail.searches.samplers.refine import weighted_score
 
 JSON = "search.json"
 Direction = Literal["minimize", "maximize"]
@@ -116,48 +119,33 @@ def front(trials: Sequence[Trial], objectives: Mapping[str, Direction]) -> list[
     Of several trials of one candidate, the one of the highest rung counts. Of equal candidates the first one counts.
     """
     last: dict[str, Trial] = {}
-    for trial in trials:
-        if trial.state == "complete":
-            key = repr(sorted(trial.params.items()))
-            if key not in last or trial.rung > last[key].rung:
-                last[key] = trial
-    losses = {trial.number: _losses(trial, objectives) for trial in last.values()}
-
-    def dominated(one: tuple[float, ...], number: int) -> bool:
-        return any(
-            all(a <= b for a, b in zip(other, one, strict=True)) and (other != one or at < number)
-            for at, other in losses.items()
-            if at != number
-        )
-
-    found = [trial for trial in last.values() if not dominated(losses[trial.number], trial.number)]
-    return sorted(found, key=lambda trial: (losses[trial.number], trial.number))
+    for trial in _complete(trials):
+        key = repr(sorted(trial.params.items()))
+        if key not in last or trial.rung > last[key].rung:
+            last[key] = trial
+    if not last:
+        return []
+    ranks = pareto_rank(np.array([_losses(trial, objectives) for trial in last.values()]))
+    found: dict[tuple[float, ...], Trial] = {}
+    for trial, rank in zip(last.values(), ranks, strict=True):
+        if rank == 1:
+            found.setdefault(_losses(trial, objectives), trial)
+    return [found[losses] for losses in sorted(found)]
 
 
 def best(trials: Sequence[Trial], objectives: Mapping[str, Direction], alpha: float) -> Trial:
-    """Return the trial of the front with the largest objective of QR-Adaptor's eq. 5.
+    """Return the trial of the front with the largest weighted sum of its z-scored objectives (QR-Adaptor, eq. 5).
 
-    Each objective is z-scored over the complete trials. Quality has the weight alpha, and the others share 1 - alpha.
+    The objectives are z-scored over the complete trials. The first one has the weight alpha.
     """
-    shown = front(trials, objectives)
-    if len(objectives) == 1:
-        return shown[0]
-    complete = [_losses(trial, objectives) for trial in trials if trial.state == "complete"]
-    weights = [alpha if name == "quality" else 0.0 for name in objectives]
-    rest = (1 - sum(weights)) / max(1, weights.count(0.0)) if "quality" in objectives else 1 / len(objectives)
-    weights = [alpha if name == "quality" else rest for name in objectives]
-    columns = list(zip(*complete, strict=True))
-    means = [sum(column) / len(column) for column in columns]
-    spreads = [
-        (sum((value - mean) ** 2 for value in column) / len(column)) ** 0.5 or 1.0
-        for column, mean in zip(columns, means, strict=True)
-    ]
+    complete, shown = _complete(trials), front(trials, objectives)
+    scores = weighted_score(np.array([_losses(trial, objectives) for trial in complete]), alpha)
+    of_trial = {trial.number: score for trial, score in zip(complete, scores, strict=True)}
+    return max(shown, key=lambda trial: (of_trial[trial.number], -trial.number))
 
-    def loss(trial: Trial) -> float:
-        parts = zip(weights, _losses(trial, objectives), means, spreads, strict=True)
-        return sum(weight * (value - mean) / spread for weight, value, mean, spread in parts)
 
-    return min(shown, key=lambda trial: (loss(trial), trial.number))
+def _complete(trials: Sequence[Trial]) -> list[Trial]:
+    return [trial for trial in trials if trial.state == "complete"]
 
 
 def _losses(trial: Trial, objectives: Mapping[str, Direction]) -> tuple[float, ...]:
@@ -173,13 +161,12 @@ def growth(trials: Sequence[Trial], objectives: Mapping[str, Direction]) -> list
     The value is the best objective so far; with several objectives the hypervolume of the front so far, each objective
     scaled to [0, 1] over all complete trials, with the reference point 1.1.
     """
-    done = sorted((trial for trial in trials if trial.state == "complete"), key=lambda trial: trial.ended)
+    done = sorted(_complete(trials), key=lambda trial: trial.ended)
     if len(objectives) == 1:
         (name,) = objectives
         choose = max if objectives[name] == "maximize" else min
         so_far = [choose(trial.values[name] for trial in done[: count + 1]) for count in range(len(done))]
         return [(count + 1, trial.ended, value) for count, (trial, value) in enumerate(zip(done, so_far, strict=True))]
-    import numpy as np
     from optuna._hypervolume import compute_hypervolume
 
     losses_nm = np.array([_losses(trial, objectives) for trial in done])

@@ -107,9 +107,10 @@ class SearchSpace(ABC):
 
     @property
     def objectives(self) -> dict[str, Direction]:
-        """Objective -> direction, in the order of the recipe."""
+        """Objective -> direction; quality is the first one, which has the weight alpha."""
+        names = sorted(self.settings.objectives, key=lambda name: name != "quality")
         quality: Direction = "minimize" if self.task.metric in LOWER_IS_BETTER else "maximize"
-        return {name: quality if name == "quality" else "minimize" for name in self.settings.objectives}
+        return {name: quality if name == "quality" else "minimize" for name in names}
 
     @abstractmethod
     def preview(self) -> Preview:

@@ -40,7 +40,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from dovetail.errors import NotFinite, SearchError, TrainError
 from dovetail.runs.search_settings import ChainSettings, LayerSettings
 from dovetail.searches.report import Trial
-from dovetail.searches.space import Candidate, SearchSpace
+from dovetail.searches.space import Candidate, Scored, SearchSpace
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
@@ -371,7 +371,8 @@ def _score(
 
     try:
         space.suggest(trial)
-        scored = space.score(Candidate(trial.params, trial.user_attrs.get(_RUNG, 0)), report)
+        candidate = Candidate(trial.params, trial.user_attrs.get(_RUNG, 0))
+        scored = _known(study, space, candidate) or space.score(candidate, report)
     except TrialPruned:
         return None, TrialState.PRUNED
     except (NotFinite, TrainError) as error:
@@ -383,6 +384,14 @@ def _score(
         trial.set_user_attr(_PROBLEM, f"values that are not finite: {dict(scored.values)}")
         return None, TrialState.FAIL
     return values, None
+
+
+def _known(study: optuna.Study, space: SearchSpace, candidate: Candidate) -> Scored | None:
+    """Return the result of an earlier trial of the same candidate, which would be the same again; None without one."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        if trial.params == candidate.params and _rung(trial) == candidate.rung:
+            return Scored(dict(zip(space.objectives, trial.values, strict=True)), trial.user_attrs[_DETAILS])
+    return None
 
 
 def _tell(
