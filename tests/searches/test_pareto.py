@@ -203,6 +203,16 @@ def test_alpha_decides_which_objective_refinement_follows() -> None:
     assert means[1.0] > 28
 
 
+def test_without_alpha_each_proposal_has_its_own_preference() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = RefineSampler(alpha=None, kernel="rbf", seed=0)
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+    study.optimize(lambda trial: (size := trial.suggest_int("x", 0, 36), size**2), n_trials=14)
+    sizes = [trial.values[0] for trial in study.trials[5:]]
+    assert min(sizes) <= 4
+    assert max(sizes) >= 32
+
+
 def test_the_shadow_study_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     optuna.logging.set_verbosity(optuna.logging.INFO)
     optuna.logging.enable_propagation()

@@ -50,6 +50,7 @@ DISTRIBUTIONS: Mapping[str, BaseDistribution] = {
     "integer": IntDistribution(2, 16, step=2),
     "log integer": IntDistribution(1, 1000, log=True),
     "category": CategoricalDistribution(["a", "b", None]),
+    "bits": CategoricalDistribution([2, 3, 4, 8]),
     "one": IntDistribution(3, 3),
     "one choice": CategoricalDistribution(["only"]),
 }
@@ -107,6 +108,7 @@ def mixed(trial: Trial) -> tuple[float, float]:
         "integer": trial.suggest_int("integer", 2, 16, step=2),
         "log integer": trial.suggest_int("log integer", 1, 1000, log=True),
         "category": trial.suggest_categorical("category", ["a", "b", None]),
+        "bits": trial.suggest_categorical("bits", [2, 3, 4, 8]),
         "one": trial.suggest_int("one", 3, 3),
         "one choice": trial.suggest_categorical("one choice", ["only"]),
     }
@@ -207,9 +209,21 @@ def test_a_gene_allows_no_value_outside_of_its_distribution() -> None:
         "stepped": [0.05, 1.1],
         "integer": [3, 0, 18, 4.5, True],
         "category": ["c", 1],
+        "bits": [5, 16],
     }
     for name, values in refused.items():
         assert not any(map(Gene.of(DISTRIBUTIONS[name]).allows, values)), name
+
+
+@pytest.mark.parametrize(
+    ("choices", "ordered"),
+    [((2, 3, 4, 8), True), ((0.5, 0.1), True), ((2, 8, 4), False), ((1, "a"), False), ((1, None), False)],
+)
+def test_a_category_of_sorted_numbers_is_ordered(choices: tuple[Any, ...], ordered: bool) -> None:
+    assert Gene.of(CategoricalDistribution(choices)).ordered == ordered
+    space, random = Space({"x": CategoricalDistribution(choices)}), np.random.default_rng(0)
+    reached = {space.neighbour({"x": choices[0]}, random)["x"] for _ in range(50)}
+    assert reached == ({choices[0], choices[1]} if ordered else set(choices[1:]))
 
 
 def test_a_neighbour_differs_in_at_most_one_parameter() -> None:

@@ -8,7 +8,8 @@ integer, logarithmic               log(value)              log(low - 1/2), log(h
 category                           index of the choice     -1/2, count - 1/2
 
 The bounds of a discrete gene lie half a step outside of its values, so that every value has the same share of the range
-after rounding. The indices of a category have no order.
+after rounding. A category whose choices are sorted numbers, such as the bits (2, 3, 4, 8), is ordered as they are. The
+indices of any other category have no order.
 """
 
 from __future__ import annotations
@@ -56,8 +57,11 @@ class Gene:
 
     @property
     def ordered(self) -> bool:
-        """Whether the values are numbers."""
-        return not isinstance(self.distribution, CategoricalDistribution)
+        """Whether the values are sorted numbers."""
+        if not isinstance(self.distribution, CategoricalDistribution):
+            return True
+        numbers = [value for value in self.distribution.choices if isinstance(value, int | float)]
+        return len(numbers) == self.count and numbers in (sorted(numbers), sorted(numbers, reverse=True))
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -115,7 +119,7 @@ class Space:
 
     lower, upper       (d,)  bounds of each gene
     smallest, largest  (d,)  genes of the first and the last value
-    ordered            (d,)  whether the values of the parameter are numbers
+    ordered            (d,)  whether the values of the parameter are sorted numbers
     """
 
     def __init__(self, distributions: Mapping[str, BaseDistribution]) -> None:

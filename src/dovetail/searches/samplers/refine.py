@@ -4,6 +4,8 @@ score(C) = alpha z(P(C)) - (1 - alpha) z(M(C))    z(v) = (v - mean) / standard d
 
 P is the first objective of the study and M the second; `z` counts each in its direction, so that a larger score is
 better. Of more objectives, the others share 1 - alpha equally. A study with one objective is scored by that alone.
+The paper states one preference alpha. With `alpha=None` each proposal draws its own from [0, 1], and together the
+proposals refine the whole front (random scalarization, as in ParEGO; Knowles 2006).
 
 kernel="matern"  Optuna's GPSampler on a shadow study in memory that holds the scores: Matern 5/2 with a length scale
                  for each parameter, and log expected improvement, optimized over the whole space. Running trials count
@@ -29,11 +31,11 @@ from typing import Any, Literal
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from dovetail.searches.samplers.genes import Space
+from dovetail.searches.samplers.genes import Gene, Space
 from dovetail.searches.samplers.proposal import ProposalSampler, check_setting, finished, losses, planned, violations
 
 Array = NDArray[np.float64]
@@ -45,7 +47,7 @@ _LENGTHS, _NOISES = tuple(np.geomspace(0.1, 10, 13)), (1e-6, 1e-3, 1e-1)
 class RefineSampler(ProposalSampler):
     """Bayesian optimization of a weighted sum of z-scored objectives, as an Optuna sampler.
 
-    alpha        weight of the first objective, in [0, 1]; the others share the rest
+    alpha        weight of the first objective, in [0, 1]; the others share the rest. None draws it for each proposal
     start_after  number of finished trials from which on proposals are refined; earlier ones come from a Latin hypercube
     kernel       "matern" (Optuna's GPSampler) or "rbf" (the method of the paper)
     start        configurations that are proposed first
@@ -59,14 +61,14 @@ class RefineSampler(ProposalSampler):
     def __init__(
         self,
         *,
-        alpha: float = 0.5,
+        alpha: float | None = 0.5,
         start_after: int = 5,
         kernel: Literal["matern", "rbf"] = "matern",
         start: Sequence[Mapping[str, Any]] = (),
         seed: int | None = None,
     ) -> None:
         where = type(self).__name__
-        check_setting(where, "alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
+        check_setting(where, "alpha", alpha, alpha is None or 0 <= alpha <= 1, "None or in [0, 1]")
         check_setting(where, "start_after", start_after, start_after >= 2, "at least 2")
         check_setting(where, "kernel", kernel, kernel in ("matern", "rbf"), '"matern" or "rbf"')
         super().__init__(start=start, strata=start_after, seed=seed)
@@ -81,7 +83,8 @@ class RefineSampler(ProposalSampler):
             yield self.design(trial, space)
             while True:
                 yield space.random(random)
-        score_n = weighted_score(losses(known, study.directions), self._alpha)
+        alpha = random.random() if self._alpha is None else self._alpha
+        score_n = weighted_score(losses(known, study.directions), alpha)
         best = int(np.lexsort((-score_n, violations(known)))[0])
         running = [each for each in others if each.state is TrialState.RUNNING and space.allows(planned(each))]
         yield from self._refine(space, known, score_n, best, running, random)
@@ -97,24 +100,38 @@ class RefineSampler(ProposalSampler):
         running: Sequence[FrozenTrial],
         random: np.random.Generator,
     ) -> Iterator[dict[str, Any]]:
+        # A category of sorted numbers is shown as the place of the choice: GPSampler sees no order in a category.
         distributions: dict[str, BaseDistribution] = {name: gene.distribution for name, gene in space.genes.items()}
+        sorted_genes: dict[str, Gene] = {}
+        for name, gene in space.genes.items():
+            if gene.ordered and isinstance(gene.distribution, CategoricalDistribution):
+                sorted_genes[name] = gene
+                distributions[name] = IntDistribution(0, len(gene.distribution.choices) - 1)
+
+        def shown(parameters: Mapping[str, Any]) -> dict[str, Any]:
+            values = {name: parameters[name] for name in distributions}
+            return {**values, **{name: gene.index(values[name]) for name, gene in sorted_genes.items()}}
+
         sampler = optuna.samplers.GPSampler(seed=int(random.integers(2**31)), n_startup_trials=0)
         shadow = _quiet_study(sampler)
         for trial, score, constraints in zip(known, score_n, _constraints(known), strict=True):
-            parameters = {name: trial.params[name] for name in distributions}
             shadow.add_trial(
                 optuna.trial.create_trial(
-                    value=float(score), params=parameters, distributions=distributions, constraints=constraints
+                    value=float(score),
+                    params=shown(trial.params),
+                    distributions=distributions,
+                    constraints=constraints,
                 )
             )
         for trial in running:
-            parameters = {name: planned(trial)[name] for name in distributions}
+            parameters = shown(planned(trial))
             shadow.add_trial(
                 optuna.trial.create_trial(state=TrialState.RUNNING, params=parameters, distributions=distributions)
             )
         for _ in range(_ASKS):
             # An asked trial counts as running from then on, so that the next one differs from it.
-            yield shadow.ask(distributions).params
+            asked = shadow.ask(distributions).params
+            yield {**asked, **{name: gene.at(asked[name]) for name, gene in sorted_genes.items()}}
 
     def _rbf(
         self,

@@ -28,7 +28,8 @@ class ThreeStageSampler(ProposalSampler):
 
     start            configurations that are proposed first; a Latin hypercube of `population_size` trials if empty
     explore          number of trials of the second stage
-    alpha, kernel    of the third stage (`RefineSampler`)
+    alpha, kernel    of the third stage (`RefineSampler`). By default no objective is preferred: each proposal draws its
+                     own alpha, and the whole front is refined. The paper states one alpha
     population_size, crossover_prob, crossover_eta, mutation_prob, mutation_eta
                      of the second stage (`PRGASampler`)
     seed             of all random numbers; None draws one
@@ -45,7 +46,7 @@ class ThreeStageSampler(ProposalSampler):
         crossover_eta: float = 5,
         mutation_prob: float | None = None,
         mutation_eta: float = 5,
-        alpha: float = 0.5,
+        alpha: float | None = None,
         kernel: Literal["matern", "rbf"] = "matern",
         seed: int | None = None,
     ) -> None:
