@@ -25,7 +25,7 @@ KILLS = int(os.environ.get("DOVETAIL_TEST_KILLS", "4"))
 
 
 class QuickSpace(SearchSpace):
-    """Integers a and b; quality is largest at a = 30, b = 70, and nbytes grows with a."""
+    """Integers a and b, so many that no two trials have the same by chance; quality is largest at a = 30, b = 70, and nbytes grows with a."""
 
     def __init__(
         self, trials: int = 6, *, seconds: float = 0.0, sampler: str = "random",
@@ -46,8 +46,8 @@ class QuickSpace(SearchSpace):
         return Preview(10_000, self.settings.trials, None, None)
 
     def suggest(self, trial: optuna.Trial) -> None:
-        trial.suggest_int("a", 0, 99)
-        trial.suggest_int("b", 0, 99)
+        trial.suggest_int("a", 0, 9999)
+        trial.suggest_int("b", 0, 9999)
 
     def candidate_recipe(self, candidate: Candidate) -> Recipe:
         return self.recipe.model_copy(update={"chain": f"lora(r={1 + candidate.params['a']})", "search": None})

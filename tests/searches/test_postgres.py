@@ -86,7 +86,7 @@ def wait_for(url, server, log):
 
 
 def test_workers_that_are_killed(server):
-    space = QuickSpace(3 * KILLS, seconds=0.1, sampler="tpe")
+    space = QuickSpace(3 * KILLS, seconds=0.1)
     delete_study(server, NAME)
     kill_workers(server, space, workers=2, kills=KILLS, seed=0)
     check_nothing_lost(server, space, workers=2)

@@ -438,7 +438,8 @@ class ChainSpace(SearchSpace):
             return f"{said}; its score on {self._test} is not finite"
         mean = format_score(self.task.metric, found["mean"])
         spread = "" if found["sd"] is None else f" (standard deviation {format_score(self.task.metric, found['sd'])})"
-        return f"{said}: {metric_name(self.task.metric)} {mean}{spread} on {self._test}, {len(found['seeds'])} seeds"
+        seeds = "1 seed" if len(found["seeds"]) == 1 else f"{len(found['seeds'])} seeds"
+        return f"{said}: {metric_name(self.task.metric)} {mean}{spread} on {self._test}, {seeds}"
 
     def sections(self, report: SearchReport) -> list[str]:
         metric, found = report.task.metric, report.finish

@@ -288,6 +288,7 @@ def requeue(study: optuna.Study) -> None:
 
 def _put_back(study: optuna.Study, trial_id: int) -> None:
     with suppress(UpdateFinishedTrialError):  # it was not lost
+        study._storage.set_trial_user_attr(trial_id, _WORKER, None)  # or it would look lost until it is signed again
         study._storage.set_trial_state_values(trial_id, state=TrialState.WAITING)
 
 
@@ -341,6 +342,8 @@ def _run(study: optuna.Study, space: SearchSpace) -> int:
             values, state = _score(study, space, trial)
             trial.set_user_attr(_SECONDS, time.perf_counter() - started)
             _tell(study, trial, values, state)
+        except UpdateFinishedTrialError:
+            pass  # another worker took this one for lost, and has finished the trial
         except BaseException:
             _put_back(study, trial._trial_id)
             raise
