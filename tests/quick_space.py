@@ -25,7 +25,10 @@ KILLS = int(os.environ.get("DOVETAIL_TEST_KILLS", "4"))
 
 
 class QuickSpace(SearchSpace):
-    """Integers a and b, so many that no two trials have the same by chance; quality is largest at a = 30, b = 70, and nbytes grows with a."""
+    """Integers a and b; quality is largest at a = 30, b = 70, and nbytes grows with a.
+
+    There are so many that no two trials have the same ones by chance.
+    """
 
     def __init__(
         self, trials: int = 6, *, seconds: float = 0.0, sampler: str = "random",
