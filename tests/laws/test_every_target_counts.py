@@ -109,10 +109,9 @@ def rwkv(rescale_every: int) -> Any:
 @pytest.mark.parametrize("text", ["lora(r=2)", "int(bits=4, group=32) >> ia3 >> regrid", "magnitude(0.5)"])
 def test_a_model_that_changes_weights_in_its_forward_pass_is_refused(text: str, tmp_path: Path) -> None:
     """RWKV rescales weights for inference, so what is saved after that is not what was computed."""
-    model = rwkv(rescale_every=1)
     with pytest.raises(ChainError, match=r"weight\.div_ in its forward pass, if self\.config\.rescale_every > 0"):
-        dovetail.apply(model, text)
-    model = dovetail.apply(rwkv(rescale_every=0), text)
+        dovetail.apply(rwkv(rescale_every=1), text)
+    model: Any = dovetail.apply(rwkv(rescale_every=0), text)
     move(model)
     wanted = outputs(model)
     dovetail.merge(model, lossy=True)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import dovetail
 from dovetail.tasks.task import Task
@@ -64,3 +65,16 @@ def test_it_is_quiet_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     model.register_parameter("unused", nn.Parameter(torch.zeros(3)))
     assert trained(model, "llama", progress=False) == ["unused"]
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [*ADAPTERS, "int(bits=4, group=32) >> lora(r=2) >> regrid", "magnitude(0.5) >> loha(r=2) >> remask"],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_model_that_adds_to_the_output_of_a_layer_in_place_trains(bias: bool, chain: str) -> None:
+    """Falcon adds its attention to the output of its feed-forward layers, in place."""
+    config = CONFIGS["falcon"]()
+    config.bias = bias
+    model = dovetail.apply(AutoModelForCausalLM.from_config(config), chain)
+    assert trained(model, "falcon", warmup=0.3) == []

@@ -190,7 +190,7 @@ class _Closed(torch.autograd.Function):
         native = _materialise(base, constraints, from_codes, x.dtype, factors)
         ctx.base, ctx.constraints, ctx.from_codes = base, constraints, from_codes
         ctx.save_for_backward(x, *factors)
-        return base.layout.call(x, native, bias_o)
+        return _no_view(base.layout.call(x, native, bias_o))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -214,6 +214,11 @@ class _Closed(torch.autograd.Function):
             grads = _factor_grads(weight_grad_oi, begin_oi, base.row_chunks(x.dtype), needs, factors)
         grad_bias = g_to.sum(0) if ctx.needs_input_grad[4] else None
         return grad_x, None, None, None, grad_bias, *grads
+
+
+def _no_view(y: Tensor) -> Tensor:
+    """Return the same values as no view of another tensor: a Function's view cannot be changed in place (y += x)."""
+    return torch.ops.aten._unsafe_view(y, y.shape)  # type: ignore[no-any-return]
 
 
 def _factor_grads(
@@ -263,7 +268,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.fold, ctx.base = fold, base
         ctx.save_for_backward(x, *parameters)
         weight, bias_o = fold()
-        return base.layout.call(x, weight.to(x.dtype), None if bias_o is None else bias_o.to(x.dtype))
+        return _no_view(base.layout.call(x, weight.to(x.dtype), None if bias_o is None else bias_o.to(x.dtype)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
