@@ -306,6 +306,32 @@ def test_a_worker_that_reads_the_same_proposal_of_another_one_yields(monkeypatch
     assert trial.params == chosen[1] != chosen[0]
 
 
+def test_a_trial_that_continues_a_failed_one_keeps_its_proposal() -> None:
+    study = two_objectives(PRGASampler(seed=0))
+    study.optimize(tiny, n_trials=8)
+    lost = study.ask()
+    lost.suggest_int("a", 1, 4)
+    lost = study.trials[lost.number]
+    study.tell(lost.number, state=TrialState.FAIL)
+    given = {"params": lost.params, "distributions": lost.distributions, "system_attrs": lost.system_attrs}
+    study.add_trial(optuna.create_trial(state=TrialState.WAITING, **given))
+    study.optimize(tiny, n_trials=1)
+    assert study.trials[-1].params == proposal.planned(lost)
+
+
+def test_a_conditional_space_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose, chosen = PRGASampler._first_free, []
+
+    def counted(*given: Any) -> dict[str, Any]:
+        chosen.append(choose(*given))
+        return chosen[-1]
+
+    monkeypatch.setattr(PRGASampler, "_first_free", counted)
+    study = two_objectives(PRGASampler(seed=0))
+    study.optimize(lambda t: (x := t.suggest_float(t.suggest_categorical("kind", ["a", "b"]), 0, 1), -x), n_trials=20)
+    assert len(chosen) <= 20
+
+
 @each_fast_sampler
 def test_four_threads_repeat_no_configuration(make: Make) -> None:
     study = two_objectives(make(seed=0))
@@ -428,7 +454,7 @@ def test_pruned_trials_of_one_objective_are_no_parents(make: Make) -> None:
 
 
 # --- Start -----------------------------------------------------------------------------------------------------------
-START = [{"a": 4, "b": 3, "c": "w"}, {"a": 1, "b": 1, "c": "v"}, {"a": 2, "b": 2}]
+START = [{"a": 4, "b": np.int64(3), "c": "w"}, {"a": 1, "b": 1, "c": "v"}, {"a": 2, "b": 2}]
 
 
 @each_fast_sampler
@@ -482,6 +508,7 @@ def test_a_start_with_an_unknown_parameter_is_refused() -> None:
         (PRGASampler, {"crossover_eta": -1}, "crossover_eta"),
         (PRGASampler, {"mutation_eta": 0}, "mutation_eta"),
         (PRGASampler, {"variant": "nsga3"}, "variant"),
+        (PRGASampler, {"seed": -1}, "seed"),
         (PRGASampler, {"start": [[4, 8]]}, r"start\[0\]"),
         (RefineSampler, {"alpha": -0.1}, "alpha"),
         (RefineSampler, {"kernel": "linear"}, "kernel"),

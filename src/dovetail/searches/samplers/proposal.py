@@ -12,6 +12,7 @@ and those of OptunaHub use it too.
 
 from __future__ import annotations
 
+import secrets
 import zlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,9 +52,10 @@ class ProposalSampler(BaseSampler):
                     rule="a start is a mapping of parameter names to values",
                     fix='pass, for example, start=[{"bits": 4, "rank": 8}]',
                 )
-        self.start = [dict(parameters) for parameters in start]
+        check_setting(type(self).__name__, "seed", seed, seed is None or seed >= 0, "None or at least 0")
+        self.start = [{name: _plain(value) for name, value in parameters.items()} for parameters in start]
         self._strata = strata
-        self._seed = int(np.random.SeedSequence().entropy) if seed is None else seed  # pyright: ignore
+        self._seed = secrets.randbits(64) if seed is None else seed
 
     @abstractmethod
     def proposals(
@@ -65,7 +67,7 @@ class ProposalSampler(BaseSampler):
         """
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        trials = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number]
+        trials = _others(study, trial)
         space = intersection_search_space(trials)
         if not any(each.state is TrialState.COMPLETE for each in trials):
             space = dict(sorted(max((each.distributions for each in trials), key=len, default={}).items()))
@@ -74,22 +76,12 @@ class ProposalSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        space, random = Space(search_space), np.random.default_rng((self._seed, trial.number))
-        proposal: dict[str, Any] = {}
-        for _ in range(_ROUNDS):
-            others = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number]
-            if start := self._next_start(trial, others):
-                proposal = start
-            elif search_space:
-                proposal = self._first_free(study, trial, space, others, random)
-            else:
-                return {}
-            study._storage.set_trial_system_attr(trial._trial_id, _PROPOSAL, proposal)
-            others = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number]
-            if not any(_includes(planned(each), proposal) for each in others):
-                break
-        # A start may lack parameters or hold conditional ones: `sample_independent` reads it, one by one.
-        return {} if proposal in self.start else proposal
+        # A trial that continues a failed one may have a proposal already.
+        proposal = trial.system_attrs.get(_PROPOSAL) or self._propose(study, trial, search_space)
+        if proposal in self.start:
+            # A start may lack parameters or hold conditional ones: `sample_independent` reads them one by one.
+            return {}
+        return {name: value for name, value in proposal.items() if name in search_space}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -130,6 +122,24 @@ class ProposalSampler(BaseSampler):
         share_n = (random.permutation(strata) + random.random(strata)) / strata
         return gene.decode(gene.lower + float(share_n[place]) * (gene.upper - gene.lower))
 
+    def _propose(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        """Choose a proposal and write it to the trial; choose again where another worker has just written the same."""
+        space, random = Space(search_space), np.random.default_rng((self._seed, trial.number))
+        proposal: dict[str, Any] = {}
+        for _ in range(_ROUNDS):
+            others = _others(study, trial)
+            before = {each.number: planned(each) for each in others}
+            start = self._next_start(trial, others)
+            if start is None and not search_space:
+                return {}
+            proposal = start or self._first_free(study, trial, space, others, random)
+            study._storage.set_trial_system_attr(trial._trial_id, _PROPOSAL, proposal)
+            after = {each.number: planned(each) for each in _others(study, trial)}
+            changed = [parameters for number, parameters in after.items() if parameters != before.get(number)]
+            if not any(_includes(parameters, proposal) for parameters in changed):
+                break
+        return proposal
+
     def _next_start(self, trial: FrozenTrial, others: Sequence[FrozenTrial]) -> dict[str, Any] | None:
         """Return the first start that no trial has. A trial that the user enqueued has its own parameters."""
         if "fixed_params" in trial.system_attrs:
@@ -147,6 +157,10 @@ class ProposalSampler(BaseSampler):
                 return proposal
             first = first or proposal
         return space.free(taken, random) or first or space.random(random)
+
+
+def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
+    return [each for each in study.get_trials(deepcopy=False) if each.number != trial.number]
 
 
 def planned(trial: FrozenTrial) -> dict[str, Any]:
@@ -168,6 +182,11 @@ def taken_keys(space: Space, trials: Sequence[FrozenTrial]) -> set[Key]:
         if own <= space.genes.keys() and space.allows(parameters):
             found.add(space.key(parameters))
     return found
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of NumPy as the number of Python that a storage can hold."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _includes(parameters: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
