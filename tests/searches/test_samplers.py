@@ -139,20 +139,31 @@ def test_the_same_seed_gives_the_same_trials(make: Make) -> None:
     assert runs[0] == runs[1] != runs[2]
 
 
-@pytest.mark.parametrize("name", ["prga", "refine matern", "three stages"])
-def test_a_storage_reopened_between_any_two_trials_changes_nothing(name: str, tmp_path: Path) -> None:
-    make, trials = SAMPLERS[name], 7
-    whole = two_objectives(make(seed=3))
-    whole.optimize(mixed, n_trials=trials)
-    for number in range(trials):
-        storage = optuna.storages.RDBStorage(
-            f"sqlite:///{tmp_path / 'study.db'}", skip_compatibility_check=number > 0, skip_table_creation=number > 0
-        )
-        sampler = pickle.loads(pickle.dumps(make(seed=3)))
+def sqlite(file: Path) -> optuna.storages.BaseStorage:
+    return optuna.storages.RDBStorage(f"sqlite:///{file}")
+
+
+def journal(file: Path) -> optuna.storages.BaseStorage:
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(file)))
+
+
+@pytest.mark.parametrize(
+    ("name", "opened"),
+    [("three stages", sqlite), ("prga", journal), ("refine rbf", journal), ("refine matern", journal)],
+)
+def test_a_storage_reopened_between_any_two_trials_changes_nothing(
+    name: str, opened: Callable[[Path], optuna.storages.BaseStorage], tmp_path: Path
+) -> None:
+    whole = two_objectives(SAMPLERS[name](seed=3))
+    whole.optimize(mixed, n_trials=6)
+    for number in range(6):
+        sampler = pickle.loads(pickle.dumps(SAMPLERS[name](seed=3)))
+        storage = opened(tmp_path / "study")
         study = two_objectives(sampler, study_name="s", storage=storage, load_if_exists=True)
         study.optimize(mixed, n_trials=1)
         assert study.trials[number].params == whole.trials[number].params
-        storage.engine.dispose()
+        if isinstance(storage, optuna.storages.RDBStorage):
+            storage.engine.dispose()
 
 
 @each_good_sampler
@@ -341,18 +352,20 @@ def test_four_threads_repeat_no_configuration(make: Make) -> None:
 
 
 def test_four_workers_with_their_own_connections_repeat_no_configuration(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    two_objectives(PRGASampler(), study_name="shared", storage=url)
+    storages = [optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'study'}") for _ in range(4)]
+    two_objectives(PRGASampler(), study_name="shared", storage=storages[0])
 
-    def work(_: int) -> None:
-        study = optuna.load_study(study_name="shared", storage=url, sampler=PRGASampler(seed=0))
+    def work(storage: optuna.storages.RDBStorage) -> None:
+        study = optuna.load_study(study_name="shared", storage=storage, sampler=PRGASampler(seed=0))
         study.optimize(tiny, n_trials=8)
 
     with ThreadPoolExecutor(4) as workers:
-        list(workers.map(work, range(4)))
-    study = optuna.load_study(study_name="shared", storage=url)
+        list(workers.map(work, storages))
+    study = optuna.load_study(study_name="shared", storage=storages[0])
     assert len(study.trials) == 32
     assert repeats(study) == 0
+    for storage in storages:
+        storage.engine.dispose()
 
 
 # --- Objectives ------------------------------------------------------------------------------------------------------
