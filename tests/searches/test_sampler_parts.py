@@ -6,6 +6,7 @@ import logging
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import optuna
@@ -22,6 +23,14 @@ from dovetail.searches.samplers.prga import crossover, mutate, paper_crossover, 
 from dovetail.searches.samplers.refine import expected_improvement, weighted_score
 
 INF = math.inf
+
+
+@pytest.fixture(autouse=True)
+def _settings() -> Iterator[None]:
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    yield
+    optuna.logging.set_verbosity(optuna.logging.INFO)
 
 
 def test_pareto_ranks_of_a_small_case() -> None:
@@ -176,14 +185,11 @@ def test_the_expected_improvement_is_equation_8() -> None:
 
 @pytest.mark.parametrize("kernel", ["rbf", "matern"])
 def test_refinement_finds_better_trials_than_the_design(kernel: str) -> None:
-    torch.set_num_threads(1)
-
     def bowl(trial: Trial) -> float:
         x, y = trial.suggest_float("x", 0, 1), trial.suggest_int("y", 0, 20)
         kind = trial.suggest_categorical("kind", ["good", "bad"])
         return (x - 0.3) ** 2 + (y / 20 - 0.6) ** 2 + 0.2 * (kind == "bad")
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=RefineSampler(kernel=kernel, start_after=6, seed=0))
     study.optimize(bowl, n_trials=14)
     values = [trial.value for trial in study.trials]
@@ -192,7 +198,6 @@ def test_refinement_finds_better_trials_than_the_design(kernel: str) -> None:
 
 
 def test_alpha_decides_which_objective_refinement_follows() -> None:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     means = {}
     for alpha in (0.0, 1.0):
         sampler = RefineSampler(alpha=alpha, kernel="rbf", seed=0)
@@ -204,7 +209,6 @@ def test_alpha_decides_which_objective_refinement_follows() -> None:
 
 
 def test_without_alpha_each_proposal_has_its_own_preference() -> None:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = RefineSampler(alpha=None, kernel="rbf", seed=0)
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
     study.optimize(lambda trial: (size := trial.suggest_int("x", 0, 36), size**2), n_trials=14)
@@ -240,7 +244,6 @@ def test_three_stages_follow_each_other_by_the_number_of_finished_trials(
             return _real(self, study, trial, space, others, random)
 
         monkeypatch.setattr(sampler, "proposals", spied)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=ThreeStageSampler(start=start, kernel="rbf", seed=0))
 
     def objective(trial: Trial) -> float:
