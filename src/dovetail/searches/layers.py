@@ -1,0 +1,675 @@
+"""The search over the arguments of each unit of layers, such as its bits and ranks (QR-Adaptor, §3).
+
+    start     scores of every unit and choice on a shortly tuned model, and a knapsack: the best assignment of each size
+    propose   the start's front, uniform models, and what the sampler makes of the scored trials
+    train     every candidate on one workbench (`searches/trial.py`), in rungs of steps: a third goes on at each rung
+    finish    the best candidate, or the front, in full, scored on the test split
+
+Source: QR-Adaptor, §3.1 to §3.3, eq. 5. Differences from the paper: a unit may be finer than a block; the first
+candidates solve a knapsack exactly instead of being sampled around one ranking; candidates share their records and
+their bases, so that a trial costs its training alone; no candidate exceeds the budget.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from html import escape
+from itertools import product
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from dovetail.chains.assignment import assign
+from dovetail.chains.check import check, check_merge
+from dovetail.chains.layer.applied import applied
+from dovetail.chains.layer.linear import ChainLinear, adapter_dtype
+from dovetail.chains.link import Adapter, Chain, Link, Quantizer
+from dovetail.chains.notation import chain
+from dovetail.chains.stages import CheckedChain
+from dovetail.checkpoint.footprint import stored_nbytes
+from dovetail.checkpoint.load import empty_model, held_in, load_config
+from dovetail.compression.apply import apply_on_meta
+from dovetail.display.format import format_score, metric_name
+from dovetail.display.html import html_table, section
+from dovetail.errors import SearchError
+from dovetail.files import check_folder
+from dovetail.models.targets import find_targets, matches
+from dovetail.runs.flow import run
+from dovetail.runs.plan import plan
+from dovetail.runs.recipe import Recipe
+from dovetail.runs.report.record import REPORT, Report, TaskInfo, finite
+from dovetail.runs.search_settings import LayerSettings
+from dovetail.searches.chains import split_task
+from dovetail.searches.knapsack import Knapsack
+from dovetail.searches.pareto import crowding_distance, pareto_rank
+from dovetail.searches.report import SearchReport, Trial
+from dovetail.searches.space import Candidate, Fixed, OnScore, Preview, Scored, SearchSpace
+from dovetail.searches.trial import BASES, Applied, Workbench, check_one_stage
+from dovetail.searches.units import Unit, units
+from dovetail.tasks.find import load_task, number_of_labels
+from dovetail.training.optimizer import check_checkpointing
+
+if TYPE_CHECKING:
+    import optuna
+
+_FACTOR = 3
+"""Of the candidates of a rung, one in three goes on to the next (successive halving)."""
+_START = 5
+"""Points of the start's front that are tried; the paper's population."""
+_TUNING = 5
+"""The model is tuned for a fifth of a training before its layers are scored."""
+_MEASURED_STEPS = 4
+TRIALS = "trials"
+
+Choice = tuple[int, ...]
+"""The index of a value for each key of the space."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a layer stores with one choice.
+
+    weight_nbytes   of its pruned and quantized weight, with the mask
+    nbytes          with its adapters
+    parameters      trained
+    """
+
+    weight_nbytes: int
+    nbytes: int
+    parameters: int
+
+
+class LayerSpace(SearchSpace):
+    """The assignments of a recipe (`dovetail.runs.search_settings.LayerSettings`)."""
+
+    settings: LayerSettings
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        assert isinstance(recipe.search, LayerSettings)
+        self.settings = recipe.search
+        held = held_in(recipe.model)
+        self.chain = assign(recipe.chain, recipe.layers, held).chain
+        check_one_stage(assign(recipe.chain, recipe.layers, held))
+        if recipe.merge == "exact":
+            check_merge(self.chain)
+        self._whole_task = load_task(recipe.data)
+        self._test = recipe.evaluate.split or "test"
+        self._whole_task.split(self._test)
+        self._task = split_task(self._whole_task, self._test, recipe.seed)
+        self.task = TaskInfo.of(self._task, "validation", self.settings.samples)
+        self.keys = _keys(self.settings.space, self.chain)
+        self._check_rungs()
+        self._empty = self._empty_model()
+        targets = find_targets(self._empty, recipe.targets)
+        self.fixed_layers = self._fixed(targets)
+        free = [target for target in targets if target.name not in self.fixed_layers]
+        if not free:
+            rule = "at least one target must be left to search"
+            raise SearchError("search.fixed", found="every target", rule=rule, fix="remove a pattern of search.fixed")
+        self.units = units(self._empty, free, self.settings.unit)
+        apply_on_meta(self._empty, recipe.chain, recipe.targets)
+        self.choices: list[Choice] = list(product(*(range(len(values)) for values in self.settings.space.values())))
+        self.sizes = self._sizes()
+        self._check_budget()
+        self.prepared: dict[str, Any] = {}
+        self.folder: Path | None = None
+
+    # The space.
+
+    def _empty_model(self) -> Any:
+        recipe = self.recipe
+        config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
+        empty = empty_model(
+            config, task_kind=self._whole_task.kind, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code,
+            num_labels=number_of_labels(self._whole_task, recipe.data.num_labels),
+        )  # fmt: skip
+        check_checkpointing(empty, recipe.train.gradient_checkpointing)
+        return empty
+
+    def _fixed(self, targets: Sequence[Any]) -> dict[str, str]:
+        """Return layer -> chain of the layers that `fixed` or the recipe's `layers` pin."""
+        pinned = {**self.recipe.layers, **self.settings.fixed}
+        assign(self.recipe.chain, pinned, held_in(self.recipe.model)).on(targets, lambda _: held_in(self.recipe.model))
+        return {
+            target.name: str(chain(text))
+            for pattern, text in pinned.items()
+            for target in targets
+            if matches(target, pattern)
+        }
+
+    def chain_of(self, choice: Choice) -> CheckedChain:
+        """Return the chain of a layer with this choice."""
+        links = list(self.chain.links)
+        for (key, values), index in zip(self.settings.space.items(), choice, strict=True):
+            for place, argument in self.keys[key]:
+                links[place] = replace(links[place], **{argument: values[index]})
+        return check(Chain(tuple(links)), self.chain.held)
+
+    def _sizes(self) -> dict[tuple[str, Choice], Size]:
+        """Return the size of each layer of each unit with each choice; ChainError where a choice cannot be used."""
+        layers = applied(self._empty).layers
+        chains = {choice: self.chain_of(choice) for choice in self.choices}
+        return {
+            (name, choice): _size(layers[name], links)
+            for unit in self.units
+            for name in unit.layers
+            for choice, links in chains.items()
+        }
+
+    @cached_property
+    def _outside(self) -> tuple[int, int, int, int]:
+        """What all candidates share: bytes and trained parameters outside the units, weight bytes, number of weights."""
+        layers = applied(self._empty).layers
+        inside = [name for unit in self.units for name in unit.layers]
+        pinned = [_size(layers[name], check(chain(text), self.chain.held)) for name, text in self.fixed_layers.items()]
+        chained = sum(
+            stored_nbytes(layer.base) + sum(p.nbytes for p in layer.links.parameters()) for layer in layers.values()
+        )
+        trained = sum(p.numel() for p in self._empty.parameters() if p.requires_grad)
+        adapters = sum(p.numel() for layer in layers.values() for p in layer.links.parameters())
+        weights = sum(math.prod(layer.base.shape) for layer in layers.values())
+        assert len(inside) + len(pinned) == len(layers)
+        return (
+            stored_nbytes(self._empty) - chained + sum(one.nbytes for one in pinned),
+            trained - adapters + sum(one.parameters for one in pinned),
+            sum(one.weight_nbytes for one in pinned),
+            weights,
+        )
+
+    def size(self, choices: Sequence[Choice]) -> dict[str, float]:
+        """Return nbytes, trainable_parameters and bits_per_weight of an assignment: a choice for each unit."""
+        nbytes, parameters, stored, weights = self._outside
+        for unit, choice in zip(self.units, choices, strict=True):
+            for name in unit.layers:
+                one = self.sizes[name, choice]
+                nbytes, parameters, stored = (
+                    nbytes + one.nbytes,
+                    parameters + one.parameters,
+                    stored + one.weight_nbytes,
+                )
+        return {"nbytes": nbytes, "trainable_parameters": parameters, "bits_per_weight": 8 * stored / weights}
+
+    def fits(self, choices: Sequence[Choice]) -> bool:
+        """Return whether an assignment is within the budget."""
+        found = self.size(choices)
+        return all(limit is None or found[name] <= limit for name, limit in self.settings.budget)
+
+    def _check_budget(self) -> None:
+        """Raise SearchError for a budget below the smallest assignment, or above the largest."""
+        for name, limit in self.settings.budget:
+            if limit is None:
+                continue
+            ends = [
+                self.size([choose(self.choices, key=lambda c, u=unit: self._cost(u, c, name)) for unit in self.units])
+                for choose in (min, max)
+            ]
+            least, most = (end[name] for end in ends)
+            if not least <= limit <= most:
+                rule = f"the smallest assignment has {least:,.10g} and the largest {most:,.10g}"
+                fix = f"set search.budget.{name} from the one to the other, or leave it out"
+                raise SearchError(f"search.budget.{name}", found=f"{limit:,}", rule=rule, fix=fix)
+
+    def _cost(self, unit: Unit, choice: Choice, name: str) -> float:
+        """Return what a unit with a choice adds to a limit of the budget."""
+        field = {"bits_per_weight": "weight_nbytes", "trainable_parameters": "parameters"}.get(name, "nbytes")
+        return sum(getattr(self.sizes[layer, choice], field) for layer in unit.layers)
+
+    def _check_rungs(self) -> None:
+        rungs, steps = self.settings.rungs, self._steps
+        if rungs and rungs[-1] > steps:
+            rule = f"the training of the recipe has {steps} steps, of which each rung trains the first"
+            raise SearchError("search.rungs", found=f"{rungs[-1]} steps", rule=rule, fix="raise train.max_steps")
+        if self.settings.proxy == "super":
+            rule = "this version scores candidates by training alone"
+            raise SearchError("search.proxy", found="super", rule=rule, fix="set proxy: none")
+
+    @property
+    def _steps(self) -> int:
+        """Training steps of a candidate that is trained to the end."""
+        settings = self.recipe.train
+        rows = settings.batch_size * settings.gradient_accumulation
+        return settings.max_steps or math.ceil(settings.epochs * math.ceil(len(self._task.split("train")) / rows))
+
+    # Parameters of a trial: the index of a value for each unit and key.
+
+    def params(self, choices: Sequence[Choice]) -> dict[str, int]:
+        """Return an assignment as the parameters of a trial."""
+        return {
+            f"{unit.name}/{key}": index
+            for unit, choice in zip(self.units, choices, strict=True)
+            for key, index in zip(self.settings.space, choice, strict=True)
+        }
+
+    def choices_of(self, params: Mapping[str, Any]) -> list[Choice]:
+        """Return the choice of each unit; the reverse of `params`."""
+        return [tuple(int(params[f"{unit.name}/{key}"]) for key in self.settings.space) for unit in self.units]
+
+    @property
+    def distributions(self) -> dict[str, Any]:
+        """The distribution of each parameter: indices are integers, because values have an order."""
+        from optuna.distributions import IntDistribution
+
+        return {
+            f"{unit.name}/{key}": IntDistribution(0, len(values) - 1)
+            for unit in self.units
+            for key, values in self.settings.space.items()
+        }
+
+    def suggest(self, trial: optuna.Trial) -> None:
+        for name, distribution in self.distributions.items():
+            trial.suggest_int(name, distribution.low, distribution.high)
+
+    def within(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the parameters, moved into the budget: the units that save most for their score step down first."""
+        choices = self.choices_of(params)
+        while not self.fits(choices):
+            steps = [
+                (self._loss(unit, lower) - self._loss(unit, choice), place, lower)
+                for place, (unit, choice) in enumerate(zip(self.units, choices, strict=True))
+                for lower in _lower(choice)
+                if self._saves(unit, choice, lower, choices)
+            ]
+            _, place, lower = min(steps)
+            choices[place] = lower
+        return self.params(choices)
+
+    def _saves(self, unit: Unit, choice: Choice, lower: Choice, choices: Sequence[Choice]) -> bool:
+        """Return whether the step helps with a limit that the assignment exceeds."""
+        found = self.size(choices)
+        return any(
+            limit is not None and found[name] > limit and self._cost(unit, lower, name) < self._cost(unit, choice, name)
+            for name, limit in self.settings.budget
+        )
+
+    def _loss(self, unit: Unit, choice: Choice) -> float:
+        """Return the loss that the scores predict of a unit with a choice; without scores, by its bytes saved."""
+        scores = self.prepared.get("scores")
+        if scores:
+            return scores[unit.name][self.choices.index(choice)]
+        return -self._cost(unit, choice, "nbytes") / max(self._cost(unit, each, "nbytes") for each in self.choices)
+
+    def layers_of(self, choices: Sequence[Choice]) -> dict[str, str]:
+        """Return the `layers` of a recipe: the chain of each layer that differs from the recipe's chain."""
+        common = str(self.chain)
+        found = dict(self.fixed_layers)
+        for unit, choice in zip(self.units, choices, strict=True):
+            text = str(self.chain_of(choice))
+            found |= dict.fromkeys(unit.layers, text)
+        return {name: text for name, text in found.items() if text != common}
+
+    def candidate_recipe(self, candidate: Candidate) -> Recipe:
+        layers = self.layers_of(self.choices_of(candidate.params))
+        calibration = self.recipe.calibration.model_copy(update={"inputs": "original"})
+        changed = {"layers": layers, "search": None, "output": None, "calibration": calibration}
+        return self.recipe.model_copy(update=changed)
+
+    # Scores and the start.
+
+    def prepare(self) -> dict[str, Any]:
+        """Score every unit with every choice, and solve the start; as JSON, so that one worker does it for all."""
+        start, scores = self._uniform(), {}
+        if self.settings.start in ("gradient", "entropy"):
+            scores = self._scores()
+            costs = [[self._cost(unit, choice, self._limited) for choice in self.choices] for unit in self.units]
+            knapsack = Knapsack([scores[unit.name] for unit in self.units], costs)
+            limit = self._limit or float("inf")
+            count = min(_START, max(1, self.settings.trials - 1))
+            front = [[self.choices[index] for index in each] for each in knapsack.front(limit, count)]
+            front = [choices for choices in front if self.fits(choices)]
+            uniform = [choices for choices in self._uniform() if choices not in front]
+            room = max(1, (self.settings.trials - len(front)) // 2)
+            start = [*front, *uniform[::-1][:room]]
+        elif self.settings.start == "none":
+            start = []
+        return {"scores": scores, "start": [self.params(choices) for choices in start[: self.settings.trials]]}
+
+    @property
+    def _limited(self) -> str:
+        """The limit of the budget that the knapsack works with; bytes without a budget."""
+        return next((name for name, limit in self.settings.budget if limit is not None), "nbytes")
+
+    @property
+    def _limit(self) -> float | None:
+        """What the units may cost of that limit."""
+        limit = getattr(self.settings.budget, self._limited)
+        if limit is None:
+            return None
+        nbytes, parameters, stored, weights = self._outside
+        shares = {"nbytes": limit - nbytes, "trainable_parameters": limit - parameters}
+        return shares.get(self._limited, limit * weights / 8 - stored)
+
+    def _uniform(self) -> list[list[Choice]]:
+        """Return the assignments within the budget that give all units one choice, the smallest first.
+
+        Arguments of adapters are those of the recipe, where the space has them, else those in the middle.
+        """
+        indices: list[Sequence[int]] = []
+        for key, values in self.settings.space.items():
+            links = [self.chain.links[place] for place, _ in self.keys[key]]
+            if any(isinstance(link, Adapter) for link in links):
+                own = getattr(links[0], self.keys[key][0][1])
+                indices.append([values.index(own) if own in values else len(values) // 2])
+            else:
+                indices.append(range(len(values)))
+        found = [[choice] * len(self.units) for choice in product(*indices)]
+        return sorted(filter(self.fits, found), key=lambda choices: self.size(choices)["nbytes"])
+
+    def _scores(self) -> dict[str, list[float]]:
+        """Return the loss that is predicted of each unit with each choice, from 0 to 1 over the model.
+
+        Half of it is the error of pruning and quantizing, relative to the largest error of the whole model; the other
+        half what a smaller rank leaves out of the weights' gradient, relative to its energy.
+        """
+        from dovetail.searches import scores
+
+        bench, count = self._bench, self.settings.samples
+        options = {name: self._applied(name) for unit in self.units for name in unit.layers}
+        ranks = [max((getattr(link, "r", 0) for link in self._adapters(choice)), default=0) for choice in self.choices]
+        with bench.tuned(max(1, self._steps // _TUNING)):
+            if self.settings.start == "gradient":
+                error = scores.fisher(bench, options, count)
+                energy = scores.rank_energy(bench, sorted(set(ranks) - {0}), count)
+            else:
+                error, energy = scores.entropy_errors(bench, options, ranks, count)
+        errors = {
+            unit.name: [
+                sum(error[name, self.chain_of(choice).stages[0].applied] for name in unit.layers)
+                for choice in self.choices
+            ]
+            for unit in self.units
+        }
+        order = {rank: place for place, rank in enumerate(sorted(set(ranks) - {0}))}
+        left = {
+            unit.name: [
+                sum(energy[name][-1] - energy[name][order[rank]] for name in unit.layers) if rank else 0.0
+                for rank in ranks
+            ]
+            for unit in self.units
+        }
+        worst = sum(max(row) for row in errors.values()) or 1.0
+        whole = sum(energy[name][-1] for unit in self.units for name in unit.layers) if order else 1.0
+        return {
+            unit.name: [
+                0.5 * one / worst + 0.5 * other / (whole or 1.0)
+                for one, other in zip(errors[unit.name], left[unit.name], strict=True)
+            ]
+            for unit in self.units
+        }
+
+    def _applied(self, name: str) -> list[Applied]:
+        """Return the pruners and quantizers of a layer with each choice."""
+        if name in self.fixed_layers:
+            return [check(chain(self.fixed_layers[name]), self.chain.held).stages[0].applied]
+        return list(dict.fromkeys(self.chain_of(choice).stages[0].applied for choice in self.choices))
+
+    def _adapters(self, choice: Choice) -> list[Link]:
+        return list(self.chain_of(choice).stages[0].adapters)
+
+    @cached_property
+    def _bench(self) -> Workbench:
+        """The workbench that all trials of a worker share."""
+        calibration = self.recipe.calibration.model_copy(update={"inputs": "original"})
+        recipe = self.recipe.model_copy(update={"calibration": calibration, "layers": {}, "search": None})
+        layers = applied(self._empty).layers
+        return Workbench(
+            recipe, self._task, applied={name: self._applied(name) for name in layers}, samples=self.settings.samples,
+            folder=self.folder,
+        )  # fmt: skip
+
+    # Trials.
+
+    def fixed(self, trials: Sequence[Trial]) -> list[Fixed]:
+        found = [
+            Fixed(f"start {place}", Candidate(params)) for place, params in enumerate(self.prepared.get("start", ()))
+        ]
+        asked = self.settings.trials
+        for rung in range(1, len(self.settings.rungs)):
+            before = [trial for trial in trials if trial.rung == rung - 1][:asked]
+            if len(before) < asked:
+                break
+            asked = math.ceil(asked / _FACTOR)
+            found += [
+                Fixed(f"rung {rung} of trial {trial.number}", Candidate(trial.params, rung))
+                for trial in self._fittest(before)[:asked]
+            ]
+            asked = min(asked, sum(trial.state == "complete" for trial in before))
+        return found
+
+    def _fittest(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Return the complete trials by Pareto rank, then by crowding distance, the fittest first."""
+        import numpy as np
+
+        complete = [trial for trial in trials if trial.state == "complete"]
+        if not complete:
+            return []
+        signs = [-1.0 if direction == "maximize" else 1.0 for direction in self.objectives.values()]
+        losses = np.array([
+            [sign * trial.values[name] for sign, name in zip(signs, self.objectives, strict=True)] for trial in complete
+        ])  # fmt: skip
+        rank_n = pareto_rank(losses)
+        order = np.lexsort((-crowding_distance(losses, rank_n), rank_n))
+        return [complete[place] for place in order]
+
+    def score(self, candidate: Candidate, report: OnScore) -> Scored:
+        choices = self.choices_of(candidate.params)
+        layers, rungs = self.layers_of(choices), self.settings.rungs
+        found = self._bench.trial(
+            layers, rungs[candidate.rung] if rungs else None,
+            folder=self._checkpoints(candidate.params) if len(rungs) > 1 else None,
+        )  # fmt: skip
+        values = {
+            "quality": found.score,
+            "nbytes": float(found.footprint.nbytes),
+            "trainable_parameters": float(found.footprint.trainable_parameters),
+            "peak_memory": float(found.peak_memory_nbytes),
+        }
+        details = {
+            "bits_per_weight": found.footprint.bits_per_weight, "loss": finite(found.loss), "steps": found.steps,
+            "choices": {
+                unit.name: self.label(choice) for unit, choice in zip(self.units, choices, strict=True)
+            },
+        }  # fmt: skip
+        return Scored(values, details)
+
+    def label(self, choice: Choice) -> str:
+        """Return a choice in words: "bits 4, ranks 8"."""
+        return ", ".join(
+            f"{key} {values[index]}" for (key, values), index in zip(self.settings.space.items(), choice, strict=True)
+        )
+
+    def _checkpoints(self, params: Mapping[str, Any]) -> Path | None:
+        """Return the folder of a candidate's checkpoints, from which its next rung goes on."""
+        if self.folder is None:
+            return None
+        return self.folder / TRIALS / hashlib.sha256(repr(sorted(params.items())).encode()).hexdigest()[:16]
+
+    def preview(self) -> Preview:
+        largest = [self.choices[-1]] * len(self.units)
+        started = perf_counter()
+        bench = self._bench
+        ready = perf_counter() - started
+        seconds = []
+        for steps in (1, 1 + _MEASURED_STEPS):  # the difference leaves out what every training does once
+            seconds.append(bench.trial(self.layers_of(largest), steps).seconds)
+        step = max(0.0, seconds[1] - seconds[0]) / _MEASURED_STEPS
+        once = max(0.0, seconds[0] - step)
+        counts, asked, before = [], self.settings.trials, 0
+        for rung in self.settings.rungs or (self._steps,):
+            counts.append((asked, rung - before))
+            asked, before = math.ceil(asked / _FACTOR), rung
+        scoring = self._steps // _TUNING * step if self.settings.start in ("gradient", "entropy") else 0.0
+        finish = {"best": 1, "front": _START, "none": 0}[self.settings.finish] * self._steps * step
+        trained = sum(count * (steps * step + once) for count, steps in counts)
+        plan_of = plan(
+            self.recipe.chain, self.recipe.model, layers=self.layers_of(largest), targets=self.recipe.targets,
+            task=self._task, dtype=self.recipe.dtype, batch_size=self.recipe.train.batch_size,
+            num_labels=number_of_labels(self._whole_task, self.recipe.data.num_labels),
+            max_length=self.recipe.train.max_length, trust_remote_code=self.recipe.trust_remote_code,
+        )  # fmt: skip
+        return Preview(
+            points=len(self.choices) ** len(self.units),
+            trials=self.settings.trials,
+            seconds=ready + scoring + trained + finish,
+            peak_memory_nbytes=plan_of.predicted_peak_memory_nbytes,
+            facts={
+                "units": f"{len(self.units)}, of {sum(len(unit.layers) for unit in self.units)} layers",
+                "choices of a unit": f"{len(self.choices)}: " + ", ".join(
+                    f"{key} {', '.join(map(str, values))}" for key, values in self.settings.space.items()
+                ),
+                "rungs": ", ".join(f"{count} x {steps} steps" for count, steps in counts),
+            },
+        )  # fmt: skip
+
+    # The end.
+
+    def finish(self, folder: Path, report: SearchReport, *, progress: bool) -> dict[str, Any]:
+        """Train the best candidate, or the front, in full, and score it on the test split."""
+        numbers = {"best": [report.best], "front": report.front, "none": []}[self.settings.finish]
+        scores = {}
+        for number in numbers:
+            place = folder / ("best" if self.settings.finish == "best" else f"front/{number}")
+            if (place / REPORT).is_file():
+                done = Report.load(place)
+            else:
+                check_folder(place)
+                done = run(report.recipe(number), output=place, progress=progress)
+            scores[str(number)] = {
+                "folder": str(place.relative_to(folder)), "score": done.score(done.stages[-1]),
+                "exact": None if done.merge is None else done.merge.exact,
+            }  # fmt: skip
+        shutil.rmtree(folder / TRIALS, ignore_errors=True)
+        (folder / BASES).unlink(missing_ok=True)
+        uniform = {label: dict(trial.values) for label, trial in self._references(report).items()}
+        return {"split": self._test, "runs": scores, "references": uniform}
+
+    def _references(self, report: SearchReport) -> dict[str, Trial]:
+        """Return the uniform models among the trials, by their labels, each at its highest rung."""
+        known = {repr(sorted(self.params(c).items())): f"uniform {self.label(c[0])}" for c in self._uniform()}
+        found: dict[str, Trial] = {}
+        for trial in sorted(report.trials, key=lambda trial: trial.rung):
+            label = known.get(repr(sorted(trial.params.items())))
+            if label is not None and trial.state == "complete":
+                found[label] = trial
+        return found
+
+    def headline(self, report: SearchReport) -> str:
+        winner, metric = report.trial(report.best), report.task.metric
+        score = format_score(metric, winner.values["quality"])
+        said = f"{metric_name(metric)} {score} at {winner.details['bits_per_weight']:.3g} bits per weight"
+        uniform = self._references(report)
+        label = next((name for name, trial in uniform.items() if trial.params == winner.params), None)
+        if label is not None:
+            return f"No mixture is better than the {label} model: {said}"
+        sign = -1.0 if report.objectives.get("quality") == "minimize" else 1.0
+        as_small = {
+            name: trial for name, trial in uniform.items()
+            if trial.rung == winner.rung and trial.values["nbytes"] <= winner.values["nbytes"]
+        }  # fmt: skip
+        if not as_small:
+            return f"The best mixture: {said}; no uniform model of its size was trained as long"
+        name, best = max(as_small.items(), key=lambda item: sign * item[1].values["quality"])
+        other = format_score(metric, best.values["quality"])
+        if sign * best.values["quality"] >= sign * winner.values["quality"]:
+            return f"No mixture is better than the {name} model of the same size, with {other}: {said}"
+        return f"The best mixture: {said}; the {name} model, no larger, has {other}"
+
+    def sections(self, report: SearchReport) -> list[str]:
+        chosen = report.trial(report.best).details["choices"]
+        found = [section("Chosen for each unit", self._picture(self.choices_of(report.trial(report.best).params)))]
+        if scores := self.prepared.get("scores"):
+            found.append(section("Scores of the units", self._score_table(scores, chosen)))
+        note = "Layers are calibrated on the outputs of the original blocks, in all trials and in the final training."
+        return [*found, f'<p class="note">{escape(note)}</p>']
+
+    def _picture(self, choices: Sequence[Choice]) -> str:
+        """Draw a table with a row for each block and a column for each unit in it; darker cells have larger values."""
+        cells: dict[str, dict[str, str]] = {}
+        columns: dict[str, None] = {}
+        for unit, choice in zip(self.units, choices, strict=True):
+            row, column = _place(unit.name)
+            share = sum(
+                index / max(1, len(values) - 1)
+                for index, values in zip(choice, self.settings.space.values(), strict=True)
+            )
+            tint = f"background:color-mix(in srgb, currentColor {4 + 26 * share / len(choice):.0f}%, transparent)"
+            text = "<br>".join(escape(part) for part in self.label(choice).split(", "))
+            cells.setdefault(row, {})[column] = f'<td style="{tint}">{text}</td>'
+            columns[column] = None
+        head = "<th>block</th>" + "".join(f"<th>{escape(column)}</th>" for column in columns)
+        rows = (
+            f"<td>{escape(row)}</td>" + "".join(found.get(column, "<td></td>") for column in columns)
+            for row, found in cells.items()
+        )
+        return html_table(head, rows)
+
+    def _score_table(self, scores: Mapping[str, Sequence[float]], chosen: Mapping[str, str]) -> str:
+        head = "<th>unit</th><th>chosen</th>" + "".join(
+            f'<th class="number">{escape(self.label(choice))}</th>' for choice in self.choices
+        )
+        rows = (
+            f"<td>{escape(unit.name)}</td><td>{escape(chosen[unit.name])}</td>"
+            + "".join(f'<td class="number">{score:.3g}</td>' for score in scores[unit.name])
+            for unit in self.units
+        )
+        note = (
+            "Smaller is better: half of a score is the error of pruning and quantizing, half what a smaller rank leaves "
+            "out; the largest values of all units add up to 1."
+        )
+        return html_table(head, rows) + f'\n<p class="note">{escape(note)}</p>'
+
+
+def _keys(space: Mapping[str, Sequence[Any]], links: Chain) -> dict[str, list[tuple[int, str]]]:
+    """Return key of the space -> the links that it changes, by place, and the argument; SearchError for an unknown one.
+
+    "bits" is the argument of the quantizer, "ranks" that of every adapter with a rank; else LINK.ARGUMENT.
+    """
+    found = {}
+    for key in space:
+        name, _, argument = key.partition(".")
+        if key == "bits":
+            places = [(place, "bits") for place, link in enumerate(links) if isinstance(link, Quantizer)]
+        elif key == "ranks":
+            places = [(place, "r") for place, link in enumerate(links) if isinstance(link, Adapter)]
+        else:
+            places = [(place, argument) for place, link in enumerate(links) if link.name == name]
+        places = [(place, each) for place, each in places if each in {one.name for one in fields(links.links[place])}]
+        if not places:
+            what = {"bits": "a quantizer with the argument bits", "ranks": "an adapter with a rank"}
+            raise SearchError(
+                f"search.space.{key}",
+                found=f"chain {links}",
+                rule=f"the chain must have {what.get(key, f'a link {name} with the argument {argument}')}",
+                fix="use int(bits=4) or gptq(bits=4)" if key == "bits" else f"remove {key} from search.space",
+            )
+        found[key] = places
+    return found
+
+
+def _size(layer: ChainLinear, links: CheckedChain) -> Size:
+    """Return the size of a layer under a chain; ChainError where a link cannot be used on it."""
+    for link in links:
+        link.check(layer.site)
+    o, i = layer.base.shape
+    quantizer, stage = links.quantizer, links.stages[0]
+    weight = o * i * layer.base.dtype.itemsize if quantizer is None else quantizer.stored_nbytes(layer.site)
+    weight += o * -(-i // 8) if stage.keep_mask else 0
+    parameters = sum(math.prod(s) for link in stage.adapters for s in link.parameter_shapes(layer.site).values())
+    return Size(weight, weight + parameters * adapter_dtype(layer.base.dtype).itemsize, parameters)
+
+
+def _lower(choice: Choice) -> list[Choice]:
+    """Return the choices with one value of the next smaller index."""
+    return [(*choice[:at], index - 1, *choice[at + 1 :]) for at, index in enumerate(choice) if index]
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Return the block of a unit and its name within; a unit outside of a block is one by itself."""
+    parts = name.split(".")
+    at = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[: at + 1]), ".".join(parts[at + 1 :])
