@@ -33,7 +33,7 @@ from dovetail.progress import Bar, note
 from dovetail.runs.folder import PAGE, choose_output
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import host_environment
-from dovetail.runs.search_settings import ChainSettings
+from dovetail.runs.search_settings import ChainSettings, LayerSettings
 from dovetail.searches.page import page
 from dovetail.searches.report import JSON, SearchReport, Trial, best, front
 from dovetail.searches.space import Preview, SearchSpace
@@ -81,7 +81,7 @@ def search(
     with Bar(f"check {output.name}", shown=progress):
         space = open_space(recipe)
     identity = _identity(recipe)
-    partial = _begin(output, recipe, resume)
+    partial = space.folder = _begin(output, recipe, resume)
     url = storage or f"sqlite:///{(partial / STUDY).absolute()}"
     if not resume and storage is not None:
         delete_study(storage, output.name)
@@ -89,7 +89,7 @@ def search(
         with open_study(url, output.name, space, identity) as study:
             with (
                 Bar(f"search {output.name}", recipe.search.trials, shown=progress) as bar,  # type: ignore[union-attr]
-                _more_workers(workers - 1, recipe, output.name, url, identity),
+                _more_workers(workers - 1, recipe, output.name, url, identity, partial),
             ):
 
                 def advance(trial: Trial) -> None:
@@ -114,9 +114,13 @@ def open_space(recipe: Recipe) -> SearchSpace:
             from dovetail.searches.chains import ChainSpace
 
             return ChainSpace(recipe)
+        case LayerSettings():
+            from dovetail.searches.layers import LayerSpace
+
+            return LayerSpace(recipe)
         case _:
             found = "no search" if recipe.search is None else f"kind {recipe.search.kind}"
-            rule = "dovetail search needs a search of kind chains"
+            rule = "dovetail search needs a search of kind layers or chains"
             raise RecipeError("search", found=found, rule=rule, fix="set search.kind, or use `dovetail run`")
 
 
@@ -235,7 +239,9 @@ def _report(partial: Path, recipe: Recipe, space: SearchSpace, trials: list[Tria
 
 
 @contextmanager
-def _more_workers(count: int, recipe: Recipe, name: str, url: str, identity: dict[str, str]) -> Iterator[None]:
+def _more_workers(
+    count: int, recipe: Recipe, name: str, url: str, identity: dict[str, str], folder: Path
+) -> Iterator[None]:
     """Run this many processes beside the block, and wait for them. After an error or Ctrl-C they are stopped."""
     threads = torch.get_num_threads()
     context = multiprocessing.get_context("spawn")  # a forked process would share the state of torch's threads
@@ -244,7 +250,7 @@ def _more_workers(count: int, recipe: Recipe, name: str, url: str, identity: dic
     torch.set_num_threads(share)
     try:
         for _ in range(count):
-            process = context.Process(target=_begin_worker, args=(recipe, name, url, identity, share))
+            process = context.Process(target=_begin_worker, args=(recipe, name, url, identity, share, folder))
             process.start()
             processes.append(process)
         yield
@@ -271,7 +277,7 @@ def _stop(processes: list[BaseProcess]) -> None:
             process.join()
 
 
-def _begin_worker(recipe: Recipe, name: str, url: str, identity: dict[str, str], threads: int) -> None:
+def _begin_worker(recipe: Recipe, name: str, url: str, identity: dict[str, str], threads: int, folder: Path) -> None:
     """Work on the study until it is finished; the process has no output but notes and errors."""
     import sys
     import warnings
@@ -283,6 +289,7 @@ def _begin_worker(recipe: Recipe, name: str, url: str, identity: dict[str, str],
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     space = open_space(recipe)
+    space.folder = folder
     try:
         with _quiet_optuna(), open_study(url, name, space, identity) as study:
             work(study, space)

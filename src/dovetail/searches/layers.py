@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -49,13 +50,14 @@ from dovetail.searches.knapsack import Knapsack
 from dovetail.searches.pareto import crowding_distance, pareto_rank
 from dovetail.searches.report import SearchReport, Trial
 from dovetail.searches.space import Candidate, Fixed, OnScore, Preview, Scored, SearchSpace
-from dovetail.searches.trial import BASES, Applied, Workbench, check_one_stage
+from dovetail.searches.trial import Applied, Workbench, check_one_stage
 from dovetail.searches.units import Unit, units
 from dovetail.tasks.find import load_task, number_of_labels
 from dovetail.training.optimizer import check_checkpointing
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.distributions import CategoricalDistribution
 
 _FACTOR = 3
 """Of the candidates of a rung, one in three goes on to the next (successive halving)."""
@@ -64,7 +66,7 @@ _START = 5
 _TUNING = 5
 """The model is tuned for a fifth of a training before its layers are scored."""
 _MEASURED_STEPS = 4
-TRIALS = "trials"
+TRIALS, _BASES = "trials", "bases"
 
 Choice = tuple[int, ...]
 """The index of a value for each key of the space."""
@@ -117,8 +119,6 @@ class LayerSpace(SearchSpace):
         self.choices: list[Choice] = list(product(*(range(len(values)) for values in self.settings.space.values())))
         self.sizes = self._sizes()
         self._check_budget()
-        self.prepared: dict[str, Any] = {}
-        self.folder: Path | None = None
 
     # The space.
 
@@ -164,7 +164,7 @@ class LayerSpace(SearchSpace):
 
     @cached_property
     def _outside(self) -> tuple[int, int, int, int]:
-        """What all candidates share: bytes and trained parameters outside the units, weight bytes, number of weights."""
+        """What all candidates share: bytes and trained parameters outside the units, weight bytes; and all weights."""
         layers = applied(self._empty).layers
         inside = [name for unit in self.units for name in unit.layers]
         pinned = [_size(layers[name], check(chain(text), self.chain.held)) for name, text in self.fixed_layers.items()]
@@ -236,36 +236,40 @@ class LayerSpace(SearchSpace):
         rows = settings.batch_size * settings.gradient_accumulation
         return settings.max_steps or math.ceil(settings.epochs * math.ceil(len(self._task.split("train")) / rows))
 
-    # Parameters of a trial: the index of a value for each unit and key.
+    # Parameters of a trial: a value for each unit and key.
 
-    def params(self, choices: Sequence[Choice]) -> dict[str, int]:
+    def params(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """Return an assignment as the parameters of a trial."""
         return {
-            f"{unit.name}/{key}": index
+            f"{unit.name}/{key}": values[index]
             for unit, choice in zip(self.units, choices, strict=True)
-            for key, index in zip(self.settings.space, choice, strict=True)
+            for (key, values), index in zip(self.settings.space.items(), choice, strict=True)
         }
 
     def choices_of(self, params: Mapping[str, Any]) -> list[Choice]:
-        """Return the choice of each unit; the reverse of `params`."""
-        return [tuple(int(params[f"{unit.name}/{key}"]) for key in self.settings.space) for unit in self.units]
+        """Return the choice of each unit; the reverse of `params`. A key with one value may be left out."""
+        return [
+            tuple(
+                values.index(params.get(f"{unit.name}/{key}", values[0])) for key, values in self.settings.space.items()
+            )
+            for unit in self.units
+        ]
 
     @property
-    def distributions(self) -> dict[str, Any]:
-        """The distribution of each parameter: indices are integers, because values have an order."""
-        from optuna.distributions import IntDistribution
+    def distributions(self) -> dict[str, CategoricalDistribution]:
+        from optuna.distributions import CategoricalDistribution
 
         return {
-            f"{unit.name}/{key}": IntDistribution(0, len(values) - 1)
+            f"{unit.name}/{key}": CategoricalDistribution(values)
             for unit in self.units
             for key, values in self.settings.space.items()
         }
 
     def suggest(self, trial: optuna.Trial) -> None:
         for name, distribution in self.distributions.items():
-            trial.suggest_int(name, distribution.low, distribution.high)
+            trial.suggest_categorical(name, distribution.choices)
 
-    def within(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    def repaired(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the parameters, moved into the budget: the units that save most for their score step down first."""
         choices = self.choices_of(params)
         while not self.fits(choices):
@@ -277,7 +281,7 @@ class LayerSpace(SearchSpace):
             ]
             _, place, lower = min(steps)
             choices[place] = lower
-        return self.params(choices)
+        return {name: value for name, value in self.params(choices).items() if name in params}
 
     def _saves(self, unit: Unit, choice: Choice, lower: Choice, choices: Sequence[Choice]) -> bool:
         """Return whether the step helps with a limit that the assignment exceeds."""
@@ -419,7 +423,7 @@ class LayerSpace(SearchSpace):
         layers = applied(self._empty).layers
         return Workbench(
             recipe, self._task, applied={name: self._applied(name) for name in layers}, samples=self.settings.samples,
-            folder=self.folder,
+            folder=None if self.folder is None else self.folder / f"{_BASES}-{os.getpid()}",
         )  # fmt: skip
 
     # Trials.
@@ -433,12 +437,11 @@ class LayerSpace(SearchSpace):
             before = [trial for trial in trials if trial.rung == rung - 1][:asked]
             if len(before) < asked:
                 break
-            asked = math.ceil(asked / _FACTOR)
+            going_on = self._fittest(before)[: math.ceil(asked / _FACTOR)]
+            asked = len(going_on)
             found += [
-                Fixed(f"rung {rung} of trial {trial.number}", Candidate(trial.params, rung))
-                for trial in self._fittest(before)[:asked]
+                Fixed(f"rung {rung} of trial {trial.number}", Candidate(trial.params, rung)) for trial in going_on
             ]
-            asked = min(asked, sum(trial.state == "complete" for trial in before))
         return found
 
     def _fittest(self, trials: Sequence[Trial]) -> list[Trial]:
@@ -533,7 +536,7 @@ class LayerSpace(SearchSpace):
         numbers = {"best": [report.best], "front": report.front, "none": []}[self.settings.finish]
         scores = {}
         for number in numbers:
-            place = folder / ("best" if self.settings.finish == "best" else f"front/{number}")
+            place = folder / ("best" if self.settings.finish == "best" else f"trained/{number}")
             if (place / REPORT).is_file():
                 done = Report.load(place)
             else:
@@ -544,7 +547,8 @@ class LayerSpace(SearchSpace):
                 "exact": None if done.merge is None else done.merge.exact,
             }  # fmt: skip
         shutil.rmtree(folder / TRIALS, ignore_errors=True)
-        (folder / BASES).unlink(missing_ok=True)
+        for place in folder.glob(f"{_BASES}-*"):
+            shutil.rmtree(place, ignore_errors=True)
         uniform = {label: dict(trial.values) for label, trial in self._references(report).items()}
         return {"split": self._test, "runs": scores, "references": uniform}
 
@@ -618,8 +622,8 @@ class LayerSpace(SearchSpace):
             for unit in self.units
         )
         note = (
-            "Smaller is better: half of a score is the error of pruning and quantizing, half what a smaller rank leaves "
-            "out; the largest values of all units add up to 1."
+            "Smaller is better: half of a score is the error of pruning and quantizing, half what a smaller rank "
+            "leaves out; the largest values of all units add up to 1."
         )
         return html_table(head, rows) + f'\n<p class="note">{escape(note)}</p>'
 

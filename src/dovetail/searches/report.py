@@ -136,12 +136,14 @@ def front(trials: Sequence[Trial], objectives: Mapping[str, Direction]) -> list[
 def best(trials: Sequence[Trial], objectives: Mapping[str, Direction], alpha: float) -> Trial:
     """Return the trial of the front with the largest weighted sum of its z-scored objectives (QR-Adaptor, eq. 5).
 
-    The objectives are z-scored over the complete trials. The first one has the weight alpha.
+    The objectives are z-scored over the complete trials. The first one has the weight alpha. With rungs, the trials of
+    the last one are compared: others were trained for fewer steps.
     """
     complete, shown = _complete(trials), front(trials, objectives)
     scores = weighted_score(np.array([_losses(trial, objectives) for trial in complete]), alpha)
     of_trial = {trial.number: score for trial, score in zip(complete, scores, strict=True)}
-    return max(shown, key=lambda trial: (of_trial[trial.number], -trial.number))
+    last = max(trial.rung for trial in shown)
+    return max((t for t in shown if t.rung == last), key=lambda trial: (of_trial[trial.number], -trial.number))
 
 
 def _complete(trials: Sequence[Trial]) -> list[Trial]:

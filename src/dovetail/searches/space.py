@@ -3,6 +3,7 @@
 The search itself (`searches/flow.py`) and its workers (`searches/study.py`) know no kinds. A search goes like this:
 
     space = ...                                         checks the recipe; no weights are read
+    space.begin(space.prepare())                        by one worker; the others read it from the study
     until `trials` candidates of rung 0 are scored:     in every worker, which share nothing but the study
         for each of space.fixed(trials):                candidates that are tried in any case: a start population, and
             enqueue it                                  the survivors of a rung
@@ -31,6 +32,7 @@ from dovetail.tasks.task import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.distributions import BaseDistribution
 
 OnScore = Callable[[int, float], None]
 """Called with a step, from 0, and the quality at that step. It raises optuna.TrialPruned to end the trial."""
@@ -96,6 +98,8 @@ class SearchSpace(ABC):
 
     recipe    of the search
     settings  its `search` part
+    prepared  what `prepare` returned
+    folder    for files that make repeated trials cheaper, such as checkpoints; None: without them
     task      what candidates are scored on; its split is the search's validation split
     """
 
@@ -104,6 +108,8 @@ class SearchSpace(ABC):
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.prepared: dict[str, Any] = {}
+        self.folder: Path | None = None
 
     @property
     def objectives(self) -> dict[str, Direction]:
@@ -123,6 +129,26 @@ class SearchSpace(ABC):
         The result must depend on the arguments alone. Candidates of a rung above 0 do not count towards `trials`.
         """
         return ()
+
+    def prepare(self) -> dict[str, Any]:
+        """Return what all workers share before the first trial, such as scores of layers; writable as JSON.
+
+        It follows from the recipe alone. The worker that makes it first keeps it in the study.
+        """
+        return {}
+
+    def begin(self, prepared: dict[str, Any]) -> None:
+        """Take what `prepare` returned, in this process or in another one."""
+        self.prepared = prepared
+
+    @property
+    def distributions(self) -> Mapping[str, BaseDistribution]:
+        """The distribution of each parameter, where all candidates have the same ones; else {}."""
+        return {}
+
+    def repaired(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the candidate to try in place of this one, which may exceed the budget; only with `distributions`."""
+        return dict(params)
 
     @abstractmethod
     def suggest(self, trial: optuna.Trial) -> None:

@@ -40,6 +40,8 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from dovetail.errors import NotFinite, SearchError, TrainError
 from dovetail.runs.search_settings import ChainSettings, LayerSettings
 from dovetail.searches.report import Trial
+from dovetail.searches.samplers import PRGASampler, RefineSampler, ThreeStageSampler
+from dovetail.searches.samplers.proposal import ProposalSampler
 from dovetail.searches.space import Candidate, Scored, SearchSpace
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ _WAIT_SECONDS = 1.0
 _OPENINGS = 5
 """How often a storage is opened: workers that start at the same time disturb each other while tables are created."""
 
-_IDENTITY = "dovetail:identity"
+_IDENTITY, _PREPARED = "dovetail:identity", "dovetail:prepared"
 _WORKER, _KEY, _RUNG, _SECONDS, _DETAILS, _PROBLEM = "worker", "key", "rung", "seconds", "details", "problem"
 
 
@@ -183,30 +185,29 @@ def _sampler(space: SearchSpace) -> BaseSampler:
     settings, seed = space.settings, space.recipe.seed
     match settings.sampler:
         case "tpe":
-            return _Signed(lambda number: optuna.samplers.TPESampler(seed=number), seed)
+            return _Signed(lambda number: optuna.samplers.TPESampler(seed=number), space)
         case "nsga2":
-            return _Signed(lambda number: optuna.samplers.NSGAIISampler(seed=number), seed)
+            return _Signed(lambda number: optuna.samplers.NSGAIISampler(seed=number), space)
         case "random":
-            return _Signed(lambda number: optuna.samplers.RandomSampler(seed=number), seed)
-    from dovetail.searches.samplers import PRGASampler, RefineSampler, ThreeStageSampler
-
+            return _Signed(lambda number: optuna.samplers.RandomSampler(seed=number), space)
     named: BaseSampler = {
-        "prga": lambda: PRGASampler(seed=seed),
-        "refine": lambda: RefineSampler(alpha=settings.alpha, seed=seed),
-        "three_stage": lambda: ThreeStageSampler(alpha=settings.alpha, seed=seed),
+        "prga": lambda: PRGASampler(repair=space.repaired, seed=seed),
+        "refine": lambda: RefineSampler(alpha=settings.alpha, repair=space.repaired, seed=seed),
+        "three_stage": lambda: ThreeStageSampler(alpha=settings.alpha, repair=space.repaired, seed=seed),
     }[settings.sampler]()
-    return _Signed(lambda number: named, seed)
+    return _Signed(lambda number: named, space)
 
 
 class _Signed(BaseSampler):
-    """Signs a trial with the name of its worker, and leaves its parameters to another sampler.
+    """Signs a trial with the name of its worker, leaves its parameters to another sampler, and keeps the budget.
 
     make   makes that sampler for a seed; each question to it has its own seed, so that its answer does not depend on
            the questions before
     """
 
-    def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
-        self._make, self._seed = make, seed
+    def __init__(self, make: Callable[[int], BaseSampler], space: SearchSpace) -> None:
+        self._make, self._space, self._seed = make, space, space.recipe.seed
+        self._known = {name: each for name, each in space.distributions.items() if not each.single()}
 
     def _of(self, trial: FrozenTrial, question: str = "") -> BaseSampler:
         return self._make(zlib.crc32(f"{self._seed}/{trial.number}/{question}".encode()))
@@ -216,12 +217,18 @@ class _Signed(BaseSampler):
         self._of(trial).before_trial(study, trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._of(trial).infer_relative_search_space(study, trial)
+        return self._known or self._of(trial).infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self._of(trial).sample_relative(study, trial, search_space)
+        inner = self._of(trial)
+        if not self._known or isinstance(inner, ProposalSampler):
+            return inner.sample_relative(study, trial, search_space)
+        found = inner.sample_relative(study, trial, inner.infer_relative_search_space(study, trial))
+        for name in search_space.keys() - found.keys():
+            found[name] = self.sample_independent(study, trial, name, search_space[name])
+        return self._space.repaired(found)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -300,6 +307,9 @@ def work(study: optuna.Study, space: SearchSpace, *, on_trial: Callable[[Trial],
     An error that is not one of a single candidate ends the worker; its trial waits for another one.
     """
     asked = space.settings.trials
+    if _PREPARED not in study.user_attrs:
+        study.set_user_attr(_PREPARED, space.prepare())
+    space.begin(study.user_attrs[_PREPARED])
     while True:
         requeue(study)
         trials = study.get_trials(deepcopy=False)

@@ -34,7 +34,7 @@ from optuna.trial import FrozenTrial
 
 from dovetail.searches.pareto import crowding_distance, pareto_rank
 from dovetail.searches.samplers.genes import Space
-from dovetail.searches.samplers.proposal import ProposalSampler, check_setting, finished, losses, violations
+from dovetail.searches.samplers.proposal import ProposalSampler, Repair, check_setting, finished, losses, violations
 
 Array = NDArray[np.float64]
 _CHILDREN = 25
@@ -52,6 +52,7 @@ class PRGASampler(ProposalSampler):
     mutation_eta     distribution index of the mutation; larger moves a gene less
     start            configurations that are proposed first: the initial population
     variant          "bounded", or "paper" for Algorithms 3 and 4 to the letter
+    repair           returns the configuration to use in place of a proposal, such as one within a budget
     seed             of all random numbers; None draws one
     errors           SearchError for a setting out of range
 
@@ -69,6 +70,7 @@ class PRGASampler(ProposalSampler):
         mutation_eta: float = 5,
         start: Sequence[Mapping[str, Any]] = (),
         variant: Literal["bounded", "paper"] = "bounded",
+        repair: Repair | None = None,
         seed: int | None = None,
     ) -> None:
         where = type(self).__name__
@@ -80,7 +82,7 @@ class PRGASampler(ProposalSampler):
         )
         check_setting(where, "mutation_eta", mutation_eta, mutation_eta >= 1, "at least 1")
         check_setting(where, "variant", variant, variant in ("bounded", "paper"), '"bounded" or "paper"')
-        super().__init__(start=start, strata=population_size, seed=seed)
+        super().__init__(start=start, strata=population_size, repair=repair, seed=seed)
         self._population_size = population_size
         self._crossover_prob, self._crossover_eta = crossover_prob, crossover_eta
         self._mutation_prob, self._mutation_eta = mutation_prob, mutation_eta

@@ -15,7 +15,7 @@ from __future__ import annotations
 import secrets
 import zlib
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -30,6 +30,7 @@ from optuna.trial import FrozenTrial, TrialState
 from dovetail.errors import SearchError
 from dovetail.searches.samplers.genes import Gene, Key, Space
 
+Repair = Callable[[Mapping[str, Any]], dict[str, Any]]
 _PROPOSAL = "dovetail:proposal"
 _TRIES, _ROUNDS = 50, 10
 
@@ -40,10 +41,13 @@ class ProposalSampler(BaseSampler):
     start     configurations that are proposed first, in this order, each as name -> value. A parameter that one of them
               leaves out is sampled
     strata    number of consecutive trials of the initial design, a Latin hypercube, that cover each range
+    repair    returns the configuration to use in place of a proposal, such as one within a budget
     seed      of all random numbers; None draws one
     """
 
-    def __init__(self, *, start: Sequence[Mapping[str, Any]], strata: int, seed: int | None) -> None:
+    def __init__(
+        self, *, start: Sequence[Mapping[str, Any]], strata: int, repair: Repair | None, seed: int | None
+    ) -> None:
         for place, parameters in enumerate(start):
             if not isinstance(parameters, Mapping) or not parameters:
                 raise SearchError(
@@ -55,6 +59,7 @@ class ProposalSampler(BaseSampler):
         check_setting(type(self).__name__, "seed", seed, seed is None or seed >= 0, "None or at least 0")
         self.start = [{name: _plain(value) for name, value in parameters.items()} for parameters in start]
         self._strata = strata
+        self._repair: Repair = repair or dict
         self._seed = secrets.randbits(64) if seed is None else seed
 
     @abstractmethod
@@ -152,11 +157,14 @@ class ProposalSampler(BaseSampler):
     ) -> dict[str, Any]:
         taken = taken_keys(space, others)
         first: dict[str, Any] | None = None
-        for proposal in islice(self.proposals(study, trial, space, others, random), _TRIES):
+        for proposal in map(self._repair, islice(self.proposals(study, trial, space, others, random), _TRIES)):
             if space.key(proposal) not in taken:
                 return proposal
             first = first or proposal
-        return space.free(taken, random) or first or space.random(random)
+        free = space.free(taken, random)
+        if free is not None and self._repair(free) == free:
+            return free
+        return first or self._repair(space.random(random))
 
 
 def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:

@@ -36,7 +36,15 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from dovetail.searches.samplers.genes import Gene, Space
-from dovetail.searches.samplers.proposal import ProposalSampler, check_setting, finished, losses, planned, violations
+from dovetail.searches.samplers.proposal import (
+    ProposalSampler,
+    Repair,
+    check_setting,
+    finished,
+    losses,
+    planned,
+    violations,
+)
 
 Array = NDArray[np.float64]
 _ASKS = 3
@@ -51,6 +59,7 @@ class RefineSampler(ProposalSampler):
     start_after  number of finished trials from which on proposals are refined; earlier ones come from a Latin hypercube
     kernel       "matern" (Optuna's GPSampler) or "rbf" (the method of the paper)
     start        configurations that are proposed first
+    repair       returns the configuration to use in place of a proposal, such as one within a budget
     seed         of all random numbers; None draws one
     errors       SearchError for a setting out of range
 
@@ -65,13 +74,14 @@ class RefineSampler(ProposalSampler):
         start_after: int = 5,
         kernel: Literal["matern", "rbf"] = "matern",
         start: Sequence[Mapping[str, Any]] = (),
+        repair: Repair | None = None,
         seed: int | None = None,
     ) -> None:
         where = type(self).__name__
         check_setting(where, "alpha", alpha, alpha is None or 0 <= alpha <= 1, "None or in [0, 1]")
         check_setting(where, "start_after", start_after, start_after >= 2, "at least 2")
         check_setting(where, "kernel", kernel, kernel in ("matern", "rbf"), '"matern" or "rbf"')
-        super().__init__(start=start, strata=start_after, seed=seed)
+        super().__init__(start=start, strata=start_after, repair=repair, seed=seed)
         self._alpha, self._start_after = alpha, start_after
         self._refine = self._matern if kernel == "matern" else self._rbf
 

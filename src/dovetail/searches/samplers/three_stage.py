@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial
 
 from dovetail.searches.samplers.genes import Space
 from dovetail.searches.samplers.prga import PRGASampler
-from dovetail.searches.samplers.proposal import ProposalSampler, check_setting, finished
+from dovetail.searches.samplers.proposal import ProposalSampler, Repair, check_setting, finished
 from dovetail.searches.samplers.refine import RefineSampler
 
 
@@ -32,6 +32,7 @@ class ThreeStageSampler(ProposalSampler):
                      own alpha, and the whole front is refined. The paper states one alpha
     population_size, crossover_prob, crossover_eta, mutation_prob, mutation_eta
                      of the second stage (`PRGASampler`)
+    repair           returns the configuration to use in place of a proposal, such as one within a budget
     seed             of all random numbers; None draws one
     errors           SearchError for a setting out of range
     """
@@ -48,6 +49,7 @@ class ThreeStageSampler(ProposalSampler):
         mutation_eta: float = 5,
         alpha: float | None = None,
         kernel: Literal["matern", "rbf"] = "matern",
+        repair: Repair | None = None,
         seed: int | None = None,
     ) -> None:
         check_setting(type(self).__name__, "explore", explore, explore >= 0, "at least 0")
@@ -62,7 +64,7 @@ class ThreeStageSampler(ProposalSampler):
         )
         self._refine = RefineSampler(alpha=alpha, kernel=kernel, start_after=2, seed=seed)
         self._explored = (len(start) or population_size) + explore
-        super().__init__(start=start, strata=population_size, seed=seed)
+        super().__init__(start=start, strata=population_size, repair=repair, seed=seed)
 
     def proposals(
         self, study: Study, trial: FrozenTrial, space: Space, others: Sequence[FrozenTrial], random: np.random.Generator
