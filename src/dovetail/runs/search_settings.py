@@ -65,7 +65,7 @@ class LayerSettings(Part):
     rungs       training steps of the first, second, ... rung of successive halving; none: every trial trains in full
     samples     records that candidates are scored on, and that layers are scored on
     budget      limits that no candidate exceeds
-    alpha       weight of the quality in eq. 5
+    alpha       weight of the quality in eq. 5, by which the best candidate is chosen and `refine` proposes
     finish      the candidates that are trained in full at the end: the best, the whole front, or none
     """
 

@@ -193,7 +193,7 @@ def _sampler(space: SearchSpace) -> BaseSampler:
     named: BaseSampler = {
         "prga": lambda: PRGASampler(repair=space.repaired, seed=seed),
         "refine": lambda: RefineSampler(alpha=settings.alpha, repair=space.repaired, seed=seed),
-        "three_stage": lambda: ThreeStageSampler(alpha=settings.alpha, repair=space.repaired, seed=seed),
+        "three_stage": lambda: ThreeStageSampler(repair=space.repaired, seed=seed),
     }[settings.sampler]()
     return _Signed(lambda number: named, space)
 
