@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import optuna
@@ -85,7 +86,9 @@ def test_no_proposal_exceeds_the_budget(tmp_path, budget, samplers):
 
 
 def test_a_whole_search(tmp_path):
-    recipe = recipe_of(tmp_path, rungs=[1, 2, 4], trials=5, budget={"bits_per_weight": 7.5}, finish="front")
+    recipe = recipe_of(
+        tmp_path, start="gradient", rungs=[1, 2, 4], trials=5, budget={"bits_per_weight": 7.5}, finish="front"
+    )
     report = dovetail.search(recipe, output=tmp_path / "found", progress=False)
     assert [sum(trial.rung == rung for trial in report.trials) for rung in range(3)] == [5, 2, 1]
     assert [trial.details["steps"] for trial in report.trials] == [1] * 5 + [2] * 2 + [4]
@@ -101,8 +104,31 @@ def test_a_whole_search(tmp_path):
         assert run.footprint.bits_per_weight <= 7.5
     page = (tmp_path / "found" / "report.html").read_text()
     assert "Chosen for each unit" in page
+    assert "Scores of the units" in page
     assert "self_attn.q_proj+k_proj+v_proj" in page
     assert not (tmp_path / "found" / "trials").exists()
+
+
+@pytest.mark.parametrize("start", ["gradient", "entropy"])
+def test_the_start_is_the_front_of_the_scores(tmp_path, start):
+    space = LayerSpace(recipe_of(tmp_path, start=start, trials=9, budget={"bits_per_weight": 6.0}))
+    prepared = space.prepare()
+    assert prepared == space.prepare()
+    json.dumps(prepared)
+    space.begin(prepared)
+    scores = prepared["scores"]
+    assert sum(max(row) for row in scores.values()) <= 1.0001
+    bits = [space.settings.space["bits"][choice[0]] for choice in space.choices]
+    for row in scores.values():  # more bits are never worse at one rank, nor larger ranks at the same bits
+        pairs = list(zip(bits, [choice[1] for choice in space.choices], row, strict=True))
+        assert all(a >= b - 1e-9 for (n, r, a) in pairs for (m, q, b) in pairs if n <= m and r <= q)
+    first = [space.choices_of(fixed.candidate.params) for fixed in space.fixed([])]
+    assert len(first) <= 9
+    assert all(space.fits(choices) for choices in first)
+    sizes = [space.size(choices)["bits_per_weight"] for choices in first]
+    assert max(sizes) > 5  # the budget is used
+    uniform = [choices for choices in first if len(set(choices)) == 1]
+    assert 1 <= len(uniform) < len(first)
 
 
 def test_the_next_rung_holds_a_third(tmp_path):

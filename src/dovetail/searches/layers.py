@@ -25,6 +25,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dovetail.chains.assignment import assign
 from dovetail.chains.check import check, check_merge
 from dovetail.chains.layer.applied import applied
@@ -49,6 +51,7 @@ from dovetail.searches.chains import split_task
 from dovetail.searches.knapsack import Knapsack
 from dovetail.searches.pareto import crowding_distance, pareto_rank
 from dovetail.searches.report import SearchReport, Trial
+from dovetail.searches.scores import entropy, gradient_scores
 from dovetail.searches.space import Candidate, Fixed, OnScore, Preview, Scored, SearchSpace
 from dovetail.searches.trial import Applied, Workbench, check_one_stage
 from dovetail.searches.units import Unit, units
@@ -365,46 +368,60 @@ class LayerSpace(SearchSpace):
         return sorted(filter(self.fits, found), key=lambda choices: self.size(choices)["nbytes"])
 
     def _scores(self) -> dict[str, list[float]]:
-        """Return the loss that is predicted of each unit with each choice, from 0 to 1 over the model.
+        """Return the loss that is predicted of each unit with each choice; the largest of all units add up to 1.
 
-        Half of it is the error of pruning and quantizing, relative to the largest error of the whole model; the other
-        half what a smaller rank leaves out of the weights' gradient, relative to its energy.
+        Half of it is the error of pruning and quantizing; the other half is what a smaller rank leaves out.
         """
-        from dovetail.searches import scores
-
-        bench, count = self._bench, self.settings.samples
         options = {name: self._applied(name) for unit in self.units for name in unit.layers}
         ranks = [max((getattr(link, "r", 0) for link in self._adapters(choice)), default=0) for choice in self.choices]
-        with bench.tuned(max(1, self._steps // _TUNING)):
-            if self.settings.start == "gradient":
-                error = scores.fisher(bench, options, count)
-                energy = scores.rank_energy(bench, sorted(set(ranks) - {0}), count)
-            else:
-                error, energy = scores.entropy_errors(bench, options, ranks, count)
-        errors = {
-            unit.name: [
-                sum(error[name, self.chain_of(choice).stages[0].applied] for name in unit.layers)
-                for choice in self.choices
-            ]
-            for unit in self.units
-        }
-        order = {rank: place for place, rank in enumerate(sorted(set(ranks) - {0}))}
-        left = {
-            unit.name: [
-                sum(energy[name][-1] - energy[name][order[rank]] for name in unit.layers) if rank else 0.0
-                for rank in ranks
-            ]
-            for unit in self.units
-        }
-        worst = sum(max(row) for row in errors.values()) or 1.0
-        whole = sum(energy[name][-1] for unit in self.units for name in unit.layers) if order else 1.0
+        distinct = sorted(set(ranks) - {0})
+        make = self._by_gradient if self.settings.start == "gradient" else self._by_entropy
+        error, energy = make(options, distinct)
+        errors, left = {}, {}
+        for unit in self.units:
+            applied = [self.chain_of(choice).stages[0].applied for choice in self.choices]
+            errors[unit.name] = [sum(error[name, links] for name in unit.layers) for links in applied]
+            kept = [sum(energy[name][at] for name in unit.layers) for at in range(len(distinct))]
+            left[unit.name] = [kept[-1] - kept[distinct.index(rank)] if rank else 0.0 for rank in ranks]
+        worst, most = (sum(max(row) for row in rows.values()) or 1.0 for rows in (errors, left))
         return {
             unit.name: [
-                0.5 * one / worst + 0.5 * other / (whole or 1.0)
+                0.5 * one / worst + 0.5 * other / most
                 for one, other in zip(errors[unit.name], left[unit.name], strict=True)
             ]
             for unit in self.units
         }
+
+    def _by_gradient(
+        self, options: Mapping[str, Sequence[Applied]], ranks: Sequence[int]
+    ) -> tuple[dict[tuple[str, Applied], float], Mapping[str, Sequence[float]]]:
+        """Return the Fisher score of each layer's applied links, and the gradient's energy at each rank."""
+        with self._bench.tuned(max(1, self._steps // _TUNING)):
+            found = gradient_scores(self._bench, options, ranks, self.settings.samples)
+        return found.fisher, found.energy
+
+    def _by_entropy(
+        self, options: Mapping[str, Sequence[Applied]], ranks: Sequence[int]
+    ) -> tuple[dict[tuple[str, Applied], float], Mapping[str, Sequence[float]]]:
+        """Return the same by QR-Adaptor's measure (eq. 6): layers of more information get more bits and larger ranks.
+
+        The information, counted from that of the least informative layer, weights the relative squared error of a
+        layer's weights, and the share of the largest rank. It is measured on the tuned model for bits, and on the
+        quantized one for ranks.
+        """
+        bench = self._bench
+        with bench.tuned(max(1, self._steps // _TUNING)):
+            information = _from_least(entropy(bench, self.settings.samples))
+        error = {}
+        for name, choices in options.items():
+            original = bench.base(name, ()).matrix(torch.float32)
+            for links in choices:
+                change = bench.base(name, links).matrix(torch.float32) - original
+                relative = float(change.square().sum() / original.square().sum().clamp_min(1e-30))
+                error[name, links] = information[name] * relative
+        with bench.candidate(self.layers_of([self.choices[-1]] * len(self.units))):
+            quantized = _from_least(entropy(bench, self.settings.samples))
+        return error, {name: [quantized[name] * rank / ranks[-1] for rank in ranks] for name in options}
 
     def _applied(self, name: str) -> list[Applied]:
         """Return the pruners and quantizers of a layer with each choice."""
@@ -665,6 +682,12 @@ def _size(layer: ChainLinear, links: CheckedChain) -> Size:
     weight += o * -(-i // 8) if stage.keep_mask else 0
     parameters = sum(math.prod(s) for link in stage.adapters for s in link.parameter_shapes(layer.site).values())
     return Size(weight, weight + parameters * adapter_dtype(layer.base.dtype).itemsize, parameters)
+
+
+def _from_least(information: Mapping[str, float]) -> dict[str, float]:
+    """Return values from 0.1 for the least to 1.1 for the largest, so that no layer counts for nothing."""
+    least, most = min(information.values()), max(information.values())
+    return {name: 0.1 + (value - least) / ((most - least) or 1.0) for name, value in information.items()}
 
 
 def _lower(choice: Choice) -> list[Choice]:
