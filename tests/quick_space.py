@@ -109,9 +109,11 @@ def check_nothing_lost(url: str, space: SearchSpace, *, workers: int) -> list[Tr
     with open_study(url, NAME, space, {"recipe": "quick"}) as study:
         states = [trial.state.name for trial in study.get_trials()]
         trials = finished(study, space)
-    assert set(states) == {"COMPLETE"}
-    assert space.settings.trials <= len(trials) <= space.settings.trials + workers - 1
-    configurations = [tuple(sorted(trial.params.items())) for trial in trials]
+    assert set(states) <= {"COMPLETE", "FAIL"}  # failed: enqueued twice by racing workers, and then left out
+    assert len(trials) == states.count("COMPLETE")
+    first = [trial for trial in trials if trial.rung == 0]
+    assert space.settings.trials <= len(first) <= space.settings.trials + workers - 1
+    configurations = [(trial.rung, *sorted(trial.params.items())) for trial in trials]
     assert len(set(configurations)) == len(configurations)
     assert all(trial.values["quality"] <= 0 for trial in trials)
     return trials

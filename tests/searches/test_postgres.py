@@ -15,7 +15,7 @@ import pytest
 
 from dovetail.errors import SearchError
 from dovetail.searches.study import delete_study, finished, open_study, work
-from quick_space import KILLS, NAME, QuickSpace, check_nothing_lost, kill_workers
+from quick_space import KILLS, NAME, QuickSpace, RacingSpace, check_nothing_lost, kill_workers
 
 pytest.importorskip("psycopg", reason="the extra postgres is not installed")
 
@@ -86,7 +86,7 @@ def wait_for(url, server, log):
 
 
 def test_workers_that_are_killed(server):
-    space = QuickSpace(3 * KILLS, seconds=0.1)
+    space = RacingSpace(3 * KILLS, seconds=0.1)
     delete_study(server, NAME)
     kill_workers(server, space, workers=2, kills=KILLS, seed=0)
     check_nothing_lost(server, space, workers=2)

@@ -127,6 +127,7 @@ def test_a_finished_or_unfinished_search_with_another_recipe(whole, recipe, tmp_
         ({}, {"workers": 0}, "workers"),
         ({}, {"storage": "nowhere"}, "URL"),
         ({"model": "no/such/model"}, {}, "no/such/model"),
+        ({}, {"storage": "sqlite:////no/such/folder/search.db"}, "unable to open"),
     ],
 )
 def test_bad_input_leaves_nothing(recipe, tmp_path, changes, options, problem):

@@ -81,25 +81,34 @@ def search(
     with Bar(f"check {output.name}", shown=progress):
         space = open_space(recipe)
     identity = _identity(recipe)
-    partial = space.folder = _begin(output, recipe, resume)
+    partial = space.folder = output.with_name(output.name + ".partial")
+    new, seen = _begin(partial, output, recipe, resume), []
     url = storage or f"sqlite:///{(partial / STUDY).absolute()}"
-    if not resume and storage is not None:
-        delete_study(storage, output.name)
-    with _quiet_optuna(), on_full_disk(output):
-        with open_study(url, output.name, space, identity) as study:
+    try:
+        with _quiet_optuna(), on_full_disk(output):
+            if not resume and storage is not None:
+                delete_study(storage, output.name)
             with (
-                Bar(f"search {output.name}", recipe.search.trials, shown=progress) as bar,  # type: ignore[union-attr]
+                open_study(url, output.name, space, identity) as study,
+                Bar(f"search {output.name}", space.settings.trials, shown=progress) as bar,
                 _more_workers(workers - 1, recipe, output.name, url, identity, partial),
             ):
 
                 def advance(trial: Trial) -> None:
+                    seen.append(trial)
                     bar.advance()
                     if on_trial is not None:
                         on_trial(trial)
 
                 work(study, space, on_trial=advance)
-            trials = finished(study, space)
-        return _finish(output, recipe, space, trials, progress)
+                trials = finished(study, space)
+            return _finish(partial, output, recipe, space, trials, progress)
+    except OutputError:
+        raise  # the search continues once there is room
+    except DovetailError:
+        if new and not seen:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def preview(recipe: Recipe | str | Path | Mapping[str, Any]) -> Preview:
@@ -156,9 +165,11 @@ def _done(output: Path, recipe: Recipe, resume: bool) -> SearchReport | None:
     return SearchReport.load(output)
 
 
-def _begin(output: Path, recipe: Recipe, resume: bool) -> Path:
-    """Return the folder to work in, new or of an earlier start."""
-    partial = output.with_name(output.name + ".partial")
+def _begin(partial: Path, output: Path, recipe: Recipe, resume: bool) -> bool:
+    """Create the folder to work in, or accept that of an earlier start or of another process; return whether it is new.
+
+    Raises RecipeError where the folder belongs to another search, or to none.
+    """
     if not resume:
         shutil.rmtree(partial, ignore_errors=True)
     where, fix = f"output {output}", "choose another --output, or pass --no-resume to delete the unfinished search"
@@ -171,16 +182,17 @@ def _begin(output: Path, recipe: Recipe, resume: bool) -> Path:
             found = f"{partial.name}, an unfinished search with another {differing[0]}: {str(differing[1])[:200]}"
             rule = "a search must continue with the recipe that it started with"
             raise RecipeError(where, found=found, rule=rule, fix=fix)
-    else:
-        with writing(output):
-            partial.mkdir(parents=True, exist_ok=True)
-            recipe.dump(partial / RECIPE)
-    return partial
+        return False
+    with writing(output):
+        partial.mkdir(parents=True, exist_ok=True)
+        recipe.dump(partial / RECIPE)
+    return True
 
 
-def _finish(output: Path, recipe: Recipe, space: SearchSpace, trials: list[Trial], progress: bool) -> SearchReport:
+def _finish(
+    partial: Path, output: Path, recipe: Recipe, space: SearchSpace, trials: list[Trial], progress: bool
+) -> SearchReport:
     """Train the best candidates and write the report, or wait for the process that does so."""
-    partial = output.with_name(output.name + ".partial")
     with Bar(f"report of {output.name}", shown=progress):
         while True:
             if done := _done(output, recipe, True):
