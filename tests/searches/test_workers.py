@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 
 from dovetail.errors import NotFinite, SearchError
@@ -107,6 +108,22 @@ def test_a_trial_that_no_worker_signed_is_repeated(url, monkeypatch):
         monkeypatch.setattr(studies, "_UNSIGNED_SECONDS", 0)
         work(study, space)
         assert [trial.number for trial in finished(study, space)] == [0]
+
+
+def test_a_kill_while_the_study_is_created(url, monkeypatch):
+    """Whatever a killed process leaves of the tables, the next one has a study with all of them."""
+
+    def killed(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sqlalchemy.Index, "create", killed)
+        patched.setattr(sqlalchemy.sql.ddl.CreateIndex, "__init__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trials_of(url, QuickSpace(1))
+    assert len(trials_of(url, QuickSpace(1))) == 1
+    indices = sqlalchemy.inspect(sqlalchemy.create_engine(url)).get_indexes("studies")
+    assert any(index["unique"] and index["column_names"] == ["study_name"] for index in indices)
 
 
 def test_an_error_ends_the_worker_and_leaves_its_trial(url):

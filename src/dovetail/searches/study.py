@@ -33,8 +33,9 @@ from optuna.exceptions import ExperimentalWarning, StorageInternalError, TrialPr
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.storages._heartbeat import get_heartbeat_thread
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import URL, make_url
+from optuna.storages._rdb.models import BaseModel
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import URL, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from dovetail.errors import NotFinite, SearchError, TrainError
@@ -135,6 +136,8 @@ def _open_storage(url: str) -> RDBStorage:
         warnings.simplefilter("ignore", ExperimentalWarning)
         for opening in range(_OPENINGS):
             try:
+                if parsed.get_backend_name() == "sqlite":
+                    _create_tables(url, arguments)
                 return RDBStorage(
                     url, engine_kwargs={"connect_args": arguments, "pool_pre_ping": True},
                     heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
@@ -147,6 +150,19 @@ def _open_storage(url: str) -> RDBStorage:
                     raise
                 time.sleep(0.2 * (opening + 1))
     raise AssertionError
+
+
+def _create_tables(url: str, arguments: dict[str, Any]) -> None:
+    """Create the tables of a study in SQLite, all or none.
+
+    Optuna creates them one by one. After a kill in between, an index would be missing that keeps names unique.
+    """
+    engine = create_engine(url, connect_args=arguments)
+    with engine.connect() as connection:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        BaseModel.metadata.create_all(connection)
+        connection.commit()
+    engine.dispose()
 
 
 @contextmanager
@@ -285,7 +301,8 @@ def requeue(study: optuna.Study) -> None:
             begun = trial.datetime_start or datetime.now()
             lost = datetime.now() - begun > timedelta(seconds=_UNSIGNED_SECONDS)
         else:
-            lost = worker["host"] == _host() and _gone(worker)
+            # A trial with the name of this worker, which runs none now, is one that was killed before it was signed.
+            lost = worker == this_worker() or (worker["host"] == _host() and _gone(worker))
         if lost:
             _put_back(study, trial._trial_id)
     with warnings.catch_warnings():
@@ -295,7 +312,8 @@ def requeue(study: optuna.Study) -> None:
 
 def _put_back(study: optuna.Study, trial_id: int) -> None:
     with suppress(UpdateFinishedTrialError):  # it was not lost
-        study._storage.set_trial_user_attr(trial_id, _WORKER, None)  # or it would look lost until it is signed again
+        # Until the next worker signs the trial, it would look lost with the name of the last one.
+        study._storage.set_trial_user_attr(trial_id, _WORKER, this_worker())
         study._storage.set_trial_state_values(trial_id, state=TrialState.WAITING)
 
 
@@ -317,7 +335,11 @@ def work(study: optuna.Study, space: SearchSpace, *, on_trial: Callable[[Trial],
         done = sum(_rung(trial) == 0 and _finished(trial) for trial in trials)
         running = [trial for trial in trials if trial.state is TrialState.RUNNING]
         waiting = any(trial.state is TrialState.WAITING for trial in study.get_trials(deepcopy=False))
-        if waiting or done + sum(_rung(trial) == 0 for trial in running) < asked:
+        if not waiting and done + sum(_rung(trial) == 0 for trial in running) < asked:
+            # Optuna's `ask` makes trials without a name, which nobody would miss after a kill.
+            study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={_WORKER: this_worker()}))
+            waiting = True
+        if waiting:
             number = _run(study, space)
             if on_trial is not None:
                 for trial in finished(study, space):
