@@ -80,10 +80,11 @@ def main() -> None:
             full = fmean(rows[f"uniform {bits} bits"][seed]["seconds"] for bits in BITS)
             rows.setdefault(f"search, {trials} trials", []).append(found | {"cost": found["seconds"] / full})
     for name, found in rows.items():
+        seconds = fmean(each["seconds"] for each in found)
         scores = ", ".join(f"{100 * each['accuracy']:.1f}" for each in found)
         print(
             f"{name:20} accuracy {scores} %; {fmean(each['bits_per_weight'] for each in found):.2f} bits; "
-            f"{fmean(each['nbytes'] for each in found):,.0f} bytes; {fmean(each['seconds'] for each in found):.0f} CPU s"
+            f"{fmean(each['nbytes'] for each in found):,.0f} bytes; {seconds:.0f} CPU s"
             + (f"; {fmean(each['cost'] for each in found):.2f} x one training" if "cost" in found[0] else "")
         )
     (asked.output / "results.json").write_text(json.dumps(rows, indent=1))

@@ -132,6 +132,15 @@ def test_the_start_is_the_front_of_the_scores(tmp_path, start):
     assert 1 <= len(uniform) < len(first)
 
 
+def test_bits_alone_are_scored_without_training(tmp_path):
+    given = recipe_of(tmp_path, start="gradient", space={"bits": [2, 4, 8]}, budget={"bits_per_weight": 6.0})
+    recipe = Recipe.parse({**given.model_dump(mode="json"), "chain": "int(bits=4, group=16)"})
+    report = dovetail.search(recipe, output=tmp_path / "found", progress=False)
+    assert [trial.details["steps"] for trial in report.trials] == [0] * 3
+    assert {trial.values["trainable_parameters"] for trial in report.trials} == {0}
+    assert dovetail.footprint(dovetail.load(tmp_path / "found" / "best" / "packed")[0]).bits_per_weight <= 6.0
+
+
 def test_the_next_rung_holds_a_third(tmp_path):
     space = LayerSpace(recipe_of(tmp_path, trials=4, rungs=[1, 2, 4], start="none"))
     assert space.fixed([]) == []

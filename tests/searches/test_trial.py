@@ -179,6 +179,6 @@ def test_what_a_workbench_cannot_do_is_refused(tmp_path):
     with pytest.raises(SearchError, match="of its workbench only"):
         bench.trial(layers)
     assert not bench.model.get_submodule(DOWN).states
-    for bad, message in (("lora >> magnitude(0.5) >> lora >> remask", "2 stages"), ("int(bits=4)", "no adapter")):
-        with pytest.raises(SearchError, match=message):
-            bench_of(Recipe.parse({**recipe.model_dump(mode="json"), "chain": bad}), None)
+    with pytest.raises(SearchError, match="2 stages"):
+        bad = "lora >> magnitude(0.5) >> lora >> remask"
+        bench_of(Recipe.parse({**recipe.model_dump(mode="json"), "chain": bad}), None)

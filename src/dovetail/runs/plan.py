@@ -26,7 +26,7 @@ from dovetail.checkpoint.footprint import count_weights, stored_nbytes, weight_n
 from dovetail.checkpoint.load import HEAD_KINDS, empty_model, held_in, load_config, load_tokenizer
 from dovetail.compression.apply import apply_on_meta
 from dovetail.compression.blocks import unreached
-from dovetail.errors import CannotMerge, ChainError, DovetailError
+from dovetail.errors import CannotMerge, ChainError, DovetailError, LoadError
 from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import Collator, RowMaker, pad_id, vocabulary_of
@@ -171,7 +171,7 @@ def plan(
                 bits_per_weight=8 * sum(map(weight_nbytes, planned.values())) / weights,
                 nbytes=stored_nbytes(model_here),
                 trainable_parameters=sum(p.numel() for p in model_here.parameters() if p.requires_grad),
-                predicted_peak_memory_nbytes=predict_peak_memory(model_here, batch, settings) if memory else None,
+                predicted_peak_memory_nbytes=_peak(model_here, batch, settings) if memory else None,
             )
         )
         share = weights / count_weights(model_here)
@@ -188,6 +188,21 @@ def plan(
         trainable_parameters=parts[-1].trainable_parameters,
         predicted_peak_memory_nbytes=None if None in peaks else max(peak or 0 for peak in peaks),
     )
+
+
+def _peak(model: PreTrainedModel, batch: dict[str, Tensor], settings: TrainSettings) -> int | None:
+    """Return the predicted peak; LoadError for a configuration with which the model's own code fails."""
+    try:
+        return predict_peak_memory(model, batch, settings)
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, DovetailError):
+            raise
+        raise LoadError(
+            f"config of {type(model).__name__}",
+            found=f"{type(error).__name__} in a training step: {error}"[:300],
+            rule="the model's own code must run with the values of its configuration",
+            fix="check config.json, or leave the memory out (--no-memory)",
+        ) from error
 
 
 def _rounding(the_chain: CheckedChain, model: PreTrainedModel) -> str:

@@ -42,7 +42,8 @@ from dovetail.runs.recipe import Recipe
 from dovetail.runs.steps import calibration, load_base
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Task
-from dovetail.training.train import train
+from dovetail.training.optimizer import trained_parts
+from dovetail.training.train import StageReport, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +62,7 @@ class Trial:
     """The result of a trial.
 
     score                  of the task's metric, on the scored records
-    loss                   of the last training step, in nats per token (`StageReport.losses`)
+    loss                   of the last training step, in nats per token (`StageReport.losses`); None without training
     steps                  that were trained, with those of earlier rungs
     footprint              of the model with its adapters
     peak_memory_nbytes     of training
@@ -69,7 +70,7 @@ class Trial:
     """
 
     score: float
-    loss: float
+    loss: float | None
     steps: int
     footprint: Footprint
     peak_memory_nbytes: int
@@ -143,19 +144,23 @@ class Workbench:
         """
         started = perf_counter()
         with self.candidate(layers):
-            trained = train(
-                self.model, self.tokenizer, self.task, seed=self.recipe.seed, progress=False, output_dir=folder,
-                resume=folder is not None and folder.exists(), stop_after=steps if folder is not None else None,
-                **self._settings(steps if folder is None else None),
-            ).stages[0]  # fmt: skip
+            trained = self._train(steps, folder) if trained_parts(self.model) else None
             return Trial(
                 score=self.score(),
-                loss=trained.losses[-1][1],
-                steps=trained.steps,
+                loss=None if trained is None else trained.losses[-1][1],
+                steps=0 if trained is None else trained.steps,
                 footprint=footprint(self.model),
-                peak_memory_nbytes=trained.peak_memory_nbytes,
+                peak_memory_nbytes=0 if trained is None else trained.peak_memory_nbytes,
                 seconds=perf_counter() - started,
             )
+
+    def _train(self, steps: int | None, folder: Path | None) -> StageReport:
+        report = train(
+            self.model, self.tokenizer, self.task, seed=self.recipe.seed, progress=False, output_dir=folder,
+            resume=folder is not None and folder.exists(), stop_after=steps if folder is not None else None,
+            **self._settings(steps if folder is None else None),
+        )  # fmt: skip
+        return report.stages[0]
 
     def _settings(self, steps: int | None) -> dict[str, Any]:
         settings = self.recipe.train.model_dump()
@@ -183,13 +188,24 @@ class Workbench:
         Scores of layers are taken with them: on a model that does not know the task, its loss says nothing about bits.
         """
         adapters = tuple(link for link in self._assignment.chain if isinstance(link, Adapter))
-        with self._under(assign(Chain(adapters))):
-            train(self.model, self.tokenizer, self.task, seed=self.recipe.seed, progress=False, **self._settings(steps))
+        with self._under(assign(Chain(adapters)) if adapters else None):
+            if adapters:
+                train(
+                    self.model,
+                    self.tokenizer,
+                    self.task,
+                    seed=self.recipe.seed,
+                    progress=False,
+                    **self._settings(steps),
+                )
             yield self.model
 
     @contextmanager
-    def _under(self, assignment: Assignment) -> Iterator[None]:
-        """Put bases and untrained links on the layers while entered; then put everything back."""
+    def _under(self, assignment: Assignment | None) -> Iterator[None]:
+        """Put bases and untrained links on the layers while entered; then put everything back.
+
+        assignment  None: the original weights without links
+        """
         model: Any = self.model
         data = [(tensor, tensor.data) for tensor in self._outside()]
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -197,13 +213,14 @@ class Workbench:
         ends = model.generation_config.eos_token_id if model.can_generate() else None
         values: list[tuple[Tensor, Tensor]] = []
         try:
-            self.record.assignment = assignment
-            for name, layer in self.record.layers.items():
-                base = self.base(name, assignment.at(name).stages[0].applied)
-                # Training in bf16 rounds the frozen base in place.
-                layer.base = copied(base) if self.recipe.train.bf16 else base
-            start_links(self.record)
-            freeze(model, self.record)
+            if assignment is not None:
+                self.record.assignment = assignment
+                for name, layer in self.record.layers.items():
+                    base = self.base(name, assignment.at(name).stages[0].applied)
+                    # Training in bf16 rounds the frozen base in place.
+                    layer.base = copied(base) if self.recipe.train.bf16 else base
+                start_links(self.record)
+                freeze(model, self.record)
             changing = (t for t in self._outside() if t.requires_grad or not isinstance(t, nn.Parameter))
             values = [(tensor, tensor.detach().clone()) for tensor in changing]
             yield
@@ -330,15 +347,11 @@ class Workbench:
 def check_one_stage(assignment: Assignment) -> None:
     """Raise SearchError for a chain of several stages, of which the later ones depend on how the first one trained."""
     first, *later = assignment.chain.stages
-    where = f"search of {assignment.chain}"
     if later:
         found = f"{1 + len(later)} stages"
         rule = "a search of layers needs a chain of one stage: pruners and quantizers, then adapters and constraints"
         fix = f"search {first}, and start the next chain from its result"
-        raise SearchError(where, found=found, rule=rule, fix=fix)
-    if not first.adapters:
-        rule, fix = "a search of layers trains each candidate", "add an adapter: ... >> lora(r=8)"
-        raise SearchError(where, found="no adapter", rule=rule, fix=fix)
+        raise SearchError(f"search of {assignment.chain}", found=found, rule=rule, fix=fix)
 
 
 def copied(base: Base) -> Base:
