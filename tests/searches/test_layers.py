@@ -137,7 +137,6 @@ def test_bits_alone_are_scored_without_training(tmp_path):
     recipe = Recipe.parse({**given.model_dump(mode="json"), "chain": "int(bits=4, group=16)"})
     report = dovetail.search(recipe, output=tmp_path / "found", progress=False)
     assert [trial.details["steps"] for trial in report.trials] == [0] * 3
-    assert {trial.values["trainable_parameters"] for trial in report.trials} == {0}
     assert dovetail.footprint(dovetail.load(tmp_path / "found" / "best" / "packed")[0]).bits_per_weight <= 6.0
 
 
