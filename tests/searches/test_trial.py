@@ -179,6 +179,6 @@ def test_what_a_workbench_cannot_do_is_refused(tmp_path):
     with pytest.raises(SearchError, match="of its workbench only"):
         bench.trial(layers)
     assert not bench.model.get_submodule(DOWN).states
+    stages = {**recipe.model_dump(mode="json"), "chain": "lora >> magnitude(0.5) >> lora >> remask"}
     with pytest.raises(SearchError, match="2 stages"):
-        bad = "lora >> magnitude(0.5) >> lora >> remask"
-        bench_of(Recipe.parse({**recipe.model_dump(mode="json"), "chain": bad}), None)
+        bench_of(Recipe.parse(stages), None)
