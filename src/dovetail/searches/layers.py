@@ -16,7 +16,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from html import escape
@@ -77,10 +77,10 @@ Choice = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Size:
-    """What a layer stores with one choice.
+    """What layers store with one choice.
 
-    weight_nbytes   of its pruned and quantized weight, with the mask
-    nbytes          with its adapters
+    weight_nbytes   of the pruned and quantized weights, with masks
+    nbytes          with adapters, and all else
     parameters      trained
     """
 
@@ -155,53 +155,45 @@ class LayerSpace(SearchSpace):
         return check(Chain(tuple(links)), self.chain.held)
 
     def _sizes(self) -> dict[tuple[str, Choice], Size]:
-        """Return the size of each layer of each unit with each choice; ChainError where a choice cannot be used."""
+        """Return the size of each unit with each choice; ChainError where a choice cannot be used on a layer."""
         layers = applied(self._empty).layers
         chains = {choice: self.chain_of(choice) for choice in self.choices}
         return {
-            (name, choice): _size(layers[name], links)
+            (unit.name, choice): _total(_size(layers[name], links) for name in unit.layers)
             for unit in self.units
-            for name in unit.layers
             for choice, links in chains.items()
         }
 
     @cached_property
-    def _outside(self) -> tuple[int, int, int, int]:
-        """What all candidates share: bytes and trained parameters outside the units, weight bytes; and all weights."""
+    def _outside(self) -> tuple[Size, int]:
+        """What all candidates share, the layers that are fixed included; and the number of weights under the chain."""
         layers = applied(self._empty).layers
-        inside = [name for unit in self.units for name in unit.layers]
-        pinned = [_size(layers[name], check(chain(text), self.chain.held)) for name, text in self.fixed_layers.items()]
-        chained = sum(
-            stored_nbytes(layer.base) + sum(p.nbytes for p in layer.links.parameters()) for layer in layers.values()
-        )
-        trained = sum(p.numel() for p in self._empty.parameters() if p.requires_grad)
-        adapters = sum(p.numel() for layer in layers.values() for p in layer.links.parameters())
-        weights = sum(math.prod(layer.base.shape) for layer in layers.values())
-        assert len(inside) + len(pinned) == len(layers)
-        return (
-            stored_nbytes(self._empty) - chained + sum(one.nbytes for one in pinned),
-            trained - adapters + sum(one.parameters for one in pinned),
-            sum(one.weight_nbytes for one in pinned),
-            weights,
-        )
+        fixed = _total(_size(layers[n], check(chain(text), self.chain.held)) for n, text in self.fixed_layers.items())
+        inside = [p for layer in layers.values() for p in layer.links.parameters()]
+        chained = sum(stored_nbytes(layer.base) for layer in layers.values()) + sum(p.nbytes for p in inside)
+        trained = sum(p.numel() for p in self._empty.parameters() if p.requires_grad) - sum(p.numel() for p in inside)
+        rest = Size(0, stored_nbytes(self._empty) - chained, trained)
+        return _total([fixed, rest]), sum(math.prod(layer.base.shape) for layer in layers.values())
 
     def size(self, choices: Sequence[Choice]) -> dict[str, float]:
         """Return nbytes, trainable_parameters and bits_per_weight of an assignment: a choice for each unit."""
-        nbytes, parameters, stored, weights = self._outside
-        for unit, choice in zip(self.units, choices, strict=True):
-            for name in unit.layers:
-                one = self.sizes[name, choice]
-                nbytes, parameters, stored = (
-                    nbytes + one.nbytes,
-                    parameters + one.parameters,
-                    stored + one.weight_nbytes,
-                )
-        return {"nbytes": nbytes, "trainable_parameters": parameters, "bits_per_weight": 8 * stored / weights}
+        outside, weights = self._outside
+        parts = (self.sizes[unit.name, choice] for unit, choice in zip(self.units, choices, strict=True))
+        found = _total([outside, *parts])
+        return {
+            "nbytes": found.nbytes,
+            "trainable_parameters": found.parameters,
+            "bits_per_weight": 8 * found.weight_nbytes / weights,
+        }
 
     def fits(self, choices: Sequence[Choice]) -> bool:
         """Return whether an assignment is within the budget."""
+        return not self._exceeded(choices)
+
+    def _exceeded(self, choices: Sequence[Choice]) -> list[str]:
+        """Return the limits of the budget that an assignment exceeds."""
         found = self.size(choices)
-        return all(limit is None or found[name] <= limit for name, limit in self.settings.budget)
+        return [name for name, limit in self.settings.budget if limit is not None and found[name] > limit]
 
     def _check_budget(self) -> None:
         """Raise SearchError for a budget below the smallest assignment, or above the largest."""
@@ -221,7 +213,7 @@ class LayerSpace(SearchSpace):
     def _cost(self, unit: Unit, choice: Choice, name: str) -> float:
         """Return what a unit with a choice adds to a limit of the budget."""
         field = {"bits_per_weight": "weight_nbytes", "trainable_parameters": "parameters"}.get(name, "nbytes")
-        return sum(getattr(self.sizes[layer, choice], field) for layer in unit.layers)
+        return getattr(self.sizes[unit.name, choice], field)
 
     def _check_rungs(self) -> None:
         rungs, steps = self.settings.rungs, self._steps
@@ -275,24 +267,16 @@ class LayerSpace(SearchSpace):
     def repaired(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the parameters, moved into the budget: the units that save most for their score step down first."""
         choices = self.choices_of(params)
-        while not self.fits(choices):
+        while over := self._exceeded(choices):
             steps = [
                 (self._loss(unit, lower) - self._loss(unit, choice), place, lower)
                 for place, (unit, choice) in enumerate(zip(self.units, choices, strict=True))
                 for lower in _lower(choice)
-                if self._saves(unit, choice, lower, choices)
+                if any(self._cost(unit, lower, name) < self._cost(unit, choice, name) for name in over)
             ]
             _, place, lower = min(steps)
             choices[place] = lower
         return {name: value for name, value in self.params(choices).items() if name in params}
-
-    def _saves(self, unit: Unit, choice: Choice, lower: Choice, choices: Sequence[Choice]) -> bool:
-        """Return whether the step helps with a limit that the assignment exceeds."""
-        found = self.size(choices)
-        return any(
-            limit is not None and found[name] > limit and self._cost(unit, lower, name) < self._cost(unit, choice, name)
-            for name, limit in self.settings.budget
-        )
 
     def _loss(self, unit: Unit, choice: Choice) -> float:
         """Return the loss that the scores predict of a unit with a choice; without scores, by its bytes saved."""
@@ -347,9 +331,9 @@ class LayerSpace(SearchSpace):
         limit = getattr(self.settings.budget, self._limited)
         if limit is None:
             return None
-        nbytes, parameters, stored, weights = self._outside
-        shares = {"nbytes": limit - nbytes, "trainable_parameters": limit - parameters}
-        return shares.get(self._limited, limit * weights / 8 - stored)
+        outside, weights = self._outside
+        shares = {"nbytes": limit - outside.nbytes, "trainable_parameters": limit - outside.parameters}
+        return shares.get(self._limited, limit * weights / 8 - outside.weight_nbytes)
 
     def _uniform(self) -> list[list[Choice]]:
         """Return the assignments within the budget that give all units one choice, the smallest first.
@@ -688,6 +672,11 @@ def _from_least(information: Mapping[str, float]) -> dict[str, float]:
     """Return values from 0.1 for the least to 1.1 for the largest, so that no layer counts for nothing."""
     least, most = min(information.values()), max(information.values())
     return {name: 0.1 + (value - least) / ((most - least) or 1.0) for name, value in information.items()}
+
+
+def _total(sizes: Iterable[Size]) -> Size:
+    listed = list(sizes)
+    return Size(*(sum(getattr(one, field.name) for one in listed) for field in fields(Size)))
 
 
 def _lower(choice: Choice) -> list[Choice]:
