@@ -11,9 +11,9 @@ are structured: uniform ones, ones that rise or fall with depth, and ones where 
 
 Each line of the table is one training:
 
-    id, length     number of the assignment; "short", "full" (every eighth assignment) or "eighth" (the held-back ones)
+    id, length     number of the assignment; "full", and of the 40 held-back assignments all lengths (`LENGTHS`)
     bits, ranks    of each unit, in the order of `units()`
-    steps          of 16 records, linear schedule from 10 times LoRA's default rate, seed 0, the same batches for all
+    steps          linear schedule from 10 times LoRA's default rate, seed 0, the same batches for all
     train_loss     of the last step; validation_loss over all validation records; both in nats per token
     accuracy       fraction of validation records of which every answer token is the most likely one: what greedy
                    decoding gets right
@@ -27,34 +27,41 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from time import process_time
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.stats import rankdata
 
 from dovetail.chains.notation import chain
 from dovetail.checkpoint.footprint import footprint
 from dovetail.runs.recipe import Recipe
-from dovetail.searches.trial import Workbench
+from dovetail.searches.scores import entropy, gradient_scores
+from dovetail.searches.trial import Workbench, copied
 from dovetail.tasks.find import load_task
 from dovetail.tasks.lengths import in_evaluation
-from dovetail.tasks.tokens import IGNORED, Collator, RowMaker, pad_id, vocabulary_of
+from dovetail.tasks.tokens import IGNORED, Collator, Example, RowMaker, pad_id, vocabulary_of
 from dovetail.training.train import train
 
 RESULTS = Path(__file__).parent / "results"
-TABLE = RESULTS / "search_table.jsonl"
+TABLE, SCORES = RESULTS / "search_table.jsonl", RESULTS / "search_scores.json"
 BITS, RANKS = (2, 3, 4, 8), (2, 4, 8, 16)
 BLOCKS = 4
 ROLES = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "output": ("self_attn.o_proj",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",),
 }  # fmt: skip
-STEPS = {"short": 48, "full": 144, "eighth": 6}
-BATCH = 16
+LENGTHS = {"short": (48, 16), "full": (60, 32), "eighth": (8, 32)}
+"""Steps and records of a step: a full training, one of 0.4 of its records, and one of an eighth of its steps."""
+STATES = {"untuned": 0, "tuned": 12}
+"""Steps of tuning before scores are taken: none, or a fifth of a full training."""
+SAMPLES = 128
 TASK = "word_problems"
-RANDOM, HELD_BACK, FULL = 120, 40, 20
+RANDOM, HELD_BACK = 120, 40
 
 Assignment = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -94,11 +101,6 @@ def held_back() -> list[int]:
     return sorted(random.Random(1).sample(range(len(assignments())), HELD_BACK))
 
 
-def full() -> list[int]:
-    """The assignments that are also trained at full length."""
-    return sorted(random.Random(2).sample(held_back(), FULL))
-
-
 def layers(assignment: Assignment) -> dict[str, str]:
     """The assignment as a recipe's `layers`."""
     return {
@@ -115,41 +117,54 @@ class Table:
     def __init__(self) -> None:
         self.recipe = Recipe.parse({
             "model": "playground", "chain": "int(bits=4, group=64) >> lora(r=8)", "data": {"task": TASK},
-            "train": {"max_steps": STEPS["short"], "batch_size": BATCH, "lr_scale": 10},
+            "train": {"max_steps": LENGTHS["full"][0], "batch_size": LENGTHS["full"][1], "lr_scale": 10},
             "calibration": {"inputs": "original"}, "merge": "none",
         })  # fmt: skip
         task = load_task(self.recipe.data)
-        options = [chain(f"int(bits={bits}, group=64)").links for bits in BITS]
-        self.bench = Workbench(self.recipe, task, applied={name: options for names in units() for name in names})
+        self.options = [chain(f"int(bits={bits}, group=64)").links for bits in BITS]
+        self.bench = Workbench(self.recipe, task, applied={name: self.options for names in units() for name in names})
         model, tokenizer = self.bench.model, self.bench.tokenizer
-        records = task.split("validation")
-        self.rows = RowMaker(tokenizer, False, 512, vocabulary_of(model)).examples(task.kind, records)
+        make = RowMaker(tokenizer, False, 512, vocabulary_of(model))
+        self.rows = make.examples(task.kind, task.split("validation"))
+        self.sample = make.examples(task.kind, random.Random(0).sample(task.split("train"), SAMPLES))
         self.collate = Collator(pad_id(tokenizer, vocabulary_of(model)))
 
     @torch.inference_mode()
-    def validate(self) -> tuple[float, float]:
-        """Return the loss, in nats per token, and the accuracy of the model as it stands."""
+    def loss(self, rows: Sequence[Example]) -> tuple[float, float]:
+        """Return the loss, in nats per token, and the accuracy of the model as it stands on these rows."""
         loss, tokens, right = 0.0, 0, 0
         with in_evaluation(self.bench.model):
-            for at in range(0, len(self.rows), 64):
-                batch = self.collate(self.rows[at : at + 64])
+            for at in range(0, len(rows), 64):
+                batch = self.collate(rows[at : at + 64])
                 labels = batch.pop("labels")[:, 1:]
                 logits = self.bench.model(**batch).logits[:, :-1]
                 counted = labels != IGNORED
                 each = torch.nn.functional.cross_entropy(logits[counted], labels[counted], reduction="sum")
                 loss, tokens = loss + each.item(), tokens + int(counted.sum())
                 right += int(((logits.argmax(-1) == labels) | ~counted).all(1).sum())
-        return loss / tokens, right / len(self.rows)
+        return loss / tokens, right / len(rows)
+
+    def direct(self, assignment: Assignment) -> float:
+        """Return the loss of the mixture on training records, under the adapters that the model has."""
+        bench = self.bench
+        for names, bits in zip(units(), assignment[0], strict=True):
+            for name in names:
+                bench.record.layers[name].base = copied(bench.base(name, self.options[BITS.index(bits)]))
+        loss, _ = self.loss(self.sample)
+        for name, layer in bench.record.layers.items():
+            layer.base = bench.base(name, ())
+        return loss
 
     def line(self, number: int, assignment: Assignment, length: str) -> dict[str, Any]:
         started = process_time()
-        settings = self.recipe.train.model_dump() | {"max_steps": STEPS[length]}
+        steps, batch = LENGTHS[length]
+        settings = self.recipe.train.model_dump() | {"max_steps": steps, "batch_size": batch}
         with self.bench.candidate(layers(assignment)) as model:
             trained = train(model, self.bench.tokenizer, self.bench.task, seed=0, progress=False, **settings)
-            loss, accuracy = self.validate()
+            loss, accuracy = self.loss(self.rows)
             size = footprint(model)
         return {
-            "id": number, "length": length, "steps": STEPS[length], "bits": assignment[0], "ranks": assignment[1],
+            "id": number, "length": length, "steps": steps, "bits": assignment[0], "ranks": assignment[1],
             "train_loss": trained.stages[0].losses[-1][1], "validation_loss": loss, "accuracy": accuracy,
             "nbytes": size.nbytes, "bits_per_weight": size.bits_per_weight,
             "seconds": round(process_time() - started, 2),
@@ -157,11 +172,11 @@ class Table:
 
 
 def work() -> list[tuple[int, str]]:
-    """All trainings: the held-back assignments first, then the others."""
+    """All trainings: those of the held-back assignments first, then short ones of the others."""
     back, number = held_back(), len(assignments())
     others = random.Random(3).sample([each for each in range(number) if each not in back], number - len(back))
-    short = [(each, "short") for each in (*back, *others)]
-    return [*short[:100], *((each, "eighth") for each in back), *((each, "full") for each in full()), *short[100:]]
+    known = random.Random(2).sample(back, len(back))
+    return [(each, length) for length in LENGTHS for each in known] + [(each, "short") for each in others]
 
 
 def fill(limit: int | None, path: Path) -> None:
@@ -178,6 +193,153 @@ def fill(limit: int | None, path: Path) -> None:
         print(f"{row['nbytes']} bytes, {row['seconds']} s", flush=True)
 
 
+# --- Scores ----------------------------------------------------------------------------------------------------------
+def take_scores(path: Path) -> None:
+    """Write the scores of the untuned model and of tuned ones."""
+    table = Table()
+    bench = table.bench
+    found: dict[str, Any] = {"units": units(), "bits": BITS, "ranks": RANKS, "samples": SAMPLES}
+    weights = {name: bench.base(name, ()).matrix() for name in bench.layers}
+    found["weight_error"] = {
+        name: [
+            float((bench.base(name, option).matrix() - weight).square().sum() / weight.square().sum())
+            for option in table.options
+        ]
+        for name, weight in weights.items()
+    }  # fmt: skip
+    for title, steps in STATES.items():
+        started = process_time()
+        with bench.tuned(steps) if steps else nullcontext(bench.model):
+            tuned = process_time()
+            whole = [min(weight.shape) for weight in weights.values()]
+            options = dict.fromkeys(bench.layers, table.options)
+            scores = gradient_scores(bench, options, [*RANKS, max(whole)], SAMPLES)
+            gradient = process_time()
+            found[title] = {
+                "steps": steps,
+                "fisher": {name: [scores.fisher[name, option] for option in table.options] for name in bench.layers},
+                "energy": scores.energy,
+                "entropy": entropy(bench, SAMPLES),
+                "seconds": {
+                    "tuning": tuned - started, "gradient": gradient - tuned, "entropy": process_time() - gradient,
+                },
+                "direct": {number: table.direct(assignments()[number]) for number in held_back()},
+            }  # fmt: skip
+        print(title, found[title]["seconds"], flush=True)
+    with bench.candidate(layers(((BITS[-1],) * len(units()), (RANKS[-1],) * len(units())))):
+        found["entropy_quantized"] = entropy(bench, SAMPLES)
+    path.write_text(json.dumps(found) + "\n")
+
+
+# --- Correlations ----------------------------------------------------------------------------------------------------
+def predictions(rows: Sequence[dict[str, Any]], scores: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return predictor -> its value for each row, larger where the loss should be larger."""
+    error, quantized = scores["weight_error"], _from_least(scores["entropy_quantized"])
+    least = {"bits": (BITS[0],) * len(units()), "ranks": (RANKS[0],) * len(units())}
+
+    def total(value: Callable[[str, int, int], float]) -> np.ndarray:
+        """Sum over the layers, relative to the least bits and ranks; `value` takes a layer, and places in both."""
+        sums = np.array([
+            sum(
+                value(name, BITS.index(bits), RANKS.index(rank))
+                for names, bits, rank in zip(units(), row["bits"], row["ranks"], strict=True)
+                for name in names
+            )
+            for row in (*rows, least)
+        ])  # fmt: skip
+        return sums[:-1] / sums[-1]
+
+    found = {
+        "bytes": -np.array([row["nbytes"] for row in rows], float),
+        "bits per weight": -np.array([row["bits_per_weight"] for row in rows]),
+        "ranks": total(lambda name, bits, rank: 1 - RANKS[rank] / RANKS[-1]),
+        "weight error": total(lambda name, bits, rank: error[name][bits]),
+    }
+    less = total(lambda name, bits, rank: quantized[name] * (1 - RANKS[rank] / RANKS[-1]))
+    for state in STATES:
+        one = scores[state]
+        information = total(_weighted(error, _from_least(one["entropy"])))
+        fisher = total(lambda name, bits, rank, one=one: one["fisher"][name][bits])
+        energy = total(lambda name, bits, rank, one=one: one["energy"][name][-2] - one["energy"][name][rank])
+        found |= {
+            f"entropy, bits, {state}": information,
+            f"entropy, bits and ranks, {state}": (information + less) / 2,
+            f"gradient norm, bits, {state}": total(
+                _weighted(error, {name: values[-1] ** 0.5 for name, values in one["energy"].items()})
+            ),
+            f"Fisher, bits, {state}": fisher,
+            f"energy, ranks, {state}": energy,
+            f"Fisher and energy, {state}": (fisher + energy) / 2,
+            f"direct, {state}": np.array([one["direct"][str(row["id"])] for row in rows]),
+        }
+    return found
+
+
+def _weighted(error: dict[str, list[float]], weight: dict[str, float]) -> Callable[[str, int, int], float]:
+    return lambda name, bits, rank: weight[name] * error[name][bits]
+
+
+def _from_least(values: dict[str, float]) -> dict[str, float]:
+    """Return the values counted from the least, as `start: entropy` takes them."""
+    return {name: value - min(values.values()) for name, value in values.items()}
+
+
+def spearman(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = ()) -> float:
+    """Return the rank correlation of x and y, or their partial one at equal values of others."""
+    ranked = [rankdata(each) for each in (x, y)]
+    if given:
+        known = np.column_stack([np.ones(len(x)), *map(rankdata, given)])
+        ranked = [each - known @ np.linalg.lstsq(known, each, rcond=None)[0] for each in ranked]
+    return float(np.corrcoef(*ranked)[0, 1])
+
+
+def interval(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = ()) -> tuple[float, float, float]:
+    """Return the correlation and its 95 % interval over 2,000 bootstrap samples of the assignments."""
+    draw = np.random.default_rng(0)
+    values = []
+    for _ in range(2000):
+        at = draw.integers(len(x), size=len(x))
+        values.append(spearman(x[at], y[at], [each[at] for each in given]))
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return spearman(x, y, given), float(low), float(high)
+
+
+def report(path: Path, scores: Path) -> str:
+    """Return the table of docs/search.md."""
+    by_length: dict[str, dict[int, dict[str, Any]]] = {length: {} for length in LENGTHS}
+    for row in read(path):
+        by_length[row["length"]][row["id"]] = row
+    full = by_length["full"]
+    rows = list(full.values())
+    loss = np.array([row["validation_loss"] for row in rows])
+    wrong = 1 - np.array([row["accuracy"] for row in rows])
+    found = predictions(rows, json.loads(scores.read_text()))
+    for length, title in (("short", "training on 0.4 of the records"), ("eighth", "training of 1/8 length")):
+        known = by_length[length]
+        if all(number in known for number in full):
+            found[title] = np.array([known[number]["validation_loss"] for number in full])
+    size, bits = found["bytes"], found["bits per weight"]
+    lines = [
+        f"{len(rows)} assignments; loss {loss.min():.3f} to {loss.max():.3f}, accuracy {1 - wrong.max():.3f} to "
+        f"{1 - wrong.min():.3f}, rank correlation of loss and accuracy {-spearman(loss, wrong):+.2f}",
+        "",
+        "| predictor | loss | accuracy | loss at equal bytes | loss at equal bytes and bits per weight |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, values in found.items():
+        cells = [
+            _cell(values, loss, ()), _cell(values, wrong, ()), "" if name == "bytes" else _cell(values, loss, [size]),
+            "" if values is size or values is bits else _cell(values, loss, [size, bits]),
+        ]  # fmt: skip
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray]) -> str:
+    value, low, high = interval(x, y, given)
+    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 def read(path: Path = TABLE) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -185,12 +347,18 @@ def read(path: Path = TABLE) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", action="store_true", help="train what the table does not have yet")
+    parser.add_argument("--scores", action="store_true", help="take the scores of layers")
+    parser.add_argument("--report", action="store_true", help="print the correlations")
     parser.add_argument("--limit", type=int, help="train at most so many")
     parser.add_argument("--table", type=Path, default=TABLE)
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if asked.train:
         fill(asked.limit, asked.table)
+    if asked.scores:
+        take_scores(SCORES)
+    if asked.report:
+        print(report(asked.table, SCORES))
 
 
 if __name__ == "__main__":
