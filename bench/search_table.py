@@ -11,9 +11,9 @@ are structured: uniform ones, ones that rise or fall with depth, and ones where 
 
 Each line of the table is one training:
 
-    id, length     number of the assignment; "full", and of the 40 held-back assignments all lengths (`LENGTHS`)
+    id, length     number of the assignment, and the key of `LENGTHS`: "full", and all others for 40 held-back ones
     bits, ranks    of each unit, in the order of `units()`
-    steps          linear schedule from 10 times LoRA's default rate, seed 0, the same batches for all
+    steps          linear schedule from 10 times LoRA's default rate; the same batches for all
     train_loss     of the last step; validation_loss over all validation records; both in nats per token
     accuracy       fraction of validation records of which every answer token is the most likely one: what greedy
                    decoding gets right
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -55,8 +56,9 @@ ROLES = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "output": ("self_attn.o_proj",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",),
 }  # fmt: skip
-LENGTHS = {"short": (48, 16), "full": (60, 32), "eighth": (8, 32)}
-"""Steps and records of a step: a full training, one of 0.4 of its records, and one of an eighth of its steps."""
+LENGTHS = {"short": (48, 16, 0), "full": (60, 32, 0), "eighth": (8, 32, 0), "again": (60, 32, 1)}
+"""Steps, records of a step and seed: 0.4 of the records of a full training, a full one, an eighth of its steps, and a
+full one of another seed, which shows how much of a loss is chance."""
 STATES = {"untuned": 0, "tuned": 12}
 """Steps of tuning before scores are taken: none, or a fifth of a full training."""
 SAMPLES = 128
@@ -117,7 +119,7 @@ class Table:
     def __init__(self) -> None:
         self.recipe = Recipe.parse({
             "model": "playground", "chain": "int(bits=4, group=64) >> lora(r=8)", "data": {"task": TASK},
-            "train": {"max_steps": LENGTHS["full"][0], "batch_size": LENGTHS["full"][1], "lr_scale": 10},
+            "train": {"max_steps": 60, "batch_size": 32, "lr_scale": 10},
             "calibration": {"inputs": "original"}, "merge": "none",
         })  # fmt: skip
         task = load_task(self.recipe.data)
@@ -157,10 +159,10 @@ class Table:
 
     def line(self, number: int, assignment: Assignment, length: str) -> dict[str, Any]:
         started = process_time()
-        steps, batch = LENGTHS[length]
+        steps, batch, seed = LENGTHS[length]
         settings = self.recipe.train.model_dump() | {"max_steps": steps, "batch_size": batch}
         with self.bench.candidate(layers(assignment)) as model:
-            trained = train(model, self.bench.tokenizer, self.bench.task, seed=0, progress=False, **settings)
+            trained = train(model, self.bench.tokenizer, self.bench.task, seed=seed, progress=False, **settings)
             loss, accuracy = self.loss(self.rows)
             size = footprint(model)
         return {
@@ -172,11 +174,11 @@ class Table:
 
 
 def work() -> list[tuple[int, str]]:
-    """All trainings: those of the held-back assignments first, then short ones of the others."""
+    """All trainings: those of the held-back assignments first, then full ones of the others."""
     back, number = held_back(), len(assignments())
     others = random.Random(3).sample([each for each in range(number) if each not in back], number - len(back))
     known = random.Random(2).sample(back, len(back))
-    return [(each, length) for length in LENGTHS for each in known] + [(each, "short") for each in others]
+    return [(each, length) for length in LENGTHS for each in known] + [(each, "full") for each in others]
 
 
 def fill(limit: int | None, path: Path) -> None:
@@ -249,11 +251,14 @@ def predictions(rows: Sequence[dict[str, Any]], scores: dict[str, Any]) -> dict[
         ])  # fmt: skip
         return sums[:-1] / sums[-1]
 
+    fewer = total(lambda name, bits, rank: 1 - RANKS[rank] / RANKS[-1])
+    worse = total(lambda name, bits, rank: error[name][bits])
     found = {
         "bytes": -np.array([row["nbytes"] for row in rows], float),
         "bits per weight": -np.array([row["bits_per_weight"] for row in rows]),
-        "ranks": total(lambda name, bits, rank: 1 - RANKS[rank] / RANKS[-1]),
-        "weight error": total(lambda name, bits, rank: error[name][bits]),
+        "ranks": fewer,
+        "weight error, bits": worse,
+        "weight error and ranks": (worse + fewer) / 2,
     }
     less = total(lambda name, bits, rank: quantized[name] * (1 - RANKS[rank] / RANKS[-1]))
     for state in STATES:
@@ -314,10 +319,14 @@ def report(path: Path, scores: Path) -> str:
     loss = np.array([row["validation_loss"] for row in rows])
     wrong = 1 - np.array([row["accuracy"] for row in rows])
     found = predictions(rows, json.loads(scores.read_text()))
-    for length, title in (("short", "training on 0.4 of the records"), ("eighth", "training of 1/8 length")):
+    titles = {
+        "eighth": "training of 1/8 length",
+        "short": "training on 0.4 of the records",
+        "again": "training with another seed",
+    }
+    for length, title in titles.items():
         known = by_length[length]
-        if all(number in known for number in full):
-            found[title] = np.array([known[number]["validation_loss"] for number in full])
+        found[title] = np.array([known[number]["validation_loss"] if number in known else math.nan for number in full])
     size, bits = found["bytes"], found["bits per weight"]
     lines = [
         f"{len(rows)} assignments; loss {loss.min():.3f} to {loss.max():.3f}, accuracy {1 - wrong.max():.3f} to "
@@ -336,8 +345,12 @@ def report(path: Path, scores: Path) -> str:
 
 
 def _cell(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray]) -> str:
-    value, low, high = interval(x, y, given)
-    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+    known = np.isfinite(x)
+    if known.sum() < 10:
+        return ""
+    value, low, high = interval(x[known], y[known], [each[known] for each in given])
+    text = f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+    return text if known.all() else f"{text}, n = {known.sum()}"
 
 
 def read(path: Path = TABLE) -> list[dict[str, Any]]:

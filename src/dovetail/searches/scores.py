@@ -42,6 +42,7 @@ from dovetail.chains.linalg import times_transposed
 from dovetail.compression.blocks import blocks_of
 from dovetail.compression.passes import without_cache
 from dovetail.errors import NotFinite, SearchError
+from dovetail.models.layouts import ConvLayout
 from dovetail.searches.trial import Applied, Workbench
 from dovetail.tasks.finite import not_finite
 from dovetail.tasks.lengths import in_evaluation, length_limit
@@ -82,7 +83,7 @@ def gradient_scores(
     """
     layers, labels = {name: bench.record.layers[name] for name in options}, 0
     for name, layer in layers.items():
-        if getattr(layer.layout, "groups", 1) > 1:
+        if isinstance(layer.layout, ConvLayout) and layer.layout.groups > 1:
             rule = "the gradient score needs one matrix for all inputs of a layer"
             fix = "leave the layer out of the targets, or set start: uniform"
             raise SearchError(f"score of {name}", found="a convolution in groups", rule=rule, fix=fix)
@@ -114,11 +115,14 @@ def gradient_scores(
             loss.backward()
             labels += counted
     energy = {}
-    for name, layer in layers.items():
-        gradient = gradients.pop(name, None)
-        square = torch.zeros(1) if gradient is None else _spectrum(name, gradient / labels).square().cumsum(0)
-        side = min(layer.layout.out_features, layer.layout.in_features, len(square))
-        energy[name] = tuple(float(square[min(rank, side) - 1]) for rank in ranks)
+    for name in layers:
+        if name in gradients:
+            gradient_oi = gradients.pop(name) / labels
+            _check_finite(name, float(gradient_oi.abs().max()))
+            square = torch.linalg.svdvals(gradient_oi.double()).square().cumsum(0)
+        else:
+            square = torch.zeros(1)
+        energy[name] = tuple(float(square[min(rank, len(square)) - 1]) for rank in ranks)
     scores = GradientScores({key: value / labels for key, value in fisher.items()}, energy)
     for (name, _), value in scores.fisher.items():
         _check_finite(name, value)
@@ -244,13 +248,6 @@ def _watched(layers: Mapping[str, ChainLinear], see: Callable[[str, Tensor, Tens
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _spectrum(name: str, gradient_oi: Tensor) -> Tensor:
-    """Return the singular values, float64, the largest first."""
-    if not bool(gradient_oi.isfinite().all()):
-        _check_finite(name, math.nan)
-    return torch.linalg.svdvals(gradient_oi.double())
 
 
 # --- Entropy ---------------------------------------------------------------------------------------------------------
