@@ -4,6 +4,7 @@ Two variables are for `tests/portable.py`: DOVETAIL_TEST_THREADS is the number o
 names a package that tests must not find, as if it were not installed.
 """
 
+import gc
 import os
 from importlib.machinery import PathFinder
 
@@ -21,6 +22,12 @@ if missing := os.environ.get("DOVETAIL_TEST_WITHOUT"):
 import torch  # noqa: E402
 
 torch.set_num_threads(int(THREADS))
+
+
+def pytest_collection_finish():
+    """Exempt all that is imported by now from garbage collection, which the Trainer forces at every start."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_ignore_collect(collection_path):

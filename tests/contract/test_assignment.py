@@ -96,7 +96,11 @@ def mixed(family: str, *parts: tuple[str, str, str]):
 
 CASES = [
     *[(family, q, a, "regrid") for family in FAMILIES for q, a in (("int", "lora"), ("gptq", "dora"))],
-    *[("llama", q, a, c) for q in QUANTIZERS for a in ADAPTERS for c in ("", "regrid")],
+    *[
+        ("llama", quantizer, adapter, ("", "regrid")[(row + column) % 2])
+        for row, quantizer in enumerate(QUANTIZERS)
+        for column, adapter in enumerate(ADAPTERS)
+    ],
 ]
 
 

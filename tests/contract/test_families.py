@@ -49,8 +49,13 @@ def merge_and_reload(model: PreTrainedModel, inputs: dict[str, Tensor], folder: 
     return report
 
 
-@pytest.mark.parametrize("text", CLOSED)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        *((family, CLOSED[0]) for family in FAMILIES),
+        *((family, text) for family in ("llama", "gpt2", "falcon", "mixtral", "t5", "bert") for text in CLOSED[1:]),
+    ],
+)
 def test_merged_saved_and_loaded_logits_are_the_same_bits(family: str, text: str, tmp_path: Path) -> None:
     model = make(family)
     stock = {name: type(module) for name, module in model.named_modules()}

@@ -132,8 +132,8 @@ def assert_adding_closes(text: str, missing: list[str]) -> None:
     assert torch.equal(model(x), before)
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS[::2])
-@pytest.mark.parametrize("pruner", PRUNERS[::2])
+@pytest.mark.parametrize("quantizer", QUANTIZERS[::3])
+@pytest.mark.parametrize("pruner", PRUNERS[::3])
 def test_pruned_and_quantized_needs_both_closers(pruner: str, quantizer: str) -> None:
     for adapter in [text for text in ADAPTERS if kind_of(text) == "adapt"]:
         text = f"{pruner} >> {quantizer} >> {adapter}"

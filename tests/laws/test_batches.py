@@ -14,7 +14,8 @@ from families import CONFIGS, ENCODERS, make
 from small_models import WORDS, make_tokenizer
 from unusual_models import unusual
 
-DECODERS = [name for name in CONFIGS if name not in ENCODERS]
+ALIKE = ["mistral", "qwen2", "gemma", "t5_gated"]  # they differ from another family in widths and activations only
+DECODERS = [name for name in CONFIGS if name not in (*ENCODERS, *ALIKE)]
 CHANGED_BY_PADDING = ["rwkv", "xlnet"]
 UNUSUAL = [*CHANGED_BY_PADDING, "mamba", "mpt", "led", "longt5"]
 PROMPTS = [" ".join(WORDS[at % 14] for at in range(start, start + length)) for start, length in
@@ -50,7 +51,7 @@ def test_a_language_model_scores_the_same_in_batches_of_any_size(name: str, kind
     else:
         task = Task("t", kind, "perplexity", {"test": [{"text": text} for text in PROMPTS]})
     scores, said = outputs(model, task, 1)
-    for size in (3, 7):
+    for size in (3, 7) if name in UNUSUAL else (3,):
         found, texts = outputs(model, task, size)
         assert texts == said
         assert found == pytest.approx(scores, rel=1e-4)

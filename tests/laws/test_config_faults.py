@@ -7,7 +7,7 @@ import resource
 from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import pytest
@@ -97,11 +97,11 @@ LAYERS = {"llama": "num_hidden_layers", "gpt2": "n_layer", "t5": "num_layers", "
 def test_a_number_of_layers_has_a_bound(name: str, count: int, folders: dict[str, Any]) -> None:
     folder, said = folders[name]
     (folder / "config.json").write_text(json.dumps(said | {LAYERS[name]: count}))
-    started = perf_counter()
+    started = process_time()
     for call in (lambda: dovetail.load(folder), lambda: plan("lora(r=2)", folder, memory=False)):
         with pytest.raises(LoadError, match=LAYERS[name]):
             call()
-    assert perf_counter() - started < 5
+    assert process_time() - started < 5
 
 
 def test_a_config_made_in_python_has_the_same_bound() -> None:

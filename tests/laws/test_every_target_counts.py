@@ -62,8 +62,13 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("text", ["lora(r=2)", "ia3"])
-@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *((name, "lora(r=2)") for name in (*FAMILIES, *OTHERS)),
+        *((name, "ia3") for name in ("llama", "gpt2", "bloom", "mixtral", "t5", "bert", *OTHERS)),
+    ],
+)
 def test_each_layer_of_all_linear_moves_the_outputs(name: str, text: str) -> None:
     torch.manual_seed(0)
     model = dovetail.apply({**FAMILIES, **OTHERS}[name]().eval(), text)

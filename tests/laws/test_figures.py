@@ -19,7 +19,7 @@ from dovetail.runs.plan import plan
 from dovetail.runs.report.summary import verdict
 from families import batch, make, move
 
-FAMILIES = ["llama", "gpt2", "mixtral", "gemma", "t5", "bert"]
+FAMILIES = ["llama", "gpt2", "mixtral", "t5", "bert"]
 CHAINS = [
     "lora(r=4)",
     "magnitude(0.5) >> lora(r=4) >> remask",

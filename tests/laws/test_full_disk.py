@@ -6,6 +6,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from safetensors.torch import load_file
 from dovetail.compression.apply import apply
 from dovetail.errors import OutputError
 from dovetail.runs.flow import run
+from dovetail.runs.report.record import Report
 from dovetail.training.train import train
 from small_models import SUMS, llama, make_tokenizer, parameters, same
 from small_runs import small_recipe
 
-SETTINGS = {"max_steps": 3, "batch_size": 8, "checkpoint_every": 1, "progress": False}
+SETTINGS = {"max_steps": 2, "batch_size": 8, "checkpoint_every": 1, "progress": False}
 
 
 @contextmanager
@@ -52,15 +54,24 @@ def test_a_training_goes_on_after_a_full_disk(nbytes: int, expected: dict[str, t
     assert same(parameters(model), expected)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Report, Path]:
+    """Return a recipe, the report of a run of it that nothing stopped, and the run's folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = small_recipe(folder)
+    return recipe, run(recipe, output=folder / "run", progress=False), folder / "run"
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("nbytes", [1000, 20_000, 60_000])
-def test_a_run_goes_on_after_a_full_disk(nbytes: int, tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path)
-    expected = run(recipe, output=tmp_path / "whole", progress=False)
+def test_a_run_goes_on_after_a_full_disk(
+    nbytes: int, whole: tuple[dict[str, Any], Report, Path], tmp_path: Path
+) -> None:
+    recipe, expected, folder = whole
     with files_of_at_most(nbytes), pytest.raises(OutputError, match="MB are free") as full:
         run(recipe, output=tmp_path / "run", progress=False)
     assert str(tmp_path / "run") in full.value.where
     found = run(recipe, output=tmp_path / "run", progress=False)
     assert found.merge == expected.merge
-    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "whole"))
+    one, other = (load_file(place / "model" / "model.safetensors") for place in (tmp_path / "run", folder))
     assert all(torch.equal(one[key], other[key]) for key in other)

@@ -30,15 +30,20 @@ def trained(model: nn.Module, name: str, steps: int = 3, **settings: Any) -> lis
     return report.stages[-1].without_gradient
 
 
-@pytest.mark.parametrize("chain", ADAPTERS)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert", "opt"])
+@pytest.mark.parametrize(
+    ("name", "chain"),
+    [
+        *(("llama", chain) for chain in ADAPTERS),
+        *((name, chain) for name in ("gpt2", "t5", "bert", "opt") for chain in ("lora(r=2)", "ia3")),
+    ],
+)
 def test_nothing_is_named_where_all_can_move(name: str, chain: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert trained(dovetail.apply(make(name), chain), name, warmup=0.3) == []
     assert "no gradient" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 5])
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name in ("llama", "gpt2", "gemma3", "phi3", "bert")])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "phi3", "bert"])
 def test_a_layer_that_the_loss_does_not_reach_is_named(
     name: str, steps: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,10 +73,14 @@ def test_it_is_quiet_on_request(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "chain",
-    [*ADAPTERS, "int(bits=4, group=32) >> lora(r=2) >> regrid", "magnitude(0.5) >> loha(r=2) >> remask"],
+    ("chain", "bias"),
+    [
+        *((chain, True) for chain in ADAPTERS),
+        ("lora(r=2)", False),
+        ("int(bits=4, group=32) >> lora(r=2) >> regrid", False),
+        ("magnitude(0.5) >> loha(r=2) >> remask", True),
+    ],
 )
-@pytest.mark.parametrize("bias", [False, True])
 def test_a_model_that_adds_to_the_output_of_a_layer_in_place_trains(bias: bool, chain: str) -> None:
     """Falcon adds its attention to the output of its feed-forward layers, in place."""
     config = CONFIGS["falcon"]()

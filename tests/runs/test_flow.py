@@ -45,15 +45,21 @@ def left_in(folder, output):
     return sorted(path.name for path in folder.iterdir() if path.name.startswith(output))
 
 
-def test_a_run_directory(tmp_path):
-    seen = []
-    report = quiet(small_recipe(tmp_path), tmp_path / "new" / "run", on_row=lambda row: seen.append(row.name))
-    folder = tmp_path / "new" / "run"
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of the small recipe: its folder, its report, and the names of the rows in the order that they came."""
+    seen, place = [], tmp_path_factory.mktemp("finished")
+    report = quiet(small_recipe(place), place / "new" / "run", on_row=lambda row: seen.append(row.name))
+    return place / "new" / "run", report, seen
+
+
+def test_a_run_directory(finished):
+    folder, report, seen = finished
     assert seen == ["base", "pruned", "quantized", "tuned", "merged"]
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter", "log.jsonl", "model", "packed", "recipe.yaml", "report.html", "report.json"
     ]  # fmt: skip
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["run"]
+    assert [path.name for path in folder.parent.iterdir()] == ["run"]
     written = json.loads((folder / "report.json").read_text())
     assert set(written) == FIELDS
     assert all(set(row) == {"name", "metrics", "footprint", "seconds"} for row in written["stages"])
@@ -281,14 +287,12 @@ def test_memory_is_predicted(tmp_path):
     assert planned.trainable_parameters == tuned.trainable_parameters == report.footprint.trainable_parameters
 
 
-def test_a_packed_model_is_loaded_scored_and_adapted_like_any_other(tmp_path):
-    report = quiet(small_recipe(tmp_path), tmp_path / "run")
-    model, _ = load(tmp_path / "run" / "packed")
+def test_a_packed_model_is_loaded_scored_and_adapted_like_any_other(finished, tmp_path):
+    run_folder, report, _ = finished
+    model, _ = load(run_folder / "packed")
     assert chain_layers(model)
     with pytest.warns(HistoryWarning, match=r"gives up the zeros .* and its quantization grid"):
-        again = quiet(
-            small_recipe(tmp_path, model=str(tmp_path / "run" / "packed"), chain="lora(r=2)"), tmp_path / "more"
-        )
+        again = quiet(small_recipe(tmp_path, model=str(run_folder / "packed"), chain="lora(r=2)"), tmp_path / "more")
     assert again.merge.given_up == ("zeros", "grid")
     assert "gave up the zeros and the grid" in again.verdict
     assert again.row("base").metrics == report.row("merged").metrics
@@ -297,9 +301,9 @@ def test_a_packed_model_is_loaded_scored_and_adapted_like_any_other(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["model", "packed"])
-def test_a_run_continues_on_the_zeros_and_the_grid_of_an_earlier_run(folder, tmp_path):
-    first = quiet(small_recipe(tmp_path), tmp_path / "run")
-    chain, base = "lora(r=2) >> remask >> regrid", str(tmp_path / "run" / folder)
+def test_a_run_continues_on_the_zeros_and_the_grid_of_an_earlier_run(folder, finished, tmp_path):
+    run_folder, first, _ = finished
+    chain, base = "lora(r=2) >> remask >> regrid", str(run_folder / folder)
     planned = plan(chain, base, memory=False)
     again = quiet(small_recipe(tmp_path, model=base, chain=chain), tmp_path / "more")
     assert planned.legal

@@ -33,7 +33,8 @@ def recipe_of(folder, name: str, **changes) -> tuple[Recipe, dict[str, str], dic
     text, arguments = CHAINS[name]
     common, *others = (text.format(*each) for each in arguments)
     calibration = {"samples": 16, "inputs": "original"}
-    given = small_recipe(folder, chain=common, merge="none", calibration=calibration, **changes)
+    training = {"max_steps": 2, "batch_size": 8}
+    given = small_recipe(folder, chain=common, merge="none", calibration=calibration, **{"train": training, **changes})
     recipe = Recipe.parse(given)
     applied = [chain(each).links[: next(i for i, link in enumerate(chain(each)) if link.differentiable)]
                for each in (common, *others)]  # fmt: skip
@@ -75,7 +76,7 @@ def expect_equal(seen: dict[str, torch.Tensor], folder) -> None:
 
 
 @pytest.mark.parametrize(("name", "changes"), [
-    *[(name, {}) for name in CHAINS], ("int", {"train": {"max_steps": 4, "batch_size": 8, "bf16": True}}),
+    *[(name, {}) for name in CHAINS], ("int", {"train": {"max_steps": 2, "batch_size": 8, "bf16": True}}),
 ])  # fmt: skip
 def test_a_trial_is_a_run_of_its_recipe(tmp_path, name, changes):
     recipe, layers, applied = recipe_of(tmp_path, name, **changes)
@@ -132,15 +133,15 @@ def test_trials_keep_no_memory(tmp_path):
 
     bench.trial(layers)
     before = live()
-    for number in range(10):
+    for number in range(4):
         bench.trial(layers if number % 2 else {})
     assert live() == before
 
 
 def test_bases_beyond_the_budget_are_mapped_from_a_file(tmp_path):
     recipe, layers, applied = recipe_of(tmp_path, "gptq")
-    whole = bench_of(recipe, applied)
-    mapped = bench_of(recipe, applied, folder=tmp_path / "cache", cache_nbytes=20_000)
+    whole = bench_of(recipe, applied, samples=4)
+    mapped = bench_of(recipe, applied, samples=4, folder=tmp_path / "cache", cache_nbytes=20_000)
     assert (tmp_path / "cache" / BASES).stat().st_size > 20_000
     one, other = watched(whole), watched(mapped)
     assert whole.trial(layers).score == mapped.trial(layers).score
@@ -148,12 +149,12 @@ def test_bases_beyond_the_budget_are_mapped_from_a_file(tmp_path):
 
 
 def test_rungs_go_on_from_their_checkpoints(tmp_path):
-    recipe, layers, applied = recipe_of(tmp_path, "int", train={"max_steps": 6, "batch_size": 8})
-    bench = bench_of(recipe, applied)
+    recipe, layers, applied = recipe_of(tmp_path, "int", train={"max_steps": 3, "batch_size": 8})
+    bench = bench_of(recipe, applied, samples=4)
     seen = watched(bench)
-    rungs = [bench.trial(layers, steps, folder=tmp_path / "kept") for steps in (2, 4, 6)]
-    assert [trial.steps for trial in rungs] == [2, 4, 6]
-    again = bench.trial(layers, 6, folder=tmp_path / "kept")  # finished already
+    rungs = [bench.trial(layers, steps, folder=tmp_path / "kept") for steps in (1, 2, 3)]
+    assert [trial.steps for trial in rungs] == [1, 2, 3]
+    again = bench.trial(layers, 3, folder=tmp_path / "kept")  # finished already
     whole = bench.trial(layers)
     assert whole.loss == rungs[2].loss == again.loss
     assert all(torch.equal(seen[2][key], seen[4][key]) for key in seen[2])

@@ -166,23 +166,23 @@ def test_the_model_is_left_at_the_best_ranks(trained):
         {"text": record["prompt"] + record["answer"]} for record in SUMS.split("validation")
     ]})  # fmt: skip
     draw_ranks(groups(model), "whatever it runs at")
-    found = search_ranks(model, tokenizer, task, turns=4, neighbours=5, step=3, samples=12, progress=False)
+    found = search_ranks(model, tokenizer, task, turns=3, neighbours=4, step=3, samples=12, progress=False)
     assert found.best < found.start  # a perplexity: smaller is better, and some other ranks fit better than these
     assert ranks(model) == found.ranks
     assert set(found.ranks.values()) <= {6, 4, 2}
     proxy = proxy_task(task, "validation", 12, 0)
     assert len(proxy.split("validation")) == found.samples == 12
     assert evaluate(model, tokenizer, proxy, split="validation", progress=False)["sums"]["perplexity"] == found.best
-    assert found.evaluations == len(found.history) == 1 + 4 * 5
+    assert found.evaluations == len(found.history) == 1 + 3 * 4
     assert found.history[0] == (0, dict.fromkeys(found.ranks, 4), found.start)
     assert found.best == min(score for _, _, score in found.history)
-    again = search_ranks(model, tokenizer, task, turns=4, neighbours=5, step=3, samples=12, progress=False)
+    again = search_ranks(model, tokenizer, task, turns=3, neighbours=4, step=3, samples=12, progress=False)
     assert again == found
-    other = search_ranks(model, tokenizer, task, turns=4, neighbours=5, step=3, samples=12, seed=1, progress=False)
+    other = search_ranks(model, tokenizer, task, turns=3, neighbours=4, step=3, samples=12, seed=1, progress=False)
     assert other.history != found.history
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_best_is_at_least_the_start(trained, seed):
     found = search_ranks(trained, make_tokenizer(), SUMS, turns=3, neighbours=4, samples=10, seed=seed, progress=False)
     assert found.best >= found.start
@@ -215,7 +215,7 @@ def test_refusals_leave_the_ranks_as_they_were(trained, monkeypatch):
 # ---- in a run
 
 CHAIN = "wanda(0.5) >> int(bits=4, group=32) >> lora(r=6, elastic=[6, 4, 2]) >> remask >> regrid"
-SEARCH = {"turns": 3, "neighbours": 3, "samples": 15, "split": "train"}
+SEARCH = {"turns": 2, "neighbours": 2, "samples": 8, "split": "train"}
 
 
 def recipe_of(tmp_path, **changes):
@@ -231,7 +231,7 @@ def test_a_run_searches_before_it_merges(tmp_path):
     assert search.start is not None
     assert search.best is not None
     assert search.best >= search.start
-    assert (search.metric, search.split, search.samples) == ("exact_match", "train", 15)
+    assert (search.metric, search.split, search.samples) == ("exact_match", "train", 8)
     assert report.merge is not None
     assert report.merge.exact
     assert report.row("merged").metrics == report.row("searched").metrics
