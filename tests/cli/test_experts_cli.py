@@ -76,12 +76,13 @@ def test_pack_inspect_unpack(folder: Path, tmp_path: Path) -> None:
 
 def test_pack_with_a_sweep(folder: Path, tmp_path: Path) -> None:
     file, plot = tmp_path / "one.dvt", tmp_path / "sweep.png"
-    sweep = ["--sweep", "acceptability", "--limit", 16, "--plot", plot]
+    sweep = ["--sweep", "acceptability", "--limit", 8, "--plot", plot]
     result = command("pack", folder / "one", "-o", file, "--base", "playground", *sweep)
     assert result.exit_code == 0, result.exception
-    assert result.stderr.count("density") == 45
+    # A slow sweep also prints its progress, which names densities.
+    assert sum(line.startswith("density") for line in result.stderr.splitlines()) == 45
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert experts.load(file).header.provenance["sweep"] == {"task": "acceptability", "limit": 16}
+    assert experts.load(file).header.provenance["sweep"] == {"task": "acceptability", "limit": 8}
 
 
 def test_a_peft_adapter(folder: Path, tmp_path: Path) -> None:

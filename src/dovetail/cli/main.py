@@ -122,7 +122,7 @@ def search(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Continue a stopped search; else delete its trials.")
     ] = True,
-    only_plan: Annotated[
+    plan: Annotated[
         bool, typer.Option("--plan", help="Show the space, the trials, predicted time and memory; run nothing else.")
     ] = False,
     as_json: Json = False,
@@ -138,7 +138,7 @@ def search(
     from dovetail.searches.flow import search as run_search
 
     loaded = Recipe.load(recipe)
-    if only_plan:
+    if plan:
         cost = preview(loaded)
         if as_json:
             print_json(asdict(cost))
