@@ -28,10 +28,16 @@ SCRIPT = """
 import torch
 import dovetail
 from dovetail.chains.layer.linear import chain_layers
-from families import batch, logits, make
+from transformers import LlamaConfig, LlamaForCausalLM
 
-model = make("llama").eval()
-inputs = batch(model)
+def logits(model, inputs):
+    return model(**inputs).logits
+
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(
+    vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+)).eval()
+inputs = {"input_ids": torch.arange(24).view(2, 12)}
 dovetail.apply(model, "wanda(0.5) >> nf4 >> lora_fa(r=4) >> remask >> regrid", calibration=[inputs])
 start = logits(model, inputs).detach()
 optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)

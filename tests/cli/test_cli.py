@@ -132,7 +132,7 @@ def test_version(command):
 
 def test_ctrl_c_says_where_it_stopped_and_how_to_resume(tmp_path):
     recipe = small_recipe(
-        tmp_path, train={"max_steps": 100_000, "batch_size": 4, "checkpoint_every": 20}, evaluate={"limit": 4}
+        tmp_path, train={"max_steps": 100_000, "batch_size": 4, "checkpoint_every": 2}, evaluate={"limit": 4}
     )
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     command = [sys.executable, "-m", "dovetail", "run", "recipe.yaml", "-o", "out"]
@@ -203,12 +203,11 @@ def test_plan(command, tmp_path):
     assert code == 0
     assert f"{plan['nbytes']:,}" in out
     assert "trains nothing" not in out
+    assert "merges without loss" in out
     code, out, _ = command("plan", "lora >> nf4 >> regrid", "--model", model, "--no-memory")
     assert code == 0
     assert "note: stage 2 trains nothing: regrid follows no adapter." in out
     assert "trains nothing" not in command("plan", "wanda(0.5) >> nf4", "--model", model, "--no-memory")[1]
-    code, out, _ = command("plan", MAIN, "--model", model, "--batch-size", 4, "--length", 8)
-    assert "merges without loss" in out
     code, out, err = command("plan", "nf4 >> int", "--model", model)
     assert (code, out) == (2, "")
     assert "a chain has at most one quantizer" in err

@@ -275,9 +275,9 @@ def test_divergence_leaves_nothing(tmp_path):
 
 def test_memory_is_predicted(tmp_path):
     data = task("word_problems")
-    planned = plan(MAIN, "playground", task=data, batch_size=16)
+    planned = plan(MAIN, "playground", task=data, batch_size=8)
     report = quiet({
-        "model": "playground", "chain": MAIN, "data": "word_problems", "train": {"max_steps": 3, "batch_size": 16},
+        "model": "playground", "chain": MAIN, "data": "word_problems", "train": {"max_steps": 2, "batch_size": 8},
         "evaluate": {"limit": 8},
     }, tmp_path / "run")  # fmt: skip
     assert planned.predicted_peak_memory_nbytes == pytest.approx(report.peak_memory_nbytes, rel=0.1)
