@@ -96,7 +96,7 @@ def assign(common: str | Chain | Link, layers: Layers | None = None, held: Held 
 
     >>> found = assign("int(bits=4) >> lora(r=8)", {"down": "int(bits=8) >> lora(r=16)"})
     >>> found.texts
-    {'down': 'int(bits=8) >> lora(r=16)'}
+    {'down': 'int(bits=8, group=64) >> lora(r=16)'}
     """
     checked = check(common, held)
     return Assignment(checked, {pattern: _alike(pattern, text, checked) for pattern, text in (layers or {}).items()})
