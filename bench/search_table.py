@@ -327,30 +327,35 @@ def report(path: Path, scores: Path) -> str:
     for length, title in titles.items():
         known = by_length[length]
         found[title] = np.array([known[number]["validation_loss"] if number in known else math.nan for number in full])
-    size, bits = found["bytes"], found["bits per weight"]
+    size = found["bytes"]
+    again = np.array([by_length["again"].get(number, {}).get("validation_loss", math.nan) for number in full])
+    both = (loss + again) / 2
     lines = [
         f"{len(rows)} assignments; loss {loss.min():.3f} to {loss.max():.3f}, accuracy {1 - wrong.max():.3f} to "
-        f"{1 - wrong.min():.3f}, rank correlation of loss and accuracy {-spearman(loss, wrong):+.2f}",
+        f"{1 - wrong.min():.3f}, rank correlation of loss and accuracy {-spearman(loss, wrong):+.2f}; "
+        f"{np.isfinite(both).sum()} with two seeds",
         "",
-        "| predictor | loss | accuracy | loss at equal bytes | loss at equal bytes and bits per weight |",
-        "|---|---:|---:|---:|---:|",
+        "| predictor | loss | accuracy | loss at equal bytes | mean loss of two seeds | the same at equal bytes |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for name, values in found.items():
-        cells = [
-            _cell(values, loss, ()), _cell(values, wrong, ()), "" if name == "bytes" else _cell(values, loss, [size]),
-            "" if values is size or values is bits else _cell(values, loss, [size, bits]),
-        ]  # fmt: skip
+        cells = [_cell(values, target, given) for target, given in (
+            (loss, []), (wrong, []), (loss, [size]), (both, []), (both, [size])
+        ) if not (given and values is size)]  # fmt: skip
+        if values is size:
+            cells = [*cells[:2], "", cells[2], ""]
+        if name in titles.values():  # the loss of the table's seed is part of the mean
+            cells[3:] = ["", ""]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _cell(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray]) -> str:
-    known = np.isfinite(x)
+    known = np.isfinite(x) & np.isfinite(y)
     if known.sum() < 10:
         return ""
     value, low, high = interval(x[known], y[known], [each[known] for each in given])
-    text = f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
-    return text if known.all() else f"{text}, n = {known.sum()}"
+    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def read(path: Path = TABLE) -> list[dict[str, Any]]:
