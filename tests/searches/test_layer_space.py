@@ -11,8 +11,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dovetail
+from dovetail.cli.search_tables import trial_line
 from dovetail.errors import ChainError, DovetailError, RecipeError, SearchError
 from dovetail.models.targets import find_targets
+from dovetail.runs.flow import run
 from dovetail.runs.plan import plan
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Report
@@ -140,6 +142,58 @@ def test_bits_alone_are_scored_without_training(tmp_path):
     assert dovetail.footprint(dovetail.load(tmp_path / "found" / "best" / "packed")[0]).bits_per_weight <= 6.0
 
 
+@pytest.mark.parametrize("space", [
+    {"bits": [4, 8, 2], "ranks": [8, 2]}, {"int.group": [8, 16], "ranks": [4, 2]}, {"bits": [8, 4]},
+])  # fmt: skip
+def test_values_in_any_order_are_moved_into_the_budget(tmp_path, space):
+    free = LayerSpace(recipe_of(tmp_path, space=space))
+    ends = [[choose(free.choices, key=lambda c: free._cost(free.units[0], c, "nbytes"))] * len(free.units)
+            for choose in (min, max)]  # fmt: skip
+    least, most = (free.size(each)["bits_per_weight"] for each in ends)
+    fewest = free.size(ends[0])["trainable_parameters"]
+    for limit in (least, (least + most) / 2, most):
+        budget = {"bits_per_weight": limit, "trainable_parameters": fewest}
+        bounded = LayerSpace(recipe_of(tmp_path, space=space, budget=budget))
+        for seed in range(3):
+            params = bounded.params(drawn(bounded, seed))
+            assert bounded.fits(bounded.choices_of(bounded.repaired(params)))
+
+
+def test_the_sizes_after_a_round_with_mixed_grids(tmp_path):
+    given = recipe_of(tmp_path).model_dump(mode="json") | {"search": None}
+    mixed = {"down": CHAIN.replace("bits=4", "bits=8"), "layers.0.*": CHAIN.replace("bits=4", "bits=2")}
+    run(Recipe.parse(given | {"layers": mixed}), output=tmp_path / "round", progress=False)
+    search = {"kind": "layers", "space": {"ranks": [2, 4]}, "start": "none"}
+    again = {"model": str(tmp_path / "round" / "model"), "chain": "lora(r=4) >> remask >> regrid", "search": search}
+    space = LayerSpace(Recipe.parse(given | again))
+    recipe = space.candidate_recipe(Candidate(space.params(drawn(space, 0))))
+    found = plan(recipe.chain, recipe.model, layers=recipe.layers, memory=False)
+    size = space.size(drawn(space, 0))
+    assert size == {name: getattr(found, name) for name in size}
+
+
+@pytest.mark.parametrize("objectives", [["quality"], ["nbytes"], ["peak_memory", "trainable_parameters"]])
+def test_any_objectives_give_a_report(tmp_path, objectives):
+    recipe = recipe_of(tmp_path, objectives=objectives, trials=2, finish="none")
+    report = dovetail.search(recipe, output=tmp_path / "found", progress=False)
+    assert len(report.trials) == 2
+    assert report.headline
+    assert all({"nbytes", "trainable_parameters"} <= trial.details.keys() for trial in report.trials)
+    line = trial_line(report.trials[0])
+    assert "bits per weight, 4 steps" in line
+    assert report.trials[0].summary == "bits 2 x 8; ranks 4 x 8"
+    assert report.trials[0].summary in line
+    assert report.trials[0].summary in (tmp_path / "found" / "report.html").read_text()
+
+
+def test_values_have_the_type_of_their_argument(tmp_path):
+    space = LayerSpace(recipe_of(tmp_path, space={"bits": [4.0], "int.symmetric": [True, False]}))
+    assert [str(space.chain_of(choice).links[1]) for choice in space.choices] == [
+        "int(bits=4, group=16, symmetric=true)", "int(bits=4, group=16)",
+    ]  # fmt: skip
+    assert isinstance(space.chain_of(space.choices[0]).links[1].bits, int)
+
+
 def test_the_next_rung_holds_a_third(tmp_path):
     space = LayerSpace(recipe_of(tmp_path, trials=4, rungs=[1, 2, 4], start="none"))
     assert space.fixed([]) == []
@@ -165,6 +219,9 @@ def test_the_next_rung_holds_a_third(tmp_path):
     ({"space": {"bits": [4], "width": [1]}}, SearchError, "a link width with the argument"),
     ({"space": {"lora.rank": [4]}}, SearchError, "argument rank"),
     ({"space": {"bits": []}}, RecipeError, "bits"),
+    ({"space": {"bits": [4, 8, 4]}}, RecipeError, "each value must be named once"),
+    ({"space": {"bits": [4.5]}}, ChainError, r"search.space with bits 4.5"),
+    ({"space": {"int.symmetric": ["yes"]}}, ChainError, r"search.space with int.symmetric"),
     ({"space": {}}, RecipeError, "space"),
     ({"space": {"int.group": [7]}}, ChainError, "group"),
     ({"rungs": [2, 8]}, SearchError, "the training of the recipe has 4 steps"),

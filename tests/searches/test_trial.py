@@ -93,6 +93,18 @@ def test_a_trial_is_a_run_of_its_recipe(tmp_path, name, changes):
     assert trials[0].footprint.trainable_parameters == report.footprint.trainable_parameters
 
 
+def test_a_candidate_may_start_from_the_weights_where_the_recipe_starts_from_codes(tmp_path):
+    recipe, layers, applied = recipe_of(tmp_path, "int")
+    recipe = recipe.model_copy(update={"chain": recipe.chain.replace("regrid", "regrid(start=codes)")})
+    bench = bench_of(recipe, applied, starts=True)
+    seen = watched(bench)
+    bench.trial(layers)
+    run(recipe.model_copy(update={"layers": layers}), output=tmp_path / "run", progress=False)
+    expect_equal(seen[0], tmp_path / "run" / "adapter")
+    with pytest.raises(SearchError, match="starts=True"):
+        bench_of(recipe, applied).trial(layers)
+
+
 def test_a_head_is_put_back(tmp_path):
     recipe = Recipe.parse({
         "model": str(save_model(tmp_path / "base", labels=2)), "chain": "int(bits=4, group=16) >> lora(r=2)",

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from dovetail.display.format import duration, size
 from dovetail.display.tables import print_table
-from dovetail.searches.report import SearchReport, Trial, format_value
+from dovetail.searches.report import SearchReport, Trial, format_objective
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,24 +20,36 @@ if TYPE_CHECKING:
 def trial_line(trial: Trial) -> str:
     """Return one line about a finished trial."""
     values = ", ".join(f"{name} {value:.4g}" for name, value in trial.values.items()) or trial.state
-    said = f"trial {trial.number}: {values}, {duration(trial.seconds)}, {trial.chain}"
-    return said + (f"\n{trial.problem}" if trial.problem else "")
+    said = ", ".join([f"trial {trial.number}: {values}", *_size_and_steps(trial), duration(trial.seconds)])
+    return f"{said}, {trial.summary}" + (f"\n{trial.problem}" if trial.problem else "")
+
+
+def _size_and_steps(trial: Trial) -> list[str]:
+    """Return the bits per weight, and the training steps with the rung, of a trial that has them."""
+    if "bits_per_weight" not in trial.details:
+        return []
+    rung = f" (rung {trial.rung})" if trial.rung else ""
+    return [f"{trial.details['bits_per_weight']:.3g} bits per weight", f"{trial.details['steps']} steps{rung}"]
 
 
 def print_search(console: Console, report: SearchReport, output: Path) -> None:
     """Print the front of a search and where its files are."""
     console.print(f"\n[bold]{escape(report.headline)}[/bold]", soft_wrap=True)
-    names = list(report.objectives)
+    names, layers = list(report.objectives), report.kind == "layers"
+    if layers:
+        print(f"chain: {report.trial(report.best).chain}")
     cells = [
         [
-            trial.chain,
+            trial.summary,
             f"{trial.number}{', best' if trial.number == report.best else ''}",
-            *(format_value(name, trial.values[name], report.task.metric) for name in names),
+            *(format_objective(name, trial.values[name], report.task.metric) for name in names),
+            *([f"{trial.details['bits_per_weight']:.3g}", str(trial.details["steps"])] if layers else []),
             duration(trial.seconds),
         ]
         for trial in map(report.trial, report.front)
     ]
-    print_table(console, ["chain", "trial", *(name.replace("_", "\n") for name in names), "time"], cells)
+    heads = [name.replace("_", "\n") for name in names] + (["bits per\nweight", "steps"] if layers else [])
+    print_table(console, ["units with each value" if layers else "chain", "trial", *heads, "time"], cells)
     print(f"\nrun the best one with: dovetail run {output / 'best.yaml'}")
     print(f"the page of this search is {output / 'report.html'}")
 

@@ -25,7 +25,15 @@ def _different(objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
 
 
 Objectives = Annotated[tuple[Objective, ...], Field(min_length=1), pydantic.AfterValidator(_different)]
-Values = Annotated[tuple[int | float | str, ...], Field(min_length=1)]
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("each value must be named once")
+    return values
+
+
+Values = Annotated[tuple[bool | int | float | str, ...], Field(min_length=1), pydantic.AfterValidator(_distinct)]
 
 
 class RankSettings(Part):

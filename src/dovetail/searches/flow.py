@@ -90,7 +90,7 @@ def search(
                 delete_study(storage, output.name)
             with (
                 open_study(url, output.name, space, identity) as study,
-                Bar(f"search {output.name}", space.settings.trials, shown=progress) as bar,
+                Bar(f"search {output.name}", space.trainings, shown=progress) as bar,
                 _more_workers(workers - 1, recipe, output.name, url, identity, partial),
             ):
 

@@ -30,8 +30,9 @@ import torch
 from dovetail.chains.assignment import assign
 from dovetail.chains.check import check, check_merge
 from dovetail.chains.layer.applied import applied
-from dovetail.chains.layer.linear import ChainLinear, adapter_dtype
-from dovetail.chains.link import Adapter, Chain, Link, Quantizer
+from dovetail.chains.layer.held import held
+from dovetail.chains.layer.linear import adapter_dtype
+from dovetail.chains.link import Adapter, Chain, Link, Quantizer, format_value
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.footprint import stored_nbytes
@@ -39,7 +40,7 @@ from dovetail.checkpoint.load import empty_model, held_in, load_config
 from dovetail.compression.apply import apply_on_meta
 from dovetail.display.format import format_score, metric_name
 from dovetail.display.html import html_table, section
-from dovetail.errors import SearchError
+from dovetail.errors import ChainError, SearchError
 from dovetail.files import check_folder
 from dovetail.models.targets import find_targets, matches
 from dovetail.runs.flow import run
@@ -50,7 +51,7 @@ from dovetail.runs.search_settings import LayerSettings
 from dovetail.searches.chains import split_task
 from dovetail.searches.knapsack import Knapsack
 from dovetail.searches.pareto import crowding_distance, pareto_rank
-from dovetail.searches.report import SearchReport, Trial
+from dovetail.searches.report import SearchReport, Trial, format_objective
 from dovetail.searches.scores import entropy, gradient_scores
 from dovetail.searches.space import Candidate, Fixed, OnScore, Preview, Scored, SearchSpace
 from dovetail.searches.trial import Applied, Workbench, check_one_stage
@@ -98,9 +99,9 @@ class LayerSpace(SearchSpace):
         super().__init__(recipe)
         assert isinstance(recipe.search, LayerSettings)
         self.settings = recipe.search
-        held = held_in(recipe.model)
-        self.chain = assign(recipe.chain, recipe.layers, held).chain
-        check_one_stage(assign(recipe.chain, recipe.layers, held))
+        assignment = assign(recipe.chain, recipe.layers, held_in(recipe.model))
+        self.chain = assignment.chain
+        check_one_stage(assignment)
         if recipe.merge == "exact":
             check_merge(self.chain)
         self._whole_task = load_task(recipe.data)
@@ -120,6 +121,7 @@ class LayerSpace(SearchSpace):
         self.units = units(self._empty, free, self.settings.unit)
         apply_on_meta(self._empty, recipe.chain, recipe.targets)
         self.choices: list[Choice] = list(product(*(range(len(values)) for values in self.settings.space.values())))
+        self._chains = {choice: self._chain_with(choice) for choice in self.choices}
         self.sizes = self._sizes()
         self._check_budget()
 
@@ -138,7 +140,7 @@ class LayerSpace(SearchSpace):
     def _fixed(self, targets: Sequence[Any]) -> dict[str, str]:
         """Return layer -> chain of the layers that `fixed` or the recipe's `layers` pin."""
         pinned = {**self.recipe.layers, **self.settings.fixed}
-        assign(self.recipe.chain, pinned, held_in(self.recipe.model)).on(targets, lambda _: held_in(self.recipe.model))
+        assign(self.recipe.chain, pinned, self.chain.held).on(targets, lambda name: held(self._empty, name))
         return {
             target.name: str(chain(text))
             for pattern, text in pinned.items()
@@ -148,27 +150,47 @@ class LayerSpace(SearchSpace):
 
     def chain_of(self, choice: Choice) -> CheckedChain:
         """Return the chain of a layer with this choice."""
+        return self._chains[choice]
+
+    def _chain_with(self, choice: Choice) -> CheckedChain:
+        """Return the chain with the values of a choice; ChainError for a value that an argument cannot have."""
         links = list(self.chain.links)
-        for (key, values), index in zip(self.settings.space.items(), choice, strict=True):
-            for place, argument in self.keys[key]:
-                links[place] = replace(links[place], **{argument: values[index]})
-        return check(Chain(tuple(links)), self.chain.held)
+        try:
+            for (key, values), index in zip(self.settings.space.items(), choice, strict=True):
+                for place, argument in self.keys[key]:
+                    links[place] = replace(links[place], **{argument: values[index]})
+            return check(chain(str(Chain(tuple(links)))), self.chain.held)  # the notation checks the types
+        except ChainError as error:
+            where = f"search.space with {self.label(choice)}"
+            raise ChainError(where, found=error.found, rule=error.rule, fix=error.fix) from None
 
     def _sizes(self) -> dict[tuple[str, Choice], Size]:
         """Return the size of each unit with each choice; ChainError where a choice cannot be used on a layer."""
-        layers = applied(self._empty).layers
-        chains = {choice: self.chain_of(choice) for choice in self.choices}
         return {
-            (unit.name, choice): _total(_size(layers[name], links) for name in unit.layers)
+            (unit.name, choice): _total(self._size(name, links) for name in unit.layers)
             for unit in self.units
-            for choice, links in chains.items()
+            for choice, links in self._chains.items()
         }
+
+    def _size(self, name: str, links: Chain) -> Size:
+        """Return the size of a layer under a chain; ChainError where a link cannot be used on it."""
+        record = applied(self._empty)
+        layer = record.layers[name]
+        checked = check(chain(str(links)), record.assignment.at(name).held)  # a layer may have another grid than others
+        for link in checked:
+            link.check(layer.site)
+        o, i = layer.base.shape
+        quantizer, stage = checked.quantizer, checked.stages[0]
+        weight = o * i * layer.base.dtype.itemsize if quantizer is None else quantizer.stored_nbytes(layer.site)
+        weight += o * -(-i // 8) if stage.keep_mask else 0
+        parameters = sum(math.prod(s) for link in stage.adapters for s in link.parameter_shapes(layer.site).values())
+        return Size(weight, weight + parameters * adapter_dtype(layer.base.dtype).itemsize, parameters)
 
     @cached_property
     def _outside(self) -> tuple[Size, int]:
         """What all candidates share, the layers that are fixed included; and the number of weights under the chain."""
         layers = applied(self._empty).layers
-        fixed = _total(_size(layers[n], check(chain(text), self.chain.held)) for n, text in self.fixed_layers.items())
+        fixed = _total(self._size(name, chain(text)) for name, text in self.fixed_layers.items())
         inside = [p for layer in layers.values() for p in layer.links.parameters()]
         chained = sum(stored_nbytes(layer.base) for layer in layers.values()) + sum(p.nbytes for p in inside)
         trained = sum(p.numel() for p in self._empty.parameters() if p.requires_grad) - sum(p.numel() for p in inside)
@@ -206,7 +228,7 @@ class LayerSpace(SearchSpace):
             ]
             least, most = (end[name] for end in ends)
             if not least <= limit <= most:
-                rule = f"the smallest assignment has {least:,.10g} and the largest {most:,.10g}"
+                rule = f"the smallest assignment has {least:,} and the largest {most:,}"  # all digits: both are legal
                 fix = f"set search.budget.{name} from the one to the other, or leave it out"
                 raise SearchError(f"search.budget.{name}", found=f"{limit:,}", rule=rule, fix=fix)
 
@@ -269,14 +291,20 @@ class LayerSpace(SearchSpace):
         choices = self.choices_of(params)
         while over := self._exceeded(choices):
             steps = [
-                (self._loss(unit, lower) - self._loss(unit, choice), place, lower)
+                (_differing(choice, smaller) > 1, self._loss(unit, smaller) - self._loss(unit, choice), place, smaller)
                 for place, (unit, choice) in enumerate(zip(self.units, choices, strict=True))
-                for lower in _lower(choice)
-                if any(self._cost(unit, lower, name) < self._cost(unit, choice, name) for name in over)
+                for smaller in self.choices
+                if self._saves(unit, choice, smaller, over)
             ]
-            _, place, lower = min(steps)
-            choices[place] = lower
+            *_, place, smaller = min(steps)
+            choices[place] = smaller
         return {name: value for name, value in self.params(choices).items() if name in params}
+
+    def _saves(self, unit: Unit, choice: Choice, smaller: Choice, over: Sequence[str]) -> bool:
+        """Return whether a step lowers one of the limits that the assignment exceeds, and adds to no limit."""
+        limits = [name for name, limit in self.settings.budget if limit is not None]
+        added = {name: self._cost(unit, smaller, name) - self._cost(unit, choice, name) for name in limits}
+        return max(added.values()) <= 0 and any(added[name] < 0 for name in over)
 
     def _loss(self, unit: Unit, choice: Choice) -> float:
         """Return the loss that the scores predict of a unit with a choice; without scores, by its bytes saved."""
@@ -422,12 +450,27 @@ class LayerSpace(SearchSpace):
         calibration = self.recipe.calibration.model_copy(update={"inputs": "original"})
         recipe = self.recipe.model_copy(update={"calibration": calibration, "layers": {}, "search": None})
         layers = applied(self._empty).layers
+        pinned = [check(chain(text), self.chain.held) for text in self.fixed_layers.values()]
+        starts = any(links.stages[0].keep_start for links in (*self._chains.values(), *pinned))
         return Workbench(
-            recipe, self._task, applied={name: self._applied(name) for name in layers}, samples=self.settings.samples,
+            recipe, self._task, applied={name: self._applied(name) for name in layers}, starts=starts,
+            samples=self.settings.samples,
             folder=None if self.folder is None else self.folder / f"{_BASES}-{os.getpid()}",
         )  # fmt: skip
 
     # Trials.
+
+    @property
+    def _counts(self) -> list[int]:
+        """The candidates of each rung."""
+        counts = [self.settings.trials]
+        for _ in self.settings.rungs[1:]:
+            counts.append(math.ceil(counts[-1] / _FACTOR))
+        return counts
+
+    @property
+    def trainings(self) -> int:
+        return sum(self._counts)
 
     def fixed(self, trials: Sequence[Trial]) -> list[Fixed]:
         found = [
@@ -467,14 +510,14 @@ class LayerSpace(SearchSpace):
             layers, rungs[candidate.rung] if rungs else None,
             folder=self._checkpoints(candidate.params) if len(rungs) > 1 else None,
         )  # fmt: skip
-        values = {
-            "quality": found.score,
+        sizes = {
             "nbytes": float(found.footprint.nbytes),
             "trainable_parameters": float(found.footprint.trainable_parameters),
-            "peak_memory": float(found.peak_memory_nbytes),
         }
+        values = {"quality": found.score, "peak_memory": float(found.peak_memory_nbytes), **sizes}
         details = {
             "bits_per_weight": found.footprint.bits_per_weight, "loss": finite(found.loss), "steps": found.steps,
+            **sizes,
             "choices": {
                 unit.name: self.label(choice) for unit, choice in zip(self.units, choices, strict=True)
             },
@@ -484,7 +527,8 @@ class LayerSpace(SearchSpace):
     def label(self, choice: Choice) -> str:
         """Return a choice in words: "bits 4, ranks 8"."""
         return ", ".join(
-            f"{key} {values[index]}" for (key, values), index in zip(self.settings.space.items(), choice, strict=True)
+            f"{key} {format_value(values[index])}"
+            for (key, values), index in zip(self.settings.space.items(), choice, strict=True)
         )
 
     def _checkpoints(self, params: Mapping[str, Any]) -> Path | None:
@@ -494,7 +538,7 @@ class LayerSpace(SearchSpace):
         return self.folder / TRIALS / hashlib.sha256(repr(sorted(params.items())).encode()).hexdigest()[:16]
 
     def preview(self) -> Preview:
-        largest = [self.choices[-1]] * len(self.units)
+        largest = [max(self.choices, key=lambda c, u=unit: self._cost(u, c, "nbytes")) for unit in self.units]
         started = perf_counter()
         bench = self._bench
         ready = perf_counter() - started
@@ -503,10 +547,8 @@ class LayerSpace(SearchSpace):
             seconds.append(bench.trial(self.layers_of(largest), steps).seconds)
         step = max(0.0, seconds[1] - seconds[0]) / _MEASURED_STEPS
         once = max(0.0, seconds[0] - step)
-        counts, asked, before = [], self.settings.trials, 0
-        for rung in self.settings.rungs or (self._steps,):
-            counts.append((asked, rung - before))
-            asked, before = math.ceil(asked / _FACTOR), rung
+        rungs = self.settings.rungs or (self._steps,)
+        counts = [(count, rung - before) for count, rung, before in zip(self._counts, rungs, (0, *rungs), strict=False)]
         scoring = self._steps // _TUNING * step if self.settings.start in ("gradient", "entropy") else 0.0
         finish = {"best": 1, "front": _START, "none": 0}[self.settings.finish] * self._steps * step
         trained = sum(count * (steps * step + once) for count, steps in counts)
@@ -550,7 +592,10 @@ class LayerSpace(SearchSpace):
         shutil.rmtree(folder / TRIALS, ignore_errors=True)
         for place in folder.glob(f"{_BASES}-*"):
             shutil.rmtree(place, ignore_errors=True)
-        uniform = {label: dict(trial.values) for label, trial in self._references(report).items()}
+        uniform = {
+            label: {name: trial.details[name] for name in ("nbytes", "trainable_parameters")} | trial.values
+            for label, trial in self._references(report).items()
+        }
         return {"split": self._test, "runs": scores, "references": uniform}
 
     def _references(self, report: SearchReport) -> dict[str, Trial]:
@@ -565,6 +610,11 @@ class LayerSpace(SearchSpace):
 
     def headline(self, report: SearchReport) -> str:
         winner, metric = report.trial(report.best), report.task.metric
+        bits = f"{winner.details['bits_per_weight']:.3g} bits per weight"
+        if "quality" not in report.objectives:
+            objective = next(iter(report.objectives))
+            value = format_objective(objective, winner.values[objective], metric)
+            return f"The best candidate by {objective.replace('_', ' ')}: {value}, with {bits}"
         score = format_score(metric, winner.values["quality"])
         said = f"{metric_name(metric)} {score} at {winner.details['bits_per_weight']:.3g} bits per weight"
         uniform = self._references(report)
@@ -574,7 +624,7 @@ class LayerSpace(SearchSpace):
         sign = -1.0 if report.objectives.get("quality") == "minimize" else 1.0
         as_small = {
             name: trial for name, trial in uniform.items()
-            if trial.rung == winner.rung and trial.values["nbytes"] <= winner.values["nbytes"]
+            if trial.rung == winner.rung and trial.details["nbytes"] <= winner.details["nbytes"]
         }  # fmt: skip
         if not as_small:
             return f"The best mixture: {said}; no uniform model of its size was trained as long"
@@ -656,18 +706,6 @@ def _keys(space: Mapping[str, Sequence[Any]], links: Chain) -> dict[str, list[tu
     return found
 
 
-def _size(layer: ChainLinear, links: CheckedChain) -> Size:
-    """Return the size of a layer under a chain; ChainError where a link cannot be used on it."""
-    for link in links:
-        link.check(layer.site)
-    o, i = layer.base.shape
-    quantizer, stage = links.quantizer, links.stages[0]
-    weight = o * i * layer.base.dtype.itemsize if quantizer is None else quantizer.stored_nbytes(layer.site)
-    weight += o * -(-i // 8) if stage.keep_mask else 0
-    parameters = sum(math.prod(s) for link in stage.adapters for s in link.parameter_shapes(layer.site).values())
-    return Size(weight, weight + parameters * adapter_dtype(layer.base.dtype).itemsize, parameters)
-
-
 def _from_least(information: Mapping[str, float]) -> dict[str, float]:
     """Return values from 0.1 for the least to 1.1 for the largest, so that no layer counts for nothing."""
     least, most = min(information.values()), max(information.values())
@@ -679,9 +717,9 @@ def _total(sizes: Iterable[Size]) -> Size:
     return Size(*(sum(getattr(one, field.name) for one in listed) for field in fields(Size)))
 
 
-def _lower(choice: Choice) -> list[Choice]:
-    """Return the choices with one value of the next smaller index."""
-    return [(*choice[:at], index - 1, *choice[at + 1 :]) for at, index in enumerate(choice) if index]
+def _differing(one: Choice, other: Choice) -> int:
+    """Return the number of keys to which two choices give different values."""
+    return sum(a != b for a, b in zip(one, other, strict=True))
 
 
 def _place(name: str) -> tuple[str, str]:

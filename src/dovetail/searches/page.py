@@ -10,7 +10,7 @@ from dovetail.display.html import definitions, html_page, html_table, section
 from dovetail.display.svg import STYLE, Point, scatter
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.yaml import yaml_text
-from dovetail.searches.report import SearchReport, Trial, format_value, growth
+from dovetail.searches.report import SearchReport, Trial, format_objective, growth
 
 NAMES = {
     "nbytes": "model size in bytes", "peak_memory": "peak memory in bytes",
@@ -57,7 +57,7 @@ def _axes(report: SearchReport) -> tuple[str, str]:
     """Return what the plot shows from left to right, and from bottom to top."""
     names = list(report.objectives)
     if len(names) == 1:
-        return "trainable_parameters", names[0]
+        return "nbytes" if report.kind == "layers" else "trainable_parameters", names[0]
     others = [name for name in names if name != "quality"]
     return (others[0], "quality") if "quality" in names else (names[1], names[0])
 
@@ -89,7 +89,7 @@ def _plot(report: SearchReport) -> str:
 
 
 def _title(report: SearchReport, trial: Trial) -> str:
-    values = [f"{name} {format_value(name, value, report.task.metric)}" for name, value in trial.values.items()]
+    values = [f"{name} {format_objective(name, value, report.task.metric)}" for name, value in trial.values.items()]
     params = [f"{name}: {value}" for name, value in trial.params.items()]
     return "\n".join([f"trial {trial.number}", *values, trial.chain, *params])
 
@@ -108,20 +108,29 @@ def _table(report: SearchReport, trials: Sequence[Trial]) -> str:
     heads = "".join(f'<th class="number">{escape(_name(report, name))}</th>' for name in objectives)
     extra = [] if "trainable_parameters" in objectives else ["trainable_parameters"]
     heads += "".join(f'<th class="number">{escape(NAMES[name])}</th>' for name in extra)
-    head = f'<th>trial</th>{heads}<th class="number">time</th><th>chain</th><th>factor of learning rates</th>'
+    layers = report.kind == "layers"
+    what = "units with each value" if layers else "chain"
+    heads += '<th class="number">bits per weight</th><th class="number">steps</th>' if layers else ""
+    last_head = "" if layers else "<th>factor of learning rates</th>"
+    head = f'<th>trial</th>{heads}<th class="number">time</th><th>{what}</th>{last_head}'
     rows = []
     for trial in trials:
         best = " main" if trial.number == report.best else ""
         cells = ""
         for name in [*objectives, *extra]:
             value = _at(trial, name)
-            said = trial.state if value is None else format_value(name, value, report.task.metric)
+            said = trial.state if value is None else format_objective(name, value, report.task.metric)
             cells += f'<td class="number{best if name in objectives else ""}">{escape(said)}</td>'
-        rates = trial.recipe.get("train", {})
-        rate = rates.get("link_learning_rate") or rates.get("lr_scale", "")
+        if layers:
+            bits = f"{trial.details['bits_per_weight']:.3g}" if trial.details else ""
+            cells += f'<td class="number">{bits}</td><td class="number">{trial.details.get("steps", "")}</td>'
+            last = ""
+        else:
+            rates = trial.recipe.get("train", {})
+            last = f"<td>{escape(str(rates.get('link_learning_rate') or rates.get('lr_scale', '')))}</td>"
         rows.append(
             f'<th>{trial.number}</th>{cells}<td class="number">{duration(trial.seconds)}</td>'
-            f"<td><code>{escape(trial.chain)}</code></td><td>{escape(str(rate))}</td>"
+            f"<td><code>{escape(trial.summary)}</code></td>{last}"
         )
     return html_table(head, rows)
 

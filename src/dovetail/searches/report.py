@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from dovetail.chains.link import format_value
 from dovetail.display.format import format_score, size
 from dovetail.errors import SearchError
 from dovetail.files import read_json, write_whole
@@ -50,6 +53,28 @@ class Trial(ReportPart):
     def chain(self) -> str:
         """The chain of the candidate."""
         return str(self.recipe.get("chain", ""))
+
+    @property
+    def summary(self) -> str:
+        """What sets the candidate apart: its chain, or how many units have each value, such as "bits 4 x 3, 8 x 5"."""
+        found: dict[str, Counter[str]] = {}
+        for name, value in self.params.items():
+            unit, _, key = name.rpartition("/")
+            if unit:
+                found.setdefault(key, Counter())[format_value(value)] += 1
+        said = [
+            f"{key} {', '.join(f'{value} x {count}' for value, count in sorted(counts.items(), key=_by_number))}"
+            for key, counts in found.items()
+        ]
+        return "; ".join(said) or self.chain
+
+
+def _by_number(item: tuple[str, int]) -> tuple[float, str]:
+    """Return a key that sorts the texts of numbers by their values, and other texts after them."""
+    try:
+        return float(item[0]), ""
+    except ValueError:
+        return math.inf, item[0]
 
 
 class SearchReport(ReportPart):
@@ -106,7 +131,7 @@ class SearchReport(ReportPart):
         return read_json(Path(directory) / JSON, cls, rule=rule, fix=fix, limit=MAX_NBYTES)
 
 
-def format_value(objective: str, value: float, metric: str) -> str:
+def format_objective(objective: str, value: float, metric: str) -> str:
     """Format the value of an objective; `metric` is the metric of the task, which quality is."""
     if objective == "quality":
         return format_score(metric, value)

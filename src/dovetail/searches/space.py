@@ -142,6 +142,11 @@ class SearchSpace(ABC):
         self.prepared = prepared
 
     @property
+    def trainings(self) -> int:
+        """The number of trials, with those of later rungs."""
+        return self.settings.trials
+
+    @property
     def distributions(self) -> Mapping[str, BaseDistribution]:
         """The distribution of each parameter, where all candidates have the same ones; else {}."""
         return {}

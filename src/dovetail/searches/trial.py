@@ -83,6 +83,8 @@ class Workbench:
     recipe   its chain has one stage
     task     with the splits that trials are trained and scored on
     applied  the applied links of each layer: layer -> the choices of the space; None: those of the recipe's chain
+    starts   keep the weights before quantizing for all layers, because a candidate's constraint may start from them;
+             False: for the layers where that of the recipe does
     samples  records of the validation split that a trial is scored on; None: all
     folder   for the bases beyond `cache_nbytes`
     """
@@ -93,6 +95,7 @@ class Workbench:
         task: Task,
         *,
         applied: Mapping[str, Sequence[Applied]] | None = None,
+        starts: bool = False,
         samples: int | None = None,
         folder: Path | None = None,
         cache_nbytes: int = CACHE_NBYTES,
@@ -109,6 +112,7 @@ class Workbench:
         check_one_stage(common)
         self.record, self._targets = attach(self.model, common, recipe.targets, recipe.seed)
         self._assignment = self.record.assignment
+        self._starts = {name for name in self.record.layers if starts or self._assignment.at(name).stages[0].keep_start}
         self._original = {name: layer.base for name, layer in self.record.layers.items()}
         refuse_bad_weights(self.record.layers)
         wanted = applied or {name: [self._assignment.at(name).stages[0].applied] for name in self.record.layers}
@@ -216,7 +220,12 @@ class Workbench:
             if assignment is not None:
                 self.record.assignment = assignment
                 for name, layer in self.record.layers.items():
-                    base = self.base(name, assignment.at(name).stages[0].applied)
+                    stage = assignment.at(name).stages[0]
+                    base = self.base(name, stage.applied)
+                    if stage.keep_start and name not in self._starts:
+                        found = "regrid from the weights, of which the workbench kept none"
+                        rule = "a workbench keeps the weights before quantizing if its recipe or its space needs them"
+                        raise SearchError(f"trial at {name}", found=found, rule=rule, fix="pass starts=True")
                     # Training in bf16 rounds the frozen base in place.
                     layer.base = copied(base) if self.recipe.train.bf16 else base
                 start_links(self.record)
@@ -281,9 +290,9 @@ class Workbench:
                     raise SearchError(
                         f"search.space at {name}",
                         found=f"{len(options)} choices up to {options[0][-1]}",
-                        rule=f"links before {first.name} must be the same for all candidates, because it depends on "
-                        "the weights of all layers",
-                        fix=f"search the arguments of {first.name} and of later links",
+                        rule=f"links {'up to' if outlier else 'before'} {first.name} must be the same for all "
+                        f"candidates, because {first.name} depends on the weights of all layers",
+                        fix=f"search the arguments of {'' if outlier else f'{first.name} and of '}later links",
                     )
                 layers[name].base = made[name, options[0][:-1]]
         if outlier:
@@ -299,7 +308,7 @@ class Workbench:
                     keep, weight = link.prune(before, statistics)
                     base.set_mask(keep, None if weight is before else weight)
                 elif isinstance(link, Quantizer):
-                    base.quantize(link, statistics, stage.keep_start)
+                    base.quantize(link, statistics, name in self._starts)
                 if not stage.keep_mask:
                     base.mask_bits = None
                 made[name, links] = base
