@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dovetail
+from dovetail.chains.link import arguments
 from dovetail.cli.search_tables import trial_line
 from dovetail.errors import ChainError, DovetailError, RecipeError, SearchError
 from dovetail.models.targets import find_targets
@@ -191,7 +192,7 @@ def test_values_have_the_type_of_their_argument(tmp_path):
     assert [str(space.chain_of(choice).links[1]) for choice in space.choices] == [
         "int(bits=4, group=16, symmetric=true)", "int(bits=4, group=16)",
     ]  # fmt: skip
-    assert isinstance(space.chain_of(space.choices[0]).links[1].bits, int)
+    assert isinstance(arguments(space.chain_of(space.choices[0]).links[1])["bits"], int)
 
 
 def test_the_next_rung_holds_a_third(tmp_path):
