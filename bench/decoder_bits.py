@@ -55,7 +55,7 @@ def main() -> None:
 
     def bench_of(common: str, choices: list[Any] | None) -> Workbench:
         recipe = Recipe.parse({
-            "model": asked.model, "chain": common, "data": "word_problems", "train": {"max_length": 256},
+            "model": asked.model, "chain": common, "data": "word_problems", "train": {"max_length": 256, "batch_size": 1},
             "evaluate": {"batch_size": 4},
         })  # fmt: skip
         bench = Workbench(recipe, task)
