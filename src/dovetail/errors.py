@@ -67,5 +67,9 @@ class OutputError(DovetailError):
     """An output that cannot be written, such as on a full disk; what an unfinished run has written is kept."""
 
 
+class InUse(DovetailError):
+    """Another process is writing to the same output."""
+
+
 class CalibrationWarning(UserWarning):
     """A fallback of the calibration on one layer; the message names the layer and the reason."""

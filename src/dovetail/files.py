@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dovetail.errors import DovetailError, LoadError, OutputError
+from dovetail.errors import DovetailError, InUse, LoadError, OutputError
 
 if TYPE_CHECKING:
     import pydantic
@@ -121,7 +121,7 @@ def atomic(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Hold the lock of an output while the block runs; raise DovetailError where another process holds it.
+    """Hold the lock of an output while the block runs; raise InUse where another process holds it.
 
     The lock is the file `.NAME.lock` beside the output, which says whose it is. It ends with the process.
     """
@@ -140,7 +140,7 @@ def only_writer(path: Path) -> Iterator[None]:
                     holder = file.read(200) or "another process"
                 rule, fix = "an output must have one writer at a time", "wait for it to end, or choose another --output"
                 found = f"{holder}, which is writing to it"
-                raise DovetailError(f"output {path}", found=found, rule=rule, fix=fix) from None
+                raise InUse(f"output {path}", found=found, rule=rule, fix=fix) from None
             if lock.exists() and lock.stat().st_ino == os.fstat(file.fileno()).st_ino:
                 break  # else the holder before has just removed it
             file.close()

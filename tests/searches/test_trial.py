@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from dovetail.chains.notation import chain
 from dovetail.checkpoint.adapter import parameters_of
-from dovetail.errors import SearchError
+from dovetail.errors import InUse, SearchError
+from dovetail.files import only_writer
 from dovetail.runs.flow import run
 from dovetail.runs.recipe import Recipe
 from dovetail.searches.trial import BASES, Workbench
@@ -170,6 +171,13 @@ def test_rungs_go_on_from_their_checkpoints(tmp_path):
     whole = bench.trial(layers)
     assert whole.loss == rungs[2].loss == again.loss
     assert all(torch.equal(seen[2][key], seen[4][key]) for key in seen[2])
+    repeated = bench.trial(layers, 2, folder=tmp_path / "kept")  # from the start: later steps are no beginning
+    assert (repeated.steps, repeated.loss) == (2, rungs[1].loss)
+    assert bench.trial(layers, 2).loss == repeated.loss
+    bench.trial(layers, 1, folder=tmp_path / "killed")  # killed before its result was known
+    assert bench.trial(layers, 1, folder=tmp_path / "killed").loss == rungs[0].loss
+    with only_writer(tmp_path / "killed-trial"), pytest.raises(InUse, match="one writer"):
+        bench.trial(layers, 2, folder=tmp_path / "killed")
 
 
 def test_scores_are_taken_on_the_dense_model_with_its_adapters(tmp_path):

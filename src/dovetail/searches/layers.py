@@ -40,7 +40,7 @@ from dovetail.checkpoint.load import empty_model, held_in, load_config
 from dovetail.compression.apply import apply_on_meta
 from dovetail.display.format import format_score, metric_name
 from dovetail.display.html import html_table, section
-from dovetail.errors import ChainError, SearchError
+from dovetail.errors import ChainError, InUse, SearchError
 from dovetail.files import check_folder
 from dovetail.models.targets import find_targets, matches
 from dovetail.runs.flow import run
@@ -506,10 +506,13 @@ class LayerSpace(SearchSpace):
     def score(self, candidate: Candidate, report: OnScore) -> Scored:
         choices = self.choices_of(candidate.params)
         layers, rungs = self.layers_of(choices), self.settings.rungs
-        found = self._bench.trial(
-            layers, rungs[candidate.rung] if rungs else None,
-            folder=self._checkpoints(candidate.params) if len(rungs) > 1 else None,
-        )  # fmt: skip
+        steps = rungs[candidate.rung] if rungs else None
+        try:
+            found = self._bench.trial(
+                layers, steps, folder=self._checkpoints(candidate.params) if len(rungs) > 1 else None
+            )
+        except InUse:  # another worker trains the same candidate
+            found = self._bench.trial(layers, steps)
         sizes = {
             "nbytes": float(found.footprint.nbytes),
             "trainable_parameters": float(found.footprint.trainable_parameters),

@@ -14,8 +14,9 @@ on the choice for other layers. So layers are calibrated on the outputs of the o
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -37,13 +38,14 @@ from dovetail.compression.apply import freeze, start_links
 from dovetail.compression.blocks import calibrate_blocks
 from dovetail.compression.compress import allocated, refuse_bad_weights
 from dovetail.errors import SearchError
-from dovetail.files import on_full_disk, writing
+from dovetail.files import on_full_disk, only_writer, read_json, writing
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.steps import calibration, load_base
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Task
+from dovetail.training.checkpoints import last_checkpoint
 from dovetail.training.optimizer import trained_parts
-from dovetail.training.train import StageReport, train
+from dovetail.training.train import REPORT, StageReport, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -141,7 +143,8 @@ class Workbench:
 
         layers   pattern -> chain, as in a recipe
         steps    stop after so many steps of the training that the recipe asks for; None: train to the end
-        folder   of checkpoints: a trial of the same assignment goes on from the last one in it
+        folder   of checkpoints: a trial of the same assignment goes on from the last one in it. Raises InUse while
+                 another process trains in it
         returns  the result; the same bits as a run of the recipe with these layers gives
         errors   SearchError for applied links that the workbench does not have; NotFinite and TrainError where training
                  diverges. The model is put back then, too
@@ -159,16 +162,16 @@ class Workbench:
             )
 
     def _train(self, steps: int | None, folder: Path | None) -> StageReport:
-        report = train(
-            self.model, self.tokenizer, self.task, seed=self.recipe.seed, progress=False, output_dir=folder,
-            resume=folder is not None and folder.exists(), stop_after=steps if folder is not None else None,
-            **self._settings(steps if folder is None else None),
-        )  # fmt: skip
+        """Train the candidate on the model, from the last checkpoint in the folder that is not beyond `steps`."""
+        with nullcontext() if folder is None else only_writer(folder.with_name(f"{folder.name}-trial")):
+            resume = folder is not None and _can_resume(folder / "stage-1", steps)
+            if folder is not None and not resume:
+                shutil.rmtree(folder, ignore_errors=True)
+            report = train(
+                self.model, self.tokenizer, self.task, seed=self.recipe.seed, progress=False, output_dir=folder,
+                resume=resume, stop_after=steps, **self.recipe.train.model_dump(),
+            )  # fmt: skip
         return report.stages[0]
-
-    def _settings(self, steps: int | None) -> dict[str, Any]:
-        settings = self.recipe.train.model_dump()
-        return settings if steps is None else settings | {"max_steps": steps}
 
     def score(self) -> float:
         """Return the task's metric of the model as it stands, on the scored records."""
@@ -194,13 +197,14 @@ class Workbench:
         adapters = tuple(link for link in self._assignment.chain if isinstance(link, Adapter))
         with self._under(assign(Chain(adapters)) if adapters else None):
             if adapters:
+                settings: dict[str, Any] = self.recipe.train.model_dump() | {"max_steps": steps}
                 train(
                     self.model,
                     self.tokenizer,
                     self.task,
                     seed=self.recipe.seed,
                     progress=False,
-                    **self._settings(steps),
+                    **settings,
                 )
             yield self.model
 
@@ -351,6 +355,18 @@ class Workbench:
             for module, name, tensor in _buffers(base):
                 if tensor.data_ptr() in mapped:
                     module._buffers[name] = mapped[tensor.data_ptr()]
+
+
+def _can_resume(stage: Path, steps: int | None) -> bool:
+    """Return whether a training of so many steps can go on from what is in the folder of a stage.
+
+    It cannot from a later step, nor from the checkpoint of its last one, after which nothing would be trained.
+    """
+    if (stage / REPORT).exists():
+        done = read_json(stage / REPORT, StageReport, rule="the report of a stage must be as Dovetail writes it").steps
+        return steps is None or done <= steps
+    checkpoint = last_checkpoint(stage)
+    return checkpoint is not None and (steps is None or int(checkpoint.name.split("-")[1]) < steps)
 
 
 def check_one_stage(assignment: Assignment) -> None:

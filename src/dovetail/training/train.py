@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from dovetail.training.trainer import StageTrainer
 
-_REPORT = "report.json"
+REPORT = "report.json"
 
 OnLog = Callable[[int, int, dict[str, Any]], None]
 """Stage from 1, step, and {"loss": ...} or {"validation": scores}."""
@@ -194,10 +194,10 @@ def train(
             if not trained_parts(model):
                 reports.append(StageReport([], 0, 0.0, [], [], 0, {}, 0))
                 continue
-            if resume and (here / _REPORT).exists():
+            if resume and (here / REPORT).exists():
                 checkpoints.load_trained(model, here / checkpoints.TRAINED)
                 rule = "the report of a trained stage must be as Dovetail writes it"
-                reports.append(read_json(here / _REPORT, StageReport, rule=rule, limit=checkpoints.REPORT_NBYTES))
+                reports.append(read_json(here / REPORT, StageReport, rule=rule, limit=checkpoints.REPORT_NBYTES))
                 continue
             title = f"train {data.name}" + (f", stage {stage + 1} of {stages}" if stages > 1 else "")
             watch = Watch(
@@ -223,7 +223,7 @@ def train(
                 break
             if output_dir is not None:
                 checkpoints.save_trained(model, here / checkpoints.TRAINED)
-                write_whole(here / _REPORT, json.dumps(asdict(report)))
+                write_whole(here / REPORT, json.dumps(asdict(report)))
                 for path in here.glob("checkpoint-*"):
                     shutil.rmtree(path)
     if asked.bf16 and chained:
