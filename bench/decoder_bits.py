@@ -55,8 +55,8 @@ def main() -> None:
 
     def bench_of(common: str, choices: list[Any] | None) -> Workbench:
         recipe = Recipe.parse({
-            "model": asked.model, "chain": common, "data": "word_problems", "train": {"max_length": 256, "batch_size": 1},
-            "evaluate": {"batch_size": 4},
+            "model": asked.model, "chain": common, "data": "word_problems",
+            "train": {"max_length": 256, "batch_size": 1}, "evaluate": {"batch_size": 4},
         })  # fmt: skip
         bench = Workbench(recipe, task)
         return bench if choices is None else Workbench(recipe, task, applied=dict.fromkeys(bench.layers, choices))
