@@ -141,8 +141,9 @@ def only_writer(path: Path) -> Iterator[None]:
                 rule, fix = "an output must have one writer at a time", "wait for it to end, or choose another --output"
                 found = f"{holder}, which is writing to it"
                 raise InUse(f"output {path}", found=found, rule=rule, fix=fix) from None
-            if lock.exists() and lock.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                break  # else the holder before has just removed it
+            with suppress(FileNotFoundError):  # the holder before has just removed it
+                if lock.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    break
             file.close()
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
