@@ -26,10 +26,12 @@ def trial_line(trial: Trial) -> str:
 
 def _size_and_steps(trial: Trial) -> list[str]:
     """Return the bits per weight, and the training steps with the rung, of a trial that has them."""
-    if "bits_per_weight" not in trial.details:
-        return []
-    rung = f" (rung {trial.rung})" if trial.rung else ""
-    return [f"{trial.details['bits_per_weight']:.3g} bits per weight", f"{trial.details['steps']} steps{rung}"]
+    found = []
+    if "bits_per_weight" in trial.details:
+        found.append(f"{trial.details['bits_per_weight']:.3g} bits per weight")
+    if "steps" in trial.details:
+        found.append(f"{trial.details['steps']} steps" + (f" (rung {trial.rung})" if trial.rung else ""))
+    return found
 
 
 def print_search(console: Console, report: SearchReport, output: Path) -> None:
