@@ -12,8 +12,9 @@ from dovetail.chains.notation import chain
 from dovetail.errors import CannotMerge, ChainError, DataError, RecipeError, SearchError
 from dovetail.runs.plan import plan
 from dovetail.runs.recipe import Recipe
-from dovetail.searches.chains import RANKS, SCALES, ChainSpace, split_task
+from dovetail.searches.chains import RANKS, SCALES, ChainSpace
 from dovetail.searches.space import Candidate
+from dovetail.searches.task_space import split_task
 from dovetail.tasks.task import Task
 from small_runs import save_labels, save_model, save_sums
 

@@ -24,7 +24,6 @@ from itertools import product
 from math import ceil, isfinite, log2, prod
 from operator import attrgetter
 from pathlib import Path
-from random import Random
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -37,24 +36,21 @@ from dovetail.chains.layer.linear import adapter_dtype
 from dovetail.chains.link import Adapter, Chain, Constraint, Link
 from dovetail.chains.notation import chain
 from dovetail.checkpoint.footprint import footprint, stored_nbytes, weight_nbytes
-from dovetail.checkpoint.load import best_device, empty_model, held_in, load_config
+from dovetail.checkpoint.load import best_device, held_in
 from dovetail.compression.apply import apply, apply_on_meta
 from dovetail.display.format import format_score, metric_name
 from dovetail.display.html import html_table, section
 from dovetail.errors import CannotMerge, ChainError, SearchError
 from dovetail.files import check_folder
 from dovetail.runs.flow import run
-from dovetail.runs.plan import plan
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import REPORT, Report, TaskInfo, finite
 from dovetail.runs.search_settings import ChainSettings
 from dovetail.runs.steps import calibration, load_base
 from dovetail.searches.report import SearchReport
-from dovetail.searches.space import Candidate, OnScore, Preview, Scored, SearchSpace
-from dovetail.tasks.find import load_task, number_of_labels
+from dovetail.searches.space import Candidate, OnScore, Preview, Scored
+from dovetail.searches.task_space import TaskSpace
 from dovetail.tasks.scoring import evaluate
-from dovetail.tasks.task import Task
-from dovetail.training.optimizer import check_checkpointing
 from dovetail.training.train import train
 
 if TYPE_CHECKING:
@@ -67,8 +63,6 @@ SCALES = (0.1, 0.4, 1.0, 4.0)
 """The factors c on the learning rates (CLAM §4.2)."""
 RATES = (1e-4, 4e-4, 1e-3, 4e-3, 1e-2, 4e-2, 1e-1, 4e-1)
 """The learning rates of the ablation with one rate for all links: those of CLAM's Table 7."""
-TRAIN_SHARE = 0.8
-"""The share of the training records that candidates are trained on (CLAM, Table 6), without a validation split."""
 _MEASURED_STEPS, _MEASURED_RECORDS = 4, 64
 
 WINNER = "winner"
@@ -91,7 +85,7 @@ class Option:
     nbytes: int
 
 
-class ChainSpace(SearchSpace):
+class ChainSpace(TaskSpace):
     """The chains of a recipe (`dovetail.runs.search_settings.ChainSettings`)."""
 
     settings: ChainSettings
@@ -102,15 +96,11 @@ class ChainSpace(SearchSpace):
         self.settings = recipe.search
         self._prefix = _links("search.prefix", self.settings.prefix, "a pruner or a quantizer", _applied_once)
         self._suffix = _links("search.suffix", self.settings.suffix, "a constraint", _is_constraint)
-        self._whole_task = load_task(recipe.data)
-        self._test = recipe.evaluate.split or "test"
-        self._whole_task.split(self._test)
-        self._task = split_task(self._whole_task, self._test, recipe.seed)
-        self.task = TaskInfo.of(self._task, "validation", recipe.train.evaluate_limit)
+        self.task = TaskInfo.of(self.search_task, "validation", recipe.train.evaluate_limit)
         self._links = _labelled([_adapter(text) for text in self.settings.links])
         self._held = held_in(recipe.model)
         self._sequences = self._legal_sequences()
-        self._empty = self._empty_model()
+        self._empty = self._smallest_model()
         self.options = self._legal_options()
         self._sequences = [each for each in self._sequences if set(each) <= {option.label for option in self.options}]
         self._heads, self._base_nbytes, self._bits = self._fixed_sizes()
@@ -139,18 +129,10 @@ class ChainSpace(SearchSpace):
             )
         return found
 
-    def _empty_model(self) -> PreTrainedModel:
-        recipe, task = self.recipe, self._whole_task
-        config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
-        labels = number_of_labels(task, recipe.data.num_labels)
-        empty = empty_model(
-            config, task_kind=task.kind, num_labels=labels, dtype=recipe.dtype,
-            trust_remote_code=recipe.trust_remote_code,
-        )  # fmt: skip
-        check_checkpointing(empty, recipe.train.gradient_checkpointing)
+    def _smallest_model(self) -> PreTrainedModel:
         links = [self._links[label] for label in self._sequences[0]]
         smallest = [_with_rank(link, 1) if _ranked(link) else link for link in links]
-        return apply_on_meta(empty, self._chain(smallest), recipe.targets)  # pyright: ignore[reportReturnType]
+        return apply_on_meta(self.empty_model(), self._chain(smallest), self.recipe.targets)  # pyright: ignore[reportReturnType]
 
     def _legal_options(self) -> list[Option]:
         """Return what each slot may hold on this model; raise the first ChainError where that is nothing."""
@@ -291,10 +273,10 @@ class ChainSpace(SearchSpace):
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[dict[str, Tensor]]]:
         """The model, the tokenizer and the calibration data, which all trials of a worker share."""
-        model, tokenizer = load_base(self.recipe, self._whole_task)
+        model, tokenizer = load_base(self.recipe, self.whole_task)
         torch.nn.Module.to(model, best_device())
         model.requires_grad_(False)
-        return model, tokenizer, calibration(self.recipe, self._task, model, tokenizer)
+        return model, tokenizer, calibration(self.recipe, self.search_task, model, tokenizer)
 
     def _applied(self, recipe: Recipe) -> PreTrainedModel:
         """Return a copy of the model with the chain of a candidate."""
@@ -316,9 +298,9 @@ class ChainSpace(SearchSpace):
                 scores.append(what["validation"][self.task.metric])
                 report(len(scores) - 1, scores[-1])
 
-        steps = self._steps
+        steps = self.steps
         settings: dict[str, Any] = recipe.train.model_dump() | {"evaluate_every": max(1, steps // self._scorings)}
-        train(model, self._loaded[1], self._task, seed=recipe.seed, progress=False, on_log=on_log, **settings)
+        train(model, self._loaded[1], self.search_task, seed=recipe.seed, progress=False, on_log=on_log, **settings)
         size = footprint(model)
         values = {
             "quality": self._best(scores),
@@ -326,7 +308,7 @@ class ChainSpace(SearchSpace):
             "trainable_parameters": float(size.trainable_parameters),
         }
         if "peak_memory" in self.settings.objectives:
-            values["peak_memory"] = self._peak_memory(recipe)
+            values["peak_memory"] = self.peak_memory(recipe)
         details = {
             "scores": list(map(finite, scores)),
             "trainable_parameters": size.trainable_parameters,
@@ -342,34 +324,9 @@ class ChainSpace(SearchSpace):
         return choose(good, default=float("nan"))
 
     @property
-    def _steps(self) -> int:
-        """Training steps of a candidate."""
-        settings = self.recipe.train
-        rows = settings.batch_size * settings.gradient_accumulation
-        return settings.max_steps or ceil(settings.epochs * ceil(len(self._task.split("train")) / rows))
-
-    @property
     def _scorings(self) -> int:
         """How often a candidate is scored: after each epoch."""
-        settings = self.recipe.train
-        rows = settings.batch_size * settings.gradient_accumulation
-        return ceil(self._steps / ceil(len(self._task.split("train")) / rows))
-
-    def _peak_memory(self, recipe: Recipe) -> float:
-        found = self._plan_peak(recipe)
-        if found is None:
-            rule = "the peak of memory must be predictable, which it is not for experts in three-dimensional float32"
-            raise SearchError("search.objectives", found="peak_memory", rule=rule, fix="remove it from the objectives")
-        return float(found)
-
-    def _plan_peak(self, recipe: Recipe) -> int | None:
-        settings = recipe.train
-        return plan(
-            recipe.chain, recipe.model, targets=recipe.targets, task=self._task, dtype=recipe.dtype,
-            num_labels=number_of_labels(self._whole_task, recipe.data.num_labels), batch_size=settings.batch_size,
-            max_length=settings.max_length, bf16=settings.bf16,
-            gradient_checkpointing=settings.gradient_checkpointing, trust_remote_code=recipe.trust_remote_code,
-        ).predicted_peak_memory_nbytes  # fmt: skip
+        return ceil(self.steps / self.steps_per_epoch)
 
     def preview(self) -> Preview:
         count, largest = 0, None
@@ -381,16 +338,16 @@ class ChainSpace(SearchSpace):
         settings, links = self.recipe.train, self._chain([option.link for option in largest])
         recipe = self.recipe.model_copy(update={"chain": str(links), "search": None})
         step, record = self._measure(recipe)
-        trial = self._steps * step + self._scorings * len(self._task.split("validation")) * record
-        share = len(self._whole_task.split("train")) / len(self._task.split("train"))
-        test = len(self._whole_task.split(self._test)[: self.recipe.evaluate.limit])
-        final = (self._steps * (1 if settings.max_steps else share)) * step + 3 * test * record
+        trial = self.steps * step + self._scorings * len(self.search_task.split("validation")) * record
+        share = len(self.whole_task.split("train")) / len(self.search_task.split("train"))
+        test = len(self.whole_task.split(self.test)[: self.recipe.evaluate.limit])
+        final = (self.steps * (1 if settings.max_steps else share)) * step + 3 * test * record
         return Preview(
             points=count * len(self._rates),
             trials=self.settings.trials,
             seconds=self.settings.trials * trial + len(self.settings.seeds) * final,
-            peak_memory_nbytes=self._plan_peak(recipe),
-            facts={"largest candidate": str(links), "steps of a trial": f"{self._steps:,}"},
+            peak_memory_nbytes=self.predicted_peak(recipe),
+            facts={"largest candidate": str(links), "steps of a trial": f"{self.steps:,}"},
         )
 
     def _measure(self, recipe: Recipe) -> tuple[float, float]:
@@ -401,11 +358,11 @@ class ChainSpace(SearchSpace):
         for steps in (1, 1 + _MEASURED_STEPS):  # the difference leaves out what every training does once
             started = perf_counter()
             settings["max_steps"] = steps
-            train(model, tokenizer, self._task, seed=0, progress=False, **settings)
+            train(model, tokenizer, self.search_task, seed=0, progress=False, **settings)
             seconds.append(perf_counter() - started)
         started = perf_counter()
-        records = len(self._task.split("validation")[:_MEASURED_RECORDS])
-        evaluate(model, tokenizer, [self._task], split="validation", limit=records, progress=False)
+        records = len(self.search_task.split("validation")[:_MEASURED_RECORDS])
+        evaluate(model, tokenizer, [self.search_task], split="validation", limit=records, progress=False)
         return max(0.0, seconds[1] - seconds[0]) / _MEASURED_STEPS, (perf_counter() - started) / records
 
     # The end.
@@ -424,7 +381,7 @@ class ChainSpace(SearchSpace):
             scores.append(done.score(done.stages[-1]))
         good = [score for score in scores if score is not None]
         return {
-            "split": self._test,
+            "split": self.test,
             "seeds": list(self.settings.seeds),
             "scores": scores,
             "mean": statistics.mean(good) if len(good) == len(scores) else None,
@@ -435,11 +392,11 @@ class ChainSpace(SearchSpace):
         winner, found = report.trial(report.best), report.finish
         said = f"{winner.chain} is the best of {len(report.trials)} chains"
         if found.get("mean") is None:
-            return f"{said}; its score on {self._test} is not finite"
+            return f"{said}; its score on {self.test} is not finite"
         mean = format_score(self.task.metric, found["mean"])
         spread = "" if found["sd"] is None else f" (standard deviation {format_score(self.task.metric, found['sd'])})"
         seeds = "1 seed" if len(found["seeds"]) == 1 else f"{len(found['seeds'])} seeds"
-        return f"{said}: {metric_name(self.task.metric)} {mean}{spread} on {self._test}, {seeds}"
+        return f"{said}: {metric_name(self.task.metric)} {mean}{spread} on {self.test}, {seeds}"
 
     def sections(self, report: SearchReport) -> list[str]:
         metric, found = report.task.metric, report.finish
@@ -451,29 +408,6 @@ class ChainSpace(SearchSpace):
         ]
         note = f"Trained on all records of the training split, scored on the {found['split']} split."
         return [section("The best chain", html_table(head, rows) + f'\n<p class="note">{escape(note)}</p>')]
-
-
-def split_task(task: Task, test: str, seed: int) -> Task:
-    """Return the task with the splits that candidates are trained and scored on: train and validation.
-
-    A validation split that is not the test split is taken as it is. Else a fifth of the training records is, drawn with
-    this seed.
-
-    test   name of the split that the winner is scored on; no candidate sees it
-    """
-    train_records = task.split("train")
-    if "validation" in task.splits and test != "validation":
-        return task
-    count = round(TRAIN_SHARE * len(train_records))
-    if not 0 < count < len(train_records):
-        rule = "a training split without a validation split beside it must have at least 3 records"
-        raise SearchError(f"task {task.name}", found=f"{len(train_records)}", rule=rule, fix="add records")
-    chosen = set(Random(f"{seed} search split").sample(range(len(train_records)), count))
-    parts = {
-        "train": [record for place, record in enumerate(train_records) if place in chosen],
-        "validation": [record for place, record in enumerate(train_records) if place not in chosen],
-    }
-    return replace(task, splits={**task.splits, **parts})
 
 
 def _links(where: str, text: str, what: str, fits: Any) -> tuple[Link, ...]:

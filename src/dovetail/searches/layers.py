@@ -36,7 +36,7 @@ from dovetail.chains.link import Adapter, Chain, Link, Quantizer, format_value
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.footprint import stored_nbytes
-from dovetail.checkpoint.load import empty_model, held_in, load_config
+from dovetail.checkpoint.load import held_in
 from dovetail.compression.apply import apply_on_meta
 from dovetail.display.format import format_score, metric_name
 from dovetail.display.html import html_table, section
@@ -44,20 +44,17 @@ from dovetail.errors import ChainError, InUse, SearchError
 from dovetail.files import check_folder
 from dovetail.models.targets import find_targets, matches
 from dovetail.runs.flow import run
-from dovetail.runs.plan import plan
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import REPORT, Report, TaskInfo, finite
 from dovetail.runs.search_settings import LayerSettings
-from dovetail.searches.chains import split_task
 from dovetail.searches.knapsack import Knapsack
 from dovetail.searches.pareto import crowding_distance, pareto_rank
 from dovetail.searches.report import SearchReport, Trial, format_objective
 from dovetail.searches.scores import entropy, gradient_scores
-from dovetail.searches.space import Candidate, Fixed, OnScore, Preview, Scored, SearchSpace
+from dovetail.searches.space import Candidate, Fixed, OnScore, Preview, Scored
+from dovetail.searches.task_space import TaskSpace
 from dovetail.searches.trial import Applied, Workbench, check_one_stage
 from dovetail.searches.units import Unit, units
-from dovetail.tasks.find import load_task, number_of_labels
-from dovetail.training.optimizer import check_checkpointing
 
 if TYPE_CHECKING:
     import optuna
@@ -90,7 +87,7 @@ class Size:
     parameters: int
 
 
-class LayerSpace(SearchSpace):
+class LayerSpace(TaskSpace):
     """The assignments of a recipe (`dovetail.runs.search_settings.LayerSettings`)."""
 
     settings: LayerSettings
@@ -104,14 +101,10 @@ class LayerSpace(SearchSpace):
         check_one_stage(assignment)
         if recipe.merge == "exact":
             check_merge(self.chain)
-        self._whole_task = load_task(recipe.data)
-        self._test = recipe.evaluate.split or "test"
-        self._whole_task.split(self._test)
-        self._task = split_task(self._whole_task, self._test, recipe.seed)
-        self.task = TaskInfo.of(self._task, "validation", self.settings.samples)
+        self.task = TaskInfo.of(self.search_task, "validation", self.settings.samples)
         self.keys = _keys(self.settings.space, self.chain)
         self._check_rungs()
-        self._empty = self._empty_model()
+        self._empty = self.empty_model()
         targets = find_targets(self._empty, recipe.targets)
         self.fixed_layers = self._fixed(targets)
         free = [target for target in targets if target.name not in self.fixed_layers]
@@ -126,16 +119,6 @@ class LayerSpace(SearchSpace):
         self._check_budget()
 
     # The space.
-
-    def _empty_model(self) -> Any:
-        recipe = self.recipe
-        config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
-        empty = empty_model(
-            config, task_kind=self._whole_task.kind, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code,
-            num_labels=number_of_labels(self._whole_task, recipe.data.num_labels),
-        )  # fmt: skip
-        check_checkpointing(empty, recipe.train.gradient_checkpointing)
-        return empty
 
     def _fixed(self, targets: Sequence[Any]) -> dict[str, str]:
         """Return layer -> chain of the layers that `fixed` or the recipe's `layers` pin."""
@@ -238,20 +221,13 @@ class LayerSpace(SearchSpace):
         return getattr(self.sizes[unit.name, choice], field)
 
     def _check_rungs(self) -> None:
-        rungs, steps = self.settings.rungs, self._steps
+        rungs, steps = self.settings.rungs, self.steps
         if rungs and rungs[-1] > steps:
             rule = f"the training of the recipe has {steps} steps, of which each rung trains the first"
             raise SearchError("search.rungs", found=f"{rungs[-1]} steps", rule=rule, fix="raise train.max_steps")
         if self.settings.proxy == "super":
             rule = "this version scores candidates by training alone"
             raise SearchError("search.proxy", found="super", rule=rule, fix="set proxy: none")
-
-    @property
-    def _steps(self) -> int:
-        """Training steps of a candidate that is trained to the end."""
-        settings = self.recipe.train
-        rows = settings.batch_size * settings.gradient_accumulation
-        return settings.max_steps or math.ceil(settings.epochs * math.ceil(len(self._task.split("train")) / rows))
 
     # Parameters of a trial: a value for each unit and key.
 
@@ -408,7 +384,7 @@ class LayerSpace(SearchSpace):
         self, options: Mapping[str, Sequence[Applied]], ranks: Sequence[int]
     ) -> tuple[dict[tuple[str, Applied], float], Mapping[str, Sequence[float]]]:
         """Return the Fisher score of each layer's applied links, and the gradient's energy at each rank."""
-        with self._bench.tuned(max(1, self._steps // _TUNING)):
+        with self._bench.tuned(max(1, self.steps // _TUNING)):
             found = gradient_scores(self._bench, options, ranks, self.settings.samples)
         return found.fisher, found.energy
 
@@ -422,7 +398,7 @@ class LayerSpace(SearchSpace):
         quantized one for ranks.
         """
         bench = self._bench
-        with bench.tuned(max(1, self._steps // _TUNING)):
+        with bench.tuned(max(1, self.steps // _TUNING)):
             information = _from_least(entropy(bench, self.settings.samples))
         error = {}
         for name, choices in options.items():
@@ -453,7 +429,7 @@ class LayerSpace(SearchSpace):
         pinned = [check(chain(text), self.chain.held) for text in self.fixed_layers.values()]
         starts = any(links.stages[0].keep_start for links in (*self._chains.values(), *pinned))
         return Workbench(
-            recipe, self._task, applied={name: self._applied(name) for name in layers}, starts=starts,
+            recipe, self.search_task, applied={name: self._applied(name) for name in layers}, starts=starts,
             samples=self.settings.samples,
             folder=None if self.folder is None else self.folder / f"{_BASES}-{os.getpid()}",
         )  # fmt: skip
@@ -517,7 +493,9 @@ class LayerSpace(SearchSpace):
             "nbytes": float(found.footprint.nbytes),
             "trainable_parameters": float(found.footprint.trainable_parameters),
         }
-        values = {"quality": found.score, "peak_memory": float(found.peak_memory_nbytes), **sizes}
+        values = {"quality": found.score, **sizes}
+        if "peak_memory" in self.settings.objectives:
+            values["peak_memory"] = self.peak_memory(self.candidate_recipe(candidate))
         details = {
             "bits_per_weight": found.footprint.bits_per_weight, "loss": finite(found.loss), "steps": found.steps,
             **sizes,
@@ -550,22 +528,17 @@ class LayerSpace(SearchSpace):
             seconds.append(bench.trial(self.layers_of(largest), steps).seconds)
         step = max(0.0, seconds[1] - seconds[0]) / _MEASURED_STEPS
         once = max(0.0, seconds[0] - step)
-        rungs = self.settings.rungs or (self._steps,)
+        rungs = self.settings.rungs or (self.steps,)
         counts = [(count, rung - before) for count, rung, before in zip(self._counts, rungs, (0, *rungs), strict=False)]
-        scoring = self._steps // _TUNING * step if self.settings.start in ("gradient", "entropy") else 0.0
-        finish = {"best": 1, "front": _START, "none": 0}[self.settings.finish] * self._steps * step
+        scoring = self.steps // _TUNING * step if self.settings.start in ("gradient", "entropy") else 0.0
+        finish = {"best": 1, "front": _START, "none": 0}[self.settings.finish] * self.steps * step
         trained = sum(count * (steps * step + once) for count, steps in counts)
-        plan_of = plan(
-            self.recipe.chain, self.recipe.model, layers=self.layers_of(largest), targets=self.recipe.targets,
-            task=self._task, dtype=self.recipe.dtype, batch_size=self.recipe.train.batch_size,
-            num_labels=number_of_labels(self._whole_task, self.recipe.data.num_labels),
-            max_length=self.recipe.train.max_length, trust_remote_code=self.recipe.trust_remote_code,
-        )  # fmt: skip
+        recipe = self.candidate_recipe(Candidate(self.params(largest)))
         return Preview(
             points=len(self.choices) ** len(self.units),
             trials=self.settings.trials,
             seconds=ready + scoring + trained + finish,
-            peak_memory_nbytes=plan_of.predicted_peak_memory_nbytes,
+            peak_memory_nbytes=self.predicted_peak(recipe),
             facts={
                 "units": f"{len(self.units)}, of {sum(len(unit.layers) for unit in self.units)} layers",
                 "choices of a unit": f"{len(self.choices)}: " + ", ".join(
@@ -599,7 +572,7 @@ class LayerSpace(SearchSpace):
             label: {name: trial.details[name] for name in ("nbytes", "trainable_parameters")} | trial.values
             for label, trial in self._references(report).items()
         }
-        return {"split": self._test, "runs": scores, "references": uniform}
+        return {"split": self.test, "runs": scores, "references": uniform}
 
     def _references(self, report: SearchReport) -> dict[str, Trial]:
         """Return the uniform models among the trials, by their labels, each at its highest rung."""
