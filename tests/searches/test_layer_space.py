@@ -148,7 +148,7 @@ def test_bits_alone_are_scored_without_training(tmp_path):
 ])  # fmt: skip
 def test_values_in_any_order_are_moved_into_the_budget(tmp_path, space):
     free = LayerSpace(recipe_of(tmp_path, space=space))
-    ends = [[choose(free.choices, key=lambda c: free._cost(free.units[0], c, "nbytes"))] * len(free.units)
+    ends = [[choose(free.choices, key=lambda c: free.cost(free.units[0], c, "nbytes"))] * len(free.units)
             for choose in (min, max)]  # fmt: skip
     least, most = (free.size(each)["bits_per_weight"] for each in ends)
     fewest = free.size(ends[0])["trainable_parameters"]
