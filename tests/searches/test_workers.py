@@ -13,7 +13,7 @@ import sqlalchemy
 from optuna.trial import TrialState
 
 from dovetail.errors import NotFinite, SearchError
-from dovetail.searches import study as studies
+from dovetail.searches.storage import GRACE_SECONDS
 from dovetail.searches.study import finished, open_study, requeue, this_worker, work
 from quick_space import KILLS, NAME, QuickSpace, RacingSpace, begin, check_nothing_lost, kill_workers
 
@@ -81,7 +81,7 @@ def test_a_lost_trial_is_repeated_at_once_with_its_number_and_parameters(url):
 def test_a_trial_of_another_host_is_repeated_without_heartbeat(url, monkeypatch):
     space = QuickSpace(1)
     with open_study(url, NAME, space, IDENTITY) as study:
-        monkeypatch.setattr(studies, "this_worker", lambda: this_worker() | {"host": "another"})
+        monkeypatch.setattr("dovetail.searches.study.this_worker", lambda: this_worker() | {"host": "another"})
         with pytest.warns(UserWarning, match="Heartbeat"):
             trial = study.ask()
         monkeypatch.undo()
@@ -89,7 +89,7 @@ def test_a_trial_of_another_host_is_repeated_without_heartbeat(url, monkeypatch)
         study._storage.record_heartbeat(trial._trial_id)
         requeue(study)
         assert study.get_trials()[0].state is TrialState.RUNNING
-        long_ago = datetime.now() - timedelta(seconds=2 * studies.GRACE_SECONDS + 86400)
+        long_ago = datetime.now() - timedelta(seconds=2 * GRACE_SECONDS + 86400)
         backend = study._storage._backend
         with backend.engine.begin() as connection:
             connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = ?", (str(long_ago),))
@@ -105,7 +105,7 @@ def test_a_trial_that_no_worker_signed_is_repeated(url, monkeypatch):
         study._storage.create_new_trial(study._study_id)  # a worker is killed right here
         requeue(study)
         assert study.get_trials()[0].state is TrialState.RUNNING
-        monkeypatch.setattr(studies, "_UNSIGNED_SECONDS", 0)
+        monkeypatch.setattr("dovetail.searches.study._UNSIGNED_SECONDS", 0)
         work(study, space)
         assert [trial.number for trial in finished(study, space)] == [0]
 
@@ -238,7 +238,7 @@ def test_a_study_of_another_recipe_is_refused(url):
     ],
 )
 def test_a_storage_that_cannot_be_opened(url, problem, monkeypatch):
-    monkeypatch.setattr(studies, "_OPENINGS", 1)
+    monkeypatch.setattr("dovetail.searches.storage._OPENINGS", 1)
     if "psycopg" in url:
         pytest.importorskip("psycopg")
     with pytest.raises(SearchError, match=problem) as caught, open_study(url, NAME, QuickSpace(1), IDENTITY):

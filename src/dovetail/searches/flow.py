@@ -37,7 +37,8 @@ from dovetail.runs.search_settings import ChainSettings, LayerSettings
 from dovetail.searches.page import page
 from dovetail.searches.report import JSON, SearchReport, Trial, best, front
 from dovetail.searches.space import Preview, SearchSpace
-from dovetail.searches.study import check_url, delete_study, finished, open_study, work
+from dovetail.searches.storage import check_url
+from dovetail.searches.study import delete_study, finished, open_study, work
 from dovetail.tasks.find import load_task
 from dovetail.training.identity import records_identity
 

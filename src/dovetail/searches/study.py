@@ -6,7 +6,7 @@ and the start time of that process.
 
 A trial whose worker ended without a result waits in the queue again, with its number and its parameters, and the next
 free worker repeats it. On the host of the lost worker that happens at once, since its process is gone. On other hosts
-the heartbeats of Optuna tell, after GRACE_SECONDS; then the trial fails and a copy of it waits.
+the heartbeats of Optuna tell, after `storage.GRACE_SECONDS`; then the trial fails and a copy of it waits.
 
 Numbers of a sampler follow from the seed of the recipe, the number of the trial and the name of the parameter. So one
 worker that was killed and resumed proposes what it would have proposed.
@@ -29,14 +29,11 @@ from typing import TYPE_CHECKING, Any
 import optuna
 import psutil
 from optuna.distributions import BaseDistribution
-from optuna.exceptions import ExperimentalWarning, StorageInternalError, TrialPruned, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, TrialPruned, UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.storages import fail_stale_trials
 from optuna.storages._heartbeat import get_heartbeat_thread
-from optuna.storages._rdb.models import BaseModel
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy import URL, create_engine, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from dovetail.errors import NotFinite, SearchError, TrainError
 from dovetail.runs.search_settings import ChainSettings, LayerSettings
@@ -44,19 +41,15 @@ from dovetail.searches.report import Trial
 from dovetail.searches.samplers import PRGASampler, RefineSampler, ThreeStageSampler
 from dovetail.searches.samplers.proposal import ProposalSampler
 from dovetail.searches.space import Candidate, Scored, SearchSpace
+from dovetail.searches.storage import explained, hidden, open_storage
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
 
-HEARTBEAT_SECONDS, GRACE_SECONDS = 30, 120
-"""Interval of the heartbeats, and the age of the last one at which a trial on another host counts as lost."""
 _UNSIGNED_SECONDS = 10
 """Age at which a running trial without a worker's name counts as lost: a worker signs its trial at once."""
 _WAIT_SECONDS = 1.0
 """Time between two looks at the study while other workers run the last trials."""
-_OPENINGS = 5
-"""How often a storage is opened: workers that start at the same time disturb each other while tables are created."""
-
 _IDENTITY, _PREPARED = "dovetail:identity", "dovetail:prepared"
 _WORKER, _KEY, _RUNG, _SECONDS, _DETAILS, _PROBLEM = "worker", "key", "rung", "seconds", "details", "problem"
 
@@ -74,9 +67,9 @@ def open_study(url: str, name: str, space: SearchSpace, identity: Mapping[str, s
     Raises SearchError for a storage that cannot be opened, and for a study of another recipe. An error of the storage
     later on becomes a SearchError too.
     """
-    storage = _open_storage(url)
+    storage = open_storage(url)
     try:
-        with _explained(url):
+        with explained(url):
             directions = list(space.objectives.values())
             study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
             _check_identity(study, identity, url)
@@ -90,92 +83,10 @@ def open_study(url: str, name: str, space: SearchSpace, identity: Mapping[str, s
 
 def delete_study(url: str, name: str) -> None:
     """Delete a study and all its trials, if there is one."""
-    storage = _open_storage(url)
-    with _explained(url), suppress(KeyError):
+    storage = open_storage(url)
+    with explained(url), suppress(KeyError):
         optuna.delete_study(study_name=name, storage=storage)
     storage.engine.dispose()
-
-
-def check_url(url: str) -> None:
-    """Raise SearchError for a text that is no URL of a storage, or a storage that ends with the process."""
-    rule, fix = "a storage is a URL of a database", "pass --storage sqlite:///search.db, or leave it out"
-    try:
-        parsed = make_url(url)
-        parsed.get_dialect()
-    except (ArgumentError, NoSuchModuleError) as error:
-        raise SearchError("storage", found=str(error)[:200], rule=rule, fix=fix) from None
-    except ImportError as error:
-        raise _missing(parsed, error) from None
-    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
-        rule = "workers and later starts must find the trials: the storage must outlive the process"
-        raise SearchError(f"storage {hidden(url)}", found="a database in memory", rule=rule, fix=fix)
-
-
-def hidden(url: str) -> str:
-    """Return a URL without its password."""
-    return make_url(url).render_as_string(hide_password=True)
-
-
-def _missing(parsed: URL, error: ImportError) -> SearchError:
-    fix = f"install the package {error.name or parsed.get_driver_name()}"
-    if parsed.get_backend_name() == "postgresql":
-        fix = "pip install 'dovetail[postgres]', and write postgresql+psycopg://USER@HOST/DATABASE"
-    where = f"storage {parsed.render_as_string(hide_password=True)}"
-    return SearchError(where, found=str(error), rule="the driver of the database must be installed", fix=fix)
-
-
-def _open_storage(url: str) -> RDBStorage:
-    check_url(url)
-    parsed = make_url(url)
-    arguments: dict[str, Any] = {}
-    if parsed.get_backend_name() == "sqlite":
-        arguments = {"timeout": 60}
-    elif parsed.get_backend_name() == "postgresql":
-        arguments = {"connect_timeout": 10}
-    with _explained(url), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        for opening in range(_OPENINGS):
-            try:
-                if parsed.get_backend_name() == "sqlite":
-                    _create_tables(url, arguments)
-                return RDBStorage(
-                    url, engine_kwargs={"connect_args": arguments, "pool_pre_ping": True},
-                    heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
-                    heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
-                )  # fmt: skip
-            except ImportError as error:
-                raise _missing(parsed, error) from None
-            except SQLAlchemyError:
-                if opening + 1 == _OPENINGS:
-                    raise
-                time.sleep(0.2 * (opening + 1))
-    raise AssertionError
-
-
-def _create_tables(url: str, arguments: dict[str, Any]) -> None:
-    """Create the tables of a study in SQLite, all or none.
-
-    Optuna creates them one by one. After a kill in between, an index would be missing that keeps names unique.
-    """
-    engine = create_engine(url, connect_args=arguments)
-    with engine.connect() as connection:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-        BaseModel.metadata.create_all(connection)
-        connection.commit()
-    engine.dispose()
-
-
-@contextmanager
-def _explained(url: str) -> Iterator[None]:
-    """Turn an error of the storage into a SearchError."""
-    try:
-        yield
-    except (SQLAlchemyError, StorageInternalError) as error:
-        cause = error.__cause__ or error
-        found = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0][:300]
-        rule = "the storage must be reachable and writable"
-        fix = "check the URL and the server; a search that has begun continues when the command is given again"
-        raise SearchError(f"storage {hidden(url)}", found=found, rule=rule, fix=fix) from None
 
 
 def _check_identity(study: optuna.Study, identity: Mapping[str, str], url: str) -> None:
