@@ -78,7 +78,7 @@ def main() -> None:
         began, seconds = time(), process_time()
         choices = [chain(text(bits)).links for bits in BITS]
         found = gradient_scores(bench, dict.fromkeys(bench.layers, choices), [1], asked.scored).fisher
-        groups = units(bench.model, bench._targets, "fused")
+        groups = units(bench.model, bench.targets, "fused")
         costs = [
             [sum(8 * bench.base(name, each).quantized.nbytes for name in unit.layers) for each in choices]
             for unit in groups

@@ -112,7 +112,8 @@ def check_nothing_lost(url: str, space: SearchSpace, *, workers: int) -> list[Tr
     assert set(states) <= {"COMPLETE", "FAIL"}  # failed: enqueued twice by racing workers, and then left out
     assert len(trials) == states.count("COMPLETE")
     first = [trial for trial in trials if trial.rung == 0]
-    assert space.settings.trials <= len(first) <= space.settings.trials + workers - 1
+    asked = space.settings.trials
+    assert asked <= len(first) <= asked + workers - 1, [(t.number, t.params) for t in trials]
     configurations = [(trial.rung, *sorted(trial.params.items())) for trial in trials]
     assert len(set(configurations)) == len(configurations)
     assert all(trial.values["quality"] <= 0 for trial in trials)

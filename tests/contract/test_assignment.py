@@ -210,7 +210,7 @@ def test_the_last_pattern_that_fits_decides():
         ("int(bits=4) >> lora(r=4)", {"down": "lora(r=4)"}, ChainError, "same links|the links of"),
         ("int(bits=4) >> lora(r=4)", {"down": "gptq(bits=4) >> lora(r=4)"}, ChainError, "only arguments may differ"),
         ("lora(r=4)", {"nowhere": "lora(r=8)"}, TargetError, "nowhere"),
-        ("lora(r=4)", {"down": "lora(r=0)"}, ChainError, "r"),
+        ("lora(r=4)", {"down": "lora(r=0)"}, ChainError, "found: r=0"),
         ("int(bits=4, group=16) >> lora >> regrid", {"down": "int(bits=4, group=7) >> lora >> regrid"}, ChainError,
          "down_proj"),
     ],

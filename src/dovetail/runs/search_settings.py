@@ -67,9 +67,10 @@ class LayerSettings(Part):
     unit        the layers that share their arguments: a block, the layers that serving engines fuse, or one layer
     fixed       pattern of layers -> the links of the recipe's chain with the arguments that these layers keep
     start       the scores that the first candidates are solved from; none: no scores
-    proxy       score candidates by one training with arguments drawn anew in every step ("super"), or not
+    proxy       what scores candidates without training them; "super", one training with arguments drawn anew in every
+                step, is not available in this version and is refused
     trials      candidates that are trained
-    candidates  candidates that the proxy scores
+    candidates  candidates that the proxy scores; without a proxy it has no effect
     rungs       training steps of the first, second, ... rung of successive halving; none: every trial trains in full
     samples     records that candidates are scored on, and that layers are scored on
     budget      limits that no candidate exceeds

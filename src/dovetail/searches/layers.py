@@ -26,7 +26,7 @@ import torch
 
 from dovetail.chains.check import check
 from dovetail.chains.layer.applied import applied
-from dovetail.chains.link import Link
+from dovetail.chains.link import Link, arguments
 from dovetail.chains.notation import chain
 from dovetail.errors import InUse, SearchError
 from dovetail.files import check_folder
@@ -94,7 +94,9 @@ class LayerSpace(AssignmentSpace):
         Half of it is the error of pruning and quantizing; the other half is what a smaller rank leaves out.
         """
         options = {name: self._applied(name) for unit in self.units for name in unit.layers}
-        ranks = [max((getattr(link, "r", 0) for link in self._adapters(choice)), default=0) for choice in self.choices]
+        ranks = [
+            max((arguments(link).get("r", 0) for link in self._adapters(choice)), default=0) for choice in self.choices
+        ]
         distinct = sorted(set(ranks) - {0})
         make = self._by_gradient if self.settings.start == "gradient" else self._by_entropy
         error, energy = make(options, distinct)

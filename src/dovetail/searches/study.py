@@ -247,12 +247,11 @@ def work(study: optuna.Study, space: SearchSpace, *, on_trial: Callable[[Trial],
         running = [trial for trial in trials if trial.state is TrialState.RUNNING]
         waiting = any(trial.state is TrialState.WAITING for trial in study.get_trials(deepcopy=False))
         if not waiting and done + sum(_rung(trial) == 0 for trial in running) < asked:
-            # Optuna's `ask` makes trials without a name, which nobody would miss after a kill.
             study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={_WORKER: this_worker()}))
             waiting = True
         if waiting:
             number = _run(study, space)
-            if on_trial is not None:
+            if on_trial is not None and number is not None:
                 for trial in finished(study, space):
                     if trial.number == number:
                         on_trial(trial)
@@ -271,11 +270,14 @@ def _enqueue(study: optuna.Study, space: SearchSpace, trials: Sequence[FrozenTri
             study.enqueue_trial(dict(fixed.candidate.params), user_attrs=attributes)
 
 
-def _run(study: optuna.Study, space: SearchSpace) -> int:
-    """Run the next trial, and return its number."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed")  # the next block has one
-        trial = study.ask()
+def _run(study: optuna.Study, space: SearchSpace) -> int | None:
+    """Run the next trial that waits, and return its number; None where other workers have taken all that waited."""
+    # Optuna's `ask` would make a new trial then, one more than asked for, and without a name.
+    study._thread_local.cached_all_trials = None
+    trial_id = study._pop_waiting_trial_id()
+    if trial_id is None:
+        return None
+    trial = optuna.Trial(study, trial_id)
     with get_heartbeat_thread(trial._trial_id, study._storage):
         try:
             if _duplicate(study, trial):

@@ -112,7 +112,7 @@ class Workbench:
         self.batches = calibration(recipe, task, self.model, self.tokenizer)
         common = assign(recipe.chain, recipe.layers, held(self.model))
         check_one_stage(common)
-        self.record, self._targets = attach(self.model, common, recipe.targets, recipe.seed)
+        self.record, self.targets = attach(self.model, common, recipe.targets, recipe.seed)
         self._assignment = self.record.assignment
         self._starts = {name for name in self.record.layers if starts or self._assignment.at(name).stages[0].keep_start}
         self._original = {name: layer.base for name, layer in self.record.layers.items()}
@@ -185,7 +185,7 @@ class Workbench:
     def candidate(self, layers: Mapping[str, str]) -> Iterator[PreTrainedModel]:
         """Put an assignment on the model, with untrained adapters, while entered."""
         assignment = assign(self.recipe.chain, {**self.recipe.layers, **layers}, held(self.model))
-        with self._under(assignment.on(self._targets, lambda name: held(self.model, name))):
+        with self._under(assignment.on(self.targets, lambda name: held(self.model, name))):
             yield self.model
 
     @contextmanager
