@@ -64,6 +64,22 @@ def test_the_share_is_that_of_the_weights_counted(family: str, text: str, target
         kind = "classification" if family == "bert" else "generation"
         planned = plan(text, make(family).config, memory=False, task_kind=kind)
         assert planned.target_fraction == pytest.approx(weights / total)
+        assert (planned.covered_fraction, planned.left_out) == (under.covered_fraction, under.left_out)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_covered_and_what_is_left_out_are_the_whole(family: str) -> None:
+    model = make(family)
+    total, stock = whole(model), dovetail.footprint(model)
+    dovetail.apply(model, "int(bits=4, group=32) >> lora(r=4)")
+    taken = dovetail.footprint(model)
+    assert (taken.covered_fraction, taken.left_out) == (stock.covered_fraction, stock.left_out)
+    assert round((1 - taken.covered_fraction) * total) == sum(taken.left_out.values())
+    assert taken.covered_fraction >= taken.target_fraction
+    embeddings = {module.weight for module in make(family).modules() if isinstance(module, nn.Embedding)}
+    assert taken.left_out["embeddings"] == sum(weight.numel() for weight in embeddings)
+    assert taken.left_out["norms"] > 0
+    assert ("head" in taken.left_out) == (family in ("llama", "mixtral", "bert"))
 
 
 def test_experts_of_a_mixture_that_no_chain_reaches_are_part_of_the_whole() -> None:

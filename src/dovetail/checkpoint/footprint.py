@@ -9,11 +9,12 @@ These are bytes in memory. A pruned model may take less on disk: `dovetail.packe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from dovetail.chains.layer.coverage import coverage
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.errors import DovetailError
 from dovetail.models.targets import find_targets
@@ -30,6 +31,9 @@ class Footprint:
     trainable_parameters  numbers that training changes
     target_fraction       weights of the target layers over all parameters of the model without adapters: what share of
                           the model bits_per_weight and nonzero_fraction describe; None in reports of earlier versions
+    covered_fraction      parameters of the target layers, biases included, over all parameters of the model without
+                          adapters; None in reports of earlier versions
+    left_out              kind -> parameters outside the target layers (`dovetail.models.coverage`)
     """
 
     bits_per_weight: float
@@ -37,6 +41,8 @@ class Footprint:
     nonzero_fraction: float
     trainable_parameters: int
     target_fraction: float | None = None
+    covered_fraction: float | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -55,12 +61,15 @@ def footprint(model: nn.Module) -> Footprint:
         weights = sum(p.numel() for p in parameters.values())
         stored = sum(p.nbytes for p in parameters.values())
         nonzero = sum(_nonzero(name, p) for name, p in parameters.items())
+    covered, left = coverage(model)
     return Footprint(
         bits_per_weight=8 * stored / weights,
         nbytes=stored_nbytes(model),
         nonzero_fraction=nonzero / weights,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         target_fraction=weights / count_weights(model),
+        covered_fraction=covered,
+        left_out=left,
     )
 
 

@@ -15,6 +15,7 @@ from dovetail.chains.registry import links
 from dovetail.chains.stages import stages
 from dovetail.display.format import format_score, metric_name, percent, size
 from dovetail.display.tables import print_table
+from dovetail.models.coverage import described
 from dovetail.tasks.task import COUNTS
 
 if TYPE_CHECKING:
@@ -107,6 +108,8 @@ def print_plan(console: Console, plan: Plan) -> None:
         console.print(escape(note), soft_wrap=True)
     share = "" if plan.target_fraction is None else f", {percent(plan.target_fraction)} of the model"
     console.print(f"{plan.layer_count} layers, {plan.weights:,} weights in them{share}", soft_wrap=True)
+    if plan.covered_fraction is not None:
+        console.print(described(plan.covered_fraction, plan.left_out), soft_wrap=True)
     if plan.predicted_peak_memory_nbytes is None:
         console.print("memory of training not predicted", soft_wrap=True)
     else:

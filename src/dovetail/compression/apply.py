@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dovetail.chains.assignment import Layers, assign
 from dovetail.chains.layer.applied import AppliedChain, Inputs, applied
 from dovetail.chains.layer.attach import attach, replace_module
+from dovetail.chains.layer.coverage import coverage
 from dovetail.chains.layer.held import guard_saving, held
 from dovetail.chains.layer.linear import ChainLinear, LinkState, Shared, adapter_dtype
 from dovetail.chains.link import Adapter, Chain, Link, arguments
@@ -22,7 +23,9 @@ from dovetail.chains.stages import Stage
 from dovetail.compression.calibration import Batch, checked
 from dovetail.compression.compress import compress, refuse_bad_weights
 from dovetail.errors import ChainError, DataError
+from dovetail.models.coverage import described
 from dovetail.models.targets import task_heads
+from dovetail.progress import note
 
 
 @torch.inference_mode(mode=False)  # or training could not use what was made under a caller's inference mode
@@ -55,6 +58,7 @@ def apply(
     masks        layer name -> (o, i) bool, which pruners of the first stage use instead of data
     on_link      called after each pruner and quantizer that was applied, in later stages too, and with the last of a
                  stage's trained links when `advance` has merged them; the model is usable then
+    progress     show bars, and a line with the share of the parameters under the chain and what is left out
     returns      the same model; everything is frozen except the adapters and a newly initialised task head
     errors       ChainError, TargetError, DataError: nearly always before anything is changed. An error after a layer
                  is compressed (a bad later batch, a kill) leaves a model that every further use refuses: load it again
@@ -79,6 +83,7 @@ def apply(
             record.broken = True
         raise
     freeze(model, record)
+    note(described(*coverage(model)), shown=progress)
     return model
 
 

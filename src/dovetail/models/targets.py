@@ -150,7 +150,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
         raise TargetError(
             where, found="no target", rule="targets must name at least one layer", fix=f"pass targets={ALL_LINEAR!r}"
         )
-    if not any(_is_linear(layer.module) for layer in layers) and (ALL_LINEAR in asked or not layers):
+    if not any(is_linear(layer.module) for layer in layers) and (ALL_LINEAR in asked or not layers):
         raise TargetError(
             where,
             found=_describe(model, layers),
@@ -255,7 +255,8 @@ def _split(targets: str | Sequence[str]) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is nn.Linear or transformers' Conv1D, or derived from one of them."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, (nn.Linear, Conv1D))
@@ -272,7 +273,7 @@ def _layers(model: nn.Module) -> list[Target]:
     head_paths = heads(model)
     layers = []
     for module, (name, *aliases) in paths.items():
-        roles = () if not _is_linear(module) or inside(name, head_paths) else roles_of(name)
+        roles = () if not is_linear(module) or inside(name, head_paths) else roles_of(name)
         layers.append(Target(name, module, roles, "down" in roles, tuple(aliases)))
     return layers
 
@@ -289,7 +290,7 @@ def matches(layer: Target, target: str) -> bool:
 
 
 def _all_linear(where: str, layers: list[Target], refusals: dict[str, str], head_paths: list[str]) -> list[str]:
-    body = [layer.name for layer in layers if _is_linear(layer.module) and not inside(layer.name, head_paths)]
+    body = [layer.name for layer in layers if is_linear(layer.module) and not inside(layer.name, head_paths)]
     free = [name for name in body if name not in refusals]
     if free:
         return free

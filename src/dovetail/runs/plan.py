@@ -7,7 +7,7 @@ by the same code that makes the real ones; the peak of memory on fake tensors, b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from dovetail.chains.assignment import Layers, assign
 from dovetail.chains.check import check_merge
 from dovetail.chains.layer.applied import applied
+from dovetail.chains.layer.coverage import coverage
 from dovetail.chains.layer.held import held
 from dovetail.chains.link import Chain, Link
 from dovetail.chains.notation import chain
@@ -61,6 +62,8 @@ class Plan:
     layers                        pattern of layers -> the chain of those that it fits, where it is not `chain`
     layer_count, weights          target layers, and weights in them
     target_fraction               these weights over all parameters of the model: what share bits_per_weight describes
+    covered_fraction, left_out    what `dovetail.footprint` says of the model under the chain: share of the parameters,
+                                  and kind -> parameters outside the chain
     stages                        one after the other
     bits_per_weight, nbytes       of the model under its last stage, adapters included in nbytes: what
                                   `dovetail.footprint` counts then, exactly
@@ -84,6 +87,8 @@ class Plan:
     batch_size: int
     length: int
     target_fraction: float | None = None
+    covered_fraction: float | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def plan(
@@ -175,7 +180,9 @@ def plan(
             )
         )
         share = weights / count_weights(model_here)
+        covered, left = coverage(model_here)
         nothing = replace(nothing, layer_count=len(planned), weights=weights, target_fraction=share)
+        nothing = replace(nothing, covered_fraction=covered, left_out=left)
     peaks = [part.predicted_peak_memory_nbytes for part in parts]
     return replace(
         nothing,

@@ -12,6 +12,7 @@ from dovetail.checkpoint.footprint import Footprint
 from dovetail.checkpoint.merge import MergeReport
 from dovetail.display.format import SHARES, duration, format_score, metric_name, percent, size
 from dovetail.display.tables import print_table
+from dovetail.models.coverage import described
 from dovetail.runs.report.record import Report, Row
 from dovetail.tasks.task import LOWER_IS_BETTER
 
@@ -116,7 +117,12 @@ def counted(report: Report) -> str:
     if base is None or last is None:
         return ""
     told = f"Bits per weight and nonzero weights are those of the layers under the chain, {percent(last)} of the model"
-    return f"{told}." if base == last else f"{told}; in the row base, those of all linear layers, {percent(base)}."
+    told += "." if base == last else f"; in the row base, those of all linear layers, {percent(base)}."
+    taken = report.stages[-1].footprint
+    if taken.covered_fraction is None:
+        return told
+    said = described(taken.covered_fraction, taken.left_out)
+    return f"{told} {said[0].upper()}{said[1:]}."
 
 
 def row_line(row: Row) -> str:

@@ -1,0 +1,25 @@
+"""The share of a model's parameters that is under a chain, and what is left out."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dovetail.chains.layer.linear import chain_layers
+from dovetail.models.coverage import left_out
+from dovetail.models.targets import find_targets
+
+
+def coverage(model: nn.Module) -> tuple[float, dict[str, int]]:
+    """Return the share of a model's parameters under its chain, and what is left out: kind -> parameters.
+
+    The layers of a model without a chain are those that `all-linear` would put under one. Adapters are not counted;
+    the biases of a layer under the chain are under it.
+    """
+    layers = list(chain_layers(model).values())
+    modules = layers or [target.module for target in find_targets(model)]
+    left = left_out(model, {id(p) for module in modules for p in module.parameters()})
+    covered = sum(layer.base.shape[0] * layer.base.shape[1] for layer in layers)
+    covered += sum(layer.bias.numel() for layer in layers if layer.bias is not None)
+    if not layers:
+        covered = sum(p.numel() for module in modules for p in module.parameters())
+    return covered / (covered + sum(left.values())), left
