@@ -9,7 +9,7 @@ from transformers import AlbertConfig, AutoModel, AutoModelForMaskedLM, BertConf
 from transformers.pytorch_utils import Conv1D
 
 from dovetail.errors import TargetError
-from dovetail.models.targets import LABELS, find_targets, fused_experts, heads, labels
+from dovetail.models.targets import LABELS, find_targets, fused_experts, heads, labels, roles_of
 from families import FAMILIES, HIDDEN, LAYERS, batch, logits, make
 
 LLAMA = {
@@ -300,3 +300,46 @@ def test_a_model_without_linear_layers() -> None:
 def test_fused_experts_are_named() -> None:
     assert fused_experts(make("mixtral")) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
     assert fused_experts(make("llama")) == []
+
+
+def test_exclusions() -> None:
+    model = make("llama")
+    everything = find_targets(model)
+    without = [target for target in everything if "gate" not in target.roles]
+    assert find_targets(model, ["all-linear", "!gate"]) == find_targets(model, "all-linear, !*.gate_proj") == without
+    assert find_targets(model, "query,value,!layers.0.*") == find_targets(
+        model, ["layers.1.*q_proj", "layers.1.*v_proj"]
+    )
+    assert find_targets(model, ["all-linear", "!model.norm"]) == everything  # a module, though no layer
+    with pytest.raises(TargetError, match="target 'vision"):
+        find_targets(model, ["all-linear", "!vision*"])
+    with pytest.raises(TargetError, match="nothing left"):
+        find_targets(model, ["query", "!self_attn.*"])
+    with pytest.raises(TargetError, match="no target"):
+        find_targets(model, "!query")
+    tied = make("gemma")
+    assert len(find_targets(tied, ["*", "!lm_head"])) == 7 * LAYERS  # a layer that may not be named may be excluded
+
+
+@pytest.mark.parametrize(
+    ("path", "roles"),
+    [
+        ("model.layers.0.self_attn.q_a_proj", ("query",)),
+        ("model.layers.0.self_attn.q_b_proj", ("query",)),
+        ("model.layers.0.self_attn.kv_a_proj_with_mqa", ("key", "value")),
+        ("model.layers.0.self_attn.kv_b_proj", ("key", "value")),
+        ("model.layers.0.feed_forward.w1", ("gate",)),
+        ("model.layers.0.feed_forward.w2", ("down",)),
+        ("model.layers.0.feed_forward.w3", ("up",)),
+        ("model.layers.0.shared_mlp.input_linear", ("gate", "up")),
+        ("model.layers.0.shared_mlp.output_linear", ("down",)),
+        ("transformer.h.0.mlp.fc_in", ("up",)),
+        ("transformer.h.0.mlp.fc_out", ("down",)),
+        ("transformer.blocks.0.attn.Wqkv", ("query", "key", "value")),
+        ("model.layers.0.temporal_block.linear_out", ("output",)),
+        ("backbone.layers.0.mixer.in_proj", ("value", "gate")),
+        ("backbone.layers.0.mixer.out_proj", ("output",)),
+    ],
+)
+def test_labels_of_later_families(path: str, roles: tuple[str, ...]) -> None:
+    assert roles_of(path) == roles

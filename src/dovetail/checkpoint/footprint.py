@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dovetail.chains.layer.coverage import coverage
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.errors import DovetailError
-from dovetail.models.targets import find_targets
+from dovetail.models.targets import select
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def footprint(model: nn.Module) -> Footprint:
         stored = sum(weight_nbytes(layer) for layer in layers.values())
         nonzero = sum(_nonzero(name, layer.base.matrix()) for name, layer in layers.items())
     else:
-        parameters = {target.name: target.module.get_parameter("weight") for target in find_targets(model)}
+        parameters = {target.name: target.module.get_parameter("weight") for target in select(model)}
         weights = sum(p.numel() for p in parameters.values())
         stored = sum(p.nbytes for p in parameters.values())
         nonzero = sum(_nonzero(name, p) for name, p in parameters.items())

@@ -1,5 +1,7 @@
 """Which layers to adapt: labels (query, key, value, output, gate, up, down), globs over module paths, "all-linear".
 
+A target that begins with "!" excludes what its glob fits: ["all-linear", "!*.router", "!vision*"].
+
 The labels are those of CLAM's GenericTransformer: they name what a layer does, so that one recipe fits every family.
 ROLES below is the whole table; the first pattern that fits the end of a layer's path decides. A fused layer answers
 to several labels (GPT-2's c_attn is query, key and value at once).
@@ -21,10 +23,13 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dovetail.errors import TargetError
+from dovetail.models.layouts import layout_of
 from dovetail.models.weight_reads import reads_weight
 
 LABELS = ("query", "key", "value", "output", "gate", "up", "down")
 ALL_LINEAR = "all-linear"
+LEAST_WIDTH = 8
+"""The least number of inputs and outputs of a layer in "all-linear": narrower ones are gates and coefficients."""
 _QKV = ("query", "key", "value")
 
 # End of the module path -> roles, first match wins. Patterns are globs over the dotted path and fit whole names.
@@ -37,9 +42,41 @@ ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("gate_proj", ("gate",)),
     ("up_proj", ("up",)),
     ("down_proj", ("down",)),
+    # Multi-head latent attention (DeepSeek, MiniCPM3): low-rank factors of the query, and of key and value
+    ("q_a_proj", ("query",)),
+    ("q_b_proj", ("query",)),
+    ("kv_a_proj_with_mqa", ("key", "value")),
+    ("kv_b_proj", ("key", "value")),
+    # JetMoE
+    ("kv_proj", ("key", "value")),
     # Phi-3
     ("qkv_proj", _QKV),
     ("gate_up_proj", ("gate", "up")),
+    # LFM2
+    ("feed_forward.w1", ("gate",)),
+    ("feed_forward.w3", ("up",)),
+    ("feed_forward.w2", ("down",)),
+    # Granite's shared experts; JetMoE and GraniteMoe call their experts so too
+    ("input_linear", ("gate", "up")),
+    ("output_linear", ("down",)),
+    # GPT-J
+    ("mlp.fc_in", ("up",)),
+    ("mlp.fc_out", ("down",)),
+    # MPT
+    ("attn.Wqkv", _QKV),
+    # Qwen3-Next's linear attention: z gates the output
+    ("linear_attn.in_proj_qkvz", (*_QKV, "gate")),
+    # RecurrentGemma's recurrent block: y gates the recurrence of x
+    ("temporal_block.linear_x", ("value",)),
+    ("temporal_block.linear_y", ("gate",)),
+    ("temporal_block.linear_out", ("output",)),
+    # Mamba, Falcon-Mamba, Jamba, Bamba: x and z, then B (as a key) and C (as a query)
+    ("mixer.in_proj", ("value", "gate")),
+    ("mamba.in_proj", ("value", "gate")),
+    ("mixer.x_proj", ("query", "key")),
+    ("mamba.x_proj", ("query", "key")),
+    ("mixer.out_proj", ("output",)),
+    ("mamba.out_proj", ("output",)),
     # OPT, BART (self_attn, encoder_attn); Phi and CLIP keep their fc1 and fc2 in `mlp`
     ("*attn.out_proj", ("output",)),
     ("layers.*.fc1", ("up",)),
@@ -133,17 +170,31 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
 
     model    any nn.Module
     targets  a label of LABELS; "all-linear"; a glob over module paths, which also fits the end of a path ("q_proj",
-             "layers.0.*"); or several of these, as a sequence or separated by commas
+             "layers.0.*"); or several of these, as a sequence or separated by commas. "!" before a label or a glob
+             excludes what it fits
 
     "all-linear" is every nn.Linear and transformers Conv1D outside the heads, without those that cannot be changed
     alone (weights shared with another module, read by the model without calling the layer, or not stored as one
-    floating-point parameter). Convolutions are found only when a glob names them. A model that neither is nor contains
+    floating-point parameter), without the routers of MoE experts, and, in a
+    PreTrainedModel, without layers of fewer than LEAST_WIDTH inputs or outputs, which are gates and mixing
+    coefficients. Convolutions are found only when a glob names them. A model that neither is nor contains
     a PreTrainedModel has no known head. Experts that a model keeps as three-dimensional parameters (Mixtral and others
     in transformers 5) are not layers and cannot be targets; `fused_experts` lists them.
 
-    Raises TargetError when a target matches nothing, or names by label or glob a layer that cannot be changed alone.
+    Raises TargetError when a target or an exclusion matches nothing, when a label or glob names a layer that cannot be
+    changed alone, and for a layer of a class that computes something else (`dovetail.models.layouts`).
     """
+    found = select(model, targets)
+    for target in found:
+        layout_of(target.name, target.module)
+    return found
+
+
+def select(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) -> list[Target]:
+    """Return what `find_targets` returns, with layers whose class it refuses."""
     asked = _split(targets)
+    excluded = [target[1:].strip() for target in asked if target.startswith("!")]
+    asked = [target for target in asked if not target.startswith("!")]
     layers = _layers(model)
     where = f"targets {', '.join(asked)!r} in {type(model).__name__}"
     if not asked:
@@ -161,18 +212,25 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
     chosen: set[str] = set()
     for target in asked:
         if target == ALL_LINEAR:
-            chosen.update(_all_linear(where, layers, refusals, heads(model)))
+            chosen.update(_all_linear(where, model, layers, refusals))
             continue
         matched = [layer.name for layer in layers if matches(layer, target)]
         if not matched:
             raise _nothing_matches(model, target, layers)
         for name in matched:
-            if name in refusals:
+            if name in refusals and not any(_path_matches(name, pattern) for pattern in excluded):
                 rule = "a target must own its weight, one floating-point parameter, and be called as a layer"
                 fix = "leave it out, or give it a weight of its own first (an output head: tie_word_embeddings=False)"
                 raise TargetError(f"target {target!r} at {name}", found=refusals[name], rule=rule, fix=fix)
         chosen.update(matched)
-    return [layer for layer in layers if layer.name in chosen]
+    kept = [layer for layer in layers if layer.name in chosen and not any(matches(layer, each) for each in excluded)]
+    for pattern in excluded:
+        if not any(matches(layer, pattern) for layer in layers) and not _is_module(model, pattern):
+            raise _nothing_matches(model, pattern, layers)
+    if not kept:
+        rule, fix = "targets must name at least one layer", "leave out one of the exclusions"
+        raise TargetError(where, found=f"nothing left but for {', '.join(excluded)}", rule=rule, fix=fix)
+    return kept
 
 
 def roles_of(path: str) -> tuple[str, ...]:
@@ -250,6 +308,20 @@ def fused_experts(model: nn.Module) -> list[str]:
     ]
 
 
+def routers(model: nn.Module) -> list[str]:
+    """Return the paths of the modules that choose MoE experts: called "router", or "gate" beside experts."""
+    found = []
+    for path, parent in model.named_modules():
+        names = [name for name, _ in parent.named_children()]
+        with_experts = any("expert" in name for name in names)
+        found += [
+            f"{path}.{name}".removeprefix(".")
+            for name in names
+            if name == "router" or (with_experts and name in ("gate", "shared_expert_gate"))
+        ]
+    return found
+
+
 def _split(targets: str | Sequence[str]) -> list[str]:
     parts = targets.split(",") if isinstance(targets, str) else [part for text in targets for part in text.split(",")]
     return [part.strip() for part in parts if part.strip()]
@@ -289,17 +361,40 @@ def matches(layer: Target, target: str) -> bool:
     return target == ALL_LINEAR or any(_path_matches(name, target) for name in (layer.name, *layer.aliases))
 
 
-def _all_linear(where: str, layers: list[Target], refusals: dict[str, str], head_paths: list[str]) -> list[str]:
-    body = [layer.name for layer in layers if is_linear(layer.module) and not inside(layer.name, head_paths)]
-    free = [name for name in body if name not in refusals]
+def _all_linear(where: str, model: nn.Module, layers: list[Target], refusals: dict[str, str]) -> list[str]:
+    head_paths, choosing = heads(model), routers(model)
+    body = [layer for layer in layers if is_linear(layer.module) and not inside(layer.name, [*head_paths, *choosing])]
+    own = [layer for layer in body if layer.name not in refusals]
+    narrow = _narrow(model, own)
+    free = [layer.name for layer in own if layer.name not in narrow]
     if free:
         return free
+    first = body[0].name if body else ""
     raise TargetError(
         where,
-        found=f"{body[0]}: {refusals[body[0]]}" if body else f"linear layers only in {', '.join(head_paths)}",
+        found=f"{first}: {refusals.get(first, f'fewer than {LEAST_WIDTH} inputs or outputs')}"
+        if body
+        else f"linear layers only in {', '.join([*head_paths, *choosing])}",
         rule=f"{ALL_LINEAR} is every linear layer outside the heads whose weight is its own floating-point parameter",
         fix="load the model unquantized and untied" if body else "name the layers by a glob, such as " + layers[0].name,
     )
+
+
+def _narrow(model: nn.Module, layers: list[Target]) -> set[str]:
+    """Return the layers of a PreTrainedModel with fewer than LEAST_WIDTH inputs or outputs."""
+    from transformers import PreTrainedModel
+
+    known = [path for path, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+    return {
+        layer.name
+        for layer in layers
+        if min(layer.module.get_parameter("weight").shape, default=0) < LEAST_WIDTH
+        and ("" in known or inside(layer.name, known))
+    }
+
+
+def _is_module(model: nn.Module, pattern: str) -> bool:
+    return any(_path_matches(path, pattern) for path, _ in model.named_modules())
 
 
 def _refusals(model: nn.Module, layers: list[Target]) -> dict[str, str]:

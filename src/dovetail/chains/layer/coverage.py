@@ -6,7 +6,7 @@ from torch import nn
 
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.models.coverage import left_out
-from dovetail.models.targets import find_targets
+from dovetail.models.targets import select
 
 
 def coverage(model: nn.Module) -> tuple[float, dict[str, int]]:
@@ -16,7 +16,7 @@ def coverage(model: nn.Module) -> tuple[float, dict[str, int]]:
     the biases of a layer under the chain are under it.
     """
     layers = list(chain_layers(model).values())
-    modules = layers or [target.module for target in find_targets(model)]
+    modules = layers or [target.module for target in select(model)]
     left = left_out(model, {id(p) for module in modules for p in module.parameters()})
     covered = sum(layer.base.shape[0] * layer.base.shape[1] for layer in layers)
     covered += sum(layer.bias.numel() for layer in layers if layer.bias is not None)
