@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python bench/search_table.py --train [--limit N]   # fills bench/results/search_table.jsonl
     OMP_NUM_THREADS=1 python bench/search_table.py --scores              # scores: bench/results/search_scores.json
+    OMP_NUM_THREADS=1 python bench/search_table.py --super               # adds those of a super-adapter to them
     python bench/search_table.py --report                                # prints the table of docs/search.md
 
 The playground on `word_problems`, chain `int(bits=b, group=64) >> lora(r=r)`, with bits of 2, 3, 4, 8 and ranks of 2,
@@ -37,7 +38,9 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import rankdata
+from torch import nn
 
+from dovetail.chains.layer.elastic import groups
 from dovetail.chains.notation import chain
 from dovetail.checkpoint.footprint import footprint
 from dovetail.runs.recipe import Recipe
@@ -233,6 +236,52 @@ def take_scores(path: Path) -> None:
     path.write_text(json.dumps(found) + "\n")
 
 
+def take_super(path: Path, steps: Sequence[int] = (60, 240)) -> None:
+    """Add the loss of each held-back mixture under a super-adapter: a training whose steps draw all bits and ranks.
+
+    Of three steps in turn, one has the largest bits and ranks, one the smallest and one draws them for each unit.
+    """
+    table, found = Table(), json.loads(path.read_text())
+    bench, least, largest = table.bench, (BITS[0], RANKS[0]), (BITS[-1], RANKS[-1])
+    elastic_chain = f"int(bits={BITS[-1]}, group=64) >> lora(r={RANKS[-1]}, elastic={sorted(RANKS, reverse=True)})"
+
+    def put(assignment: Assignment) -> None:
+        rank_of = {}
+        for names, bits, rank in zip(units(), *assignment, strict=True):
+            for name in names:
+                bench.record.layers[name].base = copied(bench.base(name, table.options[BITS.index(bits)]))
+                rank_of[name] = rank
+        for group in groups(bench.model):
+            group.use_rank(rank_of[group.name.partition("/")[0].partition("+")[0]])
+
+    for asked in steps:
+        draw, step, started = random.Random(4), 0, process_time()
+
+        def before(module: nn.Module, args: Any, draw: random.Random = draw) -> None:
+            nonlocal step
+            if module.training:
+                count = len(units())
+                drawn = [(draw.choice(BITS), draw.choice(RANKS)) for _ in range(count)]
+                genes = ([largest] * count, [least] * count, drawn)[step % 3]
+                put((tuple(bits for bits, _ in genes), tuple(rank for _, rank in genes)))
+                step += 1
+
+        settings = table.recipe.train.model_dump() | {"max_steps": asked}
+        with bench.candidate(dict.fromkeys(bench.layers, elastic_chain)) as model:
+            handle = model.register_forward_pre_hook(before)
+            train(model, bench.tokenizer, bench.task, seed=0, progress=False, **settings)
+            handle.remove()
+            assert step == asked
+            trained = process_time()
+            losses = {}
+            for number in held_back():
+                put(assignments()[number])
+                losses[number] = table.loss(table.sample)[0]
+        found.setdefault("super", {})[str(asked)] = losses
+        print(f"super-adapter, {asked} steps: {trained - started:.0f} s, scores {process_time() - trained:.0f} s")
+    path.write_text(json.dumps(found) + "\n")
+
+
 # --- Correlations ----------------------------------------------------------------------------------------------------
 def predictions(rows: Sequence[dict[str, Any]], scores: dict[str, Any]) -> dict[str, np.ndarray]:
     """Return predictor -> its value for each row, larger where the loss should be larger."""
@@ -314,11 +363,14 @@ def report(path: Path, scores: Path) -> str:
     by_length: dict[str, dict[int, dict[str, Any]]] = {length: {} for length in LENGTHS}
     for row in read(path):
         by_length[row["length"]][row["id"]] = row
-    full = by_length["full"]
+    full = {number: row for number, row in by_length["full"].items() if number in held_back()}
     rows = list(full.values())
     loss = np.array([row["validation_loss"] for row in rows])
     wrong = 1 - np.array([row["accuracy"] for row in rows])
     found = predictions(rows, json.loads(scores.read_text()))
+    for steps, losses in json.loads(scores.read_text()).get("super", {}).items():
+        name = f"super-adapter, {steps} steps"
+        found[name] = np.array([losses.get(str(row["id"]), math.nan) for row in rows])
     titles = {
         "eighth": "training of 1/8 length",
         "short": "training on 0.4 of the records",
@@ -366,6 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", action="store_true", help="train what the table does not have yet")
     parser.add_argument("--scores", action="store_true", help="take the scores of layers")
+    parser.add_argument("--super", action="store_true", help="train super-adapters, and take their scores")
     parser.add_argument("--report", action="store_true", help="print the correlations")
     parser.add_argument("--limit", type=int, help="train at most so many")
     parser.add_argument("--table", type=Path, default=TABLE)
@@ -375,6 +428,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fill(asked.limit, asked.table)
     if asked.scores:
         take_scores(SCORES)
+    if asked.super:
+        take_super(SCORES)
     if asked.report:
         print(report(asked.table, SCORES))
 

@@ -68,7 +68,7 @@ class LayerSettings(Part):
     fixed       pattern of layers -> the links of the recipe's chain with the arguments that these layers keep
     start       the scores that the first candidates are solved from; none: no scores
     proxy       what scores candidates without training them; "super", one training with arguments drawn anew in every
-                step, is not available in this version and is refused
+                step, is refused: it predicted no more than the scores of the start (docs/search.md)
     trials      candidates that are trained
     candidates  candidates that the proxy scores; without a proxy it has no effect
     rungs       training steps of the first, second, ... rung of successive halving; none: every trial trains in full

@@ -65,7 +65,7 @@ class LayerSpace(AssignmentSpace):
             rule = f"the training of the recipe has {steps} steps, of which each rung trains the first"
             raise SearchError("search.rungs", found=f"{rungs[-1]} steps", rule=rule, fix="raise train.max_steps")
         if self.settings.proxy == "super":
-            rule = "this version scores candidates by training alone"
+            rule = "a super-adapter predicts no more than the scores of the start do (docs/search.md), so there is none"
             raise SearchError("search.proxy", found="super", rule=rule, fix="set proxy: none")
 
     # Scores and the start.
