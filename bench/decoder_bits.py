@@ -1,10 +1,11 @@
-"""Bits alone for a real decoder: a knapsack on gradient scores beside uniform bits, by perplexity on WikiText-2.
+"""Bits alone for a real decoder: an exact knapsack on scores beside uniform bits, by perplexity on WikiText-2.
 
-    python bench/decoder_bits.py MODEL OUTPUT [--paragraphs 12] [--scored 16]
+    python bench/decoder_bits.py MODEL OUTPUT [--paragraphs 12] [--scored 16] [--fisher]
 
 MODEL is a folder with a decoder, such as Gemma 3 270M saved from its GGUF file (DESIGN.md, real models); its own values
-are the row "as loaded". Scores come from paragraphs of WikiText-2's validation file, one forward and one backward pass;
-each budget is one solution of the same knapsack. Perplexity is over the longest paragraphs of the test file, cut to 256
+are the row "as loaded". The scores are the relative errors of the weights, which need no data, and with `--fisher` also
+Fisher scores, from paragraphs of WikiText-2's validation file, one forward and one backward pass. Each budget is one
+solution of the same knapsack. Perplexity is over the longest paragraphs of the test file, cut to 256
 tokens, which is more than over whole texts. Rows that OUTPUT holds are not computed again.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from time import process_time, time
 from typing import Any
@@ -23,7 +25,7 @@ from dovetail.chains.notation import chain
 from dovetail.checkpoint.footprint import footprint
 from dovetail.runs.recipe import Recipe
 from dovetail.searches.knapsack import Knapsack
-from dovetail.searches.scores import gradient_scores
+from dovetail.searches.scores import gradient_scores, weight_errors
 from dovetail.searches.trial import Workbench
 from dovetail.searches.units import units
 from dovetail.tasks.task import Task
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--paragraphs", type=int, default=12)
     parser.add_argument("--scored", type=int, default=16)
+    parser.add_argument("--fisher", action="store_true", help="Fisher scores, too")
     asked = parser.parse_args()
     rows: dict[str, Any] = json.loads(asked.output.read_text()) if asked.output.is_file() else {}
     task = Task("wikitext", "text", "perplexity", {
@@ -74,23 +77,29 @@ def main() -> None:
         if (name := f"uniform {bits}") not in rows:
             found = bench.trial(dict.fromkeys(bench.layers, text(bits)))
             keep(name, found.score, bits_per_weight=found.footprint.bits_per_weight)
-    if any(f"budget {budget}" not in rows for budget in BUDGETS):
+    choices = [chain(text(bits)).links for bits in BITS]
+    options = dict.fromkeys(bench.layers, choices)
+    makers: dict[str, Callable[[Workbench], dict[Any, float]]] = {"error": lambda made: weight_errors(made, options)}
+    if asked.fisher:
+        makers["fisher"] = lambda made: gradient_scores(made, options, [1], asked.scored).fisher
+    groups = units(bench.model, bench.targets, "fused")
+    costs = [
+        [sum(8 * bench.base(name, each).quantized.nbytes for name in unit.layers) for each in choices]
+        for unit in groups
+    ]
+    weights = sum(bench.base(name, ()).dense.numel() for name in bench.layers)
+    for title, make in makers.items():
+        if all(f"{title}, budget {budget}" in rows for budget in BUDGETS):
+            continue
         began, seconds = time(), process_time()
-        choices = [chain(text(bits)).links for bits in BITS]
-        found = gradient_scores(bench, dict.fromkeys(bench.layers, choices), [1], asked.scored).fisher
-        groups = units(bench.model, bench.targets, "fused")
-        costs = [
-            [sum(8 * bench.base(name, each).quantized.nbytes for name in unit.layers) for each in choices]
-            for unit in groups
-        ]
-        weights = sum(bench.base(name, ()).dense.numel() for name in bench.layers)
+        found = make(bench)
         knapsack = Knapsack([[sum(found[name, e] for name in u.layers) for e in choices] for u in groups], costs)
         solved = {budget: knapsack.solve(budget * weights) for budget in BUDGETS}
         cost = {"seconds": time() - began, "cpu_seconds": process_time() - seconds}
         for budget, chosen in solved.items():
             layers = {name: text(BITS[at]) for unit, at in zip(groups, chosen, strict=True) for name in unit.layers}
             trial = bench.trial(layers)
-            keep(f"budget {budget}", trial.score, bits_per_weight=trial.footprint.bits_per_weight,
+            keep(f"{title}, budget {budget}", trial.score, bits_per_weight=trial.footprint.bits_per_weight,
                  bits=[BITS[at] for at in chosen], scoring=cost)  # fmt: skip
     del bench
     for name in ("nf4", "nf4(double=true)"):

@@ -87,11 +87,11 @@ class Problem:
         rest = np.array([row["nbytes"] for row in rows]) - self.nbytes[np.arange(count), places].sum(1)
         assert np.ptp(rest) == 0, "the bytes of an assignment are not those of its units"
         tuned = scores["tuned"]
-        fisher = np.array([[sum(tuned["fisher"][n][b] for n in names) for b in range(4)] for names in units()])
+        wrong = np.array([[sum(scores["weight_error"][n][b] for n in names) for b in range(4)] for names in units()])
         energy = np.array([[sum(tuned["energy"][n][r] for n in names) for r in range(4)] for names in units()])
         left = energy[:, 3:] - energy
-        worst, most = fisher.max(1).sum(), left.max(1).sum()
-        guess = [[fisher[u][b] / worst + left[u][r] / most for b in range(4) for r in range(4)] for u in range(count)]
+        worst, most = wrong.max(1).sum(), left.max(1).sum()
+        guess = [[wrong[u][b] / worst + left[u][r] / most for b in range(4) for r in range(4)] for u in range(count)]
         self.start = Knapsack(guess, self.nbytes).front(float(self.nbytes.max(1).sum()), POPULATION)
         ideal = Knapsack(self.loss, self.nbytes)
         self.low = np.array([self.loss.min(1).sum(), self.nbytes.min(1).sum()])

@@ -324,6 +324,7 @@ def predictions(rows: Sequence[dict[str, Any]], scores: dict[str, Any]) -> dict[
             f"Fisher, bits, {state}": fisher,
             f"energy, ranks, {state}": energy,
             f"Fisher and energy, {state}": (fisher + energy) / 2,
+            f"weight error and energy, {state}": (worse + energy) / 2,
             f"direct, {state}": np.array([one["direct"][str(row["id"])] for row in rows]),
         }
     return found

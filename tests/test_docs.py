@@ -48,7 +48,7 @@ RUN = [
 ]
 
 
-SHORTER = {r"max_steps=\d+": "max_steps=2", r"epochs: \d+": "max_steps: 2", r"limit=\d+": "limit=10",
+SHORTER = {r"max_steps=\d+": "max_steps=1", r"epochs: \d+|max_steps: \d+": "max_steps: 1", r"limit=\d+": "limit=10",
            r'(\.jsonl"), \d+': r"\1, 20"}  # fmt: skip
 """What a page trains, scores and writes, and how much of it is enough to see that its blocks run."""
 

@@ -22,8 +22,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-
 from dovetail.chains.check import check
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.link import Link, arguments
@@ -38,7 +36,7 @@ from dovetail.searches.assignment_space import AssignmentSpace, Choice
 from dovetail.searches.knapsack import Knapsack
 from dovetail.searches.pareto import crowding_distance, pareto_rank
 from dovetail.searches.report import SearchReport, Trial
-from dovetail.searches.scores import entropy, gradient_scores
+from dovetail.searches.scores import entropy, gradient_scores, weight_errors
 from dovetail.searches.space import Candidate, Fixed, OnScore, Preview, Scored
 from dovetail.searches.trial import Applied, Workbench
 
@@ -118,10 +116,17 @@ class LayerSpace(AssignmentSpace):
     def _by_gradient(
         self, options: Mapping[str, Sequence[Applied]], ranks: Sequence[int]
     ) -> tuple[dict[tuple[str, Applied], float], Mapping[str, Sequence[float]]]:
-        """Return the Fisher score of each layer's applied links, and the gradient's energy at each rank."""
+        """Return the error of each layer's weights with its applied links, and the gradient's energy at each rank.
+
+        A Fisher score of the error is no better: on a real decoder it is far from the divergence that the error of one
+        unit causes, of which the relative error of the weights gives the order (docs/search.md).
+        """
+        error = weight_errors(self._bench, options)
+        if len(ranks) < 2:  # no choice depends on a gradient
+            return error, {name: (0.0,) * len(ranks) for name in options}
         with self._bench.tuned(max(1, self.steps // _TUNING)):
-            found = gradient_scores(self._bench, options, ranks, self.settings.samples)
-        return found.fisher, found.energy
+            scores = gradient_scores(self._bench, dict.fromkeys(options, ()), ranks, self.settings.samples)
+        return error, scores.energy
 
     def _by_entropy(
         self, options: Mapping[str, Sequence[Applied]], ranks: Sequence[int]
@@ -135,13 +140,8 @@ class LayerSpace(AssignmentSpace):
         bench = self._bench
         with bench.tuned(max(1, self.steps // _TUNING)):
             information = _from_least(entropy(bench, self.settings.samples))
-        error = {}
-        for name, choices in options.items():
-            original = bench.base(name, ()).matrix(torch.float32)
-            for links in choices:
-                change = bench.base(name, links).matrix(torch.float32) - original
-                relative = float(change.square().sum() / original.square().sum().clamp_min(1e-30))
-                error[name, links] = information[name] * relative
+        relative = weight_errors(bench, options)
+        error = {(name, links): information[name] * value for (name, links), value in relative.items()}
         with bench.candidate(self.layers_of([self.choices[-1]] * len(self.units))):
             quantized = _from_least(entropy(bench, self.settings.samples))
         return error, {name: [quantized[name] * rank / ranks[-1] for rank in ranks] for name in options}

@@ -1,5 +1,6 @@
-"""Scores of layers: what the bits and the rank of each layer are worth, from one pass over some training records.
+"""Scores of layers: what the bits and the rank of each layer are worth, from the weights and some training records.
 
+    error      error[l, q]   =  ‖ΔW‖² / ‖W‖²
     gradient   fisher[l, q]  =  1/N Σ_t (g_t · ΔW x_t)²     ΔW = the base of layer l compressed by q, minus its original
                energy[l, r]  =  Σ_{k ≤ r} σ_k(G)²           G  = 1/N Σ_t g_t x_tᵀ
     entropy    I(l)          =  H(Y) - H(Y|X_l)
@@ -64,6 +65,23 @@ class GradientScores:
 
     fisher: dict[tuple[str, Applied], float]
     energy: dict[str, tuple[float, ...]]
+
+
+def weight_errors(bench: Workbench, options: Mapping[str, Sequence[Applied]]) -> dict[tuple[str, Applied], float]:
+    """Return the relative squared error of a layer's weights with each choice of applied links, in float32.
+
+    options   layer -> choices of applied links that the workbench has
+    returns   (layer, applied links) -> the error; that of a weight of zeros alone is 0
+    """
+    found = {}
+    for name, choices in options.items():
+        original_oi = bench.base(name, ()).matrix(torch.float32)
+        square = float(original_oi.square().sum()) or 1.0
+        for applied in choices:
+            change_oi = bench.base(name, applied).matrix(torch.float32) - original_oi
+            found[name, applied] = float(change_oi.square().sum()) / square
+            _check_finite(name, found[name, applied])
+    return found
 
 
 def gradient_scores(
