@@ -14,7 +14,7 @@ from torch import nn
 import dovetail
 from dovetail.checkpoint.footprint import Footprint
 from dovetail.display.format import percent
-from dovetail.models.targets import find_targets
+from dovetail.models.targets import all_layers, find_targets
 from dovetail.runs.plan import plan
 from dovetail.runs.report.summary import verdict
 from families import batch, make, move
@@ -44,7 +44,7 @@ def same(taken: Footprint, weights: int, total: int) -> bool:
 def test_the_share_is_that_of_the_weights_counted(family: str, text: str, targets: str) -> None:
     model, where = make(family), TARGETS[targets]
     names = [target.name for target in find_targets(model, where)]
-    weights = sum(model.get_submodule(name).get_parameter("weight").numel() for name in names)
+    weights = sum(target.module.get_parameter("weight").numel() for target in find_targets(model, where))
     total, stock = whole(model), dovetail.footprint(model)
     assert same(stock, sum(t.module.get_parameter("weight").numel() for t in find_targets(model)), total)
     dovetail.apply(model, text, targets=where, calibration=[batch(model)])
@@ -53,7 +53,8 @@ def test_the_share_is_that_of_the_weights_counted(family: str, text: str, target
     assert same(under, weights, total)
     report = dovetail.merge(model)
     assert same(report.footprint, weights, total)
-    zeros = sum(int((model.get_submodule(name).get_parameter("weight") == 0).sum()) for name in names)
+    merged = {layer.name: layer.module.get_parameter("weight") for layer in all_layers(model)}
+    zeros = sum(int((merged[name] == 0).sum()) for name in names)
     assert round((1 - report.footprint.nonzero_fraction) * report.footprint.target_fraction * total) == zeros
     assert whole(model) == total
     told = verdict(report, lossy=False, quantized="regrid" in text)
@@ -82,9 +83,10 @@ def test_what_is_covered_and_what_is_left_out_are_the_whole(family: str) -> None
     assert ("head" in taken.left_out) == (family in ("llama", "mixtral", "bert"))
 
 
-def test_experts_of_a_mixture_that_no_chain_reaches_are_part_of_the_whole() -> None:
+@pytest.mark.parametrize("targets", ["all-linear", "self_attn.*"])
+def test_experts_of_a_mixture_are_part_of_the_whole_reached_by_a_chain_or_not(targets: str) -> None:
     model = make("mixtral")
-    dovetail.apply(model, "magnitude(0.5)")
+    dovetail.apply(model, "magnitude(0.5)", targets=targets)
     report = dovetail.merge(model)
     stock = zip(model.parameters(), make("mixtral").parameters(), strict=True)
     zeros = sum(int((p == 0).sum()) - int((q == 0).sum()) for p, q in stock)

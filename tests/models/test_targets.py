@@ -9,7 +9,7 @@ from transformers import AlbertConfig, AutoModel, AutoModelForMaskedLM, BertConf
 from transformers.pytorch_utils import Conv1D
 
 from dovetail.errors import TargetError
-from dovetail.models.targets import LABELS, find_targets, fused_experts, heads, labels, roles_of
+from dovetail.models.targets import LABELS, all_layers, find_targets, fused_experts, heads, labels, roles_of
 from families import FAMILIES, HIDDEN, LAYERS, batch, logits, make
 
 LLAMA = {
@@ -40,7 +40,10 @@ def fused(qkv: str, output: str, up: str, down: str, gate: str = "") -> dict[str
 # Family -> (path of a block, with a star for its number; label -> path of its layer in the block).
 EXPECTED: dict[str, tuple[str, dict[str, str]]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"), ("model.layers.*", LLAMA)),
-    "mixtral": ("model.layers.*", ATTENTION),
+    "mixtral": (
+        "model.layers.*",
+        {**ATTENTION, **dict.fromkeys(("gate", "up"), "mlp.experts.gate_up_proj.#"), "down": "mlp.experts.down_proj.#"},
+    ),
     "phi3": (
         "model.layers.*",
         fused("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", gate="mlp.gate_up_proj"),
@@ -90,7 +93,12 @@ def expected(name: str) -> dict[str, set[str]]:
         block, table = EXPECTED[name]
         paths = {label: [f"{block}.{end}"] for label, end in table.items()}
     return {
-        label: {path.replace("*", str(i)) for path in paths[label] for i in range(LAYERS)}
+        label: {
+            path.replace("*", str(i)).replace("#", str(expert))
+            for path in paths[label]
+            for i in range(LAYERS)
+            for expert in range(2)
+        }
         for label in LABELS
         if label in paths
     }
@@ -101,12 +109,17 @@ def test_labels_of_every_family(name: str) -> None:
     model = make(name)
     wanted = expected(name)
     assert {label: set(paths) for label, paths in labels(model).items()} == wanted
-    order = [path for path, _ in model.named_modules()]
+    order = [layer.name for layer in all_layers(model)]
     for label, paths in wanted.items():
         targets = find_targets(model, label)
         assert [target.name for target in targets] == sorted(paths, key=order.index)
         for target in targets:
-            assert target.module is model.get_submodule(target.name)
+            if target.experts is None:
+                assert target.module is model.get_submodule(target.name)
+            else:
+                path, parameter, number = target.name.rsplit(".", 2)
+                stored = model.get_submodule(path).get_parameter(parameter)[int(number)]
+                assert target.module.get_parameter("weight").data_ptr() == stored.data_ptr()
             assert label in target.roles
             assert target.feedforward == (target.name in wanted.get("down", ()))
     for label in set(LABELS) - set(wanted):
@@ -120,7 +133,8 @@ def test_all_linear_is_every_labelled_layer_of_the_known_families(name: str) -> 
     names = [target.name for target in find_targets(model)]
     assert len(names) == len(set(names))
     assert set(names) == set().union(*expected(name).values())
-    linear = {path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    linear = {layer.name for layer in all_layers(model) if isinstance(layer.module, (nn.Linear, Conv1D))}
+    assert linear >= {path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     left_out = linear - set(names)
     assert all(any(path == head or path.startswith(f"{head}.") for head in heads(model)) for path in left_out)
 
@@ -268,7 +282,7 @@ def test_layers_that_cannot_be_changed_alone() -> None:
         ("llama", "self_attn", r"fix:   use self_attn\.\*"),
         ("llama", "*.mlp", r"fix:   use \*\.mlp\.\*"),
         ("gpt2", "gate", r"attn.c_proj x2 \(output\)"),
-        ("mixtral", "gate", "three-dimensional parameters.*model.layers.0.mlp.experts"),
+        ("mixtral", "gte", "gate_up_proj"),
         ("llama", "", "no target"),
         ("llama", [], "no target"),
     ],
@@ -297,9 +311,21 @@ def test_a_model_without_linear_layers() -> None:
             find_targets(model, "query")
 
 
+class OtherExperts(nn.Module):
+    """Experts in a three-dimensional parameter, in a form that transformers does not declare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 4, 4))
+
+
 def test_fused_experts_are_named() -> None:
-    assert fused_experts(make("mixtral")) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    assert fused_experts(make("mixtral")) == []  # of a known form
     assert fused_experts(make("llama")) == []
+    other = nn.ModuleDict({"experts": OtherExperts(), "after": nn.Linear(4, 4)})
+    assert fused_experts(other) == ["experts"]
+    with pytest.raises(TargetError, match=r"three-dimensional parameters.*experts"):
+        find_targets(other, "gate")
 
 
 def test_exclusions() -> None:

@@ -43,6 +43,20 @@ class InputStatistics:
         wide = torch.promote_types(dtype, torch.float32)
         self.gram_ii = torch.zeros(in_features, in_features, dtype=wide, device=device) if "gram" in wanted else None
 
+    @classmethod
+    def uniform(
+        cls, in_features: int, wanted: Collection[Statistic], *, dtype: torch.dtype, device: torch.device
+    ) -> InputStatistics:
+        """Return the statistics of independent features of norm 1, with which a method works as one without data."""
+        found = cls(in_features, wanted, dtype=dtype, device=device)
+        found.tokens = 1
+        found.square_i += 1
+        if found.absolute_i is not None:
+            found.absolute_i += 1
+        if found.gram_ii is not None:
+            found.gram_ii.fill_diagonal_(1)
+        return found
+
     def add(self, rows_ni: Tensor) -> None:
         """Count a batch: rows of X, any float dtype (`input_rows`)."""
         wide_ni = rows_ni.to(torch.promote_types(rows_ni.dtype, torch.float32))

@@ -41,7 +41,7 @@ from dovetail.errors import ChainError, LoadError
 from dovetail.files import atomic, open_tensors, read_json, write_whole
 from dovetail.models.fingerprint import model_fingerprint, tensors_fingerprint
 from dovetail.models.layouts import layout_of
-from dovetail.models.targets import new_heads
+from dovetail.models.targets import all_layers, new_heads
 from dovetail.training.optimizer import cast_frozen
 
 _KEY = re.compile(r"link/[^/]+/\d+/\w+|base/[^/]+/[\w.]+|(mask|head)/[^/]+")
@@ -260,11 +260,11 @@ def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor]
         rule = f"{file.chain} has {stages} stages, numbered from 0"
         raise LoadError(where, found=f"stage={file.stage}", rule=rule, fix="copy the folder again")
     bases: dict[str, dict[str, Tensor]] = {}
-    masks = {}
+    masks, stock = {}, {layer.name: layer.module for layer in all_layers(model)}
     for key, tensor in tensors.items():
         kind, name, *rest = key.split("/")
         if kind in ("base", "mask"):
-            module = _module(model, name)
+            module = _module(stock, name)
             layout = layout_of(name, module)
             bits = (layout.out_features, -(-layout.in_features // 8))
             if kind == "mask":
@@ -340,12 +340,11 @@ def _mask_bits(layer: ChainLinear) -> Tensor:
     return pack_bits((base.matrix() if base.start is None else base.layout.matrix(base.start)) != 0)
 
 
-def _module(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        found, rule = "no such layer in the model", "the adapter must name layers of its base"
-        raise LoadError(name, found=found, rule=rule, fix="load the adapter onto its base model") from None
+def _module(stock: Mapping[str, nn.Module], name: str) -> nn.Module:
+    if name in stock:
+        return stock[name]
+    found, rule = "no such layer in the model", "the adapter must name layers of its base"
+    raise LoadError(name, found=found, rule=rule, fix="load the adapter onto its base model")
 
 
 def _expect(key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dovetail.chains.check import check_merge
 from dovetail.chains.layer.applied import applied
+from dovetail.chains.layer.attach import close_experts
 from dovetail.chains.layer.fingerprint import packed_fingerprint
 from dovetail.chains.layer.held import Grid, grids, guard_saving, held_by_layers, put_grid
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
@@ -29,6 +30,7 @@ from dovetail.checkpoint.footprint import Footprint, footprint
 from dovetail.compression.apply import replace_module
 from dovetail.compression.calibration import Batch
 from dovetail.errors import CannotMerge, ChainError, DovetailError
+from dovetail.models.experts import one_by_one
 from dovetail.models.fingerprint import fingerprint
 from dovetail.models.probe import probe_batch
 from dovetail.tasks.scoring import in_evaluation
@@ -180,6 +182,7 @@ def to_stock(model: nn.Module) -> nn.Module:
         if layer.base.quantized is not None:
             put_grid(stock, Grid.of(layer.base.quantized))
         replace_module(model, layer, stock)
+    close_experts(model)
     guard_saving(model)
     model.requires_grad_(True)
     if isinstance(model, PreTrainedModel):
@@ -279,7 +282,7 @@ def _unmasked(outputs: Tensor) -> Tensor:
 def _outputs(model: nn.Module, probe: Batch) -> Tensor:
     """Return the model's logits on a batch, in evaluation mode."""
     device = next(model.parameters()).device
-    with in_evaluation(model):
+    with in_evaluation(model), one_by_one(model):
         found: Any = model(**{name: tensor.to(device) for name, tensor in probe.items()})
     if not isinstance(found, Tensor):
         found = found.logits if "logits" in found else found[0]

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dovetail.chains.layer.attach import open_experts
 from dovetail.chains.layer.base import Base, Scratch
 from dovetail.chains.layer.bits import INTEGERS, join_zeros, split_zeros
 from dovetail.chains.layer.fingerprint import packed_fingerprint
@@ -32,6 +33,7 @@ from dovetail.errors import ChainError, DovetailError, LoadError
 from dovetail.files import atomic, check_folder, open_tensors, parse_json
 from dovetail.models.dtypes import FLOATS, shape_of
 from dovetail.models.layouts import layout_of
+from dovetail.models.targets import all_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -265,6 +267,7 @@ def _cover(where: str, model: PreTrainedModel, header: PackedHeader) -> PreTrain
         rule, fix = "a packed model must load as the class that was saved", "pass the task_kind of the saved model"
         raise LoadError(where, found=f"{header.architecture}, not {type(model).__name__}", rule=rule, fix=fix)
     scratch = Scratch()
+    open_experts(model, [layer for layer in all_layers(model) if layer.name in header.layers])
     for name, said in header.layers.items():
         try:
             module = model.get_submodule(name)

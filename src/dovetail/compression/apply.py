@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dovetail.chains.assignment import Layers, assign
 from dovetail.chains.layer.applied import AppliedChain, Inputs, applied
-from dovetail.chains.layer.attach import attach, replace_module
+from dovetail.chains.layer.attach import attach, close_experts, replace_module
 from dovetail.chains.layer.coverage import coverage
 from dovetail.chains.layer.held import guard_saving, held
 from dovetail.chains.layer.linear import ChainLinear, LinkState, Shared, adapter_dtype
@@ -78,6 +78,7 @@ def apply(
         if len(untouched) == len(record.layers):
             for name, module in untouched.items():
                 replace_module(model, record.layers[name], module)
+            close_experts(model)
             guard_saving(model)
         else:
             record.broken = True

@@ -10,6 +10,7 @@ Source: the drivers of GPTQ and SparseGPT (Frantar et al. 2022, §4; 2023, §3.4
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -35,7 +36,8 @@ from dovetail.compression.passes import (
     watching,
     without_cache,
 )
-from dovetail.errors import DataError
+from dovetail.errors import CalibrationWarning, DataError
+from dovetail.models.experts import Experts, expert_layers
 from dovetail.progress import Bar
 from dovetail.tasks.finite import not_finite
 
@@ -94,6 +96,7 @@ def calibrate_blocks(
             left, once = _look_ahead(model, layers, split(model, batches, LOOK))
             pieces = split(model, batches)
             decoded = read_by_decoder(model, layers)
+            experts, without_data = expert_layers(model), list[str]()
             with Bar(title, len(left), shown=progress) as bar, Passes(model, list(left), pieces) as passes:
                 while left and (here := passes.waiting()):
                     block = str(here[0].block)
@@ -101,10 +104,12 @@ def calibrate_blocks(
                     if not names:  # a block that is used again
                         passes.go_on(here)
                         continue
-                    watch = partial(_watch, passes, here, {name: layers[name] for name in names}, wanted, once, decoded)
+                    watch = partial(
+                        _watch, passes, here, {name: layers[name] for name in names}, wanted, once, decoded, experts
+                    )
                     statistics = watch(share=True) or watch(share=False)
                     assert statistics is not None
-                    _finish(statistics, wanted)
+                    without_data += _finish(statistics, layers, wanted, experts)
                     if left and inputs == "original":
                         passes.go_on(here)
                     compress(statistics)
@@ -113,14 +118,34 @@ def calibrate_blocks(
                     bar.advance()
             for names in left.values():
                 raise unreached(names[0])
+            if without_data:
+                warnings.warn(_few_tokens(without_data, wanted), CalibrationWarning, stacklevel=2)
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def _finish(found: Mapping[str, InputStatistics], wanted: Collection[Statistic]) -> None:
-    """Finish the statistics of a block's layers; raise DataError for a layer that cannot be compressed by them."""
+def _finish(
+    found: dict[str, InputStatistics],
+    layers: Mapping[str, ChainLinear],
+    wanted: Collection[Statistic],
+    experts: Mapping[str, tuple[Experts, str]],
+) -> list[str]:
+    """Finish the statistics of a block's layers; raise DataError for a layer that cannot be compressed by them.
+
+    An expert with too few tokens gets uniform statistics instead: with them, its method works as one without data.
+
+    returns  the names of such experts
+    """
+    without_data = []
     for name, statistics in found.items():
+        layer, enough = layers[name], statistics.tokens >= (LEAST_TOKENS if "gram" in wanted else 1)
+        if name in experts and not (enough and _any(statistics)):
+            found[name] = InputStatistics.uniform(
+                layer.in_features, wanted, dtype=layer.base.dtype, device=layer.base.device
+            )
+            without_data.append(name)
+            continue
         if not statistics.tokens:
             raise unreached(name)
         statistics.finish()
@@ -128,13 +153,34 @@ def _finish(found: Mapping[str, InputStatistics], wanted: Collection[Statistic])
             raise _not_finite(name)
         if not bool(statistics.square_i.any()):
             raise unreached(name)
-        if "gram" in wanted and statistics.tokens < LEAST_TOKENS:
+        if not enough:
             raise DataError(
                 f"calibration of {name}",
                 found=f"{statistics.tokens} tokens",
                 rule=f"a Gram matrix must be estimated from {LEAST_TOKENS} tokens or more; tens of thousands are usual",
                 fix="add calibration data",
             )
+    return without_data
+
+
+def _any(statistics: InputStatistics) -> bool:
+    """Return whether any input was not zero; before `finish`."""
+    seen = statistics.square_i if statistics.gram_ii is None else statistics.gram_ii.diagonal()
+    return bool(seen.any())
+
+
+def _few_tokens(names: Sequence[str], wanted: Collection[Statistic]) -> str:
+    """Return the warning for experts that were compressed without data, by parameter and number."""
+    numbers: dict[str, list[str]] = {}
+    for name in names:
+        parameter, _, number = name.rpartition(".")
+        numbers.setdefault(parameter, []).append(number)
+    told = "; ".join(f"{parameter} {', '.join(those)}" for parameter, those in numbers.items())
+    least = f"fewer than {LEAST_TOKENS} calibration tokens" if "gram" in wanted else "no calibration token"
+    return (
+        f"{len(names)} experts get {least} and are compressed as without data (all inputs independent and of equal "
+        f"norm): {told}. Add calibration data to reach them"
+    )
 
 
 def _watch(
@@ -144,6 +190,7 @@ def _watch(
     wanted: Collection[Statistic],
     once: set[str],
     decoded: set[str],
+    experts: Mapping[str, tuple[Experts, str]],
     *,
     share: bool,
 ) -> dict[str, InputStatistics] | None:
@@ -153,6 +200,7 @@ def _watch(
 
     once     the layers that a forward pass calls just once
     decoded  the layers that read the decoder's tokens
+    experts  the layers that read the tokens routed to them
     share    layers that are fed the very same tensor (query, key and value) share one object
     """
     found: dict[str, InputStatistics] = {}
@@ -173,7 +221,8 @@ def _watch(
                 if name not in found:
                     found[name] = InputStatistics(layer.in_features, wanted, dtype=x.dtype, device=x.device)
                 seen[name] = (weakref.ref(x), x._version)
-                found[name].add(input_rows(x, layer.layout, one.decoder_mask if name in decoded else one.mask))
+                mask = one.decoder_mask if name in decoded else one.mask
+                found[name].add(input_rows(x, layer.layout, mask, experts.get(name)))
 
         passes.feed(one, layers, see, left)
         if not consistent:
@@ -193,7 +242,7 @@ def _look_ahead(
              elsewhere, or a layer is called outside of its own), and the layers that a forward pass calls just once
     errors   DataError for NaN activations and for layers that no input reaches, while the model is unchanged
     """
-    calls = dict.fromkeys(layers, 0)
+    experts, calls = expert_layers(model), dict.fromkeys(layers, 0)
     blocks = blocks_of(model, list(layers))
     inside: list[str] = []
     bad: list[str] = []
@@ -204,7 +253,9 @@ def _look_ahead(
     def see(name: str, x: Tensor) -> None:
         calls[name] += 1
         called_in.setdefault(name, inside[0] if inside else name)
-        if not bool(torch.isfinite(input_rows(x, layers[name].layout, masks[name in decoded])).all()):
+        if not bool(
+            torch.isfinite(input_rows(x, layers[name].layout, masks[name in decoded], experts.get(name))).all()
+        ):
             bad.append(name)
             raise Stop
 
@@ -231,17 +282,17 @@ def _look_ahead(
                 if bad:
                     raise not_finite(f"calibration of {bad[0]}", model, partial(run, piece))
                 once = {name for name, count in calls.items() if count == 1} if once is None else once
-                if all(calls.values()):
+                if all(calls[name] for name in calls.keys() - experts.keys()):
                     break
             else:
-                raise unreached(next(name for name, count in calls.items() if not count))
+                raise unreached(next(name for name, count in calls.items() if not count and name not in experts))
     finally:
         for handle in handles:
             handle.remove()
     found: dict[str, list[str]] = {}
-    for names in blocks.values():
+    for block, names in blocks.items():
         for name in names:
-            found.setdefault(called_in[name], []).append(name)
+            found.setdefault(called_in.get(name, block), []).append(name)  # an expert may not be called
     return found, once
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dovetail.chains.layer.linear import ChainLinear
 from dovetail.chains.linalg import times_transposed
 from dovetail.chains.statistics import padding_mask
+from dovetail.models.experts import Experts
 from dovetail.models.layouts import Layout
 from dovetail.models.targets import CROSS_ATTENTION, roles_of
 
@@ -116,12 +117,17 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def input_rows(x: Tensor, layout: Layout, mask: Tensor | None) -> Tensor:
+def input_rows(x: Tensor, layout: Layout, mask: Tensor | None, expert: tuple[Experts, str] | None = None) -> Tensor:
     """Return a layer's input as rows of X, (n, i), without padding.
 
-    x     (..., i), or what a convolution takes
-    mask  (b, t) bool of the tokens that are not padding; counts where x is (b, t, i) or (b · t, i)
+    x       (..., i), or what a convolution takes
+    mask    (b, t) bool of the tokens that are not padding; counts where x is (b, t, i) or (b · t, i)
+    expert  where the layer is an expert's matrix, whose input is the tokens routed to it (`expert_layers`)
     """
+    if expert is not None:
+        experts, name = expert
+        counted = experts.counted(name, mask)
+        return x if counted is None else x[counted]
     if layout.linear and mask is not None:
         if x.dim() == 3 and x.shape[:2] == mask.shape:
             x = x[mask]

@@ -1,8 +1,8 @@
 """Layers that a chain can sit on, each seen as a matrix (out, in): how to view its weight, call it and build it again.
 
 A chain uses `weight_oi` only. This module contains what differs between `nn.Linear`, GPT-2's `Conv1D` (stored in x
-out) and convolutions (kernel flattened into `in`). `call` runs the layer's own operation on a weight in its own layout,
-so a merged layer gives the same bits.
+out), an expert stored so (`TransposedLinear`) and convolutions (kernel flattened into `in`). `call` runs the layer's
+own operation on a weight in its own layout, so a merged layer gives the same bits.
 """
 
 from __future__ import annotations
@@ -107,6 +107,40 @@ class Conv1DLayout(Layout):
         return _fill(module, weight, bias_o)
 
 
+class TransposedLinear(nn.Module):
+    """A linear layer without bias whose weight is (i, o), as gpt-oss and Llama 4 store one expert's matrix."""
+
+    def __init__(self, weight_io: Tensor) -> None:
+        super().__init__()
+        self.in_features, self.out_features = weight_io.shape
+        self.weight = nn.Parameter(weight_io)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., i) -> (..., o)."""
+        return x @ self.weight
+
+
+@dataclass(frozen=True)
+class TransposedLayout(Layout):
+    """`TransposedLinear`: weight (i, o), no bias."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def native(self, weight_oi: Tensor) -> Tensor:
+        return weight_oi.t().contiguous()
+
+    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(self.in_features, self.out_features, dtype=dtype, device=device)
+
+    def call(self, x: Tensor, weight: Tensor, bias_o: Tensor | None) -> Tensor:
+        return x @ weight if bias_o is None else x @ weight + bias_o
+
+    def build(self, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
+        assert bias_o is None, "the bias of an expert is no part of its layer"
+        return TransposedLinear(weight)
+
+
 @dataclass(frozen=True)
 class ConvLayout(Layout):
     """nn.Conv1d and nn.Conv2d: weight (o, i / groups, *kernel), flattened after the first axis."""
@@ -176,6 +210,8 @@ def layout_of(name: str, module: nn.Module) -> Layout:
     """
     if isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter and _is_plain(type(module)):
         return LinearLayout(module.out_features, module.in_features, kind=type(module))
+    if type(module) is TransposedLinear:
+        return TransposedLayout(module.out_features, module.in_features)
     from transformers.pytorch_utils import Conv1D
 
     if type(module) is Conv1D:

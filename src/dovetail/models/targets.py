@@ -23,7 +23,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dovetail.errors import TargetError
-from dovetail.models.layouts import layout_of
+from dovetail.models.experts import Experts, can_open, opened
+from dovetail.models.layouts import TransposedLinear, layout_of
 from dovetail.models.weight_reads import reads_weight
 
 LABELS = ("query", "key", "value", "output", "gate", "up", "down")
@@ -52,6 +53,10 @@ ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
     # Phi-3
     ("qkv_proj", _QKV),
     ("gate_up_proj", ("gate", "up")),
+    # MoE experts in three-dimensional parameters, by number
+    ("experts.gate_up_proj.*", ("gate", "up")),
+    ("experts.up_proj.*", ("up",)),
+    ("experts.down_proj.*", ("down",)),
     # LFM2
     ("feed_forward.w1", ("gate",)),
     ("feed_forward.w3", ("up",)),
@@ -152,10 +157,13 @@ class Target:
     """A layer to adapt.
 
     name         module path, such as "model.layers.0.self_attn.q_proj"
-    module       nn.Linear, transformers' Conv1D (its weight is (in, out)), nn.Conv1d or nn.Conv2d
+    module       nn.Linear, transformers' Conv1D (its weight is (in, out)), nn.Conv1d or nn.Conv2d, or a layer with the
+                 matrix of one expert
     roles        the labels that it answers to, in LABELS' order; several for a fused layer, none when unlabelled
     feedforward  whether it is a feed-forward's output layer ("down"), where IA3 scales inputs, not outputs
     aliases      further paths that hold the same module object; whoever replaces the layer replaces it there too
+    experts      of an expert in a three-dimensional parameter: the opened module, to be put in the stock one's place
+                 (`dovetail.models.experts`)
     """
 
     name: str
@@ -163,6 +171,7 @@ class Target:
     roles: tuple[str, ...]
     feedforward: bool
     aliases: tuple[str, ...] = ()
+    experts: Experts | None = None
 
 
 def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) -> list[Target]:
@@ -178,8 +187,9 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
     floating-point parameter), without the routers of MoE experts, and, in a
     PreTrainedModel, without layers of fewer than LEAST_WIDTH inputs or outputs, which are gates and mixing
     coefficients. Convolutions are found only when a glob names them. A model that neither is nor contains
-    a PreTrainedModel has no known head. Experts that a model keeps as three-dimensional parameters (Mixtral and others
-    in transformers 5) are not layers and cannot be targets; `fused_experts` lists them.
+    a PreTrainedModel has no known head. Each expert that a model keeps in a three-dimensional parameter (Mixtral and
+    others in transformers 5) is a layer called after that parameter, "model.layers.0.mlp.experts.gate_up_proj.3";
+    `fused_experts` lists modules with such parameters that have no known form.
 
     Raises TargetError when a target or an exclusion matches nothing, when a label or glob names a layer that cannot be
     changed alone, and for a layer of a class that computes something else (`dovetail.models.layouts`).
@@ -195,7 +205,7 @@ def select(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) -> list[
     asked = _split(targets)
     excluded = [target[1:].strip() for target in asked if target.startswith("!")]
     asked = [target for target in asked if not target.startswith("!")]
-    layers = _layers(model)
+    layers = all_layers(model)
     where = f"targets {', '.join(asked)!r} in {type(model).__name__}"
     if not asked:
         raise TargetError(
@@ -244,7 +254,7 @@ def roles_of(path: str) -> tuple[str, ...]:
 
 def labels(model: nn.Module) -> dict[str, list[str]]:
     """Return label -> paths of its layers, in module order, without labels that have no layer."""
-    layers = _layers(model)
+    layers = all_layers(model)
     found = {label: [layer.name for layer in layers if label in layer.roles] for label in LABELS}
     return {label: names for label, names in found.items() if names}
 
@@ -300,11 +310,16 @@ def inside(name: str, paths: Iterable[str]) -> bool:
 
 
 def fused_experts(model: nn.Module) -> list[str]:
-    """Return the paths of modules that keep all MoE experts in three-dimensional parameters, never targets."""
+    """Return the paths of modules that keep all MoE experts in three-dimensional parameters of an unknown form.
+
+    Their experts are never targets.
+    """
     return [
         name
         for name, module in model.named_modules()
-        if "experts" in name.rpartition(".")[2] and any(p.ndim == 3 for p in module.parameters(recurse=False))
+        if ("experts" in name.rpartition(".")[2] or "Experts" in type(module).__name__)
+        and any(p.ndim == 3 for p in module.parameters(recurse=False))
+        and not can_open(module)
     ]
 
 
@@ -328,25 +343,33 @@ def _split(targets: str | Sequence[str]) -> list[str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return whether a module is nn.Linear or transformers' Conv1D, or derived from one of them."""
+    """Return whether a module is a linear layer: nn.Linear, transformers' Conv1D, derived from one, or an expert."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, (nn.Linear, Conv1D, TransposedLinear))
 
 
-def _layers(model: nn.Module) -> list[Target]:
-    """Return every layer that could be a target, convolutions and heads included, in module order."""
+def all_layers(model: nn.Module) -> list[Target]:
+    """Return every layer that could be a target, convolutions, heads and experts included, in module order."""
     from transformers.pytorch_utils import Conv1D
 
     paths: dict[nn.Module, list[str]] = {}
+    owners: dict[nn.Module, Experts] = {}
+    opened_now: dict[nn.Module, Experts | None] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if name and isinstance(module, (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)):
+        if name and isinstance(module, (nn.Linear, Conv1D, TransposedLinear, nn.Conv1d, nn.Conv2d)):
             paths.setdefault(module, []).append(name)
+        if module not in opened_now:
+            opened_now[module] = opened(module)
+        if (experts := opened_now[module]) is not None:
+            for own, layer in experts.matrices():
+                owners[layer] = experts
+                paths.setdefault(layer, []).append(f"{name}.{own}".removeprefix("."))
     head_paths = heads(model)
     layers = []
     for module, (name, *aliases) in paths.items():
         roles = () if not is_linear(module) or inside(name, head_paths) else roles_of(name)
-        layers.append(Target(name, module, roles, "down" in roles, tuple(aliases)))
+        layers.append(Target(name, module, roles, "down" in roles, tuple(aliases), owners.get(module)))
     return layers
 
 
@@ -405,6 +428,8 @@ def _refusals(model: nn.Module, layers: list[Target]) -> dict[str, str]:
             owners.setdefault(id(parameter), []).append((f"{path}.{parameter_name}".removeprefix("."), module))
     refusals = {}
     for layer in layers:
+        if layer.experts is not None:
+            continue
         parent, _, child = layer.name.rpartition(".")
         parameters = dict(layer.module.named_parameters(recurse=False))
         shared = [

@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dovetail.chains import packing
 from dovetail.chains.layer import bits
+from dovetail.chains.layer.attach import open_experts
 from dovetail.links.quantize import nearest
-from dovetail.models.targets import fused_experts
+from dovetail.models.targets import all_layers
 from dovetail.training.optimizer import TrainSettings, autocast, cast_frozen, make_optimizer, trained_parts
 from dovetail.training.peak_memory import PeakMemory
 
@@ -28,20 +29,19 @@ if TYPE_CHECKING:
 
 def predict_peak_memory(
     model: PreTrainedModel, batch: Mapping[str, Tensor], settings: TrainSettings, *, device: str = "cpu"
-) -> int | None:
+) -> int:
     """Return the peak in bytes of a training on `device`, without weights and without computing.
 
     model     on the device "meta" (`dovetail.checkpoint.load.empty_model`), with its chain; it is unchanged
     batch     the widest batch of the run: only its shapes count
     settings  of the training
-    returns   0 for a model that trains nothing; None where torch gives no prediction, which is the case for MoE experts
-              in three-dimensional parameters of float32
+    returns   0 for a model that trains nothing. Tokens are taken to be spread evenly over MoE experts
     """
     if not trained_parts(model):
         return 0
-    if fused_experts(model) and not settings.bf16 and model.dtype != torch.bfloat16:
-        return None  # torch's grouped product takes no fake tensors of another dtype
     model = copy.deepcopy(model)
+    # A grouped product takes fake tensors of bfloat16 only; opened experts are computed one by one.
+    open_experts(model, all_layers(model))
     if settings.bf16:
         cast_frozen(model)
     with _faked(model, batch, device) as fake:
@@ -56,7 +56,8 @@ def predict_unreached(model: PreTrainedModel, names: Iterable[str], batch: Mappi
     model    on the device "meta", without a chain; it is left on fake tensors
     returns  None where every layer is called, and where the path depends on values, so that torch cannot tell
     """
-    left = dict.fromkeys(names)
+    known = dict(model.named_modules())
+    left = dict.fromkeys(name for name in names if name in known)  # experts get the tokens that are routed to them
 
     def see(name: str) -> Callable[..., None]:
         return lambda module, args: left.pop(name, None)

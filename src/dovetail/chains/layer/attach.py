@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,11 +12,12 @@ from dovetail.chains.assignment import Assignment
 from dovetail.chains.layer.applied import AppliedChain, applied
 from dovetail.chains.layer.base import Base, Scratch
 from dovetail.chains.layer.bits import pack_bits
-from dovetail.chains.layer.held import grid_of, guard_saving, held
+from dovetail.chains.layer.held import Grid, grid_of, grids, guard_saving, held, put_grids
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.chains.link import Site, arguments
 from dovetail.chains.stages import CheckedChain
 from dovetail.errors import ChainError, HistoryWarning
+from dovetail.models.experts import Experts
 from dovetail.models.fingerprint import model_fingerprint
 from dovetail.models.layouts import layout_of
 from dovetail.models.targets import Target, find_targets
@@ -55,17 +56,38 @@ def attach(
         base = Base(layout_of(target.name, module), weight.detach(), scratch)
         layer = ChainLinear(sites[target.name], base, None if bias is None else bias.detach(), record)
         record.layers[target.name] = layer.train(module.training)
-    _continue(record, modules)  # the last check: nothing is replaced before it
+    _continue(record, modules, grids(model))  # the last check: nothing is replaced before it
+    open_experts(model, layers)
     for name, layer in record.layers.items():
         replace_module(model, modules[name], layer)
     guard_saving(model)
     return record, layers
 
 
-def _continue(record: AppliedChain, modules: Mapping[str, nn.Module]) -> None:
+def open_experts(model: nn.Module, layers: Iterable[Target]) -> None:
+    """Put the opened modules of these layers in the place of the stock ones that keep all experts in one parameter."""
+    seen: set[int] = set()
+    for layer in layers:
+        if layer.experts is not None and id(layer.experts) not in seen:
+            seen.add(id(layer.experts))
+            replace_module(model, model.get_submodule(layer.name.rsplit(".", 2)[0]), layer.experts)
+
+
+def close_experts(model: nn.Module) -> None:
+    """Put stock modules in the place of opened experts whose layers are all stock ones, with their grids."""
+    for experts in [module for module in model.modules() if isinstance(module, Experts)]:
+        layers = dict(experts.matrices())
+        if not any(isinstance(layer, ChainLinear) for layer in layers.values()):
+            stock = experts.close()
+            put_grids(stock, {name: grid for name, layer in layers.items() if (grid := grid_of(layer)) is not None})
+            replace_module(model, experts, stock)
+
+
+def _continue(record: AppliedChain, modules: Mapping[str, nn.Module], found_grids: Mapping[str, Grid]) -> None:
     """Start from the zeros and the grid that the layers have from an earlier round, or say what the chain gives up.
 
-    modules  the stock layers, by the names of the record's layers
+    modules      the stock layers, by the names of the record's layers
+    found_grids  the grids of the model (`dovetail.chains.layer.held`)
     """
     links = record.chain
     bases = {name: layer.base for name, layer in record.layers.items()}
@@ -77,7 +99,7 @@ def _continue(record: AppliedChain, modules: Mapping[str, nn.Module]) -> None:
             base.mask_bits = pack_bits(matrix != 0)
         grid = next((link for link in own.kept if link.kind == "quantizer"), None)
         if grid is not None:
-            found = grid_of(modules[name])
+            found = found_grids.get(name)
             if found is None:
                 raise ChainError(
                     f"{name} under {links}",
@@ -91,7 +113,7 @@ def _continue(record: AppliedChain, modules: Mapping[str, nn.Module]) -> None:
         weights = sum(base.shape[0] * base.shape[1] for base in bases.values())
         zeros = weights - sum(int(torch.count_nonzero(base.matrix())) for base in bases.values())
         lost += [("zeros", f"the zeros of the base ({zeros / weights:.1%} of the weights under it)")] if zeros else []
-    if "grid" in links.given_up and (on := next(filter(None, map(grid_of, modules.values())), None)):
+    if "grid" in links.given_up and (on := next(filter(None, map(found_grids.get, modules)), None)):
         lost += [("grid", f"its quantization grid, {on.identity}")]
     record.given_up = tuple(what for what, _ in lost)
     if lost:

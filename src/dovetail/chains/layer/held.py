@@ -25,6 +25,7 @@ from dovetail.chains.link import Link, Pruner, Quantizer
 from dovetail.chains.notation import chain
 from dovetail.errors import ChainError, DovetailError, HistoryWarning, LoadError
 from dovetail.files import atomic, open_tensors
+from dovetail.models.targets import all_layers
 
 GRIDS = "dovetail/grid.safetensors"
 """In a folder of its own: some programs read every safetensors file that lies beside the weights."""
@@ -98,18 +99,26 @@ def held_by_layers(model_or_config: Any) -> dict[str, Any]:
 
 def grids(model: nn.Module) -> dict[str, Grid]:
     """Return the grids of a model's stock layers by their paths."""
-    found = ((name, grid_of(module)) for name, module in model.named_modules())
-    return {name: grid for name, grid in found if grid is not None}
+    return {
+        ".".join(filter(None, (path, name))): grid
+        for path, module in model.named_modules()
+        for name, grid in vars(module).get(_ATTRIBUTE, {}).items()
+    }
 
 
 def grid_of(module: nn.Module) -> Grid | None:
     """Return the grid that a stock layer was merged on."""
-    return vars(module).get(_ATTRIBUTE)
+    return vars(module).get(_ATTRIBUTE, {}).get("")
 
 
 def put_grid(module: nn.Module, grid: Grid) -> None:
     """Let a stock layer remember its grid."""
-    setattr(module, _ATTRIBUTE, grid)
+    put_grids(module, {"": grid})
+
+
+def put_grids(module: nn.Module, found: Mapping[str, Grid]) -> None:
+    """Let a stock module remember the grids of its layers by their names in it; "" is the module itself."""
+    setattr(module, _ATTRIBUTE, dict(found))
 
 
 def read_grids(folder: Path, model: nn.Module) -> None:
@@ -123,12 +132,16 @@ def read_grids(folder: Path, model: nn.Module) -> None:
         for key in file.keys():  # noqa: SIM118 (not a dict)
             layer, _, name = key.rpartition("/")
             found.setdefault(layer, (said.get(layer, ""), {}))[1][name] = file.get_tensor(key)
-    modules = dict(model.named_modules())
+    layers, modules = {layer.name for layer in all_layers(model)}, dict(model.named_modules())
+    by_module: dict[nn.Module, dict[str, Grid]] = {}
     for layer, (identity, tensors) in found.items():
-        if layer not in modules or not identity:
+        if layer not in layers or not identity:
             rule = "the grids must be those of layers of the model"
             raise LoadError(str(path), found=f"a grid of {layer[:200]!r}", rule=rule, fix="copy the folder again")
-        put_grid(modules[layer], Grid(identity, tensors))
+        owner = layer if layer in modules else layer.rsplit(".", 2)[0]  # of an expert
+        by_module.setdefault(modules[owner], {})[layer.removeprefix(owner).removeprefix(".")] = Grid(identity, tensors)
+    for module, own in by_module.items():
+        put_grids(module, own)
     guard_saving(model)
 
 

@@ -27,6 +27,7 @@ from dovetail.chains.link import Constraint
 from dovetail.errors import ChainError
 from dovetail.files import atomic, write_whole
 from dovetail.links.adapt.peft import PeftAdapter, name_layers
+from dovetail.models.experts import expert_layers
 from dovetail.models.layouts import LinearLayout
 from dovetail.models.targets import inside, new_heads
 
@@ -95,8 +96,12 @@ def _kind(record: AppliedChain) -> type[PeftAdapter]:
 def _check_layers(
     model: nn.Module, record: AppliedChain, layers: Mapping[str, ChainLinear], kind: type[PeftAdapter]
 ) -> None:
+    experts = expert_layers(model)
     for name, layer in layers.items():
         fix = f"leave {name} out of the targets"
+        if name in experts:
+            rule = "a peft adapter of this form cannot adapt one expert of a three-dimensional parameter"
+            raise _refused(record, f"{name}, an expert", rule, "save it with save_adapter, or leave the experts out")
         if not layer.layout.linear:
             raise _refused(record, f"{name}, a convolution", "only adapters of linear layers are exported", fix)
         if not kind.peft_conv1d and not isinstance(layer.layout, LinearLayout):
