@@ -18,6 +18,7 @@ from dovetail.chains.statistics import InputStatistics
 from dovetail.compression.blocks import blocks_of, calibrate_blocks
 from dovetail.compression.passes import split
 from dovetail.errors import ChainError, DataError
+from dovetail.models.experts import Experts, one_by_one
 from families import FAMILIES, batch, make
 from tolerance import rounding
 
@@ -51,10 +52,16 @@ def seen_by(model: nn.Module, names: Sequence[str], batches: Batches) -> dict[st
 
         return hook
 
+    def to_no_expert(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, index, weights = args
+        return hidden, index.masked_fill(mask.flatten()[:, None] == 0, module.num_experts), weights
+
     handles = [model.get_submodule(n).register_forward_pre_hook(watch(n), with_kwargs=True) for n in names]
+    handles += [m.register_forward_pre_hook(to_no_expert) for m in model.modules() if isinstance(m, Experts)]
     for inputs in batches:
         mask = inputs.get("attention_mask")
-        model(**inputs)
+        with one_by_one(model):  # where a token may be routed to no expert
+            model(**inputs)
     for handle in handles:
         handle.remove()
     return rows

@@ -113,9 +113,10 @@ def test_the_longest_record_sets_the_batch(tmp_path):
     assert (wider.predicted_peak_memory_nbytes or 0) < (planned.predicted_peak_memory_nbytes or 0)
 
 
-def test_memory_of_float32_experts_is_not_told():
-    """Torch runs no grouped product on fake tensors of float32: a plan without the memory, not a traceback."""
-    planned = plan("lora(r=4)", CONFIGS["mixtral"](), batch_size=2, length=8)
-    assert planned.legal
-    assert planned.predicted_peak_memory_nbytes is None
-    assert plan("lora(r=4)", CONFIGS["mixtral"](), batch_size=2, length=8, bf16=True).predicted_peak_memory_nbytes
+def test_memory_of_experts_is_predicted_in_every_dtype() -> None:
+    """Torch runs no grouped product on fake tensors of float32; experts are computed one by one."""
+    for targets in ("all-linear", "self_attn.*"):
+        planned = plan("lora(r=4)", CONFIGS["mixtral"](), batch_size=2, length=8, targets=targets)
+        assert planned.legal
+        half = plan("lora(r=4)", CONFIGS["mixtral"](), batch_size=2, length=8, targets=targets, bf16=True)
+        assert 0 < (half.predicted_peak_memory_nbytes or 0) < (planned.predicted_peak_memory_nbytes or 0)

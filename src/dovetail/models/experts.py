@@ -95,7 +95,7 @@ class Experts(nn.Module, ABC):
         stock._modules = {name: child for name, child in self._modules.items() if name not in self.stock._parameters}
         for name in self.stock._parameters:
             if name not in stock._parameters:
-                weights = [layer.get_parameter("weight") for layer in self._each(name)]
+                weights: list[Tensor] = [layer.get_parameter("weight") for layer in self._each(name)]
                 trained = any(weight.requires_grad for weight in weights)
                 with torch.no_grad():
                     stock._parameters[name] = nn.Parameter(torch.stack(weights), trained)

@@ -16,8 +16,14 @@ def coverage(model: nn.Module) -> tuple[float, dict[str, int]]:
     the biases of a layer under the chain are under it.
     """
     layers = list(chain_layers(model).values())
-    modules = layers or [target.module for target in select(model)]
-    left = left_out(model, {id(p) for module in modules for p in module.parameters()})
+    targets = [] if layers else select(model)
+    modules = layers or [target.module for target in targets]
+    inside = {id(p) for module in modules for p in module.parameters()}
+    for target in targets:
+        if target.experts is not None:  # a view of a three-dimensional parameter
+            path, parameter, _ = target.name.rsplit(".", 2)
+            inside.add(id(model.get_submodule(path).get_parameter(parameter)))
+    left = left_out(model, inside)
     covered = sum(layer.base.shape[0] * layer.base.shape[1] for layer in layers)
     covered += sum(layer.bias.numel() for layer in layers if layer.bias is not None)
     if not layers:
