@@ -1,7 +1,7 @@
-"""Models and tokenizers: a hub id, a folder, "playground", or a folder inside an installed package; packed or stock.
+"""Models and tokenizers: a hub id, a folder, a GGUF file, "playground", or of an installed package; packed or stock.
 
-Only safetensors are read, and no code of a checkpoint is run unless the caller allows it. The checkpoint must contain
-every weight except those of a new head; transformers would warn and continue with random numbers.
+Only safetensors and GGUF files are read, and no code of a checkpoint is run unless the caller allows it. The checkpoint
+must contain every weight except those of a new head; transformers would warn and continue with random numbers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 
 from dovetail.chains.layer.held import held, read_grids
 from dovetail.chains.link import Link
+from dovetail.checkpoint.formats.gguf import checked_header, forget_gguf, gguf_config, gguf_tokenizer
 from dovetail.checkpoint.packed import PACKED, load_packed
 from dovetail.errors import DovetailError, LoadError
 from dovetail.files import open_tensors, read_json
@@ -55,25 +56,37 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model (on the CPU, eval mode) and its tokenizer (with a padding token), for tasks of one kind.
 
-    name_or_dir        "playground"; a folder; "package:NAME/FOLDER", a folder inside an installed Python package;
-                       otherwise a hub id. A folder of your own that is called playground: "./playground"
+    name_or_dir        "playground"; a folder; a file NAME.gguf; "package:NAME/FOLDER", a folder or a GGUF file in an
+                       installed Python package, or "package:NAME" for the only GGUF file of one; otherwise a hub id.
+                       A folder of your own that is called playground: "./playground"
     task_kind          of dovetail.tasks: classification and regression put a head on the model, the others need a
                        causal or an encoder-decoder language model
     num_labels         outputs of a classification head; None: as the config says. Regression has one
-    dtype              a key of FLOATS or such a torch.dtype; None: as stored
+    dtype              a key of FLOATS or such a torch.dtype; None: as stored, and float32 for blocks of GGUF
     trust_remote_code  run the checkpoint's own Python code
     seed               draws the weights of a new head, the only ones that may be missing from the checkpoint
 
     A folder that `save_packed` wrote gives the packed model, which runs from its codes; `to_stock` makes stock modules
-    of it. The global random state is unchanged. The tokenizer's padding token is its end token where it has none
-    that the model has an embedding for; embeddings are never resized. Raises LoadError.
+    of it. A GGUF file (any that transformers converts; needs the gguf package) gives an ordinary model of dequantized
+    weights, with the file's tokenizer and chat template. The global random state is unchanged. The tokenizer's padding
+    token is its end token where it has none that the model has an embedding for; embeddings are never resized.
+    Raises LoadError.
     """
     source, cast = resolve(name_or_dir), _dtype(dtype)
     config = load_config(name_or_dir, trust_remote_code=trust_remote_code)
     config, auto = _for_task(config, task_kind, num_labels)
     packed = isinstance(source, Path) and (source / PACKED).is_file()
-    if isinstance(source, Path) and not packed:
-        _check_sizes(f"model {name_or_dir}", _weight_files(source), config, auto, trust_remote_code)
+    header = checked_header(source) if isinstance(source, Path) and source.is_file() else None
+    gguf: dict[str, str] = {}
+    if header is not None:
+        _check_sizes(f"model {name_or_dir}", {}, header.weights, config, auto, trust_remote_code)
+        source, gguf, cast = (
+            header.path.parent,
+            {"gguf_file": str(header.path.absolute())},
+            cast or FLOATS[header.dtype],
+        )
+    elif isinstance(source, Path) and not packed:
+        _check_sizes(f"model {name_or_dir}", *_stored(_weight_files(source)), config, auto, trust_remote_code)
     tokenizer = load_tokenizer(name_or_dir, trust_remote_code=trust_remote_code)
     if packed:
         with _unreadable(f"model {name_or_dir}"), torch.random.fork_rng(devices=[]):
@@ -90,7 +103,10 @@ def load(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **gguf,
         )
+    if header is not None:
+        forget_gguf(model)
     _check_complete(name_or_dir, model, info, new_head=task_kind in HEAD_KINDS)
     if not all(key.partition(".")[0] in HEADS for key in info["unexpected_keys"]):
         for record in reports:
@@ -130,10 +146,18 @@ def load_config(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> 
     source = resolve(name_or_dir)
     if isinstance(source, str):
         ask_hub(source)
+    elif source.is_file():
+        header = checked_header(source)
+        with _unreadable(f"model {name_or_dir}"):
+            config = gguf_config(header)
+        _check_counts(f"model {name_or_dir}", config.to_dict())
+        return config
     elif not (source / "config.json").is_file():
         found, fix = "no config.json in the folder", "name the folder that save_pretrained wrote"
         if (source / "adapter_config.json").is_file():
             found, fix = "an adapter, no model", "load the base model, then the adapter"
+        elif files := sorted(source.glob("*.gguf")):
+            fix = f"name the file, as in {name_or_dir}/{files[0].name}"
         rule = "a model's folder must contain config.json, *.safetensors and the tokenizer's files"
         raise LoadError(f"model {name_or_dir}", found=found, rule=rule, fix=fix)
     if isinstance(source, Path):
@@ -162,6 +186,10 @@ def load_tokenizer(name_or_dir: str | Path, *, trust_remote_code: bool = False) 
     from transformers import AutoTokenizer
 
     source = resolve(name_or_dir)
+    if isinstance(source, Path) and source.is_file():
+        header = checked_header(source)
+        with _unreadable(f"tokenizer of {name_or_dir}"):
+            return gguf_tokenizer(header, gguf_config(header).model_type)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exception
@@ -234,12 +262,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
-def _check_sizes(where: str, files: list[Path], config: PreTrainedConfig, auto: Any, trust_remote_code: bool) -> None:
-    """Raise LoadError where the config asks for far more weights than the files hold, before anything is allocated.
-
-    transformers allocates what the config says and compares afterwards. What is left to it is bounded by the files;
-    a model may compute a few of its weights, such as sinusoidal positions, and a new head is small.
-    """
+def _stored(files: list[Path]) -> tuple[dict[str, list[int]], int]:
+    """Return the shapes of the tensors of safetensors files, and the most weights that they can hold."""
     shapes: dict[str, list[int]] = {}
     held = 0
     for path in files:
@@ -250,6 +274,19 @@ def _check_sizes(where: str, files: list[Path], config: PreTrainedConfig, auto: 
                 # An integer may hold as many packed codes as it has bits; BOOL has 8.
                 bits = int("".join(filter(str.isdigit, dtype)) or 8)
                 held += math.prod(shapes[key]) * (1 if "F" in dtype else bits)
+    return shapes, held
+
+
+def _check_sizes(
+    where: str, shapes: dict[str, list[int]], held: int, config: PreTrainedConfig, auto: Any, trust_remote_code: bool
+) -> None:
+    """Raise LoadError where the config asks for far more weights than are stored, before anything is allocated.
+
+    transformers allocates what the config says and compares afterwards. What is left to it is bounded by the files;
+    a model may compute a few of its weights, such as sinusoidal positions, and a new head is small.
+
+    shapes, held   of the stored tensors, as `_stored` returns them
+    """
     with _unreadable(where), torch.device("meta"):
         model = auto.from_config(config, trust_remote_code=trust_remote_code)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -31,7 +31,8 @@ Resume = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Resume a stopped run with the same recipe and output.")
 ]
 Model = Annotated[
-    str, typer.Option("--model", metavar="MODEL", help="playground, a folder, package:NAME/FOLDER or a hub id.")
+    str,
+    typer.Option("--model", metavar="MODEL", help="playground, a folder, FILE.gguf, package:NAME/FOLDER or a hub id."),
 ]
 
 
@@ -231,7 +232,7 @@ def methods(as_json: Json = False) -> None:
 @app.command(epilog="Example: dovetail evaluate runs/quickstart/model --task word_problems --task multiple_choice")
 def evaluate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="playground, a folder, package:NAME/FOLDER or a hub id.")
+        str, typer.Argument(metavar="MODEL", help="playground, a folder, FILE.gguf, package:NAME/FOLDER or a hub id.")
     ],
     task: Annotated[
         list[str], typer.Option("--task", metavar="TASK", help="A playground task, or a recipe for its data.")

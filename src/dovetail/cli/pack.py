@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 Base = Annotated[
     str | None,
     typer.Option(
-        "--base", metavar="MODEL", help="The base model: playground, a folder, package:NAME/FOLDER or a hub id."
+        "--base",
+        metavar="MODEL",
+        help="The base model: playground, a folder, FILE.gguf, package:NAME/FOLDER or a hub id.",
     ),
 ]
 File = Annotated[Path, typer.Argument(metavar="EXPERT", help="A .dvt file.")]

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from dovetail.chains.notation import chain
 from dovetail.errors import RecipeError
+from dovetail.models.locate import GGUF
 from dovetail.runs.search_settings import SEARCHES, Budget, ChainSettings, RankSettings, Search
 from dovetail.runs.yaml import YamlFile, read_yaml, write_yaml
 from dovetail.tasks.spec import Data, Limit, Part, Positive, at_folder
@@ -62,10 +63,16 @@ def read_layers(path: Path) -> dict[str, str]:
     return found
 
 
+def _is_local(path: Path) -> bool:
+    """Return whether a path is a model's folder or a GGUF file, and not the name of a model on the hub."""
+    path = path.expanduser()
+    return path.is_dir() or (path.suffix.lower() == GGUF and path.is_file())
+
+
 class Recipe(YamlFile):
     """A run. Build it with `Recipe.load(path)` or `Recipe.parse(mapping)`.
 
-    model   playground, a folder (relative to the recipe), a hub id, or package:NAME/FOLDER
+    model   playground, a folder or a .gguf file (relative to the recipe), a hub id, or package:NAME/FOLDER
     chain   the notation; kept in its canonical form. Left out where `search` searches chains
     layers  pattern of layers -> the same chain with other arguments; of several patterns that fit, the last decides
     search  what to search; None: no search
@@ -129,7 +136,7 @@ class Recipe(YamlFile):
 
     def _resolved(self, where: str, folder: Path) -> Recipe:
         model = self.model
-        if not model.startswith("package:") and model != "playground" and (folder / model).expanduser().is_dir():
+        if not model.startswith("package:") and model != "playground" and _is_local(folder / model):
             model = str((folder / Path(model).expanduser()).resolve())
         data = at_folder(self.data, folder)
         split = self.evaluate.split or ("validation" if data.task is None and data.test is None else "test")
