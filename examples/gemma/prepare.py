@@ -28,15 +28,17 @@ def turns(question: str) -> str:
     return f"<start_of_turn>user\n{question.strip()}<end_of_turn>\n<start_of_turn>model\n"
 
 
-def number(answer: float) -> str:
+def number(answer: float | str) -> str:
     """Return a number without a fraction of zero."""
-    return f"{answer:g}" if answer != int(answer) else str(int(answer))
+    value = float(str(answer).replace(",", ""))
+    return str(int(value)) if value.is_integer() else f"{value:.6g}"
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSON Lines file."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        yield json.loads(line)
+    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines() also cuts at U+2028 inside a text
+        if line:
+            yield json.loads(line)
 
 
 def records(data: Path, name: str, split: str) -> list[dict[str, Any]]:

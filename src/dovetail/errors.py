@@ -63,6 +63,10 @@ class HistoryWarning(UserWarning):
     """What an earlier round of a merged model promised no longer holds, or a chain gives it up."""
 
 
+class ConversionWarning(UserWarning):
+    """What a file of another format says, and the loaded model does not follow."""
+
+
 class OutputError(DovetailError):
     """An output that cannot be written, such as on a full disk; what an unfinished run has written is kept."""
 

@@ -20,7 +20,7 @@ import torch
 
 from dovetail.chains.layer.held import held, read_grids
 from dovetail.chains.link import Link
-from dovetail.checkpoint.formats.gguf import checked_header, forget_gguf, gguf_config, gguf_tokenizer
+from dovetail.checkpoint.formats.gguf import checked_header, forget_gguf, gguf_config, gguf_tokenizer, warn_of_unread
 from dovetail.checkpoint.packed import PACKED, load_packed
 from dovetail.errors import DovetailError, LoadError
 from dovetail.files import open_tensors, read_json
@@ -80,11 +80,9 @@ def load(
     gguf: dict[str, str] = {}
     if header is not None:
         _check_sizes(f"model {name_or_dir}", {}, header.weights, config, auto, trust_remote_code)
-        source, gguf, cast = (
-            header.path.parent,
-            {"gguf_file": str(header.path.absolute())},
-            cast or FLOATS[header.dtype],
-        )
+        warn_of_unread(header)
+        gguf["gguf_file"] = str(header.path.absolute())
+        source, cast = header.path.parent, cast or FLOATS[header.dtype]
     elif isinstance(source, Path) and not packed:
         _check_sizes(f"model {name_or_dir}", *_stored(_weight_files(source)), config, auto, trust_remote_code)
     tokenizer = load_tokenizer(name_or_dir, trust_remote_code=trust_remote_code)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dovetail.checkpoint.formats.gguf.header import Header, read_header
-from dovetail.errors import LoadError
+from dovetail.errors import ConversionWarning, LoadError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +40,20 @@ def gguf_config(header: Header) -> PreTrainedConfig:
         config.vocab_size = embedding[0]
     config.name_or_path = str(header.path)
     return config
+
+
+def warn_of_unread(header: Header) -> None:
+    """Warn of scaled positions, which transformers does not convert: the model computes other numbers than llama.cpp.
+
+    A scaling is in the metadata (Gemma 3 of 4 B and more) or in tensors of factors (Llama 3.1, Phi-3 of 128k tokens).
+    """
+    prefix = f"{header.architecture}.rope.scaling."
+    keys = [key for key in header.metadata if key.startswith(prefix) and header.architecture != "gpt-oss"]
+    if keys and header.metadata.get(f"{prefix}type") == "none":
+        keys = []
+    if found := [*keys, *(name for name in header.shapes if name.startswith("rope_f"))]:
+        text = f"{header.path}: transformers does not read {', '.join(found)}: positions are not scaled as in the file"
+        warnings.warn(text, ConversionWarning, stacklevel=3)
 
 
 def gguf_tokenizer(header: Header, model_type: str) -> PreTrainedTokenizerBase:
