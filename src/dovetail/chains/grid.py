@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dovetail.chains.packing import unpack
 from dovetail.errors import DovetailError
@@ -27,6 +28,17 @@ CPU_CHUNK = 2**18
 """Weights in a chunk for one thread: 1 MiB of float32, a second-level cache; smaller chunks cost more in calls."""
 DEVICE_CHUNK = 2**24
 """Weights in a chunk elsewhere: enough to keep an accelerator busy, small against the model."""
+
+
+def row_slices(start: int, stop: int, step: int, like: Tensor) -> list[slice]:
+    """Cut rows [start, stop) into chunks of `step` rows, to work on one after the other.
+
+    On tensors without values (fake and meta tensors of a dry run), the first chunk stands for all: each chunk is freed
+    before the next one, so that the first one needs as much memory as all of them.
+    """
+    if like.is_meta or isinstance(like, FakeTensor):
+        stop = min(start + step, stop)
+    return [slice(row, min(row + step, stop)) for row in range(start, stop, step)]
 
 
 class QuantizedWeight(nn.Module, ABC):
@@ -77,6 +89,8 @@ class QuantizedWeight(nn.Module, ABC):
             # Transposing at once, within one dtype, is several times faster than strided writes by chunks.
             out.t().copy_(self.dequantize(torch.empty(self.shape, dtype=out.dtype, device=out.device)).t())
             return out
+        if out.is_meta:
+            return out  # there is nothing to write, and a dry run of a large model has many layers
         scratch = torch.empty(self.rows_per_chunk, self.shape[1], dtype=torch.float32, device=out.device)
         for start, stop in self._chunks(self.shape[0]):
             values = scratch[: stop - start]
@@ -176,9 +190,8 @@ class QuantizedWeight(nn.Module, ABC):
         return start * i // self.block, -(-(start + rows) * i // self.block)
 
     def _chunks(self, rows: int, start: int = 0) -> Iterator[tuple[int, int]]:
-        step = self.rows_per_chunk
-        for first in range(start, start + rows, step):
-            yield first, min(first + step, start + rows)
+        for chunk in row_slices(start, start + rows, self.rows_per_chunk, self.codes):
+            yield chunk.start, chunk.stop
 
     def _float32_chunks(self, rows: Tensor, start: int, *, copy: bool) -> Iterator[tuple[Tensor, int]]:
         """Yield cache-sized float32 chunks with their first weight row: views of rows where that is possible."""

@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from dovetail.chains.check import check_merge
 from dovetail.chains.layer.applied import applied
-from dovetail.chains.layer.attach import close_experts
+from dovetail.chains.layer.attach import close_experts, replace_modules
 from dovetail.chains.layer.fingerprint import packed_fingerprint
 from dovetail.chains.layer.held import Grid, grids, guard_saving, held_by_layers, put_grid
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.chains.link import Constraint
 from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.footprint import Footprint, footprint
-from dovetail.compression.apply import replace_module
 from dovetail.compression.calibration import Batch
 from dovetail.errors import CannotMerge, ChainError, DovetailError
 from dovetail.models.experts import one_by_one
@@ -181,7 +180,7 @@ def to_stock(model: nn.Module) -> nn.Module:
         stock = _stock(layer)
         if layer.base.quantized is not None:
             put_grid(stock, Grid.of(layer.base.quantized))
-        replace_module(model, layer, stock)
+        replace_modules(model, {layer: stock})
     close_experts(model)
     guard_saving(model)
     model.requires_grad_(True)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dovetail.chains.layer.attach import open_experts
+from dovetail.chains.layer.attach import open_experts, replace_modules
 from dovetail.chains.layer.base import Base, Scratch
 from dovetail.chains.layer.bits import INTEGERS, join_zeros, split_zeros
 from dovetail.chains.layer.fingerprint import packed_fingerprint
@@ -28,7 +28,6 @@ from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.chains.link import Quantizer, Site
 from dovetail.chains.notation import chain
 from dovetail.chains.packing import pack, packed_nbytes, unpack
-from dovetail.compression.apply import replace_module
 from dovetail.errors import ChainError, DovetailError, LoadError
 from dovetail.files import atomic, check_folder, open_tensors, parse_json
 from dovetail.models.dtypes import FLOATS, shape_of
@@ -277,7 +276,7 @@ def _cover(where: str, model: PreTrainedModel, header: PackedHeader) -> PreTrain
             if isinstance(error, DovetailError):
                 found, rule = error.found, error.rule
             raise LoadError(where, found=f"{name[:200]}: {found}", rule=rule, fix="copy the folder again") from None
-        replace_module(model, module, layer)
+        replace_modules(model, {module: layer})
     return model
 
 

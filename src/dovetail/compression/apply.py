@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dovetail.chains.assignment import Layers, assign
 from dovetail.chains.layer.applied import AppliedChain, Inputs, applied
-from dovetail.chains.layer.attach import attach, close_experts, replace_module
+from dovetail.chains.layer.attach import attach, close_experts, replace_modules
 from dovetail.chains.layer.coverage import coverage
 from dovetail.chains.layer.held import guard_saving, held
 from dovetail.chains.layer.linear import ChainLinear, LinkState, Shared, adapter_dtype
@@ -76,8 +76,7 @@ def apply(
         _start(model, record, batches, masks, progress, untouched)
     except BaseException:
         if len(untouched) == len(record.layers):
-            for name, module in untouched.items():
-                replace_module(model, record.layers[name], module)
+            replace_modules(model, {record.layers[name]: module for name, module in untouched.items()})
             close_experts(model)
             guard_saving(model)
         else:

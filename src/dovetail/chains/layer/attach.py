@@ -58,8 +58,7 @@ def attach(
         record.layers[target.name] = layer.train(module.training)
     _continue(record, modules, grids(model))  # the last check: nothing is replaced before it
     open_experts(model, layers)
-    for name, layer in record.layers.items():
-        replace_module(model, modules[name], layer)
+    replace_modules(model, {modules[name]: layer for name, layer in record.layers.items()})
     guard_saving(model)
     return record, layers
 
@@ -139,9 +138,9 @@ def _checked_site(target: Target, the_chain: CheckedChain) -> Site:
     return site
 
 
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` is registered, under every name that it has."""
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each new module wherever the old one, its key, is registered, under every name that it has."""
     for parent in model.modules():
         for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+            if child in new:
+                parent._modules[name] = new[child]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dovetail.chains.grid import QuantizedWeight
+from dovetail.chains.grid import QuantizedWeight, row_slices
 from dovetail.chains.layer.bits import INTEGERS, pack_bits, unpack_bits
 from dovetail.chains.link import Quantizer
 from dovetail.chains.statistics import InputStatistics
@@ -88,7 +88,15 @@ class Base(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.dense.device if self.dense is not None else next(self.buffers()).device
+        return self.stored.device
+
+    @property
+    def stored(self) -> Tensor:
+        """The dense weight in the layer's own layout, or the packed codes."""
+        if self.dense is not None:
+            return self.dense
+        assert self.quantized is not None
+        return self.quantized.codes
 
     def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the base weight (o, i), in its own dtype by default. Dense: a view; quantized: a new tensor."""
@@ -137,8 +145,9 @@ class Base(nn.Module):
         if found is None or found.device != self.device:
             wide = torch.float64 if self.dtype == torch.float64 else torch.float32
             weight = self.start_weight(from_codes)
-            parts = [weight[rows].to(wide).square().sum(1) for rows in self.row_chunks(wide)]
-            found = self._row_square[from_codes] = torch.cat(parts)
+            found = self._row_square[from_codes] = torch.empty(self.shape[0], dtype=wide, device=weight.device)
+            for rows in self.row_chunks(wide):
+                found[rows] = weight[rows].to(wide).square().sum(1)
         return found
 
     def row_chunks(self, dtype: torch.dtype) -> list[slice]:
@@ -150,7 +159,7 @@ class Base(nn.Module):
             if self.quantized is not None:
                 unit = self.quantized.rows_per_chunk
                 step = max(unit, step // unit * unit) if unit < o else o
-        return [slice(row, min(row + step, o)) for row in range(0, o, step)]
+        return row_slices(0, o, step, self.stored)
 
     # What pruners, quantizers and merging do to the base.
 

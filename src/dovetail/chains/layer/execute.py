@@ -238,14 +238,14 @@ def _factor_grads(
             grad_b = (a_ri.to(grad_oi.dtype) @ grad_oi.t()).t().to(b_or.dtype)
     if begin_oi is not None:
         wide = torch.promote_types(grad_oi.dtype, torch.float32)
-        out_parts: list[Tensor] = []
+        out_sum = torch.zeros(grad_oi.shape[0], dtype=wide, device=grad_oi.device)
         in_sum = torch.zeros(grad_oi.shape[1], dtype=wide, device=grad_oi.device)
         for rows in chunks:
             product_ni = grad_oi[rows].to(wide) * begin_oi[rows]
-            out_parts.append((product_ni if in_i is None else product_ni * in_i).sum(1))
+            out_sum[rows] = (product_ni if in_i is None else product_ni * in_i).sum(1)
             in_sum += (product_ni if out_o is None else product_ni * out_o[rows, None]).sum(0)
         if needs[0] and out_o is not None:
-            grad_out = torch.cat(out_parts).to(out_o.dtype)
+            grad_out = out_sum.to(out_o.dtype)
         if needs[1] and in_i is not None:
             grad_in = in_sum.to(in_i.dtype)
     return grad_out, grad_in, grad_a, grad_b

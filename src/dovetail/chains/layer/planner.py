@@ -60,8 +60,9 @@ def row_norm(form: Form, base: Base, from_codes: bool = True) -> Tensor:
         square_o = base.row_square(from_codes)
     else:
         weight = base.start_weight(from_codes)
-        squares = [weight[rows].to(wide).square() @ scale_i.square() for rows in base.row_chunks(wide)]
-        square_o = torch.cat(squares)
+        square_o = torch.empty(base.shape[0], dtype=wide, device=weight.device)
+        for rows in base.row_chunks(wide):
+            square_o[rows] = weight[rows].to(wide).square() @ scale_i.square()
     scale_o = torch.ones_like(square_o) if form.out_scale_o is None else form.out_scale_o.to(wide)
     square_o = scale_o.square() * square_o
     factors = form.factors()
@@ -75,12 +76,12 @@ def row_norm(form: Form, base: Base, from_codes: bool = True) -> Tensor:
     own_o = ((a_ri @ a_ri.t() @ b_ro) * b_ro).sum(0)
     total_o = square_o + cross_o + own_o
     if bool((total_o < NORM_FLOOR * (square_o + own_o)).any()):
-        norms = []
+        norm_o = torch.empty_like(total_o)
         for rows in base.row_chunks(wide):
             part = weight[rows].to(wide, copy=True)  # a dense base is its own weight: never write to it
             affine_(part, rows, (scale_o, scale_i, a_ri, b_or))
-            norms.append(torch.linalg.vector_norm(part, dim=1))
-        return torch.cat(norms)
+            norm_o[rows] = torch.linalg.vector_norm(part, dim=1)
+        return norm_o
     return total_o.sqrt()
 
 
