@@ -30,13 +30,22 @@ DEVICE_CHUNK = 2**24
 """Weights in a chunk elsewhere: enough to keep an accelerator busy, small against the model."""
 
 
+WORKING_NBYTES = 16
+"""Bytes per weight of a chunk that `dequantize` and `snap_` hold at most while they work, on any grid."""
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Return whether there is something to compute: not on the fake and meta tensors of a dry run."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
 def row_slices(start: int, stop: int, step: int, like: Tensor) -> list[slice]:
     """Cut rows [start, stop) into chunks of `step` rows, to work on one after the other.
 
-    On tensors without values (fake and meta tensors of a dry run), the first chunk stands for all: each chunk is freed
-    before the next one, so that the first one needs as much memory as all of them.
+    On tensors without values, the first chunk stands for all: each chunk is freed before the next one, so that the
+    first one needs as much memory as all of them.
     """
-    if like.is_meta or isinstance(like, FakeTensor):
+    if not has_values(like):
         stop = min(start + step, stop)
     return [slice(row, min(row + step, stop)) for row in range(start, stop, step)]
 
@@ -89,8 +98,9 @@ class QuantizedWeight(nn.Module, ABC):
             # Transposing at once, within one dtype, is several times faster than strided writes by chunks.
             out.t().copy_(self.dequantize(torch.empty(self.shape, dtype=out.dtype, device=out.device)).t())
             return out
-        if out.is_meta:
-            return out  # there is nothing to write, and a dry run of a large model has many layers
+        if not has_values(out):
+            self._rehearse(out)
+            return out
         scratch = torch.empty(self.rows_per_chunk, self.shape[1], dtype=torch.float32, device=out.device)
         for start, stop in self._chunks(self.shape[0]):
             values = scratch[: stop - start]
@@ -114,6 +124,9 @@ class QuantizedWeight(nn.Module, ABC):
         start  the weight row of rows[0]; start and start + n must be ends of blocks (see `rows_per_chunk`)
         inside (n, i) bool, filled with what `inside` returns for the rows
         """
+        if not has_values(rows):
+            self._rehearse(rows)
+            return rows
         for rows_32, at in self._float32_chunks(rows, start, copy=False):
             part = None if inside is None else inside[at - start : at - start + len(rows_32)]
             self._snap(rows_32, at, part)
@@ -173,6 +186,12 @@ class QuantizedWeight(nn.Module, ABC):
     def nbytes(self) -> int:
         """Exact stored bytes: packed codes, scales, zero points, nested constants."""
         return sum(buffer.nbytes for buffer in self.buffers())
+
+    def _rehearse(self, rows: Tensor) -> None:
+        """Allocate what the work on a chunk of these rows needs, and free it: all that a dry run needs to know."""
+        if not rows.is_meta:
+            weights = min(len(rows), self.rows_per_chunk) * self.shape[1]
+            torch.empty(WORKING_NBYTES * weights, dtype=torch.uint8, device=rows.device)
 
     def _by_block(self, operation: Callable[[Tensor, Tensor], Tensor], rows: Tensor, per_block: Tensor) -> None:
         """Apply an in-place operation to the rows with one operand per block; per_block (blocks in rows,)."""

@@ -165,8 +165,9 @@ def plan(
     settings = TrainSettings(batch_size=batch_size, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
     parts = []
     for number, stage in enumerate(the_chain.stages):
-        model_here = make()
-        apply_on_meta(model_here, chain_, targets, number, layers)
+        model_here = empty if number == 0 else make()
+        if number > 0:
+            apply_on_meta(model_here, chain_, targets, number, layers)
         planned = applied(model_here).layers
         weights = sum(layer.base.shape[0] * layer.base.shape[1] for layer in planned.values())
         parts.append(

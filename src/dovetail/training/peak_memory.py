@@ -29,7 +29,7 @@ class PeakMemory(TorchDispatchMode):
         self.live_nbytes = 0
         self.peak_nbytes = 0
         """The maximum of `live_nbytes` so far."""
-        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._seen: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         for tensor in roots:
             self._see(tensor)
 
@@ -41,10 +41,17 @@ class PeakMemory(TorchDispatchMode):
             self._see(tensor)
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return False if args[0].dtype == torch.bool else 0  # there is no value: branches take the path of zero
-        result = func(*args, **kwargs)
+        if func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
+            result = _grouped_product(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("offs"))
+        else:
+            result = func(*args, **kwargs)
         for tensor in _tensors(result):
             self._see(tensor)
         return result
+
+    def alive(self) -> dict[int, int]:
+        """Return the bytes of each live storage, by a key that another one may get once it is freed."""
+        return {key: nbytes for key, (_, nbytes) in self._seen.items()}
 
     def _see(self, tensor: Tensor) -> None:
         if tensor.layout != torch.strided:
@@ -54,13 +61,23 @@ class PeakMemory(TorchDispatchMode):
         if key in self._seen:
             return
         nbytes = storage.nbytes()
-        self._seen[key] = weakref.ref(storage, partial(self._freed, key, nbytes))
+        self._seen[key] = weakref.ref(storage, partial(self._freed, key, nbytes)), nbytes
         self.live_nbytes += nbytes
         self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes)
 
     def _freed(self, key: int, nbytes: int, _: object) -> None:
         del self._seen[key]
         self.live_nbytes -= nbytes
+
+
+def _grouped_product(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
+    """Return what torch's grouped product makes, without values: its own version for fake tensors takes bfloat16 only.
+
+    a, b   (t, k) or (groups, t, k), and (k, n) or (groups, k, n)
+    ends   (groups,) where each group ends, in the rows or columns of a matrix that has no axis of groups
+    """
+    groups = ends.shape[0] if a.dim() == b.dim() == 2 and ends is not None else a.shape[0]
+    return a.new_empty((groups,) * (a.dim() == b.dim()) + (a.shape[-2], b.shape[-1]))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,9 +19,10 @@ from dovetail.chains import packing
 from dovetail.chains.layer import bits
 from dovetail.chains.layer.attach import open_experts
 from dovetail.links.quantize import nearest
-from dovetail.models.targets import all_layers
+from dovetail.models.targets import all_layers, fused_experts
 from dovetail.training.optimizer import TrainSettings, autocast, cast_frozen, make_optimizer, trained_parts
 from dovetail.training.peak_memory import PeakMemory
+from dovetail.training.repeats import HELD, Repeat, Trace, find_repeats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,19 +36,43 @@ def predict_peak_memory(
     model     on the device "meta" (`dovetail.checkpoint.load.empty_model`), with its chain; it is unchanged
     batch     the widest batch of the run: only its shapes count
     settings  of the training
-    returns   0 for a model that trains nothing. Tokens are taken to be spread evenly over MoE experts
+    returns   0 for a model that trains nothing; else what `simulate` returns, without running all of a model's equal
+              blocks where the others follow from them (`dovetail.training.repeats`). Tokens are taken to be spread
+              evenly over MoE experts
     """
     if not trained_parts(model):
         return 0
+    with suppress(Exception):  # whatever the code of a model does without some of its blocks; it may need them all
+        return simulate(model, batch, settings, device=device, whole=False)
+    if fused_experts(model):  # an implementation that asks for the values of the routing
+        model = copy.deepcopy(model)
+        open_experts(model, all_layers(model))
+        with suppress(Exception):
+            return simulate(model, batch, settings, device=device, whole=False)
+    return simulate(model, batch, settings, device=device)
+
+
+def simulate(
+    model: PreTrainedModel,
+    batch: Mapping[str, Tensor],
+    settings: TrainSettings,
+    *,
+    device: str = "cpu",
+    whole: bool = True,
+) -> int:
+    """Return the peak in bytes over two steps of training on fake tensors: the definition of `predict_peak_memory`.
+
+    whole   whether every block is run; else those that stand for the repeated ones (`dovetail.training.repeats`)
+    errors  those of the model's own code, and NotRepeated where the others do not follow
+    """
     model = copy.deepcopy(model)
-    # A grouped product takes fake tensors of bfloat16 only; opened experts are computed one by one.
-    open_experts(model, all_layers(model))
     if settings.bf16:
         cast_frozen(model)
-    with _faked(model, batch, device) as fake:
+    repeats = [] if whole else find_repeats(model)
+    with _faked(model, batch, device, repeats) as fake:
         if settings.gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        return _peak_of_two_steps(model, fake, settings)
+        return _peak_of_two_steps(model, fake, settings, repeats)
 
 
 def predict_unreached(model: PreTrainedModel, names: Iterable[str], batch: Mapping[str, Tensor]) -> str | None:
@@ -56,62 +81,91 @@ def predict_unreached(model: PreTrainedModel, names: Iterable[str], batch: Mappi
     model    on the device "meta", without a chain; it is left on fake tensors
     returns  None where every layer is called, and where the path depends on values, so that torch cannot tell
     """
-    known = dict(model.named_modules())
-    left = dict.fromkeys(name for name in names if name in known)  # experts get the tokens that are routed to them
+    model.requires_grad_(False)
+    names, repeats = list(names), find_repeats(model)
+    for some in [repeats, []] if repeats else [repeats]:
+        # Whatever the code of a model does with the values that it does not find, or without some of its blocks.
+        with suppress(Exception):
+            return _first_uncalled(model, names, batch, some)
+    return None
+
+
+def _first_uncalled(
+    model: nn.Module, names: Iterable[str], batch: Mapping[str, Tensor], repeats: list[Repeat]
+) -> str | None:
+    """Return the first of these layers that a forward pass never calls, where a block stands for others of its kind."""
+    skipped = {module for repeat in repeats for place in repeat.skipped for module in repeat.blocks[place].modules()}
+    known = dict(model.named_modules())  # without experts, which get the tokens that are routed to them
+    left = {name: None for name in names if name in known and known[name] not in skipped}
 
     def see(name: str) -> Callable[..., None]:
         return lambda module, args: left.pop(name, None)
 
-    for name in left:
-        model.get_submodule(name).register_forward_pre_hook(see(name))
-    nn.Module.to(model, torch.bfloat16)  # torch's grouped product takes no other fake tensors
+    handles = [model.get_submodule(name).register_forward_pre_hook(see(name)) for name in left]
     try:
-        with _faked(model, batch, "cpu") as fake, PeakMemory(), torch.no_grad():
-            model(**fake)
-    except Exception:  # whatever the code of a model does with the values that it does not find
-        return None
+        with _faked(model, batch, "cpu", repeats) as fake, PeakMemory() as memory, Trace(memory, repeats):
+            with torch.no_grad():
+                model(**fake)
+    finally:
+        for handle in handles:
+            handle.remove()
     return next(iter(left), None)
 
 
 @contextmanager
-def _faked(model: nn.Module, batch: Mapping[str, Tensor], device: str) -> Iterator[dict[str, Tensor]]:
-    """Put a model on fake tensors, and yield the batch as fake tensors."""
+def _faked(
+    model: nn.Module, batch: Mapping[str, Tensor], device: str, repeats: list[Repeat]
+) -> Iterator[dict[str, Tensor]]:
+    """Put a model on fake tensors, except what is frozen in blocks that are skipped, and yield the batch as such."""
     try:
         with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             # Code that compares the addresses of tensors finds all equal; no size depends on it.
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-            _place(model, device)
+            _place(model, device, set[int]().union(*(repeat.frozen for repeat in repeats)))
             yield {name: mode.from_tensor(tensor).to(device) for name, tensor in batch.items()}
     finally:
         for table in (bits._table, packing._kept_table, nearest._tables):
             table.cache_clear()  # what fake tensors put there is no good to real ones
 
 
-def _peak_of_two_steps(model: nn.Module, batch: Mapping[str, Tensor], settings: TrainSettings) -> int:
+def _peak_of_two_steps(
+    model: nn.Module, batch: Mapping[str, Tensor], settings: TrainSettings, repeats: list[Repeat]
+) -> int:
     """Return the peak in bytes over two steps of training, the second of which has the optimizer's state."""
     model.train()
     optimizer = make_optimizer(model, settings)
     trained = [p for p in model.parameters() if p.requires_grad]
-    with PeakMemory([*model.parameters(), *model.buffers()]) as memory:
+    with PeakMemory([*model.parameters(), *model.buffers()]) as memory, Trace(memory, repeats) as trace:
         for _ in range(2):
+            trace.begin_step()
             with autocast(trained[0].device, settings.bf16):
-                loss = model(**batch).loss
+                outputs = model(**batch)
+            trace.begin(HELD)
+            loss = outputs.loss
+            del outputs
+            trace.begin("loss")
             loss.backward()
+            trace.end_backward()
             torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
             optimizer.step()
             del loss
             model.zero_grad()
-    return memory.peak_nbytes
+        return trace.peak_nbytes()
 
 
-def _place(model: nn.Module, device: str) -> None:
-    """Make parameters and buffers empty ones on the device; shared ones remain shared, unlike with `Module.to`."""
+def _place(model: nn.Module, device: str, left_out: set[int]) -> None:
+    """Make parameters and buffers empty ones on the device; shared ones remain shared, unlike with `Module.to`.
+
+    left_out   identities of tensors that remain where they are
+    """
     made: dict[int, Tensor] = {}
     for module in model.modules():
         parameters = module.named_parameters(recurse=False, remove_duplicate=False)
         for name, tensor in [*parameters, *module.named_buffers(recurse=False, remove_duplicate=False)]:
+            if id(tensor) in left_out:
+                continue
             if id(tensor) not in made:
-                empty = torch.empty_like(tensor, device=device)
+                empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
                 made[id(tensor)] = (
                     nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
                 )

@@ -69,7 +69,7 @@ def open_experts(model: nn.Module, layers: Iterable[Target]) -> None:
     for layer in layers:
         if layer.experts is not None and id(layer.experts) not in seen:
             seen.add(id(layer.experts))
-            replace_module(model, model.get_submodule(layer.name.rsplit(".", 2)[0]), layer.experts)
+            replace_modules(model, {model.get_submodule(layer.name.rsplit(".", 2)[0]): layer.experts})
 
 
 def close_experts(model: nn.Module) -> None:
@@ -79,7 +79,7 @@ def close_experts(model: nn.Module) -> None:
         if not any(isinstance(layer, ChainLinear) for layer in layers.values()):
             stock = experts.close()
             put_grids(stock, {name: grid for name, layer in layers.items() if (grid := grid_of(layer)) is not None})
-            replace_module(model, experts, stock)
+            replace_modules(model, {experts: stock})
 
 
 def _continue(record: AppliedChain, modules: Mapping[str, nn.Module], found_grids: Mapping[str, Grid]) -> None:
