@@ -137,7 +137,7 @@ class _Drawn:
             console=Console(stderr=True),
             auto_refresh=False,
         )
-        self._task = self.progress.add_task(description, total=total, note="")
+        self._task = self.progress.add_task(description, total=total or None, note="")
         self.progress.tasks[0].start_time = began
         self.progress.start()
 

@@ -129,7 +129,7 @@ def test_unreached_layers_are_found_behind_skipped_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["nf4", "nf4(double=true)", "fp4", "int(bits=4, group=64)", "int(bits=8, group=0)", "fp8"]
+    "text", ["nf4(double=true)", "fp4", "int(bits=4, group=64)", "int(bits=8, group=0)", "fp8"]
 )
 def test_a_dry_run_knows_what_work_on_a_grid_needs(text: str) -> None:
     torch.set_num_threads(1)

@@ -187,9 +187,11 @@ def plan(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, slower.")
     ] = False,
-    memory: Annotated[
-        bool, typer.Option("--memory/--no-memory", help="Predict the memory of training; minutes for large models.")
-    ] = True,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Predict the memory of training.")] = True,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", metavar="SIZE", help="24GB, 80GiB: does the training fit, and if not, what to change?"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a chain does to a model, from its config alone: legality, stages, exact bits, memory of training."""
@@ -202,12 +204,14 @@ def plan(
     from dovetail.tasks.find import number_of_labels
 
     found = find_task(task) if task else None
-    made = make_plan(
-        chain, model, layers=None if layers is None else read_layers(layers),
-        targets=[part.strip() for part in targets.split(",")], task=found, batch_size=batch_size,
-        length=length, bf16=bf16, gradient_checkpointing=gradient_checkpointing, memory=memory,
-        num_labels=None if found is None else number_of_labels(found),
-    )  # fmt: skip
+    with Bar("plan", delay=1.0) as bar:
+        made = make_plan(
+            chain, model, layers=None if layers is None else read_layers(layers),
+            targets=[part.strip() for part in targets.split(",")], task=found, batch_size=batch_size,
+            length=length, bf16=bf16, gradient_checkpointing=gradient_checkpointing, memory=memory, gpu=gpu,
+            num_labels=None if found is None else number_of_labels(found),
+            on_step=lambda text: bar.advance(note=text),
+        )  # fmt: skip
     if as_json:
         print_json(asdict(made))
     elif made.legal:

@@ -114,10 +114,23 @@ def print_plan(console: Console, plan: Plan) -> None:
         console.print("memory of training not predicted", soft_wrap=True)
     else:
         console.print(f"memory for batches of {plan.batch_size} rows of {plan.length} tokens", soft_wrap=True)
+        console.print(escape(_fit(plan)), soft_wrap=True)
     if plan.mergeable:
         console.print(f"merges; {plan.merge_advice}" if plan.merge_advice else "merges without loss", soft_wrap=True)
     else:
         console.print(f"does not merge without loss: {escape(plan.merge_advice)}", soft_wrap=True)
+
+
+def _fit(plan: Plan) -> str:
+    """Return the peak and its parts in words, and whether it fits."""
+    names = {"activations": "activations and gradients"}
+    parts = ", ".join(f"{names.get(part, part)} {size(nbytes)}" for part, nbytes in plan.memory_parts.items())
+    peak = plan.predicted_peak_memory_nbytes or plan.nbytes
+    said = f"{size(peak)} at the peak ({parts})" if parts else f"trains nothing; the model takes {size(peak)}"
+    if plan.gpu_nbytes is None:
+        return said
+    said = f"fits {size(plan.gpu_nbytes)}: {'yes' if plan.fits else 'no'}, {said}"
+    return f"{said}\n{plan.change}" if plan.change else said
 
 
 def print_scores(console: Console, scores: Mapping[str, Mapping[str, float]]) -> None:

@@ -6,7 +6,7 @@ by the same code that makes the real ones; the peak of memory on fake tensors, b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,10 +28,11 @@ from dovetail.checkpoint.load import HEAD_KINDS, empty_model, held_in, load_conf
 from dovetail.compression.apply import apply_on_meta
 from dovetail.compression.blocks import unreached
 from dovetail.errors import CannotMerge, ChainError, DovetailError, LoadError
+from dovetail.runs.fit import Setting, cheapest_change, parse_size
 from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import Collator, RowMaker, pad_id, vocabulary_of
-from dovetail.training.optimizer import TrainSettings, check_checkpointing
+from dovetail.training.optimizer import TrainSettings, cast_frozen, cast_heads, check_checkpointing, trained_parts
 from dovetail.training.predict import predict_peak_memory, predict_unreached
 
 if TYPE_CHECKING:
@@ -68,7 +69,13 @@ class Plan:
     bits_per_weight, nbytes       of the model under its last stage, adapters included in nbytes: what
                                   `dovetail.footprint` counts then, exactly
     trainable_parameters          of the last stage
-    predicted_peak_memory_nbytes  while training, over all stages, for batches of batch_size x length tokens
+    predicted_peak_memory_nbytes  while training, over all stages, for batches of batch_size x length tokens; None
+                                  without `memory`
+    memory_parts                  that peak by part: weights (all that is frozen), adapters (all that is trained),
+                                  optimizer, and activations with gradients; {} where nothing is trained or predicted
+    fits                          whether the peak, or the model where nothing is trained, is at most `gpu`; None
+                                  without `gpu`, for an illegal chain and without `memory`
+    change                        where it does not fit: the cheapest change with which it does, or that none was found
     """
 
     chain: str
@@ -89,6 +96,10 @@ class Plan:
     target_fraction: float | None = None
     covered_fraction: float | None = None
     left_out: dict[str, int] = field(default_factory=dict)
+    memory_parts: dict[str, int] = field(default_factory=dict)
+    gpu_nbytes: int | None = None
+    fits: bool | None = None
+    change: str = ""
 
 
 def plan(
@@ -108,6 +119,8 @@ def plan(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
     memory: bool = True,
+    gpu: str | int | None = None,
+    on_step: Callable[[str], object] = lambda text: None,
 ) -> Plan:
     """Plans a chain on a model without running it.
 
@@ -117,12 +130,15 @@ def plan(
     task_kind   where no task is given
     batch_size, length   rows and tokens of the widest batch; length is the longest record's with a task
     max_length, bf16, gradient_checkpointing   as in `dovetail.train`
-    memory      predict the peak, which takes seconds for small models and minutes for large ones; else it is None, as
-                it is for experts in three-dimensional parameters of float32, for which torch gives no prediction
+    memory      predict the peak, which takes seconds (`dovetail.training.predict`); else it is None
+    gpu         memory of a GPU, such as "24GB" or "80GiB", or bytes: says whether the training fits, and if not, what
+                to change. What the allocator holds back and CUDA's own memory are not counted
+    on_step     called with what is done next
 
     An illegal chain gives a plan with `legal=False`; other errors are raised: LoadError for the model, DataError for
     records that do not suit it.
     """
+    gpu_nbytes = None if gpu is None else parse_size(gpu)
     texts = {pattern: str(text) for pattern, text in (layers or {}).items()}
     nothing = Plan(str(chain_), False, "", False, "", texts, 0, 0, [], 0.0, 0, 0, 0, batch_size, length)
     try:
@@ -143,6 +159,7 @@ def plan(
         assert not isinstance(model, PreTrainedConfig), "a task is tokenized: name the model"
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         batch = widest_batch(empty, tokenizer, task, batch_size=batch_size, max_length=max_length)
+    on_step("targets and sizes")
     rows, tokens = batch["input_ids"].shape
     nothing = replace(nothing, batch_size=rows, length=tokens)
     try:
@@ -163,12 +180,21 @@ def plan(
         mergeable, advice = False, error.fix
     check_checkpointing(empty, gradient_checkpointing)
     settings = TrainSettings(batch_size=batch_size, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
-    parts = []
+    parts, rounded, highest = [], False, 0
     for number, stage in enumerate(the_chain.stages):
         model_here = empty if number == 0 else make()
         if number > 0:
             apply_on_meta(model_here, chain_, targets, number, layers)
         planned = applied(model_here).layers
+        on_step(f"memory of stage {number + 1} of {len(the_chain.stages)}" if memory else "")
+        peak = _peak(model_here, batch, settings) if memory else None
+        rounded = rounded or (bf16 and bool(trained_parts(model_here)))
+        if rounded:  # training in bf16 rounds what is frozen, for good, and the heads at its end
+            cast_frozen(model_here)
+        if peak is not None and peak > highest:
+            highest, nothing = peak, replace(nothing, memory_parts=_memory_parts(model_here, peak))
+        if rounded:
+            cast_heads(model_here)
         weights = sum(layer.base.shape[0] * layer.base.shape[1] for layer in planned.values())
         parts.append(
             StagePlan(
@@ -177,15 +203,14 @@ def plan(
                 bits_per_weight=8 * sum(map(weight_nbytes, planned.values())) / weights,
                 nbytes=stored_nbytes(model_here),
                 trainable_parameters=sum(p.numel() for p in model_here.parameters() if p.requires_grad),
-                predicted_peak_memory_nbytes=_peak(model_here, batch, settings) if memory else None,
+                predicted_peak_memory_nbytes=peak,
             )
         )
         share = weights / count_weights(model_here)
         covered, left = coverage(model_here)
         nothing = replace(nothing, layer_count=len(planned), weights=weights, target_fraction=share)
         nothing = replace(nothing, covered_fraction=covered, left_out=left)
-    peaks = [part.predicted_peak_memory_nbytes for part in parts]
-    return replace(
+    found = replace(
         nothing,
         legal=True,
         mergeable=mergeable,
@@ -194,8 +219,41 @@ def plan(
         bits_per_weight=parts[-1].bits_per_weight,
         nbytes=parts[-1].nbytes,
         trainable_parameters=parts[-1].trainable_parameters,
-        predicted_peak_memory_nbytes=None if None in peaks else max(peak or 0 for peak in peaks),
+        predicted_peak_memory_nbytes=highest if memory else None,
     )
+    if gpu_nbytes is None or not memory:
+        return found
+
+    def predict(setting: Setting) -> int | None:
+        on_step(f"{setting.chain}, batch_size={setting.batch_size}")
+        try:
+            other = plan(
+                setting.chain, model, layers=layers, targets=targets, task=task, task_kind=task_kind,
+                num_labels=num_labels, dtype=dtype, batch_size=setting.batch_size, length=length,
+                max_length=max_length, bf16=bf16, gradient_checkpointing=setting.gradient_checkpointing,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+        except DovetailError:
+            return None
+        return other.predicted_peak_memory_nbytes
+
+    if max(highest or found.nbytes, 0) <= gpu_nbytes:
+        return replace(found, gpu_nbytes=gpu_nbytes, fits=True)
+    setting = Setting(found.chain, batch_size, gradient_checkpointing)
+    change = cheapest_change(
+        setting, gpu_nbytes, predict, checkpointing=bool(highest) and empty.supports_gradient_checkpointing,
+        rewrite=not layers,
+    )  # fmt: skip
+    return replace(found, gpu_nbytes=gpu_nbytes, fits=False, change=change)
+
+
+def _memory_parts(model: PreTrainedModel, peak: int) -> dict[str, int]:
+    """Return the peak by part; AdamW keeps two numbers per trained one."""
+    tensors = {id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    adapters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    weights = sum(tensors.values()) - adapters
+    rest = max(0, peak - weights - 3 * adapters)
+    return {"weights": weights, "adapters": adapters, "optimizer": 2 * adapters, "activations": rest}
 
 
 def _peak(model: PreTrainedModel, batch: dict[str, Tensor], settings: TrainSettings) -> int | None:

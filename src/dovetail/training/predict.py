@@ -103,9 +103,13 @@ def _first_uncalled(
 
     handles = [model.get_submodule(name).register_forward_pre_hook(see(name)) for name in left]
     try:
-        with _faked(model, batch, "cpu", repeats) as fake, PeakMemory() as memory, Trace(memory, repeats):
-            with torch.no_grad():
-                model(**fake)
+        with (
+            _faked(model, batch, "cpu", repeats) as fake,
+            PeakMemory() as memory,
+            Trace(memory, repeats),
+            torch.no_grad(),
+        ):
+            model(**fake)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""Blocks of one kind: which of a model's repeated blocks a dry run simulates, and how the peak of all follows from them.
+"""Repeated blocks: which of them a dry run simulates, and how the peak of the whole model follows.
 
 The model runs its blocks one after the other, forwards and backwards. A segment of the run is what happens between two
 boundaries of blocks: by how many bytes it changes the live memory (net), and how far it goes above its start (high).
