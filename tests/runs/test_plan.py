@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from dovetail.chains.layer.applied import applied
+from dovetail.chains.notation import chain as parse
 from dovetail.checkpoint.footprint import footprint
 from dovetail.checkpoint.load import load
 from dovetail.compression.apply import advance, apply
+from dovetail.errors import DovetailError
+from dovetail.runs.fit import Setting, cheapest_change, parse_size
 from dovetail.runs.plan import plan
 from dovetail.tasks.task import Task
-from families import CONFIGS
+from dovetail.training.optimizer import TrainSettings, cast_frozen, make_optimizer
+from dovetail.training.peak_memory import PeakMemory
+from families import CONFIGS, make
 from small_models import bert, llama, make_tokenizer, t5
 
 CHAINS = [
@@ -120,3 +126,81 @@ def test_memory_of_experts_is_predicted_in_every_dtype() -> None:
         assert planned.legal
         half = plan("lora(r=4)", CONFIGS["mixtral"](), batch_size=2, length=8, targets=targets, bf16=True)
         assert 0 < (half.predicted_peak_memory_nbytes or 0) < (planned.predicted_peak_memory_nbytes or 0)
+
+
+def test_memory_of_float32_experts():
+    """Torch's grouped product takes no fake tensors of float32; a plan makes the result's shape itself."""
+    planned = plan("lora(r=4)", CONFIGS["mixtral"](), targets="self_attn.*", batch_size=2, length=8)
+    model = apply(make("mixtral"), "lora(r=4)", targets="self_attn.*").train()
+    optimizer = make_optimizer(model, TrainSettings())
+    ids = torch.ones(2, 8, dtype=torch.int64)
+    with PeakMemory([*model.parameters(), *model.buffers()]) as memory:
+        for _ in range(2):
+            model(input_ids=ids, attention_mask=ids, labels=ids).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            model.zero_grad()
+    assert planned.predicted_peak_memory_nbytes == pytest.approx(memory.peak_nbytes, rel=0.02)
+
+
+def test_whether_it_fits():
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    planned = plan("lora(r=4)", config, batch_size=8, length=16, gpu="1GB")
+    peak = planned.predicted_peak_memory_nbytes
+    assert peak is not None
+    assert (planned.fits, planned.change, sum(planned.memory_parts.values())) == (True, "", peak)
+    less = plan("lora(r=4)", config, batch_size=8, length=16, gpu=peak - 1)
+    assert less.fits is False
+    assert less.change.startswith("it fits with batch_size=4 (and gradient_accumulation=2)")
+    assert plan("lora(r=4)", config, memory=False, gpu="1kB").fits is None
+
+
+def test_the_cheapest_change():
+    """Each change halves the need; each is tried alone, from cheap to dear, then all so far together."""
+    text = "nf4 >> lora(r=4) >> regrid"
+    tried = []
+
+    def predict(setting):
+        tried.append(setting)
+        saved = setting.gradient_checkpointing + ("codes" in setting.chain)
+        return 100 * setting.batch_size // 2**saved
+
+    def change(gpu_nbytes, chain=text, **said):
+        tried.clear()
+        options = {"checkpointing": True, "rewrite": True} | said
+        return cheapest_change(Setting(chain, 4, False), gpu_nbytes, predict, **options)
+
+    assert change(250).startswith("it fits with batch_size=2 (and gradient_accumulation=2)")
+    assert change(150).startswith("it fits with batch_size=1 (and gradient_accumulation=4)")
+    assert change(60).startswith("it fits with batch_size=1 and gradient_checkpointing (and gradient_accumulation=4)")
+    assert "batch_size=1 and gradient_checkpointing and nf4 >> lora(r=4) >> regrid(start=codes)" in change(30)
+    assert change(20).startswith("it does not fit with batch_size=1 and gradient_checkpointing and nf4 >> lora(r=4)")
+    assert change(60, rewrite=False, checkpointing=False).startswith("it does not fit with batch_size=1 either (100 b")
+    for chain, four in [("lora(r=4)", "nf4 >> lora(r=4)"), ("fp8 >> ia3", "nf4 >> ia3"),
+                        ("wanda(0.5) >> int(bits=8, group=64) >> lora(r=2) >> remask",
+                         "wanda(0.5) >> int(bits=4, group=64) >> lora(r=2) >> remask")]:  # fmt: skip
+        change(1, chain)
+        assert str(parse(four)) in [setting.chain for setting in tried]
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("24GB", 24 * 10**9), ("80GiB", 80 * 2**30), ("1.5 tb", 15 * 10**11), (7, 7), ("512", 512), ("3kib", 3072)],
+)
+def test_sizes_of_memory(text, nbytes):
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "24 G B", "nan", "1e9GB", "24XB", "inf"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(DovetailError, match="24GB or 80GiB"):
+        plan("lora(r=2)", llama().config, gpu=text)
+
+
+def test_training_in_bf16_halves_what_is_stored():
+    """The frozen weights are rounded for good, so that the trained model is smaller than the one before."""
+    planned = plan("lora(r=2)", llama().config, batch_size=2, length=8, bf16=True, memory=False)
+    model = apply(llama(), "lora(r=2)")
+    cast_frozen(model)
+    found = footprint(model)
+    assert (planned.nbytes, planned.bits_per_weight) == (found.nbytes, found.bits_per_weight)

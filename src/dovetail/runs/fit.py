@@ -17,7 +17,7 @@ from dovetail.chains.notation import chain
 from dovetail.display.format import size
 from dovetail.errors import DovetailError
 
-_UNITS = {"": 1, "k": 3, "m": 6, "g": 9, "t": 12}
+_UNITS = {"": 0, "k": 3, "m": 6, "g": 9, "t": 12}
 
 
 def parse_size(text: str | int) -> int:

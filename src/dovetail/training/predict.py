@@ -19,7 +19,7 @@ from dovetail.chains import packing
 from dovetail.chains.layer import bits
 from dovetail.chains.layer.attach import open_experts
 from dovetail.links.quantize import nearest
-from dovetail.models.targets import all_layers, fused_experts
+from dovetail.models.targets import all_layers
 from dovetail.training.optimizer import TrainSettings, autocast, cast_frozen, make_optimizer, trained_parts
 from dovetail.training.peak_memory import PeakMemory
 from dovetail.training.repeats import HELD, Repeat, Trace, find_repeats
@@ -44,11 +44,8 @@ def predict_peak_memory(
         return 0
     with suppress(Exception):  # whatever the code of a model does without some of its blocks; it may need them all
         return simulate(model, batch, settings, device=device, whole=False)
-    if fused_experts(model):  # an implementation that asks for the values of the routing
-        model = copy.deepcopy(model)
-        open_experts(model, all_layers(model))
-        with suppress(Exception):
-            return simulate(model, batch, settings, device=device, whole=False)
+    model = copy.deepcopy(model)
+    open_experts(model, all_layers(model))  # the stock ones may ask for the values of the routing
     return simulate(model, batch, settings, device=device)
 
 
