@@ -142,5 +142,5 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
     """Put each new module wherever the old one, its key, is registered, under every name that it has."""
     for parent in model.modules():
         for name, child in parent._modules.items():
-            if child in new:
+            if child is not None and child in new:
                 parent._modules[name] = new[child]
