@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,19 @@ def _stored(architecture: str, name: str, weight: np.ndarray, config: Any) -> np
 
 
 def write_gguf(
-    model: PreTrainedModel, path: Path, family: str, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32
+    model: PreTrainedModel,
+    path: Path,
+    family: str,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    keys: Mapping[str, int] | None = None,
 ) -> Path:
-    """Write a model as a GGUF file; matrices get the type `kind`, vectors float32."""
+    """Write a model as a GGUF file, with further keys; matrices get the type `kind`, vectors float32."""
     architecture = ARCHITECTURES[family]
     writer = gguf.GGUFWriter(path, architecture)
     _metadata(writer, model.config, family)
     _vocabulary(writer, architecture)
+    for key, value in (keys or {}).items():
+        writer.add_uint32(key, value)
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     for key, tensor in model.state_dict().items():

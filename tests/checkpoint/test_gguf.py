@@ -268,8 +268,13 @@ def test_without_the_package(llama: Path, monkeypatch: pytest.MonkeyPatch) -> No
             call(llama)
 
 
-def test_what_the_model_does_not_follow_is_named(llama: Path, tmp_path: Path) -> None:
-    content = llama.read_bytes().replace(b"rope.dimension_count", b"rope.scaling.fac_tor")
-    (tmp_path / "scaled.gguf").write_bytes(content)
-    with pytest.warns(ConversionWarning, match=r"llama.rope.scaling.fac_tor"):
-        load(tmp_path / "scaled.gguf")
+def test_what_the_model_does_not_follow_is_named(tmp_path: Path) -> None:
+    path = write_gguf(make("llama"), tmp_path / "scaled.gguf", "llama", keys={"llama.rope.scaling.factor": 8})
+    with pytest.warns(ConversionWarning, match=r"llama\.rope\.scaling\.factor"):
+        load(path)
+
+
+def test_one_of_several_files_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(make("llama"), tmp_path / "part.gguf", "llama", keys={"split.count": 2})
+    with pytest.raises(LoadError, match=r"(?s)one of 2 files.*llama-gguf-split --merge"):
+        load(path)

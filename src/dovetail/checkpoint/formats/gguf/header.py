@@ -177,6 +177,9 @@ class _Reader:
                 raise _refused(self.path, f"{key[:100]}={value}", f"a model has at most {_LAYERS} layers")
         if not isinstance(metadata.get("general.architecture"), str):
             raise _refused(self.path, "no general.architecture", "the file must name its architecture")
+        if (count := metadata.get("split.count", 1)) != 1:
+            rule, fix = "a model must be one file", "join them: llama-gguf-split --merge FIRST_FILE OUTPUT"
+            raise LoadError(f"model {self.path}", found=f"one of {count} files", rule=rule, fix=fix)
         shapes, types, ends = self.tensors(tensors)
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
