@@ -45,10 +45,12 @@ def test_it_is_an_ordinary_model(gemma: tuple[Any, Any], tmp_path: Path) -> None
     assert sum(p.numel() for p in model.parameters()) == 268_098_176
     assert model.dtype == torch.float32
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    inputs = tokenizer(["The capital of France is", "Two and two  are"], padding=True, return_tensors="pt")
+    texts = ["Paris is the capital of France. Berlin is the capital of", "Two  and two\nare"]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         expected = model(**inputs).logits
-    assert tokenizer.decode(expected[0, int(inputs["attention_mask"][0].sum()) - 1].argmax()) == " Paris"
+    # 22.2 against 19.3 of " the"
+    assert tokenizer.decode(expected[0, int(inputs["attention_mask"][0].sum()) - 1].argmax()) == " Germany"
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     said = json.loads((tmp_path / "config.json").read_text())
@@ -56,7 +58,7 @@ def test_it_is_an_ordinary_model(gemma: tuple[Any, Any], tmp_path: Path) -> None
     assert "quantization_config" not in said
     again, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(found.values())
-    stock = AutoTokenizer.from_pretrained(tmp_path)(["The capital of France is", "Two and two  are"], padding=True)
+    stock = AutoTokenizer.from_pretrained(tmp_path)(texts, padding=True)
     assert stock["input_ids"] == inputs["input_ids"].tolist()
     with torch.no_grad():
         assert torch.equal(again.eval()(**inputs).logits, expected)
