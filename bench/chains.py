@@ -45,7 +45,7 @@ from dovetail.searches.report import JSON, SearchReport
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 SEEDS = (0, 1, 2)
 SINGLE = {"IA3": "ia3", "LoRA": "lora", "LoHa": "loha", "VeRA": "vera"}
-LIMITS = {"train": 1000, "validation": 500, "test": 500}
+LIMITS = {"train": 400, "validation": 200, "test": 500}
 
 
 def glue(name: str, **data: Any) -> dict[str, Any]:
