@@ -46,7 +46,7 @@ def check_link(*samples: str | Link) -> None:
     changes no output (or, of an output adapter, is refused); what it declares with `keeps_zeros` and `keeps_grid` is
     what it keeps. Of a pruner and a quantizer: zeros and values on the grid survive training behind `remask` and
     `regrid` and the merge, bit for bit; the bytes that a quantizer promises are those it stores; zeros survive a
-    quantizer that declares `keeps_zeros`. Of a constraint: a chain that ends in it merges bit for bit.
+    quantizer that declares `keeps_zeros`, where it declares `has_zero`, which is what its grid says. Of a constraint: a chain that ends in it merges bit for bit.
 
     Raises ChainError for a sample that is not legal notation, AssertionError for a rule that does not hold.
     """
@@ -115,7 +115,9 @@ def _check_quantizer(link: Quantizer, text: str) -> None:
     assert stored is not None
     _require(link.stored_nbytes(layer.site) == stored.nbytes, text, "stored_nbytes is what the grid stores")
     _require(stored.off_grid(stored.dequantize(torch.empty(OUT, IN))) == 0, text, "its own values are on the grid")
-    if link.keeps_zeros:
+    has_zero = stored.zero_codes(0, OUT) is not None
+    _require(link.has_zero == has_zero, text, "has_zero tells whether the grid has a code of zero")
+    if link.keeps_zeros and link.has_zero:
         pruned, behind = _layer("magnitude(0.5)"), _layer(f"magnitude(0.5) >> {text}")
         zero = pruned.base.matrix() == 0
         _require(not bool(behind.base.matrix()[zero].any()), text, "keeps_zeros: zeros are quantized to zero")

@@ -19,6 +19,7 @@ from dovetail.chains.packing import unpack
 from dovetail.chains.registry import links
 from dovetail.errors import ChainError, DovetailError
 from dovetail.links.quantize import accelerate, dynamic8, nearest
+from dovetail.links.quantize.codebook import Book
 from dovetail.links.quantize.fp8 import Float8
 from dovetail.links.quantize.integer import Int
 from dovetail.links.quantize.nf import FP4, NF4, Float4, NormalFloat4
@@ -35,6 +36,7 @@ CONFIGURATIONS: list[Quantizer] = [
     Float8(),
     Float8(scale="tensor"),
 ]
+BOOKS = [NF4, FP4]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPE = (24, 96)  # blocks of 64 straddle its rows
 
@@ -376,21 +378,21 @@ def test_bitsandbytes_is_imported_only_for_large_weights_and_quietly(bnb):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_nearest_by_cells_is_nearest_by_search():
-    for book in (NF4, FP4):
-        middle = nearest.middles(book.ascending, torch.device("cpu"))
-        near = [middle]
-        for towards in (-2.0, 2.0):
-            step = middle
-            for _ in range(3):
-                step = step.nextafter(torch.tensor(towards))
-                near.append(step)
-        numbers = torch.cat([*near, torch.tensor([-1.0, 1.0, 0.0, -0.0]), torch.linspace(-1, 1, 40_001)])
-        for answers, dtype in ((book.ascending, torch.float32), (book.order, torch.uint8)):
-            found = nearest.nearest(numbers, book.ascending, answers, dtype)
-            index = torch.bucketize(numbers, middle)
-            assert torch.equal(found, torch.tensor(answers, dtype=dtype)[index])
-            assert torch.equal(found, nearest._by_search(numbers, book.ascending, answers, dtype))
+@pytest.mark.parametrize("book", BOOKS, ids=lambda book: book.name)
+def test_nearest_by_cells_is_nearest_by_search(book: Book):
+    middle = torch.tensor(book.middles)
+    near = [middle]
+    for towards in (-2.0, 2.0):
+        step = middle
+        for _ in range(3):
+            step = step.nextafter(torch.tensor(towards))
+            near.append(step)
+    numbers = torch.cat([*near, torch.tensor([-1.0, 1.0, 0.0, -0.0]), torch.linspace(-1, 1, 40_001)])
+    for answers, dtype in ((book.ascending, torch.float32), (book.order, torch.uint8)):
+        found = nearest.nearest(numbers, book.middles, answers, dtype)
+        index = torch.bucketize(numbers, middle)
+        assert torch.equal(found, torch.tensor(answers, dtype=dtype)[index])
+        assert torch.equal(found, nearest._by_search(numbers, book.middles, answers, dtype))
 
 
 @each_quantizer

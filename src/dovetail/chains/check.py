@@ -2,7 +2,7 @@
 
 Rules (CLAM §3.1, A.7, A.10; DESIGN.md §1):
 1. at most one quantizer;
-2. a quantizer after a pruner has an exact zero;
+2. a quantizer after a pruner keeps an exact zero, and one before a pruner has one to prune to;
 3. remask needs a pruner before it, regrid a quantizer;
 4. a link without an effective weight (bottleneck) is followed only by links of the same kind;
 5. dropout on a low rank's input cannot be followed by a constraint: W' does not depend on the input;
@@ -11,12 +11,13 @@ Rules (CLAM §3.1, A.7, A.10; DESIGN.md §1):
 
 from __future__ import annotations
 
-from dovetail.chains.link import Chain, Constraint, Kind, Link, OutputAdapter, arguments
+from dovetail.chains.link import Chain, Constraint, Kind, Link, OutputAdapter, Quantizer, arguments
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import MADE_BY, CheckedChain
 from dovetail.errors import CannotMerge, ChainError
 
 _EXAMPLES = {"pruner": "wanda(0.5) or magnitude(0.5)", "quantizer": "nf4 or int(bits=4)"}
+_OTHER_GRID = f"use a quantizer whose grid has an exact zero, such as {_EXAMPLES['quantizer']}"
 
 
 def check(text: str | Chain | Link, held: tuple[Link, ...] | None = None) -> CheckedChain:
@@ -53,10 +54,14 @@ def _check_order(chain: CheckedChain) -> None:
             found = f"{link.name} after {quantizer.name}"
             rule = "a chain has at most one quantizer"
             fix = f"remove {quantizer.name} or {link.name}"
-        elif link.kind == "quantizer" and pruner is not None and not link.keeps_zeros:
+        elif isinstance(link, Quantizer) and pruner is not None and not (link.keeps_zeros and link.has_zero):
             found = f"{link.name} has no exact zero, and {pruner.name} comes before it"
             rule = "a quantizer after a pruner must represent zero exactly"
-            fix = f"put {link.name} first"
+            fix = f"put {link.name} first" if link.has_zero else _OTHER_GRID
+        elif link.kind == "pruner" and isinstance(quantizer, Quantizer) and not quantizer.has_zero:
+            found = f"{quantizer.name} before it, whose grid has no exact zero"
+            rule = "a quantizer before a pruner must represent zero exactly"
+            fix = _OTHER_GRID
         elif isinstance(link, Constraint) and MADE_BY[link.restores] not in seen:
             what, maker = ("mask", "pruner") if link.restores == "zeros" else ("grid", "quantizer")
             found = f"no {maker} before it"

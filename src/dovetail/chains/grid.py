@@ -3,6 +3,9 @@
 `dequantize` gives the values, `snap_` rounds other weights to the same grid, `encode` gives their codes, `inside` says
 where the grid's range does not clip. They agree to the bit: `snap_` gives what `dequantize` gives for `encode`'s codes.
 
+A grid may lack a zero (`zero_codes` is None). It is stored, packed and snapped to like any other, but no weight on it
+can be pruned (`chains/check.py`).
+
 A grid cuts the weight, in row-major order, into blocks of equal length that share a scale (the last one may be short).
 Work goes by chunks of rows that fit the processor's cache. Everything is computed in float32 and rounded once.
 """
@@ -85,8 +88,11 @@ class QuantizedWeight(nn.Module, ABC):
         """Return the same grid, sharing its tensors, with other codes (o, i), not packed."""
 
     @abstractmethod
-    def zero_codes(self, start: int, stop: int) -> Tensor:
-        """Return the code of zero in weight rows [start, stop): uint8 (stop - start, i), or (1, 1) if one code."""
+    def zero_codes(self, start: int, stop: int) -> Tensor | None:
+        """Return the code of zero in weight rows [start, stop): uint8 (stop - start, i), or (1, 1) if one code.
+
+        None where the grid has blocks without a code of exact zero; then for any rows.
+        """
 
     def dequantize(self, out: Tensor) -> Tensor:
         """Write the values into `out` and return it.
@@ -154,13 +160,23 @@ class QuantizedWeight(nn.Module, ABC):
 
     @torch.no_grad()
     def with_zeros(self, keep_oi: Tensor) -> Self:
-        """Return the same grid with the code of zero where keep_oi (o, i) bool is False: prunes a quantized weight."""
+        """Return the same grid with the code of zero where keep_oi (o, i) bool is False: prunes a quantized weight.
+
+        Raises DovetailError where the grid has no zero.
+        """
         self._check_shape(keep_oi)
         codes, zero = self.codes_of(0, self.shape[0])
+        if zero is None:
+            raise DovetailError(
+                self.identity,
+                found="a grid without an exact zero",
+                rule="a quantized weight can be pruned only where its grid represents zero exactly",
+                fix="use a quantizer whose grid has a zero, such as nf4 or int(bits=4)",
+            )
         return self._with_codes(torch.where(keep_oi, codes, zero))
 
-    def codes_of(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return the codes of weight rows [start, stop), uint8 (n, i), and those of exact zero, (n, i) or (1, 1)."""
+    def codes_of(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Return the codes of weight rows [start, stop), uint8 (n, i), and those of exact zero (`zero_codes`)."""
         i = self.shape[1]
         flat = self.codes.view(torch.uint8).view(-1)
         return unpack(flat, self.bits, start * i, stop * i).view(-1, i), self.zero_codes(start, stop)

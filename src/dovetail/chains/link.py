@@ -144,7 +144,15 @@ class Quantizer(Link):
 
     kind: ClassVar[Kind] = "quantizer"
     keeps_zeros: ClassVar[bool] = True
-    """The grid has an exact zero, so that a pruned weight stays zero (CLAM §3.1)."""
+    """A zero is rounded to zero wherever the grid has one, so that a pruned weight stays zero (CLAM §3.1)."""
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether every block of the grid has a code of exact zero (`QuantizedWeight.zero_codes` is not None).
+
+        Without one, no pruner can be in the same chain.
+        """
+        return True
 
     @property
     def remade_without_data(self) -> bool:

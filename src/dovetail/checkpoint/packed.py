@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.layer.attach import open_experts, replace_modules
 from dovetail.chains.layer.base import Base, Scratch
 from dovetail.chains.layer.bits import INTEGERS, join_zeros, split_zeros
@@ -132,6 +133,7 @@ def _numbers(base: Base) -> Iterator[tuple[Tensor, Tensor]]:
     for first, last in _chunks(base):
         if base.quantized is not None:
             codes, zero = base.quantized.codes_of(first, last)
+            assert zero is not None
             yield codes.view(-1), zero.reshape(-1)
         else:
             assert base.dense is not None
@@ -139,8 +141,13 @@ def _numbers(base: Base) -> Iterator[tuple[Tensor, Tensor]]:
             yield flat, flat.new_zeros(1)
 
 
+def has_zero(base: Base) -> bool:
+    """Return whether zeros can be stored as bits: a grid may have none."""
+    return base.quantized is None or base.quantized.zero_codes(*next(_chunks(base))) is not None
+
+
 def split(base: Base) -> tuple[Tensor, Tensor, int]:
-    """Return the mask, the stored values and their number."""
+    """Return the mask, the stored values and their number; the base must have a zero."""
     mask, values = split_zeros(_numbers(base))
     stored = values.view(base.dtype) if base.quantized is None else pack(values, base.quantized.bits)
     return mask, stored, values.numel()
@@ -149,10 +156,7 @@ def split(base: Base) -> tuple[Tensor, Tensor, int]:
 def join(base: Base, mask: Tensor, stored: Tensor, count: int) -> None:
     """Put a mask and stored values into the base, whose grid is set already; the reverse of `split`."""
     if base.quantized is not None:
-        i = base.shape[1]
-        zeros = (
-            base.quantized.zero_codes(first, last).expand(last - first, i).reshape(-1) for first, last in _chunks(base)
-        )
+        zeros = (_zero_codes(base.quantized, first, last) for first, last in _chunks(base))
         codes = join_zeros(mask, unpack(stored, base.quantized.bits, 0, count), zeros)
         base.set_quantized(base.quantized.with_codes(codes.view(base.shape)))
     else:
@@ -161,6 +165,14 @@ def join(base: Base, mask: Tensor, stored: Tensor, count: int) -> None:
         zeros = (torch.zeros((last - first) * i, dtype=whole) for first, last in _chunks(base))
         flat = join_zeros(mask, stored.view(whole), zeros).view(stored.dtype)
         base.dense = nn.Parameter(flat.view(base.dense.shape), requires_grad=False)
+
+
+def _zero_codes(quantized: QuantizedWeight, first: int, last: int) -> Tensor:
+    """Return the code of zero of each weight in these rows, (n * i,). ValueError where the grid has none."""
+    zero = quantized.zero_codes(first, last)
+    if zero is None:
+        raise ValueError("a grid without a zero")
+    return zero.expand(last - first, quantized.shape[1]).reshape(-1)
 
 
 @torch.no_grad()
@@ -188,10 +200,11 @@ def save_packed(
     tensors, said = {names[0]: tensor.detach() for names, tensor in stored(model)}, {}
     for name, layer in layers.items():
         base, key, nonzero = layer.base, whole(name, layer.base), None
-        mask, values, count = split(base)
-        if mask.nbytes + values.nbytes < tensors[key].nbytes:
-            del tensors[key]
-            tensors[f"{key}.mask"], tensors[f"{key}.values"], nonzero = mask, values, count
+        if has_zero(base):
+            mask, values, count = split(base)
+            if mask.nbytes + values.nbytes < tensors[key].nbytes:
+                del tensors[key]
+                tensors[f"{key}.mask"], tensors[f"{key}.values"], nonzero = mask, values, count
         said[name] = PackedLayer(
             shape=base.shape,
             dtype=str(base.dtype).removeprefix("torch."),  # type: ignore[arg-type]

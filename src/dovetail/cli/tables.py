@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from rich.markup import escape
 from rich.text import Text
 
-from dovetail.chains.link import Adapter, Kind, Link
+from dovetail.chains.link import Adapter, Kind, Link, Quantizer
 from dovetail.chains.notation import chain, format_value
 from dovetail.chains.registry import links
 from dovetail.chains.stages import stages
@@ -33,7 +33,7 @@ def method_rows() -> list[dict[str, Any]]:
             "kind": link.kind,
             "arguments": {f.name: None if f.default is MISSING else f.default for f in fields(link)},
             "notation": _notation(link),
-            "keeps_zeros": link.keeps_zeros,
+            "keeps_zeros": _keeps_zeros(link),
             "keeps_grid": link.keeps_grid,
             "mergeable": link.mergeable,
             "calibrated": bool(link.statistics),
@@ -43,6 +43,12 @@ def method_rows() -> list[dict[str, Any]]:
         }
         for name, link in sorted(links().items(), key=lambda item: (kinds.index(item[1].kind), item[0]))
     ]
+
+
+def _keeps_zeros(link: type[Link]) -> bool:
+    """Return whether the link keeps zeros; of a quantizer, with its default arguments."""
+    required = any(f.default is MISSING for f in fields(link))
+    return link.keeps_zeros and (required or not issubclass(link, Quantizer) or link().has_zero)
 
 
 def _notation(link: type[Link]) -> str:

@@ -20,6 +20,8 @@ from torch import Tensor
 SMALLEST = 2**19
 """Weights from which the kernel is worth its import."""
 LARGEST_BLOCK = 1024
+BOOKS = ("nf4", "fp4")
+"""The code books that the kernel knows."""
 
 # One complaint, about a kernel nobody here uses, would greet every user: transformers' Trainer imports peft, and that
 # bitsandbytes.
@@ -33,7 +35,7 @@ def four_bit_kernel(
     name: str, levels: tuple[float, ...], shape: tuple[int, int], block: int, dtype: torch.dtype, codes: Tensor
 ) -> Kernel | None:
     """Return the kernel for a weight of this shape, or None where the path in plain torch is used."""
-    usable = shape[1] % block == 0 and block <= LARGEST_BLOCK and shape[0] * shape[1] >= SMALLEST
+    usable = name in BOOKS and shape[1] % block == 0 and block <= LARGEST_BLOCK and shape[0] * shape[1] >= SMALLEST
     usable = usable and dtype in (torch.float32, torch.bfloat16, torch.float16) and type(codes) is Tensor
     if not usable or codes.device.type not in ("cpu", "cuda") or not _available():
         return None

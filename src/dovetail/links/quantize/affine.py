@@ -1,12 +1,13 @@
 """The affine grid: value = (code - zero point) * scale, one scale and zero point a group of inputs.
 
-The weight on it, what its quantizers share, and the scales that span a range.
+The weight on it, what its quantizers share, and the scales that span a range. A zero point is an integer, or a float16
+number: then zero is not on the grid, in general, and the grid counts as one without a zero.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,15 +16,21 @@ from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.link import Quantizer, Site, always_print, identity_of
 from dovetail.chains.packing import CODES_PER_UNIT, pack, packed_nbytes, read, unpack, value_table
 from dovetail.errors import ChainError, DovetailError
+from dovetail.links.quantize import scales
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class AffineWeight(QuantizedWeight):
-    """Codes of `bits` bits; `scale_og` (o, groups) float16; zero points packed like the codes, or none if symmetric.
+AffineScaleForm = Literal["float16", "float32", "e8m0", "double"]
 
-    Symmetric codes lie in [-2^(bits-1), 2^(bits-1) - 1] and are stored with 2^(bits-1) added. Zero is exact in both.
+
+class AffineWeight(QuantizedWeight):
+    """Codes of `bits` bits; `scale_og` (o, groups), or scales in 8 bits (`scales`); `zero_og` zero points, or None.
+
+    Symmetric codes, without zero points, lie in [-2^(bits-1), 2^(bits-1) - 1] and are stored with 2^(bits-1) added.
+    Zero is exact there and with integer zero points, which are packed like the codes. Zero points of dtype float16,
+    (o, groups), give a grid without a zero.
     """
 
     scale_og: Tensor
@@ -32,50 +39,83 @@ class AffineWeight(QuantizedWeight):
     def __init__(
         self,
         codes: Tensor,
-        scale_og: Tensor,
+        scale: dict[str, Tensor],
         zero_og: Tensor | None,
         *,
         shape: tuple[int, int],
+        block: int,
         bits: int,
         identity: str,
     ) -> None:
-        super().__init__(shape, shape[1] // scale_og.shape[1], CODES_PER_UNIT[bits], identity)
+        """Take packed codes, scales by name as `scales.encode` returns them, and zero points as they are stored."""
+        super().__init__(shape, block, CODES_PER_UNIT[bits], identity)
         self.bits = bits
         self.register_buffer("codes", codes)
-        self.register_buffer("scale_og", scale_og)
+        self._scale_names = tuple(scale)
+        for name, tensor in scale.items():
+            self.register_buffer(name, tensor)
         self.register_buffer("zero_og", zero_og)
 
     @classmethod
     def from_scales(
-        cls, weight_oi: Tensor, scale_og: Tensor, zero_og: Tensor | None, *, bits: int, identity: str
+        cls,
+        weight_oi: Tensor,
+        scale_og: Tensor,
+        zero_og: Tensor | None,
+        *,
+        bits: int,
+        identity: str,
+        scale: AffineScaleForm = "float16",
+        zero: Literal["integer", "float16"] = "integer",
     ) -> AffineWeight:
         """Return the grid of given scales, with the codes nearest to weight_oi.
 
         weight_oi  (o, i) any float dtype
-        scale_og   (o, groups) float16, not negative
-        zero_og    (o, groups) integers in [0, 2^bits - 1], any dtype; None for a symmetric grid
+        scale_og   (o, groups) any float dtype, not negative
+        zero_og    (o, groups) integers in [0, 2^bits - 1], any dtype, or any numbers that float16 can hold; None for a
+                   symmetric grid
+        scale      how the scales are stored, to which they are rounded first (`dovetail.links.quantize.scales`)
+        zero       how the zero points are stored
         """
-        packed_zero = None if zero_og is None else pack(zero_og.to(torch.uint8), bits)
-        shape = (weight_oi.shape[0], weight_oi.shape[1])
-        grid = cls.empty(shape, groups=scale_og.shape[1], bits=bits, symmetric=zero_og is None, identity=identity)
-        grid.scale_og, grid.zero_og = scale_og.to(torch.float16), packed_zero
+        (o, i), groups = weight_oi.shape, scale_og.shape[1]
+        stored_zero = zero_og
+        if zero_og is not None:
+            stored_zero = zero_og.to(torch.float16) if zero == "float16" else pack(zero_og.to(torch.uint8), bits)
+        codes = torch.zeros(packed_nbytes(o * i, bits), dtype=torch.uint8, device=scale_og.device)
+        stored = scales.encode(scale_og, scale, "scale_og")
+        grid = cls(codes, stored, stored_zero, shape=(o, i), block=i // groups, bits=bits, identity=identity)
         return grid.encode(weight_oi)
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], *, groups: int, bits: int, symmetric: bool, identity: str) -> AffineWeight:
-        """Return zeroed buffers of the right shapes, to load a state_dict into."""
+    def empty(
+        cls,
+        shape: tuple[int, int],
+        *,
+        groups: int,
+        bits: int,
+        symmetric: bool,
+        identity: str,
+        scale: AffineScaleForm = "float16",
+        zero: Literal["integer", "float16"] = "integer",
+    ) -> AffineWeight:
+        """Return zeroed buffers of the right shapes, to load a state_dict into; arguments as for `from_scales`."""
         o, i = shape
         codes = torch.zeros(packed_nbytes(o * i, bits), dtype=torch.uint8)
-        scale_og = torch.zeros(o, groups, dtype=torch.float16)
-        zero_og = None if symmetric else torch.zeros(packed_nbytes(o * groups, bits), dtype=torch.uint8)
-        return cls(codes, scale_og, zero_og, shape=shape, bits=bits, identity=identity)
+        zero_og = torch.zeros(o, groups, dtype=torch.float16)
+        if zero == "integer":
+            zero_og = torch.zeros(packed_nbytes(o * groups, bits), dtype=torch.uint8)
+        stored = scales.empty((o, groups), scale, "scale_og")
+        stored_zero = None if symmetric else zero_og
+        return cls(codes, stored, stored_zero, shape=shape, block=i // groups, bits=bits, identity=identity)
 
     def _grid(self, start: int, rows: int) -> tuple[Tensor, Tensor | None]:
         """Return the scales and zero points of the blocks of these rows, float32 (blocks,)."""
         first, last = self._block_range(start, rows)
-        scale = self.scale_og.view(-1)[first:last].float()
+        scale = scales.decode([self.get_buffer(name) for name in self._scale_names], first, last)
         if self.zero_og is None:
             return scale, None
+        if self.zero_og.is_floating_point():
+            return scale, self.zero_og.view(-1)[first:last].float()
         levels = tuple(float(code) for code in range(2**self.bits))
         return scale, read(self.zero_og, self.bits, first, last, value_table(levels, self.bits, self.zero_og))
 
@@ -96,12 +136,17 @@ class AffineWeight(QuantizedWeight):
     def _to_codes(self, rows: Tensor, scale: Tensor, zero: Tensor | None, inside: Tensor | None = None) -> None:
         """Replace rows by their codes, minus 2^(bits-1) if symmetric; the zero code is +0."""
         self._by_block(Tensor.div_, rows, scale.masked_fill(scale == 0, torch.inf))
-        rows.round_()
         if zero is None:
+            rows.round_()
             lowest, highest = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         else:
-            self._by_block(Tensor.add_, rows, zero)
             lowest, highest = 0, 2**self.bits - 1
+            if self._zero_is_float:
+                self._by_block(Tensor.add_, rows, zero)
+                rows.round_()
+            else:
+                rows.round_()
+                self._by_block(Tensor.add_, rows, zero)
         if inside is not None:
             torch.eq(rows, rows.clamp(lowest, highest), out=inside)
             if not bool(scale.all()):
@@ -124,29 +169,47 @@ class AffineWeight(QuantizedWeight):
             rows.add_(2 ** (self.bits - 1))
         return rows.to(torch.uint8)
 
-    def zero_codes(self, start: int, stop: int) -> Tensor:
+    @property
+    def _zero_is_float(self) -> bool:
+        return self.zero_og is not None and self.zero_og.is_floating_point()
+
+    def zero_codes(self, start: int, stop: int) -> Tensor | None:
         if self.zero_og is None:
             return self.codes.new_full((1, 1), 2 ** (self.bits - 1))
-        groups = self.scale_og.shape[1]
+        if self._zero_is_float:
+            return None
+        groups = self.shape[1] // self.block
         zero = unpack(self.zero_og, self.bits, start * groups, stop * groups)
         return zero[:, None].expand(-1, self.block).reshape(stop - start, self.shape[1])
 
     def _with_codes(self, codes: Tensor) -> Self:
-        packed = pack(codes, self.bits)
-        return type(self)(packed, self.scale_og, self.zero_og, shape=self.shape, bits=self.bits, identity=self.identity)
+        scale = {name: self.get_buffer(name) for name in self._scale_names}
+        return type(self)(
+            pack(codes, self.bits),
+            scale,
+            self.zero_og,
+            shape=self.shape,
+            block=self.block,
+            bits=self.bits,
+            identity=self.identity,
+        )
 
 
 @dataclass(frozen=True)
-class AffineQuantizer(Quantizer):
-    """Integers of 2, 3, 4 or 8 bits; `group` inputs share a float16 scale (0: one group a row)."""
+class GroupQuantizer(Quantizer):
+    """Codes of a few bits; `group` inputs share a scale (0: one group a row)."""
+
+    widths: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
+    """The bits that a code can have."""
 
     bits: int = always_print(4)
     group: int = always_print(64)
-    symmetric: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 3, 4, 8):
-            raise self._bad(f"bits={self.bits}", "bits must be 2, 3, 4 or 8", "set bits=4")
+        if self.bits not in self.widths:
+            *others, last = self.widths
+            rule = f"bits must be {', '.join(map(str, others))} or {last}"
+            raise self._bad(f"bits={self.bits}", rule, "set bits=4")
         if self.group < 0:
             fix = "set group=64, or group=0 for one group per row"
             raise self._bad(f"group={self.group}", "group must be at least 0", fix)
@@ -154,10 +217,6 @@ class AffineQuantizer(Quantizer):
     def check(self, site: Site) -> None:
         """Raise ChainError where group does not divide the layer's inputs."""
         self._groups(site.in_features, f"{self.name} at {site.name}")
-
-    def empty(self, shape: tuple[int, int]) -> AffineWeight:
-        groups, identity = self._groups(shape[1], self.name), identity_of(self)
-        return AffineWeight.empty(shape, groups=groups, bits=self.bits, symmetric=self.symmetric, identity=identity)
 
     def _groups(self, in_features: int, where: str) -> int:
         if self.group == 0:
@@ -172,6 +231,17 @@ class AffineQuantizer(Quantizer):
                 fix=f"use group={nearest}, or group=0 for one group per row",
             )
         return in_features // self.group
+
+
+@dataclass(frozen=True)
+class AffineQuantizer(GroupQuantizer):
+    """Integers of 2, 3, 4 or 8 bits; `group` inputs share a float16 scale (0: one group a row)."""
+
+    symmetric: bool = False
+
+    def empty(self, shape: tuple[int, int]) -> AffineWeight:
+        groups, identity = self._groups(shape[1], self.name), identity_of(self)
+        return AffineWeight.empty(shape, groups=groups, bits=self.bits, symmetric=self.symmetric, identity=identity)
 
 
 def affine_range(

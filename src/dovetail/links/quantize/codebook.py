@@ -1,7 +1,8 @@
-"""The code-book grid: value = level[code] * scale, 16 levels in [-1, 1], one scale a block in row-major order."""
+"""The code-book grid: value = level[code] * scale, a few fixed levels, one scale a block in row-major order."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -10,16 +11,13 @@ import torch
 from torch import Tensor
 
 from dovetail.chains.grid import QuantizedWeight
-from dovetail.chains.packing import pack, packed_nbytes, read, value_table
-from dovetail.links.quantize import dynamic8
+from dovetail.chains.packing import CODES_PER_UNIT, pack, packed_nbytes, read, value_table
+from dovetail.links.quantize import scales
 from dovetail.links.quantize.accelerate import four_bit_kernel
 from dovetail.links.quantize.nearest import nearest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-DEAD_SCALE = 2.0**-116
-"""Blocks with a smaller scale are zero: their values would be subnormal, which no two processors round alike."""
 
 KERNEL_CHUNK = 2**20
 """Weights that the kernel dequantizes at once on CPU: they stay in cache until they are copied into the buffer."""
@@ -27,27 +25,59 @@ KERNEL_CHUNK = 2**20
 
 @dataclass(frozen=True)
 class Book:
-    """16 levels, `levels[code]`, each the nearest float32; the greatest is 1, one of them is exactly 0."""
+    """2^bits levels, `levels[code]`, each the nearest float32; one of them is exactly 0.
+
+    ieee  rounds as a float type does: a number between two levels to the even code, a negative one to negative zero,
+          numbers divided by their scale. Otherwise as bitsandbytes: to the lower level, to the code of zero, numbers
+          multiplied by the reciprocal of their scale
+    """
 
     name: str
     levels: tuple[float, ...]
+    ieee: bool = False
+
+    @property
+    def bits(self) -> int:
+        return (len(self.levels) - 1).bit_length()
 
     @cached_property
     def order(self) -> tuple[int, ...]:
-        """The codes by ascending level; of two zeros, the lower code first."""
-        return tuple(sorted(range(16), key=self.levels.__getitem__))
+        """The codes by ascending level; of two zeros, the lower code first, or negative zero."""
+        return tuple(sorted(range(len(self.levels)), key=lambda code: (self.levels[code], -code if self.ieee else code)))
 
     @cached_property
     def ascending(self) -> tuple[float, ...]:
         return tuple(sorted(self.levels))
 
+    @cached_property
+    def span(self) -> float:
+        """The power of two by which numbers are divided, exactly, so that all levels lie in [-1, 1]."""
+        return 2.0 ** math.ceil(math.log2(self.ascending[-1]))
+
+    @cached_property
+    def middles(self) -> tuple[float, ...]:
+        """The midpoints between neighbouring levels over `span`, computed in float32; up to each is the lower level."""
+        with torch.device("cpu"):
+            ascending = torch.tensor(self.ascending, dtype=torch.float32) / self.span
+            middle = (ascending[:-1] + ascending[1:]) / 2
+            if self.ieee:
+                upwards = torch.tensor(self.order[1:]) % 2 == 0
+                # Below zero by a normal number: a processor may take a subnormal one for zero.
+                before = middle.nextafter(torch.tensor(-torch.inf))
+                before = before.masked_fill(middle == 0, -torch.finfo(torch.float32).tiny)
+                middle = torch.where(upwards, before, middle)
+        return tuple(middle.tolist())
+
     def nearest_level(self, scaled: Tensor) -> Tensor:
-        """Return the level nearest to each number in [-1, 1], float32."""
-        return nearest(scaled, self.ascending, self.ascending, torch.float32)
+        """Return the level nearest to each number of `scaled`, float32, which is overwritten."""
+        return nearest(self._within(scaled), self.middles, self.ascending, torch.float32)
 
     def nearest_code(self, scaled: Tensor) -> Tensor:
-        """Return the code of the level nearest to each number in [-1, 1], uint8."""
-        return nearest(scaled, self.ascending, self.order, torch.uint8)
+        """Return the code of the level nearest to each number of `scaled`, uint8; `scaled` is overwritten."""
+        return nearest(self._within(scaled), self.middles, self.order, torch.uint8)
+
+    def _within(self, scaled: Tensor) -> Tensor:
+        return (scaled if self.span == 1 else scaled.div_(self.span)).clamp_(-1, 1)
 
     @property
     def zero_code(self) -> int:
@@ -60,23 +90,26 @@ class Book:
 
 
 class CodeBookWeight(QuantizedWeight):
-    """4-bit codes and a scale per block: float32, or 8-bit dynamic codes (`dynamic8`)."""
+    """Codes of a book's levels, and a scale per block in one of the forms of `scales`."""
 
     def __init__(
-        self, codes: Tensor, scales: dict[str, Tensor], *, shape: tuple[int, int], block: int, book: Book, identity: str
+        self, codes: Tensor, scale: dict[str, Tensor], *, shape: tuple[int, int], block: int, book: Book, identity: str
     ) -> None:
-        """Take packed codes, and scales named "scale", or "scale_codes", "scale_absmax" and "scale_offset"."""
-        super().__init__(shape, block, 2, identity)
-        self.bits = 4
+        """Take packed codes, and scales by name as `scales.encode` returns them."""
+        super().__init__(shape, block, CODES_PER_UNIT[book.bits], identity)
+        self.bits = book.bits
         self.book = book
         self.register_buffer("codes", codes)
-        self._scale_names = tuple(scales)
-        for name, tensor in scales.items():
+        self._scale_names = tuple(scale)
+        for name, tensor in scale.items():
             self.register_buffer(name, tensor)
 
     @classmethod
     def from_weight(cls, weight_oi: Tensor, *, block: int, double: bool, book: Book, identity: str) -> CodeBookWeight:
-        """Return the codes and scales of weight_oi (o, i), float32, contiguous: byte for byte those of bitsandbytes."""
+        """Return the codes and scales of weight_oi (o, i), float32, contiguous, each scale a block's largest number.
+
+        Byte for byte those of bitsandbytes for a book of 4 bits.
+        """
         shape = (weight_oi.shape[0], weight_oi.shape[1])
         flat = weight_oi.view(-1)
         whole = flat.numel() // block * block
@@ -86,37 +119,32 @@ class CodeBookWeight(QuantizedWeight):
             last = flat[whole:].abs().amax().clamp(min=1e-38)
             scale = torch.cat([scale, last[None]])
             scaled = torch.cat([scaled, flat[whole:] / last])
-        if flat.numel() % 2:
-            scaled = torch.cat([scaled, scaled.new_zeros(1)])
-        codes = pack(book.nearest_code(scaled.clamp_(-1, 1)), 4)
-        scales = {"scale": scale}
-        if double:
-            scale_codes, scale_absmax, scale_offset = dynamic8.encode(scale)
-            scales = {"scale_codes": scale_codes, "scale_absmax": scale_absmax, "scale_offset": scale_offset}
-        return cls(codes, scales, shape=shape, block=block, book=book, identity=identity)
+        codes = pack(_whole_units(book.nearest_code(scaled), book), book.bits)
+        stored = scales.encode(scale, "double" if double else "float32")
+        return cls(codes, stored, shape=shape, block=block, book=book, identity=identity)
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], *, block: int, double: bool, book: Book, identity: str) -> CodeBookWeight:
+    def from_scales(
+        cls, weight_oi: Tensor, scale: dict[str, Tensor], *, block: int, book: Book, identity: str
+    ) -> CodeBookWeight:
+        """Return the grid of stored scales, by name, with the codes nearest to weight_oi (o, i), any float dtype."""
+        shape = (weight_oi.shape[0], weight_oi.shape[1])
+        codes = torch.zeros(packed_nbytes(shape[0] * shape[1], book.bits), dtype=torch.uint8, device=weight_oi.device)
+        return cls(codes, scale, shape=shape, block=block, book=book, identity=identity).encode(weight_oi)
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int], *, block: int, scale: scales.ScaleForm, book: Book, identity: str
+    ) -> CodeBookWeight:
         """Return zeroed buffers of the right shapes, to load a state_dict into."""
         count = shape[0] * shape[1]
-        blocks = -(-count // block)
-        codes = torch.zeros(packed_nbytes(count, 4), dtype=torch.uint8)
-        if double:
-            scales = {
-                "scale_codes": torch.zeros(blocks, dtype=torch.uint8),
-                "scale_absmax": torch.zeros(-(-blocks // dynamic8.BLOCK), dtype=torch.float32),
-                "scale_offset": torch.zeros((), dtype=torch.float32),
-            }
-        else:
-            scales = {"scale": torch.zeros(blocks, dtype=torch.float32)}
-        return cls(codes, scales, shape=shape, block=block, book=book, identity=identity)
+        codes = torch.zeros(packed_nbytes(count, book.bits), dtype=torch.uint8)
+        stored = scales.empty((-(-count // block),), scale)
+        return cls(codes, stored, shape=shape, block=block, book=book, identity=identity)
 
     def block_scales(self, start: int, rows: int) -> Tensor:
         """Return the scales of the blocks of these rows, float32 (blocks,); zero where they are below DEAD_SCALE."""
-        first, last = self._block_range(start, rows)
-        tensors = [self.get_buffer(name) for name in self._scale_names]
-        scale = tensors[0][first:last] if len(tensors) == 1 else dynamic8.decode(tensors, first, last)
-        return scale.masked_fill(scale.abs() < DEAD_SCALE, 0.0)
+        return scales.decode([self.get_buffer(name) for name in self._scale_names], *self._block_range(start, rows))
 
     def dequantize(self, out: Tensor) -> Tensor:
         """Write the values into `out`, by bitsandbytes' kernel where it is installed: faster and bit-identical."""
@@ -135,12 +163,15 @@ class CodeBookWeight(QuantizedWeight):
 
     def _decode(self, start: int, stop: int, rows: Tensor) -> None:
         i = self.shape[1]
-        table = value_table(self.book.levels, 4, self.codes)
-        read(self.codes, 4, start * i, stop * i, table, out=rows.view(-1))
+        table = value_table(self.book.levels, self.bits, self.codes)
+        read(self.codes, self.bits, start * i, stop * i, table, out=rows.view(-1))
         self._by_block(Tensor.mul_, rows, self.block_scales(start, stop - start))
 
     def _to_levels(self, rows: Tensor, scale: Tensor) -> None:
-        """Divide rows by their scale, as bitsandbytes does: by its reciprocal, except in the short last block."""
+        """Divide rows by their scale; as bitsandbytes, by its reciprocal, except in the short last block."""
+        if self.book.ieee:
+            self._by_block(Tensor.div_, rows, scale)
+            return
         flat = rows.view(-1)
         whole = flat.numel() // self.block
         flat[: whole * self.block].view(whole, self.block).mul_((1.0 / scale[:whole])[:, None])
@@ -154,24 +185,28 @@ class CodeBookWeight(QuantizedWeight):
             torch.le(rows.abs(), self.book.reach, out=inside)
             if not bool(scale.all()):
                 self._by_block(Tensor.logical_and_, inside, scale != 0)
-        rows.copy_(self.book.nearest_level(rows.clamp_(-1, 1)))
+        rows.copy_(self.book.nearest_level(rows))
         self._by_block(Tensor.mul_, rows, scale)
 
     def _encode(self, rows: Tensor, start: int) -> Tensor:
         self._to_levels(rows, _never_zero(self.block_scales(start, len(rows))))
-        return self.book.nearest_code(rows.clamp_(-1, 1))
+        return self.book.nearest_code(rows)
 
     def zero_codes(self, start: int, stop: int) -> Tensor:
         return self.codes.new_full((1, 1), self.book.zero_code)
 
     def _with_codes(self, codes: Tensor) -> Self:
-        flat = codes.reshape(-1)
-        if flat.numel() % 2:
-            flat = torch.cat([flat, flat.new_full((1,), self.book.zero_code)])
-        scales = {name: self.get_buffer(name) for name in self._scale_names}
+        packed = pack(_whole_units(codes.reshape(-1), self.book), self.bits)
+        scale = {name: self.get_buffer(name) for name in self._scale_names}
         return type(self)(
-            pack(flat, 4), scales, shape=self.shape, block=self.block, book=self.book, identity=self.identity
+            packed, scale, shape=self.shape, block=self.block, book=self.book, identity=self.identity
         )
+
+
+def _whole_units(codes: Tensor, book: Book) -> Tensor:
+    """Fill up codes (n,) with that of zero, as bitsandbytes does, to a multiple of those that are packed at once."""
+    tail = -codes.numel() % CODES_PER_UNIT[book.bits]
+    return torch.cat([codes, codes.new_full((tail,), book.zero_code)]) if tail else codes
 
 
 def _never_zero(scale: Tensor) -> Tensor:

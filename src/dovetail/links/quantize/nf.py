@@ -84,9 +84,8 @@ class _CodeBookQuantizer(Quantizer):
         )
 
     def empty(self, shape: tuple[int, int]) -> CodeBookWeight:
-        return CodeBookWeight.empty(
-            shape, block=self.block, double=self.double, book=self.book, identity=identity_of(self)
-        )
+        form = "double" if self.double else "float32"
+        return CodeBookWeight.empty(shape, block=self.block, scale=form, book=self.book, identity=identity_of(self))
 
 
 @register("nf4")
