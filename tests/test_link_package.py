@@ -8,19 +8,25 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pytest
 import torch
 
 import dovetail
+import dovetail.testing
 from dovetail.chains import registry
+from dovetail.chains.check import check
+from dovetail.chains.layer.linear import chain_layers
+from dovetail.chains.link import identity_of
 from dovetail.chains.statistics import InputStatistics, Statistic
+from dovetail.errors import ChainError, DovetailError
 from dovetail.links import register
-from dovetail.links.quantize.affine import AffineQuantizer, AffineWeight
+from dovetail.links.quantize.affine import AffineQuantizer, AffineScaleForm, AffineWeight, GroupQuantizer, affine_range
 from dovetail.links.quantize.integer import Int
-from families import batch, logits, make
+from families import batch, logits, make, move
 from places import ROOT
+from small_tokenizers import words
 
 SAMPLE = ROOT / "examples/link_package"
 
@@ -127,6 +133,113 @@ def test_an_adapter_over_a_calibrated_quantizer_is_saved_and_loaded(before, scal
     dovetail.save_adapter(model, tmp_path)
     dovetail.load_adapter(other, tmp_path)
     assert torch.equal(logits(other, inputs), logits(model, inputs))
+
+
+@pytest.fixture
+def midrise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package whose quantizer stores float zero points and every form of scales."""
+
+    class Installed:
+        name, value, dist = "midrise", "midrise_package", None
+
+        def load(self) -> None:
+            @register("midrise")
+            @dataclass(frozen=True)
+            class MidRise(GroupQuantizer):
+                """Integers around the middle of a group's range, which is a float, or around zero."""
+
+                scale: AffineScaleForm = "float16"
+                zero: Literal["integer", "float16"] = "float16"
+
+                widths: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 8)
+                summary: ClassVar[str] = "integers around the middle of the range"
+                source: ClassVar[str] = "this test"
+
+                @property
+                def has_zero(self) -> bool:
+                    return self.zero == "integer"
+
+                def quantize(self, weight_oi: torch.Tensor, inputs: InputStatistics | None = None) -> AffineWeight:
+                    groups = self._groups(weight_oi.shape[1], self.name)
+                    weight_32 = weight_oi.float().contiguous()
+                    span, zero = affine_range(weight_32, groups, bits=self.bits, symmetric=False, where=self.name)
+                    if zero is not None and not self.has_zero:
+                        zero = zero + 0.375
+                    return AffineWeight.from_scales(
+                        weight_32,
+                        span,
+                        zero,
+                        bits=self.bits,
+                        identity=identity_of(self),
+                        scale=self.scale,
+                        zero=self.zero,
+                    )
+
+                def empty(self, shape: tuple[int, int]) -> AffineWeight:
+                    return AffineWeight.empty(
+                        shape, groups=self._groups(shape[1], self.name), bits=self.bits, symmetric=False,
+                        identity=identity_of(self), scale=self.scale, zero=self.zero,
+                    )  # fmt: skip
+
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry.links()))
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Installed()])
+    registry._load.cache_clear()
+
+
+FORMS = [
+    ("midrise(bits=4, group=8)", 16),
+    ("midrise(bits=1, group=8, scale=float32)", 32),
+    ("midrise(bits=3, group=8, scale=e8m0, zero=integer)", 8),
+    ("midrise(bits=2, group=8, scale=double)", 8),
+]
+
+
+@pytest.mark.parametrize(("text", "bits_per_scale"), FORMS)
+def test_a_grid_of_another_package_keeps_the_contract(text: str, bits_per_scale: int, midrise: None, tmp_path) -> None:
+    dovetail.testing.check_link(text)
+    model = make("llama").eval()
+    dovetail.apply(model, f"{text.replace('group=8', 'group=32')} >> lora(r=2) >> regrid")
+    move(model)
+    inputs = batch(model)
+    assert dovetail.merge(model, packed=True).exact
+    dovetail.save_packed(model, tmp_path, tokenizer=words())
+    again = dovetail.load(tmp_path)[0]
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+    assert dovetail.footprint(again) == dovetail.footprint(model)
+    grid = chain_layers(again)["model.layers.0.mlp.up_proj"].base.quantized
+    assert grid is not None
+    scales = sum(8 * t.nbytes for name, t in grid.named_buffers() if name.startswith("scale"))
+    blocks = grid.shape[0] * grid.shape[1] // grid.block
+    assert scales // blocks == bits_per_scale
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "rule"),
+    [
+        ("wanda(0.5) >> midrise", "midrise, link 2", "a quantizer after a pruner must represent zero exactly"),
+        ("midrise >> wanda(0.5)", "wanda, link 2", "a quantizer before a pruner must represent zero exactly"),
+        ("midrise >> lora >> remask", "remask, link 3", "re-imposes the mask of a pruner"),
+        (
+            "magnitude(0.5) >> lora >> remask >> midrise >> lora >> remask >> regrid",
+            "midrise, link 4",
+            "represent zero",
+        ),
+    ],
+)
+def test_a_grid_without_a_zero_is_refused_beside_a_pruner(text: str, where: str, rule: str, midrise: None) -> None:
+    with pytest.raises(ChainError, match=rule) as caught:
+        check(text)
+    assert caught.value.where.startswith(where)
+    if not text.endswith("lora >> remask"):
+        check(text.replace("midrise", "midrise(zero=integer)"))
+
+
+def test_a_weight_on_a_grid_without_a_zero_cannot_be_pruned(midrise: None) -> None:
+    (link,) = dovetail.chain("midrise(group=8)")
+    assert isinstance(link, GroupQuantizer)
+    quantized = link.quantize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(DovetailError, match="a grid without an exact zero"):
+        quantized.with_zeros(torch.ones(4, 16, dtype=torch.bool))
 
 
 def test_mean_magnitudes_are_those_of_the_inputs() -> None:

@@ -46,7 +46,8 @@ def check_link(*samples: str | Link) -> None:
     changes no output (or, of an output adapter, is refused); what it declares with `keeps_zeros` and `keeps_grid` is
     what it keeps. Of a pruner and a quantizer: zeros and values on the grid survive training behind `remask` and
     `regrid` and the merge, bit for bit; the bytes that a quantizer promises are those it stores; zeros survive a
-    quantizer that declares `keeps_zeros`, where it declares `has_zero`, which is what its grid says. Of a constraint: a chain that ends in it merges bit for bit.
+    quantizer that declares `keeps_zeros` and `has_zero`; `has_zero` is what its grid says. Of a constraint: a chain
+    that ends in it merges bit for bit.
 
     Raises ChainError for a sample that is not legal notation, AssertionError for a rule that does not hold.
     """

@@ -1,9 +1,10 @@
-"""Codes of 2, 3, 4 or 8 bits, packed without gaps; and their values by table.
+"""Codes of 1, 2, 3, 4 or 8 bits, packed without gaps; and their values by table.
 
-One order for every width: the first code sits in the highest bits (bitsandbytes' order for 4 bits). 2, 4 and 8 bits
+One order for every width: the first code sits in the highest bits (bitsandbytes' order for 4 bits). 1, 2, 4 and 8 bits
 fill whole bytes; 3 bits put 8 codes into 3 bytes. The tail is padded with zeros to a whole unit.
 
-A table makes reading fast: an index (a byte; 12 bits for 3-bit codes) selects a row of 4, 2 or 1 values at once.
+A table makes reading fast: an index (a byte; 12 bits for 3-bit codes, 4 for 1-bit ones) selects a row of 4, 2 or 1
+values at once.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-CODES_PER_UNIT = {2: 4, 3: 8, 4: 2, 8: 1}
-BYTES_PER_UNIT = {2: 1, 3: 3, 4: 1, 8: 1}
-INDEX_BITS = {2: 8, 3: 12, 4: 8, 8: 8}
+CODES_PER_UNIT = {1: 8, 2: 4, 3: 8, 4: 2, 8: 1}
+BYTES_PER_UNIT = {1: 1, 2: 1, 3: 3, 4: 1, 8: 1}
+INDEX_BITS = {1: 4, 2: 8, 3: 12, 4: 8, 8: 8}
 
 _ONE_ELEMENT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 """A dtype as wide as a table's row in bytes: on CPU one wide element is copied much faster than a row."""
@@ -47,6 +48,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 2:
         return (flat[0::4] << 6) | (flat[1::4] << 4) | (flat[2::4] << 2) | flat[3::4]
     c = flat.view(-1, 8)
+    if bits == 1:
+        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=flat.device)
+        return (c << shifts).sum(dim=1, dtype=torch.uint8)
     first = (c[:, 0] << 5) | (c[:, 1] << 2) | (c[:, 2] >> 1)
     second = ((c[:, 2] & 1) << 7) | (c[:, 3] << 4) | (c[:, 4] << 1) | (c[:, 5] >> 2)
     third = ((c[:, 5] & 3) << 6) | (c[:, 6] << 3) | c[:, 7]
@@ -90,6 +94,8 @@ def value_table(levels: tuple[float, ...], bits: int, like: Tensor) -> Tensor:
 
 def _indices(packed: Tensor, bits: int) -> Tensor:
     index = packed.to(torch.int32)
+    if bits == 1:
+        return torch.stack([index >> 4, index & 15], dim=1).view(-1)
     if bits != 3:
         return index
     a, b, c = index.view(-1, 3).unbind(1)

@@ -16,8 +16,8 @@ STORED_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float1
 """The same dtypes by their names in a safetensors file."""
 
 STORED = STORED_FLOATS | {
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.uint8, "I8": torch.int8,
+    "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
 }  # fmt: skip
 """The dtypes that a packed model can have, by their names in a safetensors file."""
 

@@ -43,7 +43,9 @@ class Book:
     @cached_property
     def order(self) -> tuple[int, ...]:
         """The codes by ascending level; of two zeros, the lower code first, or negative zero."""
-        return tuple(sorted(range(len(self.levels)), key=lambda code: (self.levels[code], -code if self.ieee else code)))
+        return tuple(
+            sorted(range(len(self.levels)), key=lambda code: (self.levels[code], -code if self.ieee else code))
+        )
 
     @cached_property
     def ascending(self) -> tuple[float, ...]:
@@ -198,9 +200,7 @@ class CodeBookWeight(QuantizedWeight):
     def _with_codes(self, codes: Tensor) -> Self:
         packed = pack(_whole_units(codes.reshape(-1), self.book), self.bits)
         scale = {name: self.get_buffer(name) for name in self._scale_names}
-        return type(self)(
-            packed, scale, shape=self.shape, block=self.block, book=self.book, identity=self.identity
-        )
+        return type(self)(packed, scale, shape=self.shape, block=self.block, book=self.book, identity=self.identity)
 
 
 def _whole_units(codes: Tensor, book: Book) -> Tensor:

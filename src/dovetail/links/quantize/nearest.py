@@ -1,9 +1,10 @@
 """The nearest of a few levels: the definition, and a faster way to the same result on CPU.
 
 The middles between levels cut [-1, 1] into intervals; a number exactly on a middle (as float32) belongs to the lower
-level, as in bitsandbytes (`codebook.Book` moves the middles where it does not). The definition searches the middles. On CPU a search costs 15 times a multiplication, so
-[-1, 1] is cut into equal cells, small enough that none holds two middles: one table gives a cell's middle, a comparison
-gives the side, and a second table gives the answer. Both ways are bit-identical, since a number's cell is monotonic.
+level, as in bitsandbytes (`codebook.Book` moves the middles where it does not). The definition searches the middles.
+On CPU a search costs 15 times a multiplication, so [-1, 1] is cut into equal cells, small enough that none holds two
+middles: one table gives a cell's middle, a comparison gives the side, and a second table gives the answer. Both ways
+are bit-identical, since a number's cell is monotonic.
 """
 
 from __future__ import annotations

@@ -47,7 +47,9 @@ def empty(shape: tuple[int, ...], form: ScaleForm, name: str = "scale") -> dict[
     return tensors | {"scale_divisor": torch.zeros((), dtype=torch.float32)} if form == "e4m3" else tensors
 
 
-def encode(scale: Tensor, form: Literal["float16", "float32", "e8m0", "double"], name: str = "scale") -> dict[str, Tensor]:
+def encode(
+    scale: Tensor, form: Literal["float16", "float32", "e8m0", "double"], name: str = "scale"
+) -> dict[str, Tensor]:
     """Return the tensors that store these scales, by name, each scale rounded to the nearest of the form.
 
     scale  any shape, any float dtype, in row-major order of the blocks
