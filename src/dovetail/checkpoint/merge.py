@@ -11,7 +11,7 @@ the size that the footprint counts. Stock: transformers' own modules, the values
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,12 +175,16 @@ def to_stock(model: nn.Module) -> nn.Module:
         )
     if not layers:
         return model
-    while layers:  # one at a time, so that codes and values of all layers are never held together
-        _, layer = layers.popitem()
-        stock = _stock(layer)
-        if layer.base.quantized is not None:
-            put_grid(stock, Grid.of(layer.base.quantized))
-        replace_modules(model, {layer: stock})
+
+    def stock_layers() -> Iterator[tuple[nn.Module, nn.Module]]:
+        while layers:  # so that codes and values of all layers are never held together
+            _, layer = layers.popitem()
+            stock = _stock(layer)
+            if layer.base.quantized is not None:
+                put_grid(stock, Grid.of(layer.base.quantized))
+            yield layer, stock
+
+    replace_modules(model, stock_layers())
     close_experts(model)
     guard_saving(model)
     model.requires_grad_(True)

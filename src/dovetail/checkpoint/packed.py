@@ -280,6 +280,7 @@ def _cover(where: str, model: PreTrainedModel, header: PackedHeader) -> PreTrain
         raise LoadError(where, found=f"{header.architecture}, not {type(model).__name__}", rule=rule, fix=fix)
     scratch = Scratch()
     open_experts(model, [layer for layer in all_layers(model) if layer.name in header.layers])
+    covered = []
     for name, said in header.layers.items():
         try:
             module = model.get_submodule(name)
@@ -289,7 +290,8 @@ def _cover(where: str, model: PreTrainedModel, header: PackedHeader) -> PreTrain
             if isinstance(error, DovetailError):
                 found, rule = error.found, error.rule
             raise LoadError(where, found=f"{name[:200]}: {found}", rule=rule, fix="copy the folder again") from None
-        replace_modules(model, {module: layer})
+        covered.append((module, layer))
+    replace_modules(model, covered)
     return model
 
 

@@ -76,7 +76,7 @@ def apply(
         _start(model, record, batches, masks, progress, untouched)
     except BaseException:
         if len(untouched) == len(record.layers):
-            replace_modules(model, {record.layers[name]: module for name, module in untouched.items()})
+            replace_modules(model, [(record.layers[name], module) for name, module in untouched.items()])
             close_experts(model)
             guard_saving(model)
         else:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from dovetail.errors import DataError
 from dovetail.models.layouts import Layout, LinearLayout, TransposedLayout
 
 _UP, _GATED, _DOWN = "up_proj", "gate_up_proj", "down_proj"
@@ -222,14 +223,44 @@ class Llama4Experts(Experts):
         return routed if padding is None else routed & padding.flatten()
 
 
+class SortedExperts(Experts):
+    """JetMoE's experts: one matrix each, called with rows sorted by expert and the number of rows of each."""
+
+    @staticmethod
+    def fits(stock: nn.Module) -> bool:
+        return type(stock).__name__ == "JetMoeParallelExperts"
+
+    @staticmethod
+    def is_transposed(stock: nn.Module) -> bool:
+        return False
+
+    def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:
+        """Run the experts: inputs (n, i), expert_size the rows of each expert -> (n, o)."""
+        parts = zip(self._each("weight"), inputs.split(expert_size), strict=True)
+        return torch.cat([layer(part) for layer, part in parts if len(part)])
+
+    def counted(self, name: str, padding: Tensor | None) -> Tensor | None:
+        if padding is not None:
+            raise DataError(
+                f"calibration of {name} in {type(self.stock).__name__}",
+                found="a batch with padding",
+                rule="these experts get rows without their positions, so padding cannot be left out",
+                fix="calibrate on batches without padding, or leave the experts out of the targets",
+            )
+        return None
+
+
+_KINDS: tuple[type[Experts], ...] = (RoutedExperts, Llama4Experts, SortedExperts)
+
+
 def can_open(stock: nn.Module) -> bool:
     """Return whether a module is a stock experts module of a known form."""
-    return any(kind.fits(stock) for kind in (RoutedExperts, Llama4Experts))
+    return any(kind.fits(stock) for kind in _KINDS)
 
 
 def opened(stock: nn.Module) -> Experts | None:
     """Return the opened form of a stock experts module, with views of its parameters; None for any other module."""
-    kind = next((kind for kind in (RoutedExperts, Llama4Experts) if kind.fits(stock)), None)
+    kind = next((kind for kind in _KINDS if kind.fits(stock)), None)
     return None if kind is None else kind(stock)
 
 

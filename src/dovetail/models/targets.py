@@ -57,6 +57,11 @@ ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("experts.gate_up_proj.*", ("gate", "up")),
     ("experts.up_proj.*", ("up",)),
     ("experts.down_proj.*", ("down",)),
+    # JetMoE: experts of the attention, then of the feed-forward network
+    ("experts.input_linear.weight.*", ("query",)),
+    ("experts.output_linear.weight.*", ("output",)),
+    ("input_linear.weight.*", ("gate", "up")),
+    ("output_linear.weight.*", ("down",)),
     # LFM2
     ("feed_forward.w1", ("gate",)),
     ("feed_forward.w3", ("up",)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -58,28 +58,29 @@ def attach(
         record.layers[target.name] = layer.train(module.training)
     _continue(record, modules, grids(model))  # the last check: nothing is replaced before it
     open_experts(model, layers)
-    replace_modules(model, {modules[name]: layer for name, layer in record.layers.items()})
+    replace_modules(model, ((modules[name], layer) for name, layer in record.layers.items()))
     guard_saving(model)
     return record, layers
 
 
 def open_experts(model: nn.Module, layers: Iterable[Target]) -> None:
     """Put the opened modules of these layers in the place of the stock ones that keep all experts in one parameter."""
-    seen: set[int] = set()
-    for layer in layers:
-        if layer.experts is not None and id(layer.experts) not in seen:
-            seen.add(id(layer.experts))
-            replace_modules(model, {model.get_submodule(layer.name.rsplit(".", 2)[0]): layer.experts})
+    paths = {layer.experts: layer.name.rsplit(".", 2)[0] for layer in layers if layer.experts is not None}
+    replace_modules(model, [(model.get_submodule(path), experts) for experts, path in paths.items()])
 
 
 def close_experts(model: nn.Module) -> None:
     """Put stock modules in the place of opened experts whose layers are all stock ones, with their grids."""
-    for experts in [module for module in model.modules() if isinstance(module, Experts)]:
-        layers = dict(experts.matrices())
-        if not any(isinstance(layer, ChainLinear) for layer in layers.values()):
-            stock = experts.close()
-            put_grids(stock, {name: grid for name, layer in layers.items() if (grid := grid_of(layer)) is not None})
-            replace_modules(model, {experts: stock})
+
+    def closed() -> Iterator[tuple[nn.Module, nn.Module]]:
+        for experts in [module for module in model.modules() if isinstance(module, Experts)]:
+            layers = dict(experts.matrices())
+            if not any(isinstance(layer, ChainLinear) for layer in layers.values()):
+                stock = experts.close()
+                put_grids(stock, {name: grid for name, layer in layers.items() if (grid := grid_of(layer)) is not None})
+                yield experts, stock
+
+    replace_modules(model, closed())
 
 
 def _continue(record: AppliedChain, modules: Mapping[str, nn.Module], found_grids: Mapping[str, Grid]) -> None:
@@ -138,9 +139,16 @@ def _checked_site(target: Target, the_chain: CheckedChain) -> Site:
     return site
 
 
-def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each new module wherever the old one, its key, is registered, under every name that it has."""
+def replace_modules(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+    """Put the second module of each pair wherever the first is registered, under every name that it has.
+
+    pairs  read one at a time, after the one before it is in place
+    """
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for name, child in parent._modules.items():
-            if child is not None and child in new:
-                parent._modules[name] = new[child]
+            if child is not None:
+                places.setdefault(child, []).append((parent, name))
+    for old, new in pairs:
+        for parent, name in places.pop(old, []):
+            parent._modules[name] = new
