@@ -33,7 +33,11 @@ from todays_families import FAMILIES, batch, make
 
 CHAIN = "wanda(0.5) >> gptq(bits=4, group=16) >> lora(r=2) >> remask >> regrid"
 PAGE, MARK = ROOT / "docs" / "families.md", "<!-- made by bench/families.py -->"
-REAL: dict[str, dict[str, Any]] = {"lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16}}
+REAL: dict[str, dict[str, Any]] = {
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "hunyuan_v1_moe": {"num_experts": 64, "moe_topk": 8, "head_dim": 128},
+}
 """What transformers' default configuration of a family lacks."""
 
 

@@ -86,7 +86,9 @@ def test_a_model_that_computes_something_else_is_not_exact(monkeypatch: pytest.M
     """Mamba multiplies by the weight of dt_proj without calling the layer, which targets would refuse."""
     monkeypatch.setattr(targets, "reads_weight", lambda parent, child: False)
     torch.manual_seed(0)
-    model = MambaForCausalLM(MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=1, state_size=8)).eval()
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=1, state_size=8, time_step_rank=16)
+    ).eval()
     report = merged(model, "magnitude(0.5) >> lora(r=4) >> remask")
     assert not report.exact
     assert report.max_abs_logit_diff is not None
