@@ -1,21 +1,19 @@
-"""From a recipe's `data` to a task: the playground's, or records read from JSON Lines files."""
+"""From a recipe's `data` to a task: the playground's, or records read from files."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from dovetail.errors import DataError
 from dovetail.progress import note
 from dovetail.tasks import playground
+from dovetail.tasks.files import Row, read_rows, typed
 from dovetail.tasks.spec import Data
 from dovetail.tasks.task import FIELDS, METRICS, Record, Task, check_labels, check_record
 
-MAX_LINE = 1 << 24
-"""Characters that a line of a file may have."""
 MAX_LABELS = 1000
 """The most labels that are taken from the records: a larger one is rather a mistake, unless num_labels says so."""
 
@@ -78,7 +76,7 @@ def load_task(data: Data) -> Task:
 def read_records(
     path: Path, kind: str, columns: Mapping[str, str], *, pair: bool = False, limit: int | None = None
 ) -> list[Record]:
-    """Read the records of a JSON Lines file.
+    """Read the records of a data file, or of a folder of them (`dovetail.tasks.files`).
 
     columns  field of the record -> column of the file
     pair     the column of "pair" must be there; else it is taken where it is
@@ -88,23 +86,14 @@ def read_records(
     """
     records: list[Record] = []
     unread: dict[str, None] = {}
-    try:
-        # Windows puts a byte-order mark first. Bytes that are not UTF-8 are kept, to be named with their line.
-        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-            for number, line in enumerate(file, 1):
-                _check_utf8(path, number, line)
-                if line.strip():
-                    record, others = _record(f"{path}, line {number}", line, kind, columns, pair)
-                    records.append(record)
-                    unread.update(dict.fromkeys(others))
-                if len(records) == limit:
-                    break
-    except OSError as error:
-        rule = "a data file must be JSON Lines, one record per line; its path is relative to the recipe"
-        raise DataError(str(path), found=error.strerror or str(error), rule=rule, fix="check the path") from None
+    for row in islice(read_rows(path), limit):
+        record, others = _record(row, kind, columns, pair)
+        records.append(record)
+        unread.update(dict.fromkeys(others))
     if not records:
         rule = "a split must contain at least one record"
-        raise DataError(str(path), found="no records", rule=rule, fix="add records, or remove the split")
+        found = "no records" + (" in the files of this directory" if path.is_dir() else "")
+        raise DataError(str(path), found=found, rule=rule, fix="add records, or remove the split")
     if unread:
         _say(f"{path}: columns that no field reads: {', '.join(unread)}")
     return records
@@ -116,39 +105,23 @@ def _say(text: str) -> None:
     note(text)
 
 
-def _check_utf8(path: Path, number: int, line: str) -> None:
-    try:
-        line.encode()
-    except UnicodeEncodeError as error:
-        found = f"byte 0x{ord(line[error.start]) - 0xDC00:02x} at character {error.start + 1}, which is not UTF-8"
-        rule, fix = "a data file must be UTF-8 text", "save the file as UTF-8"
-        raise DataError(f"{path}, line {number}", found=found, rule=rule, fix=fix) from None
-
-
-def _record(where: str, line: str, kind: str, columns: Mapping[str, str], pair: bool) -> tuple[Record, list[str]]:
-    """Return the record of a line, and the columns that are not part of it."""
-    if len(line) > MAX_LINE:
-        found, rule = f"{len(line)} characters", f"a line must have at most {MAX_LINE} characters"
-        raise DataError(where, found=found, rule=rule, fix="split the record, or shorten its texts")
-    rule, fix = "a line must contain one JSON object", "write each record as one line of JSON"
-    try:
-        row: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(where, found=str(error)[:200], rule=rule, fix=fix) from None
-    if not isinstance(row, dict):
-        raise DataError(where, found=f"a JSON {type(row).__name__}", rule=rule, fix=fix)
-    wanted = [*FIELDS[kind], *(["pair"] if pair or columns["pair"] in row else [])]
+def _record(row: Row, kind: str, columns: Mapping[str, str], pair: bool) -> tuple[Record, list[str]]:
+    """Return the record of a row, and the columns that are not part of it."""
+    found = row.columns
+    wanted = [*FIELDS[kind], *(["pair"] if pair or columns["pair"] in found else [])]
     for name in wanted:
-        if columns[name] not in row:
+        if columns[name] not in found:
             raise DataError(
-                where,
-                found="columns " + ", ".join(map(str, row)),
+                row.where,
+                found="columns " + ", ".join(map(str, found)),
                 rule=f"a {kind} record must have a field {name!r}, looked for in column {columns[name]!r}",
                 fix=f"set data.fields of the recipe: {{{name}: COLUMN}}",
             )
-    record = {name: row[columns[name]] for name in wanted}
-    check_record(where, kind, record)
-    return record, [column for column in row if column not in {columns[name] for name in wanted}]
+    record = {name: found[columns[name]] for name in wanted}
+    if row.untyped:
+        record = {name: typed(value, FIELDS[kind].get(name, str)) for name, value in record.items()}
+    check_record(row.where, kind, record)
+    return record, [column for column in found if column not in {columns[name] for name in wanted}]
 
 
 def number_of_labels(task: Task, stated: int | None = None) -> int | None:

@@ -40,7 +40,7 @@ class Limit(Part):
 
 
 class Data(Part):
-    """Where a task's records come from: the playground (`task`), or JSON Lines files, one record a line.
+    """Where a task's records come from: the playground (`task`), or files (`dovetail.tasks.files`).
 
     task                     name of a task of the playground; then nothing else but `limit`
     name                     shown in tables; the folder's name when not given
