@@ -1,6 +1,6 @@
 """Law: a chain covers every family of today, or says what it leaves out; it trains, merges exactly and is saved whole.
 
-On tiny random models of 33 families: what is under the chain and what is left out is the whole model, each adapter that
+On tiny random models of 32 families: what is under the chain and what is left out is the whole model, each adapter that
 a token reaches gets a gradient, the merge changes no output by a bit, and stock transformers loads what is saved, also
 as the fine-tuned model of a task vector.
 """

@@ -20,10 +20,11 @@ from transformers import (
 )
 
 import dovetail
+import todays_families
 from dovetail.chains.layer.attach import close_experts, open_experts
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.compression.blocks import LEAST_TOKENS
-from dovetail.errors import CalibrationWarning, ChainError
+from dovetail.errors import CalibrationWarning, ChainError, DataError
 from dovetail.models.experts import Experts
 from dovetail.models.targets import all_layers, find_targets, routers
 from families import move
@@ -228,3 +229,12 @@ def test_peft_refuses_an_expert_by_name(tmp_path: Path) -> None:
     dovetail.apply(model, "lora(r=2)")
     with pytest.raises(ChainError, match=r"experts\.gate_up_proj\.0, an expert"):
         dovetail.export_peft(model, tmp_path)
+
+
+def test_experts_that_cannot_tell_padding_refuse_it() -> None:
+    model = todays_families.make("jetmoe")
+    stock = list(model.state_dict())
+    with pytest.raises(DataError, match="a batch with padding"):
+        dovetail.apply(model, "wanda(0.5)", calibration=[batch()])
+    assert list(model.state_dict()) == stock
+    dovetail.apply(model, "wanda(0.5)", calibration=[todays_families.batch()])
