@@ -31,6 +31,7 @@ SAMPLES: dict[str, tuple[str, ...]] = {
         "int(bits=3, group=0)",
         "int(bits=8, group=0, symmetric=true)",
     ),
+    "hqq": ("hqq(bits=4, group=8)", "hqq(bits=2, group=8)", "hqq(bits=3, group=8, zero=exact)"),
     "nf4": ("nf4(block=32)", "nf4(block=64, double=true)"),
     "fp4": ("fp4(block=32)", "fp4(block=64, double=true)"),
     "fp8": ("fp8", "fp8(scale=tensor)"),
@@ -52,6 +53,8 @@ def of_kind(kind: type[Link] | tuple[type[Link], ...], *, but: type[Link] | None
 
 
 PRUNERS, QUANTIZERS = of_kind(Pruner), of_kind(Quantizer)
+PRUNABLE = [text for text in QUANTIZERS if not text.startswith("hqq") or "zero=exact" in text]
+"""Quantizers whose grid has an exact zero, written down a second time."""
 ADAPTERS = of_kind(Adapter)
 WEIGHT_ADAPTERS = of_kind(Adapter, but=OutputAdapter)
 ZERO_CONSTRAINTS = [text for text in of_kind(Constraint) if links()[text.split("(")[0]].restores == "zeros"]

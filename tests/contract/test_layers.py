@@ -25,6 +25,7 @@ from samples import (
     LAYERS,
     MIXTURES,
     OTHER_LAYERS,
+    PRUNABLE,
     PRUNERS,
     QUANTIZERS,
     WEIGHT_ADAPTERS,
@@ -90,7 +91,7 @@ def test_before_training_a_closed_chain_is_its_base_bit_for_bit(layer: str, dtyp
     closings = [
         ("wanda(0.5)", "remask"),
         *((quantizer, constraint) for quantizer in QUANTIZERS for constraint in GRID_CONSTRAINTS),
-        *((f"wanda(0.5) >> {quantizer}", "remask >> regrid(start=codes)") for quantizer in QUANTIZERS),
+        *((f"wanda(0.5) >> {quantizer}", "remask >> regrid(start=codes)") for quantizer in PRUNABLE),
     ]
     for base, constraint in closings:
         before, model = (

@@ -30,7 +30,7 @@ class AffineWeight(QuantizedWeight):
 
     Symmetric codes, without zero points, lie in [-2^(bits-1), 2^(bits-1) - 1] and are stored with 2^(bits-1) added.
     Zero is exact there and with integer zero points, which are packed like the codes. Zero points of dtype float16,
-    (o, groups), give a grid without a zero.
+    (o, groups), give a grid without a zero. They are stored as distances from 2^(bits-1), where float16 is finest.
     """
 
     scale_og: Tensor
@@ -80,7 +80,7 @@ class AffineWeight(QuantizedWeight):
         (o, i), groups = weight_oi.shape, scale_og.shape[1]
         stored_zero = zero_og
         if zero_og is not None:
-            stored_zero = zero_og.to(torch.float16) if zero == "float16" else pack(zero_og.to(torch.uint8), bits)
+            stored_zero = to_float16(zero_og, bits) if zero == "float16" else pack(zero_og.to(torch.uint8), bits)
         codes = torch.zeros(packed_nbytes(o * i, bits), dtype=torch.uint8, device=scale_og.device)
         stored = scales.encode(scale_og, scale, "scale_og")
         grid = cls(codes, stored, stored_zero, shape=(o, i), block=i // groups, bits=bits, identity=identity)
@@ -115,7 +115,7 @@ class AffineWeight(QuantizedWeight):
         if self.zero_og is None:
             return scale, None
         if self.zero_og.is_floating_point():
-            return scale, self.zero_og.view(-1)[first:last].float()
+            return scale, from_float16(self.zero_og.view(-1)[first:last], self.bits)
         levels = tuple(float(code) for code in range(2**self.bits))
         return scale, read(self.zero_og, self.bits, first, last, value_table(levels, self.bits, self.zero_og))
 
@@ -152,7 +152,7 @@ class AffineWeight(QuantizedWeight):
             if not bool(scale.all()):
                 self._by_block(Tensor.logical_and_, inside, scale != 0)
         rows.clamp_(lowest, highest)
-        if zero is None:
+        if zero is None or self._zero_is_float:
             rows.add_(0.0)
 
     def _snap(self, rows: Tensor, start: int, inside: Tensor | None = None) -> None:
@@ -193,6 +193,16 @@ class AffineWeight(QuantizedWeight):
             bits=self.bits,
             identity=self.identity,
         )
+
+
+def to_float16(zero: Tensor, bits: int) -> Tensor:
+    """Return zero points, any float, as a grid stores them: distances from the middle code in float16."""
+    return (zero - 2 ** (bits - 1)).to(torch.float16)
+
+
+def from_float16(stored: Tensor, bits: int) -> Tensor:
+    """Return the zero points that `to_float16` stored, float32."""
+    return stored.float() + 2 ** (bits - 1)
 
 
 @dataclass(frozen=True)
