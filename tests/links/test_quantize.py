@@ -486,7 +486,7 @@ def test_group_must_divide():
         lambda: Float8(scale="column"),
         lambda: HQQ(axis=0),
         lambda: HQQ(bits=5),
-        lambda: HQQ(zero="nearly"),
+        lambda: HQQ(zero="nearly"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_arguments(make):
