@@ -16,6 +16,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     "choice": {"prompt": "one plus one is", "choices": [" two", " three"], "label": 0},
     "pairs": {"good": "one is", "bad": "one are"},
     "text": {"text": "one and two"},
+    "chat": {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]},
     "classification": {"text": "one", "label": 1},
     "regression": {"text": "one", "label": 0.5},
 }

@@ -13,6 +13,7 @@ RECORDS = {
     "text": {"text": "Once."},
     "classification": {"text": "fine", "label": 1},
     "regression": {"text": "fine", "pair": "good", "label": 0.5},
+    "chat": {"messages": [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]},
 }
 
 

@@ -12,7 +12,7 @@ from dovetail.progress import note
 from dovetail.tasks import playground
 from dovetail.tasks.files import Row, read_rows, typed
 from dovetail.tasks.spec import Data
-from dovetail.tasks.task import FIELDS, METRICS, Record, Task, check_labels, check_record
+from dovetail.tasks.task import FIELDS, METRICS, OPTIONAL, Record, Task, check_labels, check_record
 
 MAX_LABELS = 1000
 """The most labels that are taken from the records: a larger one is rather a mistake, unless num_labels says so."""
@@ -52,7 +52,8 @@ def as_task(data: Task | str | Iterable[Record], split: str = "train") -> Task:
             + "; ".join(f"{k}: {', '.join(f)}" for k, f in FIELDS.items()),
             fix="rename the fields, or make a dovetail.Task and name its kind",
         )
-    if unread := {str(name): None for record in data for name in record if name not in (*FIELDS[kinds[0]], "pair")}:
+    known = (*FIELDS[kinds[0]], *OPTIONAL.get(kinds[0], {}), "pair")
+    if unread := {str(name): None for record in data for name in record if name not in known}:
         _say(f"data: fields that a {kinds[0]} record does not have, and that nothing reads: {', '.join(unread)}")
     return Task("data", kinds[0], METRICS[kinds[0]][0], {split: data})
 

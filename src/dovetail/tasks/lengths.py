@@ -38,6 +38,8 @@ def length_limit(model: nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: i
     if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids" or model.device.type == "meta":
         return limit
     widths = _widths(records)
+    if "messages" in widths:
+        widths["messages"] = limit  # a template adds to the texts
     target = max([width for name, width in widths.items() if name != "prompt"], default=0) + _MARKS
     high = min(limit, sum(widths.values()) + _MARKS)
     if _fits(model, high, target) or not _fits(model, low := min(2, high), target):
@@ -53,6 +55,8 @@ def _widths(records: Sequence[Record]) -> dict[str, int]:
     widths: dict[str, int] = {}
     for record in records:
         for name, value in record.items():
+            if name == "messages":
+                widths[name] = 0
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str):
                     widths[name] = max(widths.get(name, 0), len(text.encode()))

@@ -9,6 +9,7 @@ how evaluation scores it:
 | choice | prompt, choices, label (index) | the right choice's tokens | likelihood of the choices |
 | pairs | good, bad | the good sentence | share of pairs whose good sentence is likelier |
 | text | text | every token | perplexity |
+| chat | messages, tools and template (optional) | the assistant's turns | perplexity, exact match of the last one |
 | classification | text, pair (optional), label (int) | a head | accuracy, Matthews correlation |
 | regression | text, pair (optional), label (float) | a head | Pearson and Spearman correlation |
 """
@@ -28,15 +29,26 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "choice": {"prompt": str, "choices": list, "label": int},
     "pairs": {"good": str, "bad": str},
     "text": {"text": str},
+    "chat": {"messages": list},
     "classification": {"text": str, "label": int},
     "regression": {"text": str, "label": (int, float)},
 }
+
+OPTIONAL: dict[str, dict[str, type]] = {
+    "chat": {"tools": list, "template": str},
+    "classification": {"pair": str},
+    "regression": {"pair": str},
+}
+"""Fields that records of a kind may have beside FIELDS. The messages of a chat are mappings with a `role` and a
+`content` or `tool_calls`, as chat templates take them; `train: false` leaves a turn of the assistant out of the loss.
+"""
 
 METRICS: dict[str, tuple[str, ...]] = {
     "generation": ("exact_match",),
     "choice": ("accuracy",),
     "pairs": ("accuracy",),
     "text": ("perplexity",),
+    "chat": ("perplexity", "exact_match"),
     "classification": ("accuracy", "matthews"),
     "regression": ("pearson", "spearman"),
 }
@@ -94,7 +106,8 @@ class Task:
 
 def check_record(where: str, kind: str, record: Record) -> None:
     """Raise DataError for a record without the fields of its kind, or with a value that no model can use."""
-    fields = FIELDS[kind] | ({"pair": str} if kind in HEAD_KINDS and "pair" in record else {})
+    optional = {name: type_ for name, type_ in OPTIONAL.get(kind, {}).items() if name in record}
+    fields = FIELDS[kind] | optional
     for name, kinds in fields.items():
         if name not in record:
             raise DataError(
@@ -118,18 +131,39 @@ def check_record(where: str, kind: str, record: Record) -> None:
     if kind == "choice" and not 0 <= label < len(choices):
         found, rule = f"label={label}, {len(choices)} choices", "label must be the index of the correct choice"
         raise DataError(where, found=found, rule=rule, fix="number the choices from 0")
+    if kind == "chat":
+        _check_messages(where, record["messages"])
     for name, value in record.items():
         _check_unicode(where, name, value)
 
 
+def _check_messages(where: str, messages: Sequence[Any]) -> None:
+    """Raise DataError for what a chat template cannot render, or for a conversation without a turn to train."""
+    fix = "write messages as [{role: user, content: ...}, {role: assistant, content: ...}]"
+    for number, message in enumerate(messages):
+        place = f"{where}, message {number}"
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            rule = "a message must be a mapping with a role"
+            raise DataError(place, found=f"{message!r}"[:200], rule=rule, fix=fix)
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            found, rule = f"content={message.get('content')!r}"[:200], "content must be of type str"
+            raise DataError(place, found=found, rule=rule, fix=fix)
+    if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
+        found = f"{len(messages)} messages, none of them a turn of the assistant that is trained"
+        rule = "a conversation must have a turn of the assistant"
+        raise DataError(where, found=found, rule=rule, fix="leave the record out")
+
+
 def _check_unicode(where: str, name: str, value: Any) -> None:
     """Raise DataError for a text that a tokenizer refuses."""
-    for text in value if isinstance(value, list) else [value]:
+    if isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            _check_unicode(where, name, part)
+    elif isinstance(value, str):
         try:
-            if isinstance(text, str):
-                text.encode()
+            value.encode()
         except UnicodeEncodeError as error:
-            found = f"{name} with half a surrogate pair, U+{ord(text[error.start]):04X}"
+            found = f"{name} with half a surrogate pair, U+{ord(value[error.start]):04X}"
             rule = "texts must consist of whole Unicode characters"
             raise DataError(where, found=found, rule=rule, fix="save the text as UTF-8 again") from None
 

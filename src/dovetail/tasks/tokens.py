@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dovetail.errors import DataError
 from dovetail.progress import note
 from dovetail.tasks.task import HEAD_KINDS, Record, check_labels
+from dovetail.tasks.templates import DEFAULT, Template, mark_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,6 +78,7 @@ class RowMaker:
         self.vocabulary, self.numbers = vocabulary, numbers
         self.before, self.after = _marks(tokenizer)
         self.cut = self.marked = 0
+        self._templates: dict[str | None, Template] = {}
 
     def examples(self, kind: str, records: Sequence[Record]) -> list[Example]:
         """Return the training examples of records of one kind, as `encode` does."""
@@ -84,6 +86,8 @@ class RowMaker:
             return self.labels(records, float if kind == "regression" else int)
         if kind == "text":
             return self.texts([record["text"] for record in records], split=True)
+        if kind == "chat":
+            return self.chats(records)
         if kind == "pairs":
             return self.texts([record["good"] for record in records], split=False)
         if kind == "choice":
@@ -95,10 +99,23 @@ class RowMaker:
         pairs = zip(self._ids(prompts), self._ids(answers), strict=True)
         return [self._answer(index, *ids, end=True) for index, ids in enumerate(pairs)]
 
+    @property
+    def turn_ends(self) -> list[int | None]:
+        """The tokens that end a turn of the assistant in the conversations so far."""
+        return [template.end_id for template in self._templates.values()]
+
+    def keep_template(self) -> None:
+        """Store a named template of the conversations in the tokenizer, whose own one it replaces."""
+        for template in self._templates.values():
+            if template.source is not None:
+                self.tokenizer.chat_template = template.source
+
     def say(self, name: str, *, shown: bool) -> dict[str, int]:
         """Return the number of rows that were cut, where there are any, and print what was done to the rows so far."""
         if self.cut:
             note(f"{name}: {self.cut} prompts or texts are cut to {self.max_length} tokens", shown=shown)
+        if None in self._templates and self._templates[None].source is not None:
+            note(f"{name}: the tokenizer has no chat template; the template {DEFAULT} is used", shown=shown)
         if self.marked:
             note(f"{name}: {self.marked} texts bring begin or end tokens; none is added to those", shown=shown)
         return {"cut": self.cut} if self.cut else {}
@@ -152,6 +169,58 @@ class RowMaker:
         if self.encoder_decoder:
             return self._checked(index, {"input_ids": self._prompt(prompt, self.max_length), "labels": labels})
         return self._checked(index, _continued(self._prompt(prompt, room), labels))
+
+    def template(self, record: Record) -> Template:
+        """Return the template of a conversation: the one that it names, or the tokenizer's, or the default one."""
+        name = record.get("template")
+        if name not in self._templates:
+            begin = "".join(self.tokenizer.convert_ids_to_tokens(self.before))
+            self._templates[name] = Template(self.tokenizer, name, begin)
+        return self._templates[name]
+
+    def chats(self, records: Sequence[Record]) -> list[Example]:
+        """Return rows of conversations, labels on the assistant's turns; a long conversation loses its end."""
+        if self.encoder_decoder or not self.tokenizer.is_fast:
+            found = "an encoder-decoder" if self.encoder_decoder else "a tokenizer without offsets of its tokens"
+            rule = "conversations need a decoder-only model and a tokenizer of the tokenizers library"
+            raise DataError("chat", found=found, rule=rule, fix="use records of the kind generation")
+        rendered = [
+            self.template(record).turns(self._where(index), record["messages"], record.get("tools"))
+            for index, record in enumerate(records)
+        ]
+        fields = self.tokenizer(
+            [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        rows = []
+        for index, (_, spans) in enumerate(rendered):
+            ids: list[int] = fields["input_ids"][index]
+            counted = mark_tokens(fields["offset_mapping"][index], spans)
+            labels = [token if mark else IGNORED for token, mark in zip(ids, counted, strict=True)]
+            if len(ids) > self.max_length:
+                self.cut += 1
+                ids, labels = ids[: self.max_length], labels[: self.max_length]
+            if all(label == IGNORED for label in labels[1:]):
+                raise DataError(
+                    self._where(index),
+                    found=f"{len(counted)} tokens, of which the first {len(ids)} have none of the assistant's",
+                    rule="a conversation must have a token of the assistant within max_length",
+                    fix="raise max_length or leave the record out",
+                )
+            rows.append(self._checked(index, {"input_ids": ids, "labels": labels}))
+        return rows
+
+    def chat_prompts(self, records: Sequence[Record], *, room: int) -> list[Example]:
+        """Return rows of conversations up to the assistant's last turn, with its beginning; see `prompts`."""
+        texts = []
+        for index, record in enumerate(records):
+            messages = record["messages"][: last_turn(record)]
+            where, tools = self._where(index), record.get("tools")
+            texts.append(self.template(record).render(where, messages, tools, prompt=True))
+        rows = []
+        for index, ids in enumerate(self._ids(texts)):
+            self.cut += len(ids) > self.max_length - room
+            rows.append(self._checked(index, {"input_ids": ids[-(self.max_length - room) :]}))
+        return rows
 
     def prompts(self, prompts: Sequence[str], *, room: int = 0) -> list[Example]:
         """Return rows of prompts only, for generation, with `room` for the tokens of an answer."""
@@ -272,6 +341,12 @@ def _continued(context: list[int], labels: list[int]) -> Example:
     return {"input_ids": context + labels, "labels": [IGNORED] * len(context) + labels}
 
 
+def last_turn(record: Record) -> int:
+    """Return the number of the assistant's last message in a conversation."""
+    messages = record["messages"]
+    return max(at for at, message in enumerate(messages) if message["role"] == "assistant")
+
+
 @dataclass(frozen=True)
 class Collator:
     """Pads rows to the longest of the batch.
@@ -339,17 +414,20 @@ def end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return _first(tokenizer.eos_token_id)
 
 
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens at which a generated answer ends: the model's own, and the tokenizer's, which is trained."""
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turns: Sequence[int | None] = ()) -> list[int]:
+    """Return the tokens at which an answer ends: the model's own, the tokenizer's, which is trained, and `turns`.
+
+    turns   the tokens that end a turn of the assistant
+    """
     own: Any = model.generation_config.eos_token_id
     ends = own if isinstance(own, list) else [own]
-    return sorted({at for at in (end_id(tokenizer), *ends) if at is not None})
+    return sorted({at for at in (end_id(tokenizer), *ends, *turns) if at is not None})
 
 
-def keep_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def keep_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turns: Sequence[int | None] = ()) -> None:
     """Write `end_ids` to the model's generation config, so that `generate` stops where a scored answer stops."""
     if model.can_generate():
-        ends = end_ids(model, tokenizer)
+        ends = end_ids(model, tokenizer, turns)
         own: Any = model.generation_config.eos_token_id
         if ends and ends not in ([own], own):
             model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends

@@ -228,8 +228,9 @@ def train(
                     shutil.rmtree(path)
     if asked.bf16 and chained:
         cast_heads(model)
-    if data.kind in ("generation", "choice"):  # an end token was trained
-        keep_end_ids(model, tokenizer)
+    if data.kind in ("generation", "choice", "chat"):  # an end token was trained
+        keep_end_ids(model, tokenizer, make.turn_ends)
+        make.keep_template()
     model.eval()
     return TrainReport(reports, time.perf_counter() - started, cut)
 

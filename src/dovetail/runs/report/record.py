@@ -17,6 +17,7 @@ from dovetail.checkpoint.footprint import Footprint
 from dovetail.errors import LoadError
 from dovetail.files import read_json, write_whole
 from dovetail.tasks.task import Task
+from dovetail.tasks.tokens import last_turn
 from dovetail.training.train import StageReport
 
 if TYPE_CHECKING:
@@ -150,6 +151,10 @@ class Example(ReportPart):
                 prompt, expected = record["prompt"], record["answer"]
             case "choice":
                 prompt, expected = record["prompt"], record["choices"][record["label"]]
+            case "chat":
+                last = last_turn(record)
+                turns = [f"{message['role']}: {message.get('content') or ''}" for message in record["messages"][:last]]
+                prompt, expected = "\n".join(turns), record["messages"][last].get("content") or ""
             case "pairs":
                 prompt, expected = "", record["good"]
             case _:

@@ -12,6 +12,7 @@ from torch import nn
 from dovetail.errors import DataError
 from dovetail.tasks.find import as_task
 from dovetail.tasks.lengths import in_evaluation, length_limit
+from dovetail.tasks.scoring.chat import score_chat
 from dovetail.tasks.scoring.classification import score_labels, score_values
 from dovetail.tasks.scoring.generation import score_generation
 from dovetail.tasks.scoring.likelihood import score_choices, score_pairs, score_text
@@ -26,6 +27,7 @@ METHODS: Mapping[str, Callable[[Runner, Sequence[Record]], Scored]] = {
     "choice": score_choices,
     "pairs": score_pairs,
     "text": score_text,
+    "chat": score_chat,
     "classification": score_labels,
     "regression": score_values,
 }
@@ -56,7 +58,8 @@ def evaluate(
                  sentence, label or value; no outputs for texts
 
     Metrics per kind: generation exact_match; choice accuracy, accuracy_norm (lm-eval's acc and acc_norm); pairs
-    accuracy; text perplexity, nats_per_token (of disjoint windows, not of rolling ones); classification accuracy,
+    accuracy; text perplexity, nats_per_token (of disjoint windows, not of rolling ones); chat the same of the
+    assistant's tokens, and exact_match of the last turn where that is the task's metric; classification accuracy,
     matthews; regression pearson, spearman.
 
     Decoder-only and encoder-decoder language models, and models with a classification or regression head, on the
@@ -77,7 +80,7 @@ def evaluate(
         for task in tasks:
             records = task.split(split)[:limit]
             length = length_limit(model, tokenizer, max_length, records)
-            runner = Runner(model, tokenizer, task.name, batch_size, length, progress)
+            runner = Runner(model, tokenizer, task.name, batch_size, length, progress, task.metric)
             found, outputs = METHODS[task.kind](runner, records)
             scores[task.name] = {**found, "n": len(records), **runner.make.say(task.name, shown=progress)}
             if on_outputs is not None:

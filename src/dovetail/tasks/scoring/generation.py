@@ -16,7 +16,7 @@ from torch import Tensor
 from dovetail.errors import DataError
 from dovetail.tasks.scoring.runner import Batch, Runner, Scored, Side
 from dovetail.tasks.task import Record
-from dovetail.tasks.tokens import end_ids, wrong_model
+from dovetail.tasks.tokens import Example, end_ids, wrong_model
 
 MORE = 4
 """Tokens that a continuation may have beyond the longest answer."""
@@ -43,18 +43,30 @@ class _Watch:
 
 def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
     """Return the greedy continuation of each record's prompt up to the end token, without special tokens."""
+    prompts = [record["prompt"] for record in records]
+    return continued(
+        runner, [record["answer"] for record in records], lambda room: runner.make.prompts(prompts, room=room)
+    )
+
+
+def continued(runner: Runner, answers: Sequence[str], rows_of: Callable[[int], list[Example]]) -> list[str]:
+    """Return the greedy continuations of rows up to the end token, without special tokens.
+
+    answers   what is expected; a continuation has a few tokens more than the longest of them, at most
+    rows_of   number of tokens to keep free for a continuation -> the rows
+    """
     from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
     model, tokenizer = runner.model, runner.tokenizer
     if not (isinstance(model, GenerationMixin) and isinstance(model, PreTrainedModel) and model.can_generate()):
         raise wrong_model(runner.name, model)
-    answers = tokenizer([record["answer"] for record in records], add_special_tokens=False)["input_ids"]
-    new_tokens = max(map(len, answers)) + MORE
+    lengths = map(len, tokenizer(list(answers), add_special_tokens=False)["input_ids"])
+    new_tokens = max(lengths) + MORE
     room = runner.max_length if runner.encoder_decoder else runner.max_length - new_tokens
     if room < 1:
         found, rule = f"an answer of {new_tokens - MORE} tokens", "prompt and answer must fit in max_length tokens"
         raise DataError(f"task {runner.name}", found=found, rule=rule, fix=f"raise max_length={runner.max_length}")
-    rows = runner.make.prompts([record["prompt"] for record in records], room=runner.max_length - room)
+    rows = rows_of(runner.max_length - room)
     generate: Callable[..., Any] = model.generate  # pyright: ignore[reportAttributeAccessIssue]
     own = model.generation_config
     # The model's own settings (sampling, penalties) are put aside: generate() would mix them into ours.
@@ -64,7 +76,7 @@ def continuations(runner: Runner, records: Sequence[Record]) -> list[str]:
         max_new_tokens=new_tokens,
         use_cache=True,
         pad_token_id=runner.pad_id,
-        eos_token_id=end_ids(model, tokenizer) or None,
+        eos_token_id=end_ids(model, tokenizer, runner.make.turn_ends) or None,
         decoder_start_token_id=own.decoder_start_token_id,
         bos_token_id=own.bos_token_id,
     )

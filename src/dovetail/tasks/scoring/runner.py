@@ -39,7 +39,7 @@ Together = Literal["all", "equal", "none"]
 
 @dataclass(frozen=True)
 class Runner:
-    """A model, its tokenizer and how to run it: rows at a time, tokens of a row, whether to show a bar."""
+    """A model, its tokenizer and how to run it: rows at a time, tokens of a row, a bar, the task's main metric."""
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
@@ -47,6 +47,7 @@ class Runner:
     batch_size: int
     max_length: int
     progress: bool
+    metric: str = ""
     _together: dict[Side, Together] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
