@@ -45,12 +45,12 @@ def test_workers_that_are_killed(url):
 
 @pytest.mark.parametrize("sampler", ["tpe", "prga"])
 def test_a_killed_worker_resumes_to_the_same_trials(tmp_path, sampler):
-    space = QuickSpace(12, seconds=0.03, sampler=sampler, objectives=("quality", "nbytes"))
+    space = QuickSpace(8, seconds=0.03, sampler=sampler, objectives=("quality", "nbytes"))
     whole = trials_of(
-        f"sqlite:///{tmp_path / 'whole.db'}", QuickSpace(12, sampler=sampler, objectives=("quality", "nbytes"))
+        f"sqlite:///{tmp_path / 'whole.db'}", QuickSpace(8, sampler=sampler, objectives=("quality", "nbytes"))
     )
     url = f"sqlite:///{tmp_path / 'killed.db'}"
-    kill_workers(url, space, workers=1, kills=3, seed=1)
+    kill_workers(url, space, workers=1, kills=2, seed=1)
     assert told(trials_of(url, space)) == told(whole)
 
 

@@ -44,11 +44,9 @@ def planned(config: Any, text: str, kind: str = "generation") -> tuple[Any, dict
 @pytest.mark.parametrize(
     ("name", "blocks", "text", "settings"),
     [
-        ("llama", 2, "lora(r=2)", PLAIN),
         ("llama", 4, "ia3", CHECKPOINTED),
         ("llama", 5, MAIN, CHECKPOINTED),
         ("llama", 6, "nf4(double=true) >> lora(r=2) >> regrid", BF16),
-        ("qwen3", 5, "dora(r=2)", PLAIN),
         ("gpt2", 6, "vera(r=2)", CHECKPOINTED),
         ("bloom", 5, "int(bits=4, group=32) >> lora(r=2) >> regrid(start=codes)", BF16),
         ("t5", 6, "lora(r=2)", PLAIN),
