@@ -15,15 +15,17 @@ from torch import Tensor
 
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.link import Quantizer, Site
+from dovetail.chains.notation import chain
 from dovetail.chains.packing import unpack
 from dovetail.chains.registry import links
 from dovetail.errors import ChainError, DovetailError
 from dovetail.links.quantize import accelerate, dynamic8, hqq, nearest
+from dovetail.links.quantize.block_float4 import E2M1, MXFP4, NVFP4
 from dovetail.links.quantize.codebook import Book
 from dovetail.links.quantize.fp8 import Float8
 from dovetail.links.quantize.hqq import HQQ
 from dovetail.links.quantize.integer import Int
-from dovetail.links.quantize.nf import FP4, NF4, Float4, NormalFloat4
+from dovetail.links.quantize.nf import FP4, NF4, Float4, NormalFloat, NormalFloat4, normal_float
 from places import GOLDEN
 
 CONFIGURATIONS: list[Quantizer] = [
@@ -36,10 +38,13 @@ CONFIGURATIONS: list[Quantizer] = [
     ),
     Float8(),
     Float8(scale="tensor"),
+    *(NormalFloat(bits=bits, block=32, double=bits == 3) for bits in (2, 3, 4, 8)),
+    MXFP4(),
+    NVFP4(),
     *(HQQ(bits=bits, group=32) for bits in (1, 2, 3, 4, 8)),
     *(HQQ(bits=bits, group=0, zero="exact") for bits in (1, 4)),
 ]
-BOOKS = [NF4, FP4]
+BOOKS = [NF4, FP4, E2M1, *map(normal_float, (2, 3, 8))]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPE = (24, 96)  # blocks of 64 straddle its rows
 
@@ -69,7 +74,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def test_every_registered_quantizer_is_tested():
     registered = {cls for cls in links().values() if issubclass(cls, Quantizer) and "quantize" in cls.__module__}
-    ours = {cls for cls in registered if cls.__module__.rsplit(".", 1)[-1] in ("integer", "nf", "fp8", "hqq")}
+    files = ("integer", "nf", "fp8", "hqq", "block_float4")
+    ours = {cls for cls in registered if cls.__module__.rsplit(".", 1)[-1] in files}
     assert ours == {type(q) for q in CONFIGURATIONS}
     assert all(cls.summary and cls.source for cls in ours)
 
@@ -146,6 +152,8 @@ def test_off_grid(quantizer: Quantizer, dtype: torch.dtype):
     if isinstance(quantizer, Int | HQQ):
         step = weight.get_buffer("scale_og").float().view(SHAPE[0], -1)[index[0], index[1] // weight.block]
         nudged[index] = (dense[index].float() + 0.4 * step).to(dtype)
+    if isinstance(quantizer, NormalFloat | MXFP4 | NVFP4):
+        nudged[index] = 2 * dense.abs().max()  # beyond the range of its block
     assert weight.off_grid(nudged) == 1
 
 
@@ -431,6 +439,54 @@ def test_golden():
         assert values(quantized).tolist() == case["values"], case["identity"]
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_nf_has_the_quantiles_of_loftq(bits: int):
+    """LoftQ's formula, which is that of bitsandbytes' `create_normal_map` for other numbers of levels."""
+    stats, half = pytest.importorskip("scipy.stats"), 2 ** (bits - 1)
+    above = stats.norm.ppf(torch.linspace(0.9677083, 0.5, half + 1, dtype=torch.float64)[:-1])
+    below = -stats.norm.ppf(torch.linspace(0.9677083, 0.5, half, dtype=torch.float64)[:-1])
+    wanted = torch.tensor(sorted([*below, 0.0, *above])) / max(above)
+    found = torch.tensor(normal_float(bits).levels, dtype=torch.float64)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6 if bits == 4 else 1e-7)
+
+
+def test_nf_of_4_bits_is_nf4():
+    weight = a_weight((24, 128))
+    for double in (False, True):
+        general, named = NormalFloat(double=double).quantize(weight), NormalFloat4(double=double).quantize(weight)
+        assert all(same_bits(tensor, named.state_dict()[name]) for name, tensor in general.state_dict().items())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_nf_costs_what_equation_9_of_qr_adaptor_says(bits: int):
+    site = Site("layer", out_features=256, in_features=1024)
+    for block in (32, 64, 256):
+        cost = 256 * 1024 * (bits + 8 / block + 32 / (block * 256))
+        assert 8 * NormalFloat(bits=bits, block=block, double=True).stored_nbytes(site) == cost + 32  # and the mean
+
+
+def test_block_floats_are_those_of_compressed_tensors():
+    for case in json.loads((GOLDEN / "block_float4.json").read_text()):
+        weight = torch.tensor(case["weight"])
+        for theirs in case["cases"]:
+            (link,) = chain(theirs["name"])
+            assert isinstance(link, MXFP4 | NVFP4)
+            quantized = link.quantize(weight)
+            codes, _ = quantized.codes_of(0, len(weight))
+            stored = quantized.get_buffer("scale").view(torch.uint8)
+            assert stored.tolist() == theirs["scale"]
+            if theirs["divisor"] is not None:
+                assert float(quantized.get_buffer("scale_divisor")) == theirs["divisor"]
+            assert torch.equal(codes[weight != 0], torch.tensor(theirs["codes"], dtype=torch.uint8)[weight != 0])
+            assert torch.equal(values(quantized), torch.tensor(theirs["values"]))
+
+
+def test_block_floats_need_whole_blocks_in_a_row():
+    with pytest.raises(ChainError, match="a block of 32 weights must lie in one row"):
+        MXFP4().check(Site("x", out_features=8, in_features=48))
+    NVFP4().check(Site("x", out_features=8, in_features=48))
+
+
 def test_hqq_is_as_near_as_the_package():
     for case in json.loads((GOLDEN / "hqq.json").read_text()):
         weight = torch.tensor(case["weight"]) * case["step"]
@@ -484,6 +540,8 @@ def test_group_must_divide():
         lambda: NormalFloat4(block=48),
         lambda: Float4(block=0),
         lambda: Float8(scale="column"),
+        lambda: NormalFloat(bits=5),
+        lambda: NormalFloat(block=48),
         lambda: HQQ(axis=0),
         lambda: HQQ(bits=5),
         lambda: HQQ(zero="nearly"),  # type: ignore[arg-type]
