@@ -12,9 +12,9 @@ Zero is a code, and a pruned weight stays zero; small negative weights have the 
 Source: OCP Microscaling Formats (MX) v1.0, §5.2, §6.3; NVIDIA's NVFP4. Codes and scales equal those of
 compressed-tensors for a float32 weight. MX proposes the exponent of max|w| itself; compressed-tensors rounds it up from
 1.75, where most of the range would be clipped. A block of nvfp4 whose scale underflows e4m3 has 0.125.
-Trade-off: mxfp4 is smaller than nf4 and has a larger error (11.2% and 9.2% of a normal weight's norm), since its scale is
-a power of two; nvfp4 (9.5%) has the size of nf4. Both have arithmetic in hardware. Size: 4 + 8/32 = 4.25 and 4 + 8/16 = 4.5 bits per
-weight.
+Trade-off: mxfp4 is smaller than nf4 and has a larger error (11.2% and 9.2% of a normal weight's norm), since its scale
+is a power of two; nvfp4 (9.5%) has the size of nf4. Both have arithmetic in hardware.
+Size: 4 + 8/32 = 4.25 and 4 + 8/16 = 4.5 bits per weight.
 """
 
 from __future__ import annotations

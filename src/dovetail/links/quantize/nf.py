@@ -19,9 +19,9 @@ case: blocks with a scale below 2^-116 are exactly zero.
 
 Source: Dettmers et al. 2023 (QLoRA, arXiv:2305.14314), §3 and appendix E; the layout is that of bitsandbytes.
 Trade-off: nf4 has the error of asymmetric `int(bits=4)` at group 64 (9.2% and 9.1% of a normal weight's norm), and less
-than the symmetric one (10.3%). With `double=True` it is the smallest of them, but it has no integer arithmetic and no
-other width. At 2 and 3 bits,
-nf (56.3% and 20.2%) is behind `int` (45.7% and 19.5%). The error of fp4 is larger (12.2%); it exists for checkpoints that use it.
+than the symmetric one (10.3%). With `double=True` it is the smallest of them, but it has no integer arithmetic. At 2
+and 3 bits nf (56.3% and 20.2%) is behind `int` (45.7% and 19.5%). The error of fp4 is larger (12.2%); it exists for
+checkpoints that use it.
 Size: bits + 32/block bits per weight (4.5 at 4 bits, block 64); with double=True b0 + b1/B0 + b2/(B0 B1), with
 b0 = bits, b1 = 8, b2 = 32, B0 = block, B1 = 256 (QR-Adaptor eq. 9; 4.127), and 32 bits per matrix for their mean.
 """
