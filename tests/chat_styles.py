@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
 from small_tokenizers import TOKENIZERS
 
 CHATML = (
@@ -94,7 +92,7 @@ STYLES = {
 }
 
 
-def tokenizer_of(style: Style, kind: str | None = None) -> PreTrainedTokenizerFast:
+def tokenizer_of(style: Style, kind: str | None = None) -> Any:
     """Return a tokenizer with the template and the special tokens of a style."""
     tokenizer = TOKENIZERS[kind or style.kind]()
     more: Any = {"additional_special_tokens": list(style.tokens)}

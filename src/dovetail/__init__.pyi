@@ -27,6 +27,7 @@ from .searches import SearchReport as SearchReport
 from .searches import search as search
 from .searches import search_ranks as search_ranks
 from .studies.runner import study as study
+from .tasks.find import load_data as load_data
 from .tasks.scoring import evaluate as evaluate
 from .tasks.task import Task as Task
 from .training.train import TrainReport as TrainReport

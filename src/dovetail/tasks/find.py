@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import pydantic
 
 from dovetail.errors import DataError
+from dovetail.files import refusal
 from dovetail.progress import note
 from dovetail.tasks import playground
 from dovetail.tasks.files import Row, read_rows, typed
+from dovetail.tasks.formats import FORMATS, detect, read_record
 from dovetail.tasks.spec import Data
 from dovetail.tasks.task import FIELDS, METRICS, OPTIONAL, Record, Task, check_labels, check_record
+from dovetail.tasks.tokens import RowMaker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_LABELS = 1000
 """The most labels that are taken from the records: a larger one is rather a mistake, unless num_labels says so."""
@@ -64,14 +74,90 @@ def load_task(data: Data) -> Task:
         task = playground.task(data.task)
         splits = {split: records[: data.limit.of(split)] for split, records in task.splits.items()}
         return Task(task.name, task.kind, task.metric, splits)
-    assert data.kind is not None
-    assert data.metric is not None
-    columns = {name: data.fields.get(name, name) for name in (*FIELDS[data.kind], "pair")}
-    splits = {
-        split: read_records(path, data.kind, columns, pair="pair" in data.fields, limit=data.limit.of(split))
-        for split, path in data.files.items()
+    if data.kind is None:
+        kind, splits = _formatted(data)
+    else:
+        kind = data.kind
+        columns = {name: data.fields.get(name, name) for name in (*FIELDS[kind], "pair")}
+        splits = {
+            split: read_records(path, kind, columns, pair="pair" in data.fields, limit=data.limit.of(split))
+            for split, path in data.files.items()
+        }
+    if data.split is not None:
+        splits |= _parted(splits["train"], data.split, data.seed)
+    return Task(data.name or "data", kind, data.metric or METRICS[kind][0], splits)
+
+
+def load_data(
+    file: str | Path | Mapping[str, str | Path],
+    format: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **more: Any,
+) -> Task:
+    """Return the records of a data file as a task, for `dovetail.train` and `dovetail.evaluate`.
+
+    file       of the split "train": JSON Lines, a JSON array, CSV, TSV or Parquet, gzipped text, or a folder of files;
+               or split ("train", "validation", "test") -> file
+    format     alpaca, chat, sharegpt, prompt_completion, preference, generation, choice, pairs, text or labels; by
+               default found by the columns of the first row, and said in one line
+    tokenizer  makes the first record of each split into tokens at once, to show that its chat template can render them
+    more       further keys of the `data` part of a recipe: template, fields, split=0.1, seed, name, metric, limit
+
+    Raises DataError that names the file and the line.
+    """
+    paths = dict(file) if isinstance(file, Mapping) else {"train": file}
+    settings = {**{split: Path(path) for split, path in paths.items()}, "format": format, **more}
+    try:
+        data = Data.model_validate(settings)
+    except pydantic.ValidationError as error:
+        raise refusal(
+            "load_data", error, kind=DataError, keys=lambda _: ("load_data", list(Data.model_fields))
+        ) from None
+    task = load_task(data)
+    if tokenizer is not None:
+        make = RowMaker(tokenizer, encoder_decoder=False, max_length=1 << 30)
+        for records in task.splits.values():
+            make.examples(task.kind, records[:1])
+    return task
+
+
+def _formatted(data: Data) -> tuple[str, dict[str, list[Record]]]:
+    """Return the kind and the splits of files in a format, which the first row tells where no format is named."""
+    name, splits = data.format, {}
+    for split, path in data.files.items():
+        records: list[Record] = []
+        unread: dict[str, None] = {}
+        for row in islice(read_rows(path), data.limit.of(split)):
+            if name is None:
+                name = detect(row, data.fields)
+                more = "; the rejected answers are not used" if name == "preference" else ""
+                _say(f"{path}: the columns are those of the format {name} (`format: {name}` names it){more}")
+            record, others = read_record(name, row, data.fields)
+            unread.update(dict.fromkeys(others))
+            if data.template is not None:
+                record = {**record, "template": data.template}
+            # Integer labels are also values; which they are is known after the last row.
+            check_record(row.where, "regression" if name == "labels" else FORMATS[name].kind, record)
+            records.append(record)
+        splits[split] = _finished(path, records, unread)
+    assert name is not None
+    kind = FORMATS[name].kind
+    if name == "labels" and any(isinstance(r["label"], float) for records in splits.values() for r in records):
+        kind = "regression"
+    return kind, splits
+
+
+def _parted(records: Sequence[Record], share: float, seed: int) -> dict[str, list[Record]]:
+    """Return the train and validation splits of records, each in their order; at least one record in each."""
+    number = min(max(1, round(share * len(records))), len(records) - 1)
+    if number < 1:
+        rule, fix = "a file that is split must have at least two records", "add records, or name a validation file"
+        raise DataError(f"split: {share}", found="one record", rule=rule, fix=fix)
+    drawn = set(Random(f"split {seed}").sample(range(len(records)), number))
+    return {
+        "train": [record for at, record in enumerate(records) if at not in drawn],
+        "validation": [record for at, record in enumerate(records) if at in drawn],
     }
-    return Task(data.name or "data", data.kind, data.metric, splits)
 
 
 def read_records(
@@ -91,6 +177,11 @@ def read_records(
         record, others = _record(row, kind, columns, pair)
         records.append(record)
         unread.update(dict.fromkeys(others))
+    return _finished(path, records, unread)
+
+
+def _finished(path: Path, records: list[Record], unread: Mapping[str, None]) -> list[Record]:
+    """Return the records of a split; name the columns that were not read, or raise DataError where there are none."""
     if not records:
         rule = "a split must contain at least one record"
         found = "no records" + (" in the files of this directory" if path.is_dir() else "")

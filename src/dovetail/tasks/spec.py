@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from dovetail.tasks.formats import FORMATS
 from dovetail.tasks.task import FIELDS, METRICS
+from dovetail.tasks.templates import TEMPLATES
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -44,9 +46,13 @@ class Data(Part):
 
     task                     name of a task of the playground; then nothing else but `limit`
     name                     shown in tables; the folder's name when not given
-    train, validation, test  files, relative to the recipe
-    kind, metric             `dovetail.tasks`; metric: the kind's first when not given
-    fields                   the task's field -> the file's column, where they differ
+    train, validation, test  files or folders, relative to the recipe
+    format                   `dovetail.tasks.formats`; found by the columns of the first row when not given
+    kind                     in place of a format: the columns are the fields of a record of this kind
+    metric                   the kind's first when not given
+    template                 of conversations (`dovetail.tasks.templates`); the tokenizer's own when not given
+    fields                   the field of the format or kind -> the file's column, where they differ
+    split, seed              the share of the train file, drawn by `seed`, that becomes the validation split
     num_labels               of a classification; as many as the records have when not given
     limit                    split -> only its first so many records
     """
@@ -56,6 +62,10 @@ class Data(Part):
     train: Path | None = None
     validation: Path | None = None
     test: Path | None = None
+    format: str | None = None
+    template: str | None = None
+    split: Annotated[float, Field(gt=0, lt=1)] | None = None
+    seed: int = 0
     kind: Literal["generation", "choice", "pairs", "text", "classification", "regression"] | None = None
     metric: str | None = None
     fields: dict[str, str] = {}
@@ -82,8 +92,16 @@ class Data(Part):
             return self
         if not self.files:
             raise ValueError("name a playground task (task: word_problems), or files (train: train.jsonl, ...)")
+        for name, value, known in (("format", self.format, FORMATS), ("template", self.template, TEMPLATES)):
+            if value is not None and value not in known:
+                raise ValueError(f"the {name} must be one of " + ", ".join(known))
+        if self.split is not None and (self.train is None or self.validation is not None):
+            raise ValueError("split needs a train file and no validation file")
         if self.kind is None:
-            raise ValueError("files need a kind: " + ", ".join(FIELDS))
+            self._check_format()
+            return self
+        if self.format is not None or self.template is not None:
+            raise ValueError("a kind takes no format and no template: name a kind or a format")
         if self.metric is not None and self.metric not in METRICS[self.kind]:
             raise ValueError(f"the metric of a {self.kind} task must be " + " or ".join(METRICS[self.kind]))
         known = [*FIELDS[self.kind], *(["pair"] if self.kind in ("classification", "regression") else [])]
@@ -92,14 +110,23 @@ class Data(Part):
                 raise ValueError(f"a {self.kind} record has no field {name!r}; it has " + ", ".join(known))
         return self
 
+    def _check_format(self) -> None:
+        if self.format is None:
+            return
+        form = FORMATS[self.format]
+        for name in self.fields:
+            if name not in (known := (*form.fields, *form.optional)):
+                raise ValueError(f"the format {self.format} has no field {name!r}; it has " + ", ".join(known))
+        if self.template is not None and form.kind != "chat":
+            raise ValueError(f"the format {self.format} has no conversations, which a template renders")
+
 
 def at_folder(data: Data, folder: Path) -> Data:
     """Make paths absolute, relative ones from `folder`, and fill in what has a default."""
-    if data.task is not None or data.kind is None:
+    if data.task is not None:
         return data
     paths = {split: (folder / path.expanduser()).resolve() for split, path in data.files.items()}
-    update = {
-        "name": data.name or next(iter(paths.values())).parent.name,
-        "metric": data.metric or METRICS[data.kind][0],
-    }
+    update: dict[str, Any] = {"name": data.name or next(iter(paths.values())).parent.name}
+    if data.kind is not None:
+        update["metric"] = data.metric or METRICS[data.kind][0]
     return data.model_copy(update={**paths, **update})

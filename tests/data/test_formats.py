@@ -1,0 +1,342 @@
+"""Files in the shapes that other tools document go in unchanged; what is unknown is refused by name."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import dovetail
+from chat_styles import STYLES, tokenizer_of
+from dovetail.errors import DataError, RecipeError
+from dovetail.runs.recipe import Recipe
+from dovetail.tasks.find import load_data, load_task
+from dovetail.tasks.formats import FORMATS, PAIRS
+from small_tokenizers import TOKENIZERS
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> dict[str, Any]:
+    return {"role": "system", "content": text}
+
+
+TOOL = {"name": "weather", "description": "the weather", "parameters": {"type": "object", "properties": {}}}
+WRAPPED = {"type": "function", "function": TOOL}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Kyoto"}}}
+
+DOCUMENTED: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]]]] = {
+    # row, format, messages
+    "LLaMA-Factory: alpaca": (
+        {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be kind.", "history": [["Hi", "Hello"]]},
+        "alpaca",
+        [system("Be kind."), user("Hi"), said("Hello"),
+         {**user("Add.\n1 2"), "instruction": "Add.", "input": "1 2"}, said("3")],
+    ),
+    "LLaMA-Factory: alpaca, empty fields": (
+        {"instruction": "Add.", "input": "", "output": "3", "system": "", "history": []}, "alpaca",
+        [user("Add."), said("3")],
+    ),
+    "LLaMA-Factory: alpaca preference": (
+        {"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4"}, "preference",
+        [user("Add.\n1 2"), said("3")],
+    ),
+    "LLaMA-Factory: sharegpt": (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "c", "tools": ""},
+        "sharegpt", [system("c"), user("a"), said("b")],
+    ),
+    "LLaMA-Factory: sharegpt with tools": (
+        {"conversations": [
+            {"from": "human", "value": "a"},
+            {"from": "function_call", "value": json.dumps(CALL["function"])},
+            {"from": "observation", "value": "rain"}, {"from": "gpt", "value": "It rains."},
+        ], "tools": json.dumps([TOOL])},
+        "sharegpt",
+        [user("a"), {**said(""), "tool_calls": [CALL]}, {"role": "tool", "content": "rain"}, said("It rains.")],
+    ),
+    "LLaMA-Factory: sharegpt preference": (
+        {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "b"},
+         "rejected": {"from": "gpt", "value": "c"}},
+        "preference", [user("a"), said("b")],
+    ),
+    "LLaMA-Factory: openai": (
+        {"messages": [system("c"), user("a"), said("b")]}, "chat", [system("c"), user("a"), said("b")],
+    ),
+    "axolotl: alpaca": ({"instruction": "a", "input": "", "output": "b"}, "alpaca", [user("a"), said("b")]),
+    "axolotl: gpteacher": ({"instruction": "a", "input": "", "response": "b"}, "alpaca", [user("a"), said("b")]),
+    "axolotl: oasst": ({"INSTRUCTION": "a", "RESPONSE": "b"}, "alpaca", [user("a"), said("b")]),
+    "axolotl: jeopardy": (
+        {"question": "a", "category": "c", "answer": "b"}, "prompt_completion", [user("a"), said("b")],
+    ),
+    "axolotl: open_orca": (
+        {"system_prompt": "c", "question": "a", "response": "b"}, "prompt_completion",
+        [system("c"), user("a"), said("b")],
+    ),
+    "axolotl: context_qa": (
+        {"article": "c", "question": "a", "answer": "b"}, "prompt_completion", [user("c\n\na"), said("b")],
+    ),
+    "axolotl: metharme": ({"prompt": "a", "generation": "b"}, "prompt_completion", [user("a"), said("b")]),
+    "axolotl: pygmalion": (
+        {"conversations": [{"role": "user", "value": "a"}, {"role": "assistant", "value": "b"}]}, "sharegpt",
+        [user("a"), said("b")],
+    ),
+    "axolotl: chat_template": (
+        {"conversations": [user("a"), said("b")]}, "sharegpt", [user("a"), said("b")],
+    ),
+    "axolotl: control over turns": (
+        {"conversations": [
+            {"from": "system", "value": "You are an AI assistant.", "train": False},
+            {"from": "human", "value": "Hello", "train": False},
+            {"from": "assistant", "value": "Hello", "train": False},
+            {"from": "human", "value": "How are you?", "train": True},
+            {"from": "assistant", "value": "Well.", "train_detail": [{"begin_offset": 0, "end_offset": 5}]},
+        ]},
+        "sharegpt",
+        [system("You are an AI assistant."), user("Hello"), {**said("Hello"), "train": False}, user("How are you?"),
+         said("Well.")],
+    ),
+    "axolotl: argilla": (
+        {"system": "c", "instruction": "a", "chosen_response": "b", "rejected_response": "d"}, "preference",
+        [system("c"), user("a"), said("b")],
+    ),
+    "axolotl: argilla_chat": (
+        {"chosen": [user("a"), said("b")], "rejected": [user("a"), said("c")]}, "preference", [user("a"), said("b")],
+    ),
+    "axolotl: icr": ({"input": "a", "chosen": "b", "rejected": "c"}, "preference", [user("a"), said("b")]),
+    "axolotl: intel": (
+        {"system": "c", "question": "a", "chosen": "b", "rejected": "d"}, "preference",
+        [system("c"), user("a"), said("b")],
+    ),
+    "axolotl: ultra": (
+        {"prompt": "a", "chosen": [user("a"), said("b")], "rejected": [user("a"), said("c")]}, "preference",
+        [user("a"), said("b")],
+    ),
+    "axolotl: chat_template.default": (
+        {"messages": [system("c"), user("a")], "chosen": said("b"), "rejected": said("d")}, "preference",
+        [system("c"), user("a"), said("b")],
+    ),
+    "TRL: conversational prompt and completion": (
+        {"prompt": [user("a")], "completion": [said("b")]}, "prompt_completion", [user("a"), said("b")],
+    ),
+    "hh-rlhf": (
+        {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\nd\n\nAssistant: e", "rejected": "..."}, "preference",
+        [user("a"), said("b"), user("c\nd"), said("e")],
+    ),
+    "dolly": (
+        {"instruction": "a", "context": "c", "response": "b", "category": "d"}, "alpaca",
+        [{**user("a\nc"), "instruction": "a", "input": "c"}, said("b")],
+    ),
+    "parts of messages": (
+        {"messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, said("c"),
+        ]},
+        "chat", [user("ab"), said("c")],
+    ),
+    "an answer of JSON": (
+        {"prompt": "a", "completion": '[{"name": "b"}]'}, "prompt_completion", [user("a"), said('[{"name": "b"}]')],
+    ),
+}  # fmt: skip
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("what", DOCUMENTED)
+def test_documented_shapes_go_in_unchanged(what: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    row, name, messages = DOCUMENTED[what]
+    path = write(tmp_path / "data.jsonl", row, row)
+    task = load_data(path)
+    assert task.kind == "chat"
+    assert [record["messages"] for record in task.split("train")] == [messages, messages]
+    assert f"{path}: the columns are those of the format {name} " in capfd.readouterr().err
+    assert load_data(path, name).splits == task.splits
+    if what == "LLaMA-Factory: sharegpt with tools":
+        assert task.split("train")[0]["tools"] == [WRAPPED]
+    style = STYLES["tools" if "tools" in what else "ChatML"]
+    load_data(path, tokenizer=tokenizer_of(style))
+
+
+@pytest.mark.parametrize(("prompt", "completion"), PAIRS)
+def test_pairs_of_names(prompt: str, completion: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", {prompt: "a", completion: "b"})
+    assert load_data(path).split("train") == [{"messages": [user("a"), said("b")]}]
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "text": ({"text": "a"}, "text", {"text": "a"}),
+    "generation": ({"prompt": "a", "answer": " b"}, "generation", {"prompt": "a", "answer": " b"}),
+    "pairs": ({"good": "a", "bad": "b"}, "pairs", {"good": "a", "bad": "b"}),
+    "choice": (
+        {"question": "a", "choices": ["b", "c"], "answer": 1}, "choice",
+        {"prompt": "a", "choices": [" b", " c"], "label": 1},
+    ),
+    "labels": ({"text": "a", "label": 1}, "classification", {"text": "a", "label": 1}),
+    "values": (
+        {"sentence1": "a", "sentence2": "b", "label": 0.5}, "regression", {"text": "a", "pair": "b", "label": 0.5},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_kinds(name: str, ending: str, tmp_path: Path) -> None:
+    row, kind, record = OTHERS[name]
+    path = tmp_path / f"data.{ending}"
+    if ending == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            writer.writeheader()
+            writer.writerow({name: json.dumps(v) if isinstance(v, list) else v for name, v in row.items()})
+    elif ending == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    else:
+        write(path, row)
+    task = load_data(path)
+    assert task.kind == kind
+    assert task.split("train") == [record]
+
+
+def test_conversations_in_csv_and_parquet(tmp_path: Path) -> None:
+    messages = [user("a"), {**said("b"), "tool_calls": None}]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages", "id"], [json.dumps(messages), "7"]])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        assert load_data(tmp_path / name).split("train") == [{"messages": [user("a"), said("b")]}]
+
+
+REFUSED: dict[str, tuple[list[dict[str, Any]], str, str]] = {
+    # rows, format, what the message says
+    "unknown columns": ([{"a": 1, "b": 2}], "", "columns a, b"),
+    "two formats": ([{"text": "a", "messages": []}], "", "which are those of chat and of text"),
+    "two answers": ([{"instruction": "a", "output": "b", "response": "c"}], "", "output: response}"),
+    "two contexts": ([{"instruction": "a", "output": "b", "input": "c", "context": "d"}], "", "{input: context}"),
+    "another format": ([{"text": "a"}], "alpaca", "must have (instruction, output) or"),
+    "a null": ([{"instruction": None, "output": "b"}], "", "null in column 'instruction'"),
+    "a number": ([{"instruction": "a", "output": 3}], "", "content=3"),
+    "a label as text": ([{"text": "a", "label": "1"}], "", "label='1'"),
+    "a list as a text": ([{"messages": "hello"}], "", "which is no list"),
+    "an unknown role": ([{"conversations": [{"from": "alien", "value": "a"}]}], "", "role 'alien'; known are"),
+    "no role": ([{"messages": [{"content": "a"}]}], "", "role None"),
+    "both keys": ([{"messages": [{"role": "user", "from": "human", "content": "a"}]}], "", "both role and from"),
+    "an image": ([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], "", "that is no text"),
+    "no answer": ([{"messages": [user("a")]}], "", "none of them a turn of the assistant"),
+    "a call in words": ([{"conversations": [{"from": "function_call", "value": "weather"}]}], "", "a function_call"),
+    "tools in words": ([{"messages": [user("a"), said("b")], "tools": "weather"}], "", "no list of mappings"),
+    "half a transcript": ([{"chosen": "b", "rejected": "c"}], "", "no prompt, and a chosen answer"),
+    "half a history": ([{"instruction": "a", "output": "b", "history": [["a"]]}], "", "in place of [instruction"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_rows_are_named(what: str, tmp_path: Path) -> None:
+    rows, name, message = REFUSED[what]
+    path = write(tmp_path / "data.jsonl", *rows)
+    with pytest.raises(DataError) as refused:
+        load_data(path, name or None)
+    assert message in str(refused.value)
+    assert refused.value.where.startswith(f"{path}, line 1")
+    assert refused.value.fix
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
+def test_a_missing_field_in_the_10000th_record(ending: str, tmp_path: Path) -> None:
+    good, bad = {"instruction": "a", "output": "b"}, {"instruction": "a", "output": None}
+    path, rows = tmp_path / f"data.{ending}", [good] * 9_999 + [bad, good]
+    if ending == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif ending == "json":
+        path.write_text(json.dumps([*rows[:-2], {"instruction": "a"}, good]))
+    else:
+        write(path, *rows[:-2], {"instruction": "a"}, good)
+    place = {"jsonl": "line 10000", "json": "record 10000 (line 1)", "parquet": "row 10000"}[ending]
+    with pytest.raises(DataError) as refused:
+        load_data(path)
+    assert refused.value.where == f"{path}, {place}"
+
+
+def test_an_optional_column_may_begin_later(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "data.jsonl",
+        {"instruction": "a", "output": "b"},
+        {"instruction": "a", "output": "b", "input": "c"},
+    )
+    assert load_data(path).split("train")[1]["messages"][0]["content"] == "a\nc"
+
+
+def test_what_nothing_reads_is_named_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    messages = [{**user("a"), "mood": "good"}, said("b")]
+    path = write(tmp_path / "data.jsonl", *[{"messages": messages, "id": 1, "source": "x"}] * 3)
+    load_data(path)
+    load_data(path)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "no field reads" in line]
+    assert lines == [f"note: {path}: columns that no field reads: id, source, messages.mood"]
+
+
+def test_renamed_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", {"ask": "a", "reply": "b", "output": "not this"})
+    fields = {"instruction": "ask", "output": "reply"}
+    assert load_data(path, "alpaca", fields=fields).split("train") == [{"messages": [user("a"), said("b")]}]
+    with pytest.raises(DataError, match="column 'asked', which data"):
+        load_data(path, "alpaca", fields={**fields, "instruction": "asked"})
+    with pytest.raises(DataError, match="the format alpaca has no field 'ask'"):
+        load_data(path, "alpaca", fields={"ask": "ask"})
+    with pytest.raises(DataError, match="the format must be one of alpaca"):
+        load_data(path, "poems")
+    with pytest.raises(DataError, match="did you mean template"):
+        load_data(path, templat="plain")
+
+
+def test_a_share_becomes_the_validation_split(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", *[{"text": f"text {number}"} for number in range(50)])
+    task = load_data(path, split=0.1)
+    train, validation = task.split("train"), task.split("validation")
+    assert (len(train), len(validation)) == (45, 5)
+    assert sorted((*train, *validation), key=str) == sorted(load_data(path).split("train"), key=str)
+    assert load_data(path, split=0.1).splits == task.splits
+    assert load_data(path, split=0.1, seed=1).splits != task.splits
+    assert len(load_data(path, split=0.001).split("validation")) == 1
+    with pytest.raises(DataError, match="at least two records"):
+        load_data(write(tmp_path / "one.jsonl", {"text": "a"}), split=0.5)
+
+
+def test_a_recipe_names_format_template_and_share(tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", *[{"question": "a", "answer": str(number)} for number in range(4)])
+    data = {"train": "data.jsonl", "format": "prompt_completion", "template": "plain", "split": 0.25}
+    recipe = Recipe.parse({"model": "playground", "chain": "lora(r=4)", "data": data}, folder=tmp_path)
+    task = load_task(recipe.data)
+    assert (task.kind, task.metric, recipe.evaluate.split) == ("chat", "perplexity", "validation")
+    assert all(record["template"] == "plain" for record in task.split("validation"))
+    with pytest.raises(RecipeError, match="has no conversations"):
+        Recipe.parse({"model": "playground", "chain": "lora(r=4)", "data": data | {"format": "text"}}, folder=tmp_path)
+    with pytest.raises(DataError, match="format labels"):
+        load_data(tmp_path / "data.jsonl", "labels")
+
+
+def test_load_data_checks_the_template(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", {"messages": [system("c"), user("a"), said("b")]})
+    load_data(path, tokenizer=tokenizer_of(STYLES["Llama 3"]))
+    with pytest.raises(DataError, match="System role not supported"):
+        load_data(path, tokenizer=tokenizer_of(STYLES["Gemma"]))
+    load_data(path, tokenizer=tokenizer_of(STYLES["Gemma"]), template="plain")
+    load_data(path, tokenizer=TOKENIZERS["bytes_bpe"]())
+    assert dovetail.load_data is load_data
+
+
+def test_each_format_has_its_kind() -> None:
+    assert {form.kind for form in FORMATS.values()} == {
+        "chat", "generation", "choice", "pairs", "text", "classification",
+    }  # fmt: skip
