@@ -165,7 +165,7 @@ def draw(found: dict[str, dict[str, list[float]]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7.5, 4), layout="constrained")
     for place, (name, rows) in enumerate(found.items()):
         values = np.array(list(rows.values()))
         error = 1.96 * values.std(0, ddof=1) / len(values) ** 0.5
@@ -173,7 +173,7 @@ def draw(found: dict[str, dict[str, list[float]]], path: Path) -> None:
         axes.errorbar(TRIALS, values.mean(0), yerr=error, label=name, capsize=2, **style)
     axes.set_xlabel("trials")
     axes.set_ylabel("share of the ideal hypervolume")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
 
 
