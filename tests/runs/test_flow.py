@@ -32,7 +32,7 @@ from small_runs import MAIN, save_labels, save_model, small_recipe
 
 FIELDS = {
     "chain", "layers", "model", "seed", "stages", "merge", "footprint", "peak_memory_nbytes", "seconds", "environment",
-    "task", "examples", "verdict", "training", "checkpoint", "packed", "search", "identity",
+    "task", "examples", "verdict", "training", "checkpoint", "packed", "search", "identity", "rendered",
 }  # fmt: skip
 
 
@@ -62,6 +62,8 @@ def test_a_run_directory(finished):
     assert [path.name for path in folder.parent.iterdir()] == ["run"]
     written = json.loads((folder / "report.json").read_text())
     assert set(written) == FIELDS
+    assert [counted for _, counted in written["rendered"]] == [False, True]
+    assert "<mark>" in (folder / "report.html").read_text()
     assert all(set(row) == {"name", "metrics", "footprint", "seconds"} for row in written["stages"])
     assert [row["name"] for row in written["stages"]] == seen
     footprints = {row["name"]: row["footprint"] for row in written["stages"]}

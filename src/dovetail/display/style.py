@@ -85,6 +85,7 @@ circle.validation { fill: var(--pruner); }
 .example .text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .87rem; max-height: 16rem;
   overflow-y: auto; }
 .outputs { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .4rem 1rem; margin-top: .5rem; }
+mark { background: none; color: var(--accent); font-weight: 600; }
 .right { color: var(--accent); font-weight: 600; }
 @media (max-width: 40rem) {
   main { padding: 1.5rem .8rem 3rem; } section { padding: 1.1rem 1rem; } .tick { font-size: 22px; }

@@ -120,6 +120,7 @@ def run(
             environment=environment(model),
             identity=identity,
             search=searched,
+            rendered=[] if trained is None else trained.rendered,
             examples=rows.examples(),
         )
         report.save(folder.path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 Example = dict[str, Any]
 """One row before padding: input_ids, and where there is a loss labels, lists of ints; or a label, int or float."""
 
+MAX_STRETCH = 400
+"""Characters of a stretch of tokens that `rendered` shows."""
 IGNORED = -100
 """The label of a token that the loss and the scores leave out."""
 
@@ -339,6 +342,26 @@ class RowMaker:
 def _continued(context: list[int], labels: list[int]) -> Example:
     """Return a row for a decoder, labels on what follows the context."""
     return {"input_ids": context + labels, "labels": [IGNORED] * len(context) + labels}
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, row: Example) -> list[tuple[str, bool]]:
+    """Return a training row as text: stretches of tokens, and whether the loss counts them; [] for a row with a label.
+
+    Long stretches are shortened in the middle. Of an encoder-decoder, the encoder's tokens come first.
+    """
+    ids, labels = row["input_ids"], row["labels"]
+    if not isinstance(labels, list):
+        return []
+    tokens = list(zip(ids, [label != IGNORED for label in labels], strict=True)) if len(ids) == len(labels) else None
+    if tokens is None or any(counted and ids[at] != labels[at] for at, (_, counted) in enumerate(tokens)):
+        tokens = [(token, False) for token in ids] + [(token, True) for token in labels]
+    stretches = []
+    for counted, group in groupby(tokens, key=lambda token: token[1]):
+        text = str(tokenizer.decode([token for token, _ in group]))
+        if len(text) > MAX_STRETCH:
+            text = f"{text[: MAX_STRETCH // 2]} … {text[-MAX_STRETCH // 2 :]}"
+        stretches.append((text, counted))
+    return stretches
 
 
 def last_turn(record: Record) -> int:

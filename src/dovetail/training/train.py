@@ -27,11 +27,21 @@ from dovetail.compression.apply import advance
 from dovetail.compression.calibration import calibration_batches, checked
 from dovetail.errors import TrainError
 from dovetail.files import read_json, write_whole
+from dovetail.progress import note
 from dovetail.tasks.find import as_task
 from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Record, Task
-from dovetail.tasks.tokens import Collator, Example, RowMaker, check_model, keep_end_ids, pad_id, vocabulary_of
+from dovetail.tasks.tokens import (
+    Collator,
+    Example,
+    RowMaker,
+    check_model,
+    keep_end_ids,
+    pad_id,
+    rendered,
+    vocabulary_of,
+)
 from dovetail.training import checkpoints
 from dovetail.training.identity import batches_identity, model_identity, records_identity, tokenizer_identity
 from dovetail.training.optimizer import (
@@ -93,11 +103,13 @@ class TrainReport:
     stages    in order
     seconds   in total, including merging, pruning and quantizing between the stages
     cut       number of training records whose prompt or text was cut to max_length or to the model's limit
+    rendered  the first training row as text: stretches, and whether the loss counts them; [] for a task with labels
     """
 
     stages: list[StageReport]
     seconds: float
     cut: int = 0
+    rendered: list[tuple[str, bool]] = field(default_factory=list)
 
     @property
     def peak_memory_nbytes(self) -> int:
@@ -158,6 +170,10 @@ def train(
     data = as_task(data)
     rows, make = _rows(model, tokenizer, data, "train", asked)
     cut = make.say(f"train {data.name}", shown=progress).get("cut", 0)
+    shown = rendered(tokenizer, rows[0])
+    if shown:
+        text = "".join(f"⟦{part}⟧" if counted else part for part, counted in shown)
+        note(f"train {data.name}: the first row; the loss counts the tokens between ⟦ and ⟧\n{text}", shown=progress)
     chained = bool(chain_layers(model))
     stages = 1 + applied(model).stages_left if chained else 1
     if stages == 1 and not trained_parts(model):
@@ -232,7 +248,7 @@ def train(
         keep_end_ids(model, tokenizer, make.turn_ends)
         make.keep_template()
     model.eval()
-    return TrainReport(reports, time.perf_counter() - started, cut)
+    return TrainReport(reports, time.perf_counter() - started, cut, shown)
 
 
 def _rows(

@@ -34,6 +34,7 @@ def page(report: Report, recipe: Recipe) -> str:
         section("Examples", _examples(report)) if report.examples else "",
         section("Merge", _merge(report)),
         section("Training", curves + _rates(report)) if curves else "",
+        section("First training row", _rendered(report)) if report.rendered else "",
         section("Run", definitions(_facts(report))),
         section("Recipe", f"<pre>{escape(text)}</pre>"),
     ]
@@ -162,6 +163,12 @@ def _example(example: Example) -> str:
     )
     prompt = f'<div class="text">{escape(example.prompt)}</div>'
     return f'<div class="example">{prompt}\n<div class="outputs">{columns}</div></div>'
+
+
+def _rendered(report: Report) -> str:
+    parts = (f"<mark>{escape(text)}</mark>" if counted else escape(text) for text, counted in report.rendered)
+    note = '<p class="note">The loss counts the marked tokens.</p>'
+    return f'<div class="example"><div class="text">{"".join(parts)}</div></div>\n{note}'
 
 
 def _merge(report: Report) -> str:

@@ -222,6 +222,7 @@ class Report(ReportPart):
     seconds             of the whole run
     packed              None where nothing was pruned or quantized, or base and adapter were kept apart
     search              where the recipe asks for one
+    rendered            the first training row as text: stretches, and whether the loss counts them
     examples            the first records of the scored split, before and after tuning
     identity            digests of the model, the tokenizer and the data; {} in reports of earlier versions
     """
@@ -242,6 +243,7 @@ class Report(ReportPart):
     packed: Packed | None = None
     environment: dict[str, str]
     search: Searched | None = None
+    rendered: list[tuple[str, bool]] = []
     examples: list[Example] = []
     identity: dict[str, str] = {}
 
