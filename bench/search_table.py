@@ -48,7 +48,8 @@ from dovetail.searches.scores import entropy, gradient_scores
 from dovetail.searches.trial import Workbench, copied
 from dovetail.tasks.find import load_task
 from dovetail.tasks.lengths import in_evaluation
-from dovetail.tasks.tokens import IGNORED, Collator, Example, RowMaker, pad_id, vocabulary_of
+from dovetail.tasks.tokens import IGNORED, Collator, Example, RowMaker
+from dovetail.tasks.vocabulary import pad_id, vocabulary_of
 from dovetail.training.train import train
 
 RESULTS = Path(__file__).parent / "results"

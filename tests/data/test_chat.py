@@ -96,6 +96,12 @@ def test_what_a_template_leaves_out_is_refused() -> None:
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     with pytest.raises(DataError, match="a call of the tool 'weather'"):
         rows(tokenizer, {"messages": messages})
+    tokenizer = tokenizer_of(CHAT)
+    tokenizer.chat_template = CHAT.template.replace("message['content']", "message['content'][:3]").replace(
+        "message.content", "message.content[:3]"
+    )
+    with pytest.raises(DataError, match="a text of the role user that is not in the text: 'Which"):
+        rows(tokenizer, {"messages": [{"role": "user", "content": TURNS[0][0]}, {"role": "assistant", "content": "a"}]})
 
 
 def test_a_template_that_changes_earlier_turns() -> None:

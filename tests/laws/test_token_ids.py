@@ -13,7 +13,7 @@ from dovetail.errors import DataError
 from dovetail.runs.plan import widest_batch
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Task
-from dovetail.tasks.tokens import vocabulary_of
+from dovetail.tasks.vocabulary import vocabulary_of
 from families import CONFIGS, ENCODERS, make
 from small_models import make_tokenizer, quiet
 from unusual_models import unusual

@@ -9,7 +9,8 @@ from transformers import AlbertConfig, AutoModel, AutoModelForMaskedLM, BertConf
 from transformers.pytorch_utils import Conv1D
 
 from dovetail.errors import TargetError
-from dovetail.models.targets import LABELS, all_layers, find_targets, fused_experts, heads, labels, roles_of
+from dovetail.models.roles import LABELS, roles_of
+from dovetail.models.targets import all_layers, find_targets, fused_experts, heads, labels
 from families import FAMILIES, HIDDEN, LAYERS, batch, logits, make
 
 LLAMA = {

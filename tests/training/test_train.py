@@ -22,7 +22,8 @@ from dovetail.compression.calibration import calibration_batches
 from dovetail.errors import DataError, TrainError
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Task
-from dovetail.tasks.tokens import Collator, encode, pad_id
+from dovetail.tasks.tokens import Collator, encode
+from dovetail.tasks.vocabulary import pad_id
 from dovetail.training.peak_memory import PeakMemory
 from dovetail.training.predict import predict_peak_memory
 from dovetail.training.settings import TrainSettings

@@ -29,7 +29,7 @@ from dovetail.models.fingerprint import drop_stale_note
 from dovetail.models.locate import ask_hub, resolve
 from dovetail.models.targets import HEADS, heads
 from dovetail.tasks.task import FIELDS, HEAD_KINDS
-from dovetail.tasks.tokens import keep_end_ids
+from dovetail.tasks.vocabulary import keep_end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -14,7 +14,8 @@ from dovetail.compression.passes import Batch
 from dovetail.errors import DataError
 from dovetail.files import read_bytes
 from dovetail.tasks.task import METRICS, Task
-from dovetail.tasks.tokens import IGNORED, Collator, RowMaker, Vocabulary, pad_id, vocabulary_of
+from dovetail.tasks.tokens import IGNORED, Collator, RowMaker
+from dovetail.tasks.vocabulary import Vocabulary, pad_id, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ from dovetail.chains.linalg import times_transposed
 from dovetail.chains.statistics import padding_mask
 from dovetail.models.experts import Experts
 from dovetail.models.layouts import Layout
-from dovetail.models.targets import CROSS_ATTENTION, roles_of
+from dovetail.models.roles import CROSS_ATTENTION, roles_of
 
 Batch = Mapping[str, Tensor]
 

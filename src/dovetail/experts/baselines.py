@@ -38,7 +38,8 @@ from dovetail.tasks.find import as_task
 from dovetail.tasks.lengths import in_evaluation, length_limit
 from dovetail.tasks.scoring.runner import Runner
 from dovetail.tasks.task import Record, Task
-from dovetail.tasks.tokens import IGNORED, check_model
+from dovetail.tasks.tokens import IGNORED
+from dovetail.tasks.vocabulary import check_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

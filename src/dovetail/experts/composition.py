@@ -34,7 +34,7 @@ from dovetail.tasks.find import as_task
 from dovetail.tasks.lengths import in_evaluation, length_limit
 from dovetail.tasks.scoring.runner import Runner
 from dovetail.tasks.task import Record, Task
-from dovetail.tasks.tokens import check_model
+from dovetail.tasks.vocabulary import check_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -80,8 +80,8 @@ class LinearLayout(Layout):
 
 
 @dataclass(frozen=True)
-class Conv1DLayout(Layout):
-    """transformers' Conv1D (GPT-2): weight (i, o)."""
+class _InOutLayout(Layout):
+    """A weight that is stored as (i, o)."""
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.t()
@@ -91,6 +91,11 @@ class Conv1DLayout(Layout):
 
     def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(self.in_features, self.out_features, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Conv1DLayout(_InOutLayout):
+    """transformers' Conv1D (GPT-2): weight (i, o)."""
 
     def call(self, x: Tensor, weight: Tensor, bias_o: Tensor | None) -> Tensor:
         flat = x.reshape(-1, self.in_features)
@@ -121,17 +126,8 @@ class TransposedLinear(nn.Module):
 
 
 @dataclass(frozen=True)
-class TransposedLayout(Layout):
+class TransposedLayout(_InOutLayout):
     """`TransposedLinear`: weight (i, o), no bias."""
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight.t()
-
-    def native(self, weight_oi: Tensor) -> Tensor:
-        return weight_oi.t().contiguous()
-
-    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(self.in_features, self.out_features, dtype=dtype, device=device)
 
     def call(self, x: Tensor, weight: Tensor, bias_o: Tensor | None) -> Tensor:
         return x @ weight if bias_o is None else x @ weight + bias_o

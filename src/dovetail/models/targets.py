@@ -3,8 +3,8 @@
 A target that begins with "!" excludes what its glob fits: ["all-linear", "!*.router", "!vision*"].
 
 The labels are those of CLAM's GenericTransformer: they name what a layer does, so that one recipe fits every family.
-ROLES below is the whole table; the first pattern that fits the end of a layer's path decides. A fused layer answers
-to several labels (GPT-2's c_attn is query, key and value at once).
+`dovetail.models.roles` has the whole table. A fused layer answers to several labels (GPT-2's c_attn is query, key and
+value at once).
 
 A head (the output embedding, a classifier, the pooler that feeds it) carries no label and is no part of
 "all-linear"; it is adapted only when named by its path. peft leaves out the output embedding too, and the classifier
@@ -17,7 +17,6 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -25,114 +24,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from dovetail.errors import TargetError
 from dovetail.models.experts import Experts, can_open, opened
 from dovetail.models.layouts import TransposedLinear, layout_of
+from dovetail.models.roles import LABELS, path_matches, roles_of
 from dovetail.models.weight_reads import reads_weight
 
-LABELS = ("query", "key", "value", "output", "gate", "up", "down")
 ALL_LINEAR = "all-linear"
 LEAST_WIDTH = 8
 """The least number of inputs and outputs of a layer in "all-linear": narrower ones are gates and coefficients."""
-_QKV = ("query", "key", "value")
-
-# End of the module path -> roles, first match wins. Patterns are globs over the dotted path and fit whole names.
-ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    # Llama, Mistral, Qwen, Gemma, most decoders since; OPT and BART name query, key and value the same way
-    ("q_proj", ("query",)),
-    ("k_proj", ("key",)),
-    ("v_proj", ("value",)),
-    ("o_proj", ("output",)),
-    ("gate_proj", ("gate",)),
-    ("up_proj", ("up",)),
-    ("down_proj", ("down",)),
-    # Multi-head latent attention (DeepSeek, MiniCPM3): low-rank factors of the query, and of key and value
-    ("q_a_proj", ("query",)),
-    ("q_b_proj", ("query",)),
-    ("kv_a_proj_with_mqa", ("key", "value")),
-    ("kv_b_proj", ("key", "value")),
-    # JetMoE
-    ("kv_proj", ("key", "value")),
-    # Phi-3
-    ("qkv_proj", _QKV),
-    ("gate_up_proj", ("gate", "up")),
-    # MoE experts in three-dimensional parameters, by number
-    ("experts.gate_up_proj.*", ("gate", "up")),
-    ("experts.up_proj.*", ("up",)),
-    ("experts.down_proj.*", ("down",)),
-    # JetMoE: experts of the attention, then of the feed-forward network
-    ("experts.input_linear.weight.*", ("query",)),
-    ("experts.output_linear.weight.*", ("output",)),
-    ("input_linear.weight.*", ("gate", "up")),
-    ("output_linear.weight.*", ("down",)),
-    # LFM2
-    ("feed_forward.w1", ("gate",)),
-    ("feed_forward.w3", ("up",)),
-    ("feed_forward.w2", ("down",)),
-    # Granite's shared experts; JetMoE and GraniteMoe call their experts so too
-    ("input_linear", ("gate", "up")),
-    ("output_linear", ("down",)),
-    # GPT-J
-    ("mlp.fc_in", ("up",)),
-    ("mlp.fc_out", ("down",)),
-    # MPT
-    ("attn.Wqkv", _QKV),
-    # Qwen3-Next's linear attention: z gates the output
-    ("linear_attn.in_proj_qkvz", (*_QKV, "gate")),
-    # RecurrentGemma's recurrent block: y gates the recurrence of x
-    ("temporal_block.linear_x", ("value",)),
-    ("temporal_block.linear_y", ("gate",)),
-    ("temporal_block.linear_out", ("output",)),
-    # Mamba, Falcon-Mamba, Jamba, Bamba: x and z, then B (as a key) and C (as a query)
-    ("mixer.in_proj", ("value", "gate")),
-    ("mamba.in_proj", ("value", "gate")),
-    ("mixer.x_proj", ("query", "key")),
-    ("mamba.x_proj", ("query", "key")),
-    ("mixer.out_proj", ("output",)),
-    ("mamba.out_proj", ("output",)),
-    # OPT, BART (self_attn, encoder_attn); Phi and CLIP keep their fc1 and fc2 in `mlp`
-    ("*attn.out_proj", ("output",)),
-    ("layers.*.fc1", ("up",)),
-    ("layers.*.fc2", ("down",)),
-    # GPT-2: c_proj is the attention's output or the feed-forward's, as its parent says
-    ("crossattention.c_attn", ("key", "value")),
-    ("crossattention.q_attn", ("query",)),
-    ("crossattention.c_proj", ("output",)),
-    ("attn.c_attn", _QKV),
-    ("attn.c_proj", ("output",)),
-    ("mlp.c_fc", ("up",)),
-    ("mlp.c_proj", ("down",)),
-    # GPT-NeoX, BLOOM, Falcon
-    ("query_key_value", _QKV),
-    ("attention.dense", ("output",)),
-    ("self_attention.dense", ("output",)),
-    ("dense_h_to_4h", ("up",)),
-    ("dense_4h_to_h", ("down",)),
-    # T5, self- and cross-attention; wi_0 is the gated half that passes the activation
-    ("*Attention.q", ("query",)),
-    ("*Attention.k", ("key",)),
-    ("*Attention.v", ("value",)),
-    ("*Attention.o", ("output",)),
-    ("DenseReluDense.wi", ("up",)),
-    ("DenseReluDense.wi_0", ("gate",)),
-    ("DenseReluDense.wi_1", ("up",)),
-    ("DenseReluDense.wo", ("down",)),
-    # BERT, RoBERTa, MiniLM: the attention's output.dense must be read before the feed-forward's
-    ("attention.self.query", ("query",)),
-    ("attention.self.key", ("key",)),
-    ("attention.self.value", ("value",)),
-    ("attention.output.dense", ("output",)),
-    ("intermediate.dense", ("up",)),
-    ("output.dense", ("down",)),
-    # DistilBERT
-    ("q_lin", ("query",)),
-    ("k_lin", ("key",)),
-    ("v_lin", ("value",)),
-    ("out_lin", ("output",)),
-    ("ffn.lin1", ("up",)),
-    ("ffn.lin2", ("down",)),
-)
-
-CROSS_ATTENTION = frozenset({"EncDecAttention", "encoder_attn", "crossattention", "cross_attn"})
-"""What transformers calls an attention whose keys and values read another input than its queries."""
-
 # What transformers calls the parts after the last block, as direct children of a PreTrainedModel.
 HEADS = frozenset(
     {
@@ -233,7 +130,7 @@ def select(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) -> list[
         if not matched:
             raise _nothing_matches(model, target, layers)
         for name in matched:
-            if name in refusals and not any(_path_matches(name, pattern) for pattern in excluded):
+            if name in refusals and not any(path_matches(name, pattern) for pattern in excluded):
                 rule = "a target must own its weight, one floating-point parameter, and be called as a layer"
                 fix = "leave it out, or give it a weight of its own first (an output head: tie_word_embeddings=False)"
                 raise TargetError(f"target {target!r} at {name}", found=refusals[name], rule=rule, fix=fix)
@@ -246,15 +143,6 @@ def select(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) -> list[
         rule, fix = "targets must name at least one layer", "leave out one of the exclusions"
         raise TargetError(where, found=f"nothing left but for {', '.join(excluded)}", rule=rule, fix=fix)
     return kept
-
-
-def roles_of(path: str) -> tuple[str, ...]:
-    """Return the labels of a layer with this path, by ROLES; none for a path that is not in the table.
-
-    >>> roles_of("model.layers.0.self_attn.qkv_proj")
-    ('query', 'key', 'value')
-    """
-    return next((roles for pattern, roles in ROLES if _path_matches(path, pattern)), ())
 
 
 def labels(model: nn.Module) -> dict[str, list[str]]:
@@ -378,15 +266,11 @@ def all_layers(model: nn.Module) -> list[Target]:
     return layers
 
 
-def _path_matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
-
-
 def matches(layer: Target, target: str) -> bool:
     """Return whether a label or a glob fits the layer; "all-linear" fits every one."""
     if target in LABELS:
         return target in layer.roles
-    return target == ALL_LINEAR or any(_path_matches(name, target) for name in (layer.name, *layer.aliases))
+    return target == ALL_LINEAR or any(path_matches(name, target) for name in (layer.name, *layer.aliases))
 
 
 def _all_linear(where: str, model: nn.Module, layers: list[Target], refusals: dict[str, str]) -> list[str]:
@@ -422,7 +306,7 @@ def _narrow(model: nn.Module, layers: list[Target]) -> set[str]:
 
 
 def _is_module(model: nn.Module, pattern: str) -> bool:
-    return any(_path_matches(path, pattern) for path, _ in model.named_modules())
+    return any(path_matches(path, pattern) for path, _ in model.named_modules())
 
 
 def _refusals(model: nn.Module, layers: list[Target]) -> dict[str, str]:
@@ -460,12 +344,12 @@ def _refusals(model: nn.Module, layers: list[Target]) -> dict[str, str]:
 def _nothing_matches(model: nn.Module, target: str, layers: list[Target]) -> TargetError:
     present = [label for label in LABELS if any(label in layer.roles for layer in layers)]
     ends = list(dict.fromkeys(layer.name.rpartition(".")[2] for layer in layers if not layer.name[-1].isdigit()))
-    inside = [layer for layer in layers if any(_path_matches(layer.name, f"{target}{end}") for end in (".*", "*"))]
+    inside = [layer for layer in layers if any(path_matches(layer.name, f"{target}{end}") for end in (".*", "*"))]
     close = difflib.get_close_matches(target, [*present, ALL_LINEAR, *ends, *(layer.name for layer in layers)], n=3)
-    if target in LABELS and any(_path_matches(layer.name, target) for layer in layers):
+    if target in LABELS and any(path_matches(layer.name, target) for layer in layers):
         fix = f"use *{target} for the layer of that name"
     elif inside and target not in LABELS:
-        fix = f"use {target}.* for the layers in it" if _path_matches(inside[0].name, f"{target}.*") else f"{target}*"
+        fix = f"use {target}.* for the layers in it" if path_matches(inside[0].name, f"{target}.*") else f"{target}*"
     else:
         fix = " or ".join(close) or f"{ALL_LINEAR}, or one of the names above"
     return TargetError(

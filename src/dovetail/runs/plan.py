@@ -31,7 +31,8 @@ from dovetail.errors import CannotMerge, ChainError, DovetailError, LoadError
 from dovetail.runs.fit import Setting, cheapest_change, parse_size
 from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.task import Task
-from dovetail.tasks.tokens import Collator, RowMaker, pad_id, vocabulary_of
+from dovetail.tasks.tokens import Collator, RowMaker
+from dovetail.tasks.vocabulary import pad_id, vocabulary_of
 from dovetail.training.optimizer import TrainSettings, cast_frozen, cast_heads, check_checkpointing, trained_parts
 from dovetail.training.predict import predict_peak_memory, predict_unreached
 
@@ -237,7 +238,7 @@ def plan(
             return None
         return other.predicted_peak_memory_nbytes
 
-    if max(highest or found.nbytes, 0) <= gpu_nbytes:
+    if (highest or found.nbytes) <= gpu_nbytes:  # a chain that trains nothing has no peak
         return replace(found, gpu_nbytes=gpu_nbytes, fits=True)
     setting = Setting(found.chain, batch_size, gradient_checkpointing)
     change = cheapest_change(

@@ -29,7 +29,7 @@ from dovetail.runs.search_settings import RankSettings
 from dovetail.tasks.find import load_task, number_of_labels
 from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.task import Task
-from dovetail.tasks.tokens import vocabulary_of
+from dovetail.tasks.vocabulary import vocabulary_of
 from dovetail.training.identity import batches_identity, model_identity, records_identity, tokenizer_identity
 from dovetail.training.optimizer import check_checkpointing
 from dovetail.training.rank_search import search_ranks

@@ -47,7 +47,8 @@ from dovetail.models.layouts import ConvLayout
 from dovetail.searches.trial import Applied, Workbench
 from dovetail.tasks.finite import not_finite
 from dovetail.tasks.lengths import in_evaluation, length_limit
-from dovetail.tasks.tokens import IGNORED, Collator, RowMaker, pad_id, vocabulary_of
+from dovetail.tasks.tokens import IGNORED, Collator, RowMaker
+from dovetail.tasks.vocabulary import pad_id, vocabulary_of
 
 _STATES = 256
 """Rows of states that the head reads at once."""

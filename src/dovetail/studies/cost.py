@@ -49,7 +49,7 @@ from dovetail.studies.verify import tuned
 from dovetail.tasks.find import load_task
 from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.task import Task
-from dovetail.tasks.tokens import pad_id
+from dovetail.tasks.vocabulary import pad_id
 from dovetail.training.peak_memory import PeakMemory
 from dovetail.training.train import train
 

@@ -71,10 +71,11 @@ class Format:
 
 
 def _alpaca(fields: Fields) -> Record:
-    instruction, given = fields["instruction"], fields.get("input") or ""
+    instruction, given = fields["instruction"], _text(fields, "input")
     user: dict[str, Any] = {"role": "user", "content": instruction}
     if given:
         # Both apart too, for the template alpaca.
+        instruction = _text(fields, "instruction")
         user |= {"content": f"{instruction}\n{given}", "instruction": instruction, "input": given}
     messages = _system(fields)
     for turn in _parsed(fields.get("history")) or []:
@@ -93,14 +94,14 @@ def _chat(fields: Fields) -> Record:
 
 def _prompt_completion(fields: Fields) -> Record:
     prompt, completion = _conversation(fields["prompt"]), _conversation(fields["completion"])
-    if isinstance(prompt, str) and (context := fields.get("context")):
+    if isinstance(prompt, str) and (context := _text(fields, "context")):
         prompt = f"{context}\n\n{prompt}"
     return {"messages": _system(fields) + _turns("user", prompt) + _turns("assistant", completion), **_tools(fields)}
 
 
 def _preference(fields: Fields) -> Record:
     chosen = _turns("assistant", _conversation(fields["chosen"]))
-    prompt, given = _conversation(fields.get("prompt")), fields.get("input") or ""
+    prompt, given = _conversation(fields.get("prompt")), _text(fields, "input")
     if prompt is None:
         prompt, given = given or None, ""
     if chosen and chosen[0]["role"] != "assistant":  # the whole conversation
@@ -133,6 +134,14 @@ def _choice(fields: Fields) -> Record:
 
 def _same(fields: Fields) -> Record:
     return dict(fields)
+
+
+def _text(fields: Fields, name: str) -> str:
+    """Return the text of a field, "" where there is none; a number would become a text unseen."""
+    value = fields.get(name, "")
+    if not isinstance(value, str):
+        raise ValueError(f"{name}={value!r}"[:200] + ", which is no text")
+    return value
 
 
 def _system(fields: Fields) -> list[dict[str, Any]]:

@@ -194,15 +194,18 @@ class Template:
         return [(start, stop + len(end) if whole.startswith(end, stop) else stop) for start, stop in marks]
 
     def _check_whole(self, where: str, whole: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
-        """Raise DataError for tools or a system prompt that the template leaves out."""
+        """Raise DataError for tools, a system prompt or a text of the user that the template leaves out."""
         for tool in tools or ():
             name = (tool.get("function") or tool).get("name") if isinstance(tool, Mapping) else None
             if not name or str(name) not in whole:
                 raise self._refused(where, f"a tool that is not in the text: {str(tool)[:100]}")
         for message in messages:
-            content = message.get("content")
-            if message["role"] == "system" and isinstance(content, str) and content.strip() not in whole:
-                raise self._refused(where, f"a system prompt that is not in the text: {content[:100]!r}")
+            role = message["role"]
+            # A message of the format alpaca may be rendered in parts.
+            texts = [message[key] for key in ("instruction", "input") if key in message] or [message.get("content")]
+            for text in texts if role in ("system", "developer", "user") else []:
+                if isinstance(text, str) and text.strip() not in whole:
+                    raise self._refused(where, f"a text of the role {role} that is not in the text: {text[:100]!r}")
 
     def _check_calls(self, where: str, message: Message, turn: str) -> None:
         """Raise DataError for a tool call that the template leaves out."""

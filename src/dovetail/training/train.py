@@ -32,16 +32,8 @@ from dovetail.tasks.find import as_task
 from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Record, Task
-from dovetail.tasks.tokens import (
-    Collator,
-    Example,
-    RowMaker,
-    check_model,
-    keep_end_ids,
-    pad_id,
-    rendered,
-    vocabulary_of,
-)
+from dovetail.tasks.tokens import Collator, Example, RowMaker, rendered
+from dovetail.tasks.vocabulary import check_model, keep_end_ids, pad_id, vocabulary_of
 from dovetail.training import checkpoints
 from dovetail.training.identity import batches_identity, model_identity, records_identity, tokenizer_identity
 from dovetail.training.optimizer import (

@@ -22,7 +22,7 @@ from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.linear import LinkState, chain_layers
 from dovetail.chains.link import Adapter, Link, arguments
 from dovetail.errors import ChainError, LoadError
-from dovetail.models.targets import CROSS_ATTENTION, roles_of
+from dovetail.models.roles import CROSS_ATTENTION, roles_of
 
 
 @dataclass(frozen=True)

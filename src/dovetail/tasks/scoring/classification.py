@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dovetail.tasks.scoring.runner import Runner, Scored
 from dovetail.tasks.task import Record
-from dovetail.tasks.tokens import check_model, wrong_model
+from dovetail.tasks.vocabulary import check_model, wrong_model
 
 
 def score_labels(runner: Runner, records: Sequence[Record]) -> Scored:

@@ -16,7 +16,8 @@ from torch import Tensor
 from dovetail.errors import DataError
 from dovetail.tasks.scoring.runner import Batch, Runner, Scored, Side
 from dovetail.tasks.task import Record
-from dovetail.tasks.tokens import Example, end_ids, wrong_model
+from dovetail.tasks.tokens import Example
+from dovetail.tasks.vocabulary import end_ids, wrong_model
 
 MORE = 4
 """Tokens that a continuation may have beyond the longest answer."""

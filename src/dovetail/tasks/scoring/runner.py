@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from dovetail.errors import DovetailError
 from dovetail.progress import Bar, note
 from dovetail.tasks.finite import check_finite, not_finite
-from dovetail.tasks.tokens import IGNORED, Collator, Example, RowMaker, pad_id, vocabulary_of, wrong_model
+from dovetail.tasks.tokens import IGNORED, Collator, Example, RowMaker
+from dovetail.tasks.vocabulary import pad_id, vocabulary_of, wrong_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
