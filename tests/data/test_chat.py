@@ -97,8 +97,10 @@ def test_what_a_template_leaves_out_is_refused() -> None:
     with pytest.raises(DataError, match="a call of the tool 'weather'"):
         rows(tokenizer, {"messages": messages})
     tokenizer = tokenizer_of(CHAT)
-    tokenizer.chat_template = CHAT.template.replace("message['content']", "message['content'][:3]").replace(
-        "message.content", "message.content[:3]"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{{ (m.content[:3] if m.role == 'user' else m.content) + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     with pytest.raises(DataError, match="a text of the role user that is not in the text: 'Which"):
         rows(tokenizer, {"messages": [{"role": "user", "content": TURNS[0][0]}, {"role": "assistant", "content": "a"}]})
