@@ -21,6 +21,9 @@ where the distributions that are read from the state are less certain than the m
 the head is trained to read the last state, so I(l) grows towards the last block in most models, whatever the block
 contributes. It depends on neither bits nor rank.
 
+`start: gradient` takes error for bits and energy for ranks. fisher is here to be compared with them
+(bench/search_table.py, bench/decoder_bits.py).
+
 All scores are taken of the model as it stands. The loss of a model that does not know the task says little about bits,
 so take them inside `Workbench.tuned`. docs/search.md compares them with trainings.
 """

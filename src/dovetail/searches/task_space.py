@@ -65,7 +65,7 @@ class TaskSpace(SearchSpace):
         return empty
 
     def predicted_peak(self, recipe: Recipe) -> int | None:
-        """Return the predicted peak of memory while a candidate trains; None where it cannot be predicted."""
+        """Return the predicted peak of memory while a candidate trains; None for a chain that is not legal."""
         settings = recipe.train
         return plan(
             recipe.chain, recipe.model, layers=recipe.layers, targets=recipe.targets, task=self.search_task,
@@ -75,11 +75,11 @@ class TaskSpace(SearchSpace):
         ).predicted_peak_memory_nbytes  # fmt: skip
 
     def peak_memory(self, recipe: Recipe) -> float:
-        """Return the predicted peak; SearchError where it cannot be predicted."""
+        """Return the predicted peak; SearchError for a chain that is not legal."""
         found = self.predicted_peak(recipe)
         if found is None:
-            rule = "the peak of memory must be predictable, which it is not for experts in three-dimensional float32"
-            raise SearchError("search.objectives", found="peak_memory", rule=rule, fix="remove it from the objectives")
+            rule = "a chain must be legal on the model, so that its peak of memory can be predicted"
+            raise SearchError("search.objectives", found=recipe.chain, rule=rule, fix="look at `dovetail plan` of it")
         return float(found)
 
 
