@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from functools import cache
 from types import TracebackType
 
 _REFRESH_SECONDS = 0.2
@@ -17,6 +18,12 @@ def note(text: str, *, shown: bool = True) -> None:
     """Print one line "note: ..." on standard error: what a user must know about a result that is not an error."""
     if shown:
         print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+@cache
+def note_once(text: str) -> None:
+    """Print a note, once in a process however often it is called for (a study reads its data for each run)."""
+    note(text)
 
 
 class Bar:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -13,10 +12,11 @@ import pydantic
 
 from dovetail.errors import DataError
 from dovetail.files import refusal
-from dovetail.progress import note
+from dovetail.progress import note_once
 from dovetail.tasks import playground
 from dovetail.tasks.files import Row, read_rows, typed
 from dovetail.tasks.formats import FORMATS, detect, read_record
+from dovetail.tasks.hub import read_dataset
 from dovetail.tasks.spec import Data
 from dovetail.tasks.task import FIELDS, METRICS, OPTIONAL, Record, Task, check_labels, check_record
 from dovetail.tasks.tokens import RowMaker
@@ -64,7 +64,7 @@ def as_task(data: Task | str | Iterable[Record], split: str = "train") -> Task:
         )
     known = (*FIELDS[kinds[0]], *OPTIONAL.get(kinds[0], {}), "pair")
     if unread := {str(name): None for record in data for name in record if name not in known}:
-        _say(f"data: fields that a {kinds[0]} record does not have, and that nothing reads: {', '.join(unread)}")
+        note_once(f"data: fields that a {kinds[0]} record does not have, and that nothing reads: {', '.join(unread)}")
     return Task("data", kinds[0], METRICS[kinds[0]][0], {split: data})
 
 
@@ -80,8 +80,8 @@ def load_task(data: Data) -> Task:
         kind = data.kind
         columns = {name: data.fields.get(name, name) for name in (*FIELDS[kind], "pair")}
         splits = {
-            split: read_records(path, kind, columns, pair="pair" in data.fields, limit=data.limit.of(split))
-            for split, path in data.files.items()
+            split: _records(where, islice(rows, data.limit.of(split)), kind, columns, pair="pair" in data.fields)
+            for split, (where, rows) in _sources(data).items()
         }
     if data.split is not None:
         splits |= _parted(splits["train"], data.split, data.seed)
@@ -89,7 +89,7 @@ def load_task(data: Data) -> Task:
 
 
 def load_data(
-    file: str | Path | Mapping[str, str | Path],
+    file: str | Path | Mapping[str, str | Path] | None = None,
     format: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **more: Any,
@@ -97,7 +97,7 @@ def load_data(
     """Return the records of a data file as a task, for `dovetail.train` and `dovetail.evaluate`.
 
     file       of the split "train": JSON Lines, a JSON array, CSV, TSV or Parquet, gzipped text, or a folder of files;
-               or split ("train", "validation", "test") -> file
+               or split ("train", "validation", "test") -> file; None with dataset=NAME, a data set of the hub
     format     alpaca, chat, sharegpt, prompt_completion, preference, generation, choice, pairs, text or labels; by
                default found by the columns of the first row, and said in one line
     tokenizer  makes the first record of each split into tokens at once, to show that its chat template can render them
@@ -105,7 +105,7 @@ def load_data(
 
     Raises DataError that names the file and the line.
     """
-    paths = dict(file) if isinstance(file, Mapping) else {"train": file}
+    paths = dict(file) if isinstance(file, Mapping) else {} if file is None else {"train": file}
     settings = {**{split: Path(path) for split, path in paths.items()}, "format": format, **more}
     try:
         data = Data.model_validate(settings)
@@ -121,17 +121,28 @@ def load_data(
     return task
 
 
+def _sources(data: Data) -> dict[str, tuple[str, Iterator[Row]]]:
+    """Return split -> what its records are read from, in words, and the rows."""
+    if data.dataset is None:
+        return {split: (str(path), read_rows(path)) for split, path in data.files.items()}
+    names = {split: str(path) for split, path in data.files.items()}
+    found = read_dataset(data.dataset, data.subset, names)
+    if data.split is not None:
+        found.pop("validation", None)
+    return {split: (f"data set {data.dataset}, {split} split", rows) for split, rows in found.items()}
+
+
 def _formatted(data: Data) -> tuple[str, dict[str, list[Record]]]:
     """Return the kind and the splits of files in a format, which the first row tells where no format is named."""
     name, splits = data.format, {}
-    for split, path in data.files.items():
+    for split, (where, rows) in _sources(data).items():
         records: list[Record] = []
         unread: dict[str, None] = {}
-        for row in islice(read_rows(path), data.limit.of(split)):
+        for row in islice(rows, data.limit.of(split)):
             if name is None:
                 name = detect(row, data.fields)
                 more = "; the rejected answers are not used" if name == "preference" else ""
-                _say(f"{path}: the columns are those of the format {name} (`format: {name}` names it){more}")
+                note_once(f"{where}: the columns are those of the format {name} (`format: {name}` names it){more}")
             record, others = read_record(name, row, data.fields)
             unread.update(dict.fromkeys(others))
             if data.template is not None:
@@ -139,7 +150,7 @@ def _formatted(data: Data) -> tuple[str, dict[str, list[Record]]]:
             # Integer labels are also values; which they are is known after the last row.
             check_record(row.where, "regression" if name == "labels" else FORMATS[name].kind, record)
             records.append(record)
-        splits[split] = _finished(path, records, unread)
+        splits[split] = _finished(where, records, unread)
     assert name is not None
     kind = FORMATS[name].kind
     if name == "labels" and any(isinstance(r["label"], float) for records in splits.values() for r in records):
@@ -171,30 +182,28 @@ def read_records(
 
     Columns that no field reads are named once, on standard error.
     """
+    return _records(str(path), islice(read_rows(path), limit), kind, columns, pair=pair)
+
+
+def _records(where: str, rows: Iterable[Row], kind: str, columns: Mapping[str, str], *, pair: bool) -> list[Record]:
     records: list[Record] = []
     unread: dict[str, None] = {}
-    for row in islice(read_rows(path), limit):
+    for row in rows:
         record, others = _record(row, kind, columns, pair)
         records.append(record)
         unread.update(dict.fromkeys(others))
-    return _finished(path, records, unread)
+    return _finished(where, records, unread)
 
 
-def _finished(path: Path, records: list[Record], unread: Mapping[str, None]) -> list[Record]:
+def _finished(where: str, records: list[Record], unread: Mapping[str, None]) -> list[Record]:
     """Return the records of a split; name the columns that were not read, or raise DataError where there are none."""
     if not records:
         rule = "a split must contain at least one record"
-        found = "no records" + (" in the files of this directory" if path.is_dir() else "")
-        raise DataError(str(path), found=found, rule=rule, fix="add records, or remove the split")
+        found = "no records" + (" in the files of this directory" if Path(where).is_dir() else "")
+        raise DataError(where, found=found, rule=rule, fix="add records, or remove the split")
     if unread:
-        _say(f"{path}: columns that no field reads: {', '.join(unread)}")
+        note_once(f"{where}: columns that no field reads: {', '.join(unread)}")
     return records
-
-
-@cache
-def _say(text: str) -> None:
-    """Print a note, once however often a file is read (a study reads its data for each run)."""
-    note(text)
 
 
 def _record(row: Row, kind: str, columns: Mapping[str, str], pair: bool) -> tuple[Record, list[str]]:

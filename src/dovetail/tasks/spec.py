@@ -46,7 +46,8 @@ class Data(Part):
 
     task                     name of a task of the playground; then nothing else but `limit`
     name                     shown in tables; the folder's name when not given
-    train, validation, test  files or folders, relative to the recipe
+    train, validation, test  files or folders, relative to the recipe; of a data set, its names of the splits
+    dataset, subset          name of a data set of the hub, or a folder of one, and of its configuration
     format                   `dovetail.tasks.formats`; found by the columns of the first row when not given
     kind                     in place of a format: the columns are the fields of a record of this kind
     metric                   the kind's first when not given
@@ -62,6 +63,8 @@ class Data(Part):
     train: Path | None = None
     validation: Path | None = None
     test: Path | None = None
+    dataset: str | None = None
+    subset: str | None = None
     format: str | None = None
     template: str | None = None
     split: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -90,12 +93,15 @@ class Data(Part):
             if others:
                 raise ValueError(f"a playground task takes no {sorted(others)[0]}: name a task, or files")
             return self
-        if not self.files:
-            raise ValueError("name a playground task (task: word_problems), or files (train: train.jsonl, ...)")
+        if not self.files and self.dataset is None:
+            files = "files (train: train.jsonl, ...) or a data set (dataset: NAME)"
+            raise ValueError(f"name a playground task (task: word_problems), {files}")
+        if self.subset is not None and self.dataset is None:
+            raise ValueError("a subset is a part of a data set: name it (dataset: NAME)")
         for name, value, known in (("format", self.format, FORMATS), ("template", self.template, TEMPLATES)):
             if value is not None and value not in known:
                 raise ValueError(f"the {name} must be one of " + ", ".join(known))
-        if self.split is not None and (self.train is None or self.validation is not None):
+        if self.split is not None and ((self.train is None and self.dataset is None) or self.validation is not None):
             raise ValueError("split needs a train file and no validation file")
         if self.kind is None:
             self._check_format()
@@ -125,6 +131,10 @@ def at_folder(data: Data, folder: Path) -> Data:
     """Make paths absolute, relative ones from `folder`, and fill in what has a default."""
     if data.task is not None:
         return data
+    if data.dataset is not None:
+        local = (folder / Path(data.dataset).expanduser()).resolve()
+        source = str(local) if local.is_dir() else data.dataset
+        return data.model_copy(update={"dataset": source, "name": data.name or Path(data.dataset).name})
     paths = {split: (folder / path.expanduser()).resolve() for split, path in data.files.items()}
     update: dict[str, Any] = {"name": data.name or next(iter(paths.values())).parent.name}
     if data.kind is not None:

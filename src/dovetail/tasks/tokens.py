@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dovetail.errors import DataError
-from dovetail.progress import note
+from dovetail.progress import note, note_once
 from dovetail.tasks.task import HEAD_KINDS, Record
 from dovetail.tasks.templates import DEFAULT, Template, mark_tokens
 from dovetail.tasks.vocabulary import Vocabulary, end_id, first_of
@@ -114,8 +114,8 @@ class RowMaker:
         """Return the number of rows that were cut, where there are any, and print what was done to the rows so far."""
         if self.cut:
             note(f"{name}: {self.cut} prompts or texts are cut to {self.max_length} tokens", shown=shown)
-        if None in self._templates and self._templates[None].source is not None:
-            note(f"{name}: the tokenizer has no chat template; the template {DEFAULT} is used", shown=shown)
+        if shown and any(name is None and template.source for name, template in self._templates.items()):
+            note_once(f"the tokenizer has no chat template; the template {DEFAULT} is used for the conversations")
         if self.marked:
             note(f"{name}: {self.marked} texts bring begin or end tokens; none is added to those", shown=shown)
         return {"cut": self.cut} if self.cut else {}
