@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dovetail.cli import experts as cli_experts
+from dovetail.cli import own as cli_own
 from dovetail.cli import pack as cli_pack
 from dovetail.cli.terminal import Commands, Json, console, find_task, print_json, quiet, resumable
 from dovetail.errors import DovetailError
@@ -298,6 +299,7 @@ def report(
         print_summary(console(), found, directory)
 
 
+cli_own.register(app)
 cli_pack.register(app)
 app.add_typer(cli_experts.experts_app)
 

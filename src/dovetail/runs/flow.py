@@ -21,6 +21,7 @@ from dovetail.progress import Bar
 from dovetail.runs import steps
 from dovetail.runs.folder import ADAPTER, MODEL, PACKED, PAGE, TENSORBOARD, choose_output, run_folder
 from dovetail.runs.recipe import Recipe
+from dovetail.runs.report.card import CARD, card
 from dovetail.runs.report.page import page
 from dovetail.runs.report.record import Losses, Merge, Report, Row, TaskInfo, environment
 from dovetail.runs.report.summary import verdict
@@ -125,5 +126,8 @@ def run(
         )
         report.save(folder.path)
         write_whole(folder.path / PAGE, page(report, recipe))
+        if checkpoint is not None:
+            both = bool(model.config.is_encoder_decoder)
+            write_whole(folder.path / MODEL / CARD, card(report, recipe, encoder_decoder=both))
         folder.log("done", seconds=report.seconds)
     return report

@@ -77,7 +77,7 @@ def _files_of(folder: Path) -> list[Path]:
     if not found:
         rule = f"a directory of data must contain files that end with one of {endings}, or with .gz after it"
         raise DataError(str(folder), found="a directory without data files", rule=rule, fix="name a file")
-    splits = {_SPLITS.get(re.split(r"[-_.]", path.name.lower())[0]): path for path in found}
+    splits = {split_of(path): path for path in found}
     splits.pop(None, None)
     if len(splits) > 1:
         raise DataError(
@@ -89,6 +89,11 @@ def _files_of(folder: Path) -> list[Path]:
     if others := [path.name for path in files if path not in found]:
         note(f"{folder}: files that are not read, because their names do not end with {endings}: {', '.join(others)}")
     return found
+
+
+def split_of(path: Path) -> str | None:
+    """Return the split whose name the name of a file begins with: train-0.parquet, dev.jsonl; None for others."""
+    return _SPLITS.get(re.split(r"[-_.]", path.name.lower())[0])
 
 
 def _suffix(path: Path) -> str:
