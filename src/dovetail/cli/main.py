@@ -184,6 +184,9 @@ def plan(
     ] = "",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Rows of a batch.")] = 32,
     length: Annotated[int, typer.Option("--length", min=2, metavar="N", help="Tokens of a row, without a task.")] = 128,
+    packing: Annotated[
+        bool, typer.Option("--packing", help="Rows of several texts, as long as a row may be: 512 tokens.")
+    ] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16.")] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, slower.")
@@ -209,8 +212,8 @@ def plan(
         made = make_plan(
             chain, model, layers=None if layers is None else read_layers(layers),
             targets=[part.strip() for part in targets.split(",")], task=found, batch_size=batch_size,
-            length=length, bf16=bf16, gradient_checkpointing=gradient_checkpointing, memory=memory, gpu=gpu,
-            num_labels=None if found is None else number_of_labels(found),
+            length=length, packing=packing, bf16=bf16, gradient_checkpointing=gradient_checkpointing, memory=memory,
+            gpu=gpu, num_labels=None if found is None else number_of_labels(found),
             on_step=lambda text: bar.advance(note=text),
         )  # fmt: skip
     if as_json:

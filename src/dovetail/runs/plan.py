@@ -30,6 +30,7 @@ from dovetail.compression.blocks import unreached
 from dovetail.errors import CannotMerge, ChainError, DovetailError, LoadError
 from dovetail.runs.fit import Setting, cheapest_change, parse_size
 from dovetail.tasks.lengths import length_limit
+from dovetail.tasks.packing import PackedRows, check_kind
 from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import Collator, RowMaker
 from dovetail.tasks.vocabulary import pad_id, vocabulary_of
@@ -116,6 +117,7 @@ def plan(
     batch_size: int = 32,
     length: int = 128,
     max_length: int = 512,
+    packing: bool = False,
     bf16: bool = False,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
@@ -129,8 +131,9 @@ def plan(
     model       as for `dovetail.load`, of which only config.json is read; or a configuration
     task        to train on: its kind and its longest records decide the batch, and the tokenizer is read too
     task_kind   where no task is given
-    batch_size, length   rows and tokens of the widest batch; length is the longest record's with a task
-    max_length, bf16, gradient_checkpointing   as in `dovetail.train`
+    batch_size, length   rows and tokens of the widest batch; length is the longest record's with a task. With packing,
+                a row has max_length tokens, of texts of this length
+    max_length, packing, bf16, gradient_checkpointing   as in `dovetail.train`
     memory      predict the peak, which takes seconds (`dovetail.training.predict`); else it is None
     gpu         memory of a GPU, such as "24GB" or "80GiB", or bytes: says whether the training fits, and if not, what
                 to change. What the allocator holds back and CUDA's own memory are not counted
@@ -156,10 +159,13 @@ def plan(
     )
     empty = make()
     batch = _synthetic(empty, kind, batch_size, length)
+    if packing:
+        check_kind(empty, kind)
+        batch = _packed(batch, max_length)
     if task is not None:
         assert not isinstance(model, PreTrainedConfig), "a task is tokenized: name the model"
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-        batch = widest_batch(empty, tokenizer, task, batch_size=batch_size, max_length=max_length)
+        batch = widest_batch(empty, tokenizer, task, batch_size=batch_size, max_length=max_length, packing=packing)
     on_step("targets and sizes")
     rows, tokens = batch["input_ids"].shape
     nothing = replace(nothing, batch_size=rows, length=tokens)
@@ -231,8 +237,8 @@ def plan(
             other = plan(
                 setting.chain, model, layers=layers, targets=targets, task=task, task_kind=task_kind,
                 num_labels=num_labels, dtype=dtype, batch_size=setting.batch_size, length=length,
-                max_length=max_length, bf16=bf16, gradient_checkpointing=setting.gradient_checkpointing,
-                trust_remote_code=trust_remote_code,
+                max_length=max_length, packing=packing, bf16=bf16,
+                gradient_checkpointing=setting.gradient_checkpointing, trust_remote_code=trust_remote_code,
             )  # fmt: skip
         except DovetailError:
             return None
@@ -281,14 +287,17 @@ def _rounding(the_chain: CheckedChain, model: PreTrainedModel) -> str:
 
 
 def widest_batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, *, batch_size: int, max_length: int
-) -> dict[str, Tensor]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, *, batch_size: int, max_length: int,
+    packing: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
     """Return the widest batch that training on the task sees: full, with the task's longest records."""
     config: Any = model.config
     records, vocabulary = task.split("train"), vocabulary_of(model)
     length = length_limit(model, tokenizer, max_length, records)
     make = RowMaker(tokenizer, config.is_encoder_decoder, length, vocabulary)
     rows = make.examples(task.kind, records)
+    if packing:
+        rows = list(PackedRows(rows, [len(row["input_ids"]) for row in rows], length))
     rows.sort(key=lambda row: len(row["input_ids"]), reverse=True)
     return Collator(pad_id(tokenizer, vocabulary))(rows[:batch_size])
 
@@ -300,3 +309,11 @@ def _synthetic(model: PreTrainedModel, kind: str, batch_size: int, length: int) 
     if kind in HEAD_KINDS:
         batch["labels"] = torch.zeros(batch_size, dtype=torch.float32 if kind == "regression" else torch.int64)
     return batch
+
+
+def _packed(batch: dict[str, Tensor], max_length: int) -> dict[str, Tensor]:
+    """Return a batch of as many rows of `max_length` tokens, with texts as long as its rows."""
+    rows, tokens = batch["input_ids"].shape
+    ids = torch.ones(rows, max_length, dtype=torch.int64)
+    places = torch.arange(max_length).remainder(tokens).repeat(rows, 1)
+    return {"input_ids": ids, "position_ids": places, "labels": ids.clone()}

@@ -28,11 +28,13 @@ from dovetail.runs.report.record import Checkpoint, Packed, Searched, finite
 from dovetail.runs.search_settings import RankSettings
 from dovetail.tasks.find import load_task, number_of_labels
 from dovetail.tasks.lengths import length_limit
+from dovetail.tasks.packing import check_packing
 from dovetail.tasks.task import Task
 from dovetail.tasks.vocabulary import vocabulary_of
 from dovetail.training.identity import batches_identity, model_identity, records_identity, tokenizer_identity
 from dovetail.training.optimizer import check_checkpointing
 from dovetail.training.rank_search import search_ranks
+from dovetail.training.train import training_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,12 +88,15 @@ def check_layers(recipe: Recipe, task: Task, links: CheckedChain) -> None:
 
 
 def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model of a recipe as stock modules, and its tokenizer."""
+    """Load the model of a recipe as stock modules, and its tokenizer. Raises TrainError where it cannot be packed."""
     model, tokenizer = load(
         recipe.model, task_kind=task.kind, num_labels=number_of_labels(task, recipe.data.num_labels),
         dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
     )  # fmt: skip
     to_stock(model)
+    if recipe.train.packing:
+        rows, _ = training_rows(model, tokenizer, task, "train", recipe.train, limit=3)
+        check_packing(model, task.kind, rows)
     return model, tokenizer
 
 

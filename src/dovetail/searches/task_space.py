@@ -70,7 +70,7 @@ class TaskSpace(SearchSpace):
         return plan(
             recipe.chain, recipe.model, layers=recipe.layers, targets=recipe.targets, task=self.search_task,
             dtype=recipe.dtype, num_labels=self._num_labels, batch_size=settings.batch_size,
-            max_length=settings.max_length, bf16=settings.bf16,
+            max_length=settings.max_length, packing=settings.packing, bf16=settings.bf16,
             gradient_checkpointing=settings.gradient_checkpointing, trust_remote_code=recipe.trust_remote_code,
         ).predicted_peak_memory_nbytes  # fmt: skip
 

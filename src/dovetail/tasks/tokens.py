@@ -373,7 +373,8 @@ class Collator:
 
     pad_id    fills input_ids; the attention mask is 0 there
     side      "left" for prompts that a decoder continues, which carry no labels; labels are padded right
-    returns   int64 tensors (rows, tokens); labels (rows, tokens) or (rows,), float32 for a regression
+    returns   int64 tensors (rows, tokens); labels (rows, tokens) or (rows,), float32 for a regression. Packed rows have
+              position_ids in place of an attention mask (`dovetail.tasks.packing`)
     """
 
     pad_id: int
@@ -381,10 +382,12 @@ class Collator:
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         ids = [example["input_ids"] for example in examples]
-        batch = {
-            "input_ids": self._pad(ids, self.pad_id, self.side),
-            "attention_mask": self._pad([[1] * len(row) for row in ids], 0, self.side),
-        }
+        batch = {"input_ids": self._pad(ids, self.pad_id, self.side)}
+        if "position_ids" in examples[0]:
+            # Padding at position 0 is a text of its own, token by token.
+            batch["position_ids"] = self._pad([example["position_ids"] for example in examples], 0, self.side)
+        else:
+            batch["attention_mask"] = self._pad([[1] * len(row) for row in ids], 0, self.side)
         if "token_type_ids" in examples[0]:
             batch["token_type_ids"] = self._pad([example["token_type_ids"] for example in examples], 0, self.side)
         if "labels" in examples[0]:

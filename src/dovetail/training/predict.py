@@ -9,7 +9,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,8 @@ def simulate(
     errors  those of the model's own code, and NotRepeated where the others do not follow
     """
     model = copy.deepcopy(model)
+    config: Any = model.config
+    config.use_cache = False  # as in training
     if settings.bf16:
         cast_frozen(model)
     repeats = [] if whole else find_repeats(model)

@@ -31,6 +31,7 @@ class Training(Part):
     weight_decay            of matrices; vectors (scales, biases, norms) have none
     max_grad_norm           gradients are clipped to this norm
     max_length              tokens of a row; fewer if the model has fewer positions
+    packing                 put several short rows into one of max_length; batch_size counts these
     bf16                    round the frozen base to bfloat16 permanently, and run the forward pass under autocast
     gradient_checkpointing  compute the activations of each block again in the backward pass: less memory, slower
     group_by_length         put rows of similar length into a batch; the longest row is in the second step
@@ -52,6 +53,7 @@ class Training(Part):
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     max_length: Annotated[int, Field(ge=2)] = 512
+    packing: bool = False
     bf16: bool = False
     gradient_checkpointing: bool = False
     group_by_length: bool = True

@@ -30,6 +30,7 @@ from dovetail.files import read_json, write_whole
 from dovetail.progress import note
 from dovetail.tasks.find import as_task
 from dovetail.tasks.lengths import length_limit
+from dovetail.tasks.packing import PackedRows, check_packing
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Record, Task
 from dovetail.tasks.tokens import Collator, Example, RowMaker, rendered
@@ -46,7 +47,7 @@ from dovetail.training.optimizer import (
     learning_rates,
     trained_parts,
 )
-from dovetail.training.settings import TrainSettings, check_environment
+from dovetail.training.settings import Training, TrainSettings, check_environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -129,9 +130,9 @@ def train(
     settings      the fields of `TrainSettings`, as keyword arguments: epochs=3.0, max_steps, batch_size=32,
                   gradient_accumulation=1, lr_scale=1.0, learning_rate=1e-4, link_learning_rate,
                   head_learning_rate=1e-3, schedule="linear", warmup=0.0, weight_decay=0.0, max_grad_norm=1.0,
-                  max_length=512, bf16=False, gradient_checkpointing=False, group_by_length=True, evaluate_every,
-                  evaluate_limit, checkpoint_every=200, report_to="none", seed=0. Two runs with the same seed give the
-                  same bits
+                  max_length=512, packing=False, bf16=False, gradient_checkpointing=False, group_by_length=True,
+                  evaluate_every, evaluate_limit, checkpoint_every=200, report_to="none", seed=0. Two runs with the same
+                  seed give the same bits
     calibration   batches for pruning and quantizing in later stages; by default drawn from the train split
     output_dir    directory of checkpoints; nothing is written without one
     resume        continue a killed run, to the same bits; the model must be as it was at the start of that run
@@ -160,12 +161,18 @@ def train(
     if not chain_layers(model):
         vars(config).pop("dovetail", None)  # the fingerprint of a merged model is wrong once the model is trained
     data = as_task(data)
-    rows, make = _rows(model, tokenizer, data, "train", asked)
+    rows, make = training_rows(model, tokenizer, data, "train", asked)
     cut = make.say(f"train {data.name}", shown=progress).get("cut", 0)
     shown = rendered(tokenizer, rows[0])
     if shown:
         text = "".join(f"⟦{part}⟧" if counted else part for part, counted in shown)
         note(f"train {data.name}: the first row; the loss counts the tokens between ⟦ and ⟧\n{text}", shown=progress)
+    if asked.packing:
+        check_packing(model, data.kind, rows)
+        packed = PackedRows(rows, [len(row["input_ids"]) for row in rows], make.max_length)
+        said = f"{len(rows)} rows are packed into {len(packed)} of at most {make.max_length} tokens"
+        note(f"train {data.name}: {said}; batch_size counts these", shown=progress)
+        rows = packed
     chained = bool(chain_layers(model))
     stages = 1 + applied(model).stages_left if chained else 1
     if stages == 1 and not trained_parts(model):
@@ -243,8 +250,8 @@ def train(
     return TrainReport(reports, time.perf_counter() - started, cut, shown)
 
 
-def _rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Task, split: str, settings: TrainSettings,
+def training_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Task, split: str, settings: Training,
     limit: int | None = None,
 ) -> tuple[list[Example], RowMaker]:  # fmt: skip
     """Return the tokenized records of a split, and their maker; DataError for records that do not match the model."""
@@ -278,7 +285,7 @@ def _validation(
     from dovetail.training.trainer import mean_loss
 
     limit, collate = settings.evaluate_limit, Collator(pad_id(tokenizer, vocabulary_of(model)))
-    rows, _ = _rows(model, tokenizer, data, "validation", settings, limit)
+    rows, _ = training_rows(model, tokenizer, data, "validation", settings, limit)
 
     def validate() -> dict[str, float]:
         with autocast(model.device, settings.bf16):
