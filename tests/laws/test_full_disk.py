@@ -42,7 +42,7 @@ def expected() -> dict[str, torch.Tensor]:
     return parameters(whole)
 
 
-@pytest.mark.parametrize("nbytes", [int(100 * 1.24**step) for step in range(28)])
+@pytest.mark.parametrize("nbytes", [int(100 * 1.54**step) for step in range(14)])
 def test_a_training_goes_on_after_a_full_disk(nbytes: int, expected: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """The limit meets another file each time: settings, trained parameters, optimizer, state, report."""
     folder = tmp_path / "run"
