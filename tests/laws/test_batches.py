@@ -57,6 +57,22 @@ def test_a_language_model_scores_the_same_in_batches_of_any_size(name: str, kind
         assert found == pytest.approx(scores, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", [*DECODERS, *UNUSUAL])
+def test_logits_that_no_label_needs_change_no_score(name: str) -> None:
+    """The head runs on the tokens before the choices alone, in models that can leave out the others."""
+    model = model_of(name).eval()
+    records = [{"prompt": prompt, "choices": [" two", " one three four"]} for prompt in PROMPTS]
+    kept, whole = (Runner(model, make_tokenizer(), "t", 3, 64, False) for _ in range(2))
+    vars(whole)["_keeps_logits"] = False
+    with torch.no_grad():
+        (sums, counts), (all_sums, all_counts) = (
+            runner.log_likelihoods(runner.make.choices(records, right=False)) for runner in (kept, whole)
+        )
+    assert counts.tolist() == all_counts.tolist()
+    assert sums.tolist() == pytest.approx(all_sums.tolist(), rel=1e-5)
+    assert kept._keeps_logits or name in ("t5", "bart", *UNUSUAL)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("size", [2, 5, 7])
 def test_padding_that_changes_rows_of_some_lengths_is_left_out(size: int, side: Literal["left", "right"]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,12 +58,19 @@ def print_search(console: Console, report: SearchReport, output: Path) -> None:
     print(f"the page of this search is {output / 'report.html'}")
 
 
+def _count(points: int | None) -> str:
+    """Return the number of candidates, in powers of ten from a trillion."""
+    if points is None:
+        return "not counted"
+    return f"{points:,}" if points < 10**12 else f"10^{math.log10(points):.0f}"
+
+
 def print_preview(console: Console, cost: Preview) -> None:
     """Print what a search will cost."""
     seconds = "not predicted" if cost.seconds is None else duration(cost.seconds)
     memory = "not predicted" if cost.peak_memory_nbytes is None else size(cost.peak_memory_nbytes)
     rows = {
-        "candidates in the space": "not counted" if cost.points is None else f"{cost.points:,}",
+        "candidates in the space": _count(cost.points),
         "trials": f"{cost.trials:,}",
         "predicted time, one worker": seconds,
         "predicted peak memory": memory,

@@ -46,7 +46,7 @@ _START = 5
 """Points of the start's front that are tried; the paper's population."""
 _TUNING = 5
 """The model is tuned for a fifth of a training before its layers are scored."""
-_MEASURED_STEPS = 4
+_MEASURED_STEPS, _MEASURED_RECORDS = 4, 16
 TRIALS, _BASES = "trials", "bases"
 
 
@@ -249,23 +249,28 @@ class LayerSpace(AssignmentSpace):
     def preview(self) -> Preview:
         largest = [max(self.choices, key=lambda c, u=unit: self.cost(u, c, "nbytes")) for unit in self.units]
         started = perf_counter()
-        bench = self._bench
+        bench, layers = self._bench, self.layers_of(largest)
         ready = perf_counter() - started
-        seconds = []
-        for steps in (1, 1 + _MEASURED_STEPS):  # the difference leaves out what every training does once
-            seconds.append(bench.trial(self.layers_of(largest), steps).seconds)
+        records = len(self.search_task.split("validation")[: bench.samples])
+        bench.samples = min(records, _MEASURED_RECORDS)
+        # The difference leaves out what every training does once.
+        seconds = [bench.trial(layers, steps).seconds for steps in (1, 1 + _MEASURED_STEPS)]
         step = max(0.0, seconds[1] - seconds[0]) / _MEASURED_STEPS
-        once = max(0.0, seconds[0] - step)
+        with bench.candidate(layers):
+            started = perf_counter()
+            bench.score()
+            scoring = perf_counter() - started
+        once = max(0.0, seconds[0] - step - scoring) + scoring * records / bench.samples
         rungs = self.settings.rungs or (self.steps,)
         counts = [(count, rung - before) for count, rung, before in zip(self._counts, rungs, (0, *rungs), strict=False)]
-        scoring = self.steps // _TUNING * step if self.settings.start in ("gradient", "entropy") else 0.0
+        tuning = self.steps // _TUNING * step if self.settings.start in ("gradient", "entropy") else 0.0
         finish = {"best": 1, "front": _START, "none": 0}[self.settings.finish] * self.steps * step
         trained = sum(count * (steps * step + once) for count, steps in counts)
         recipe = self.candidate_recipe(Candidate(self.params(largest)))
         return Preview(
             points=len(self.choices) ** len(self.units),
             trials=self.settings.trials,
-            seconds=ready + scoring + trained + finish,
+            seconds=ready + tuning + trained + finish,
             peak_memory_nbytes=self.predicted_peak(recipe),
             facts={
                 "units": f"{len(self.units)}, of {sum(len(unit.layers) for unit in self.units)} layers",

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -137,6 +138,11 @@ class Runner:
                 return False
         return True
 
+    @cached_property
+    def _keeps_logits(self) -> bool:
+        """Whether the model can leave out the logits of tokens that no label needs."""
+        return not self.encoder_decoder and "logits_to_keep" in signature(self.model.forward).parameters
+
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits: (rows, tokens, vocabulary), or (rows, labels) of a head."""
         labels = batch.get("labels")
@@ -157,11 +163,7 @@ class Runner:
         """
         sums, counts = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64)
         for chosen, batch in self.batches(rows):
-            labels_bt, logits_btv = batch["labels"], self.logits(batch)
-            if logits_btv.ndim != 3:
-                raise wrong_model(self.name, self.model)
-            if not self.encoder_decoder:
-                labels_bt, logits_btv = labels_bt[:, 1:], logits_btv[:, :-1]
+            labels_bt, logits_btv = self._labels_and_logits(batch)
             counted_bt = labels_bt != IGNORED
             likelihood_bt = torch.zeros(labels_bt.shape, dtype=torch.float64, device=labels_bt.device)
             likelihood_bt[counted_bt] = -F.cross_entropy(
@@ -171,6 +173,23 @@ class Runner:
                 raise self.not_finite(lambda batch=batch: self.logits(batch))
             sums[chosen], counts[chosen] = likelihood_bt.sum(1).cpu(), counted_bt.sum(1).cpu()
         return sums, counts
+
+    def _labels_and_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the labels, (rows, places), and the logits that predict them, (rows, places, vocabulary).
+
+        The places of a causal model are the tokens before a label that counts in any row: the head of a large
+        vocabulary costs more than the rest of a small model.
+        """
+        labels_bt, kept = batch["labels"], {}
+        if not self.encoder_decoder:
+            labels_bt = labels_bt[:, 1:]
+            places = (labels_bt != IGNORED).any(0).nonzero()[:, 0]
+            if self._keeps_logits and 0 < len(places) < labels_bt.shape[1]:
+                labels_bt, kept = labels_bt[:, places], {"logits_to_keep": places}
+        logits_btv = self.logits(batch | kept)
+        if logits_btv.ndim != 3:
+            raise wrong_model(self.name, self.model)
+        return labels_bt, logits_btv[:, : labels_bt.shape[1]]
 
 
 def _lengths(row: Example) -> tuple[int, int]:
