@@ -4,8 +4,8 @@
 
 Needs `pip install "dovetail[gemma]"`, and the data beside the checkout. A cell that is finished is kept in
 OUTPUT/results.json, so the script can be killed and started again; after each it writes OUTPUT/table.md. One process of
-one thread takes about an hour and a half on an idle core, and 4 GB. The model is in bfloat16, in which it was published;
-on a processor without AVX512-BF16, float32 is faster.
+one thread takes about an hour on an idle core, and 4 GB. The model is in bfloat16, in which it was published; on a
+processor without AVX512-BF16, float32 is faster.
 
 untuned    base, NF4, INT4 and GPTQ in groups of 64, Wanda at 30, 50, 60 % and 2:4, SparseGPT at 50 %
 tuned      dense LoRA, LoRA on NF4, SparsePEFT, QA-SparsePEFT: rank 16, ARC-easy, STEPS steps of 4 rows, for each seed
