@@ -9,6 +9,7 @@ import torch
 
 from dovetail.errors import DovetailError
 from dovetail.tasks.finite import check_finite
+from dovetail.tasks.holding import holding
 from dovetail.tasks.lengths import in_evaluation, length_limit
 from dovetail.tasks.tokens import Example, RowMaker
 from dovetail.tasks.vocabulary import end_ids, pad_id, vocabulary_of, wrong_model
@@ -95,7 +96,7 @@ class Chat:
         generate: Any = self.model.generate
         self.model.generation_config = config  # generate() would mix the model's own settings into ours
         try:
-            with torch.inference_mode(), in_evaluation(self.model), torch.random.fork_rng():
+            with torch.inference_mode(), in_evaluation(self.model), holding(self.model), torch.random.fork_rng():
                 torch.manual_seed(self.seed + self._answers)
                 generate(**batch, streamer=stream)
         finally:

@@ -32,6 +32,7 @@ from dovetail.runs.plan import Plan, plan
 from dovetail.tasks.files import read_rows, split_of
 from dovetail.tasks.find import load_task, number_of_labels
 from dovetail.tasks.formats import FORMATS, detect
+from dovetail.tasks.holding import free_memory
 from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.spec import Data
 from dovetail.tasks.task import HEAD_KINDS, Record, Task
@@ -285,11 +286,8 @@ def _spread(records: Sequence[Record], number: int) -> list[Record]:
 def _memory() -> tuple[int, str]:
     """Return the free bytes of the accelerator or of this machine, and which of them."""
     device = best_device()
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0], f"free on {torch.cuda.get_device_name(device)}"
-    import psutil
-
-    return psutil.virtual_memory().available, "free on this machine"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
+    return free_memory(device), f"free on {name}"
 
 
 def _fitting(

@@ -66,6 +66,7 @@ class Base(nn.Module):
         self.register_buffer("mask_bits", None)
         self.register_buffer("start", None, persistent=False)
         self._row_square: dict[bool, Tensor] = {}
+        self._held: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,9 +112,19 @@ class Base(nn.Module):
         if self.dense is not None:
             return self.dense.detach().to(dtype)
         assert self.quantized is not None
+        if self._held is not None and self._held.dtype == dtype:
+            return self._held
         native = self.buffer(dtype, slot)
         self.quantized.dequantize(self.layout.matrix(native))
         return native
+
+    def hold(self) -> None:
+        """Keep the dequantized weight, which `native` then returns, until `release`."""
+        self._held = self.native(self.dtype).clone()
+
+    def release(self) -> None:
+        """Give the dequantized weight up."""
+        self._held = None
 
     def buffer(self, dtype: torch.dtype, slot: str) -> Tensor:
         """Return the shared buffer in the layer's own layout, uninitialised."""

@@ -8,6 +8,7 @@ Whatever layer it stands for (`models/layouts.py`), the chain sees a matrix (out
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from statistics import median_low
 
@@ -19,6 +20,7 @@ from dovetail.chains.layer.execute import materialise, run_closed, run_open, run
 from dovetail.chains.layer.planner import Path, choose_path, compose
 from dovetail.chains.link import Adapter, Constraint, Link, OutputAdapter, Site
 from dovetail.chains.terms import Form, Term
+from dovetail.tasks.holding import Holder
 
 
 class Shared:
@@ -105,7 +107,7 @@ class LinkState(nn.Module):
         return str(self.link)
 
 
-class ChainLinear(nn.Module):
+class ChainLinear(Holder):
     """A layer whose weight is a base plus a chain of links.
 
     base     dense or quantized weight (`chains/layer/base.py`), frozen
@@ -124,6 +126,7 @@ class ChainLinear(nn.Module):
         self.base = base
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.links = nn.ModuleList()
+        self._held: tuple[Tensor, Tensor | None] | None = None
         self.set_links([])
 
     # Some models read `layer.weight.dtype` (T5). A quantized layer has no such tensor: it returns the module.
@@ -238,8 +241,27 @@ class ChainLinear(nn.Module):
                 return self._forward(x)
         return self._forward(x)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    @property
+    def held_nbytes(self) -> int:
+        if self.path == "open" and self.base.quantized is None:
+            return 0
+        return math.prod(self.base.shape) * self.base.dtype.itemsize
+
+    @torch.no_grad()
+    def hold(self) -> None:
         if self.path == "open":
+            self.base.hold()
+        else:
+            self._held = self.frozen_weight()
+
+    def release(self) -> None:
+        self._held = None
+        self.base.release()
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if self._held is not None and x.dtype == self.base.dtype:
+            y = self.layout.call(x, *self._held)
+        elif self.path == "open":
             y = run_open(x, self.form(), self.base)
         elif self.path == "closed":
             y = run_closed(x, self.form(), self.base, self.constraints, self.from_codes)

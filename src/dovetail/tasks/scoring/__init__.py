@@ -11,6 +11,7 @@ from torch import nn
 
 from dovetail.errors import DataError
 from dovetail.tasks.find import as_task
+from dovetail.tasks.holding import holding
 from dovetail.tasks.lengths import in_evaluation, length_limit
 from dovetail.tasks.scoring.chat import score_chat
 from dovetail.tasks.scoring.classification import score_labels, score_values
@@ -76,7 +77,7 @@ def evaluate(
             rule = f"{name} must be at least 1"
             raise DataError("evaluate", found=f"{name}={value}", rule=rule, fix=f"raise {name}")
     scores: dict[str, dict[str, float]] = {}
-    with in_evaluation(model), _without_router_losses(model), torch.inference_mode():
+    with in_evaluation(model), _without_router_losses(model), torch.inference_mode(), holding(model):
         for task in tasks:
             records = task.split(split)[:limit]
             length = length_limit(model, tokenizer, max_length, records)
