@@ -39,7 +39,7 @@ SAMPLES: dict[str, tuple[str, ...]] = {
     "fp4": ("fp4(block=32)", "fp4(block=64, double=true)"),
     "fp8": ("fp8", "fp8(scale=tensor)"),
     "lora": ("lora(r=3)", "lora(r=4, alpha=6, scaling=rs)", "lora(r=5, alpha=2, elastic=[5, 3, 2])"),
-    "dora": ("dora(r=3, alpha=6)", "dora(r=4, elastic=[4, 2, 1])"),
+    "dora": ("dora(r=3, alpha=6)", "dora(r=4, scaling=rs, elastic=[4, 2, 1])"),
     "ia3": ("ia3", "ia3(side=in)"),
     "loha": ("loha(r=2, alpha=3)", "loha(r=5)", "loha(r=5, elastic=[5, 2])"),  # as a low rank, and recomputed
     "vera": ("vera(r=16)", "vera(r=16, elastic=[16, 12, 8])"),
@@ -62,6 +62,13 @@ ADAPTERS = of_kind(Adapter)
 WEIGHT_ADAPTERS = of_kind(Adapter, but=OutputAdapter)
 ZERO_CONSTRAINTS = [text for text in of_kind(Constraint) if links()[text.split("(")[0]].restores == "zeros"]
 GRID_CONSTRAINTS = [text for text in of_kind(Constraint) if links()[text.split("(")[0]].restores == "grid"]
+
+STARTS = [
+    "lora(r=3, init=lqlora)",
+    "lora(r=4, alpha=6, scaling=rs, init=pissa)",
+    "dora(r=3, init=loftq, iterations=2)",
+]
+"""Adapters that do not start as the identity."""
 
 MIXTURES = [
     "lora(r=3) >> ia3",
@@ -164,6 +171,9 @@ def closed_chains() -> Iterator[str]:
     for quantizer in QUANTIZERS:
         for constraint in GRID_CONSTRAINTS:
             yield f"{quantizer} >> lora(r=3) >> {constraint}"
+    for start in STARTS:
+        yield f"int(bits=4, group=8) >> {start} >> regrid"
+    yield f"wanda(0.5) >> nf4(block=32) >> {STARTS[1]} >> remask >> regrid(start=codes)"
     yield "magnitude(0.4) >> nf4(block=32) >> lora(r=3) >> regrid >> remask"
     yield "nf4(block=32) >> magnitude(0.4) >> lora(r=3) >> remask >> regrid"
     yield "magnitude(0.4) >> nf4(block=32) >> lora(r=3) >> remask >> ia3 >> regrid"  # recomputed

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dovetail.chains.layer.linear import ChainLinear
+from dovetail.chains.layer.applied import applied
+from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.chains.link import Adapter, Constraint, Link, OutputAdapter, Pruner, Quantizer
 from dovetail.chains.notation import chain
 from dovetail.checkpoint.merge import merge
@@ -42,7 +43,8 @@ def check_link(*samples: str | Link) -> None:
 
     Checked of every sample: the notation reads back as it prints; the layer's forward pass and gradients equal the
     link's definition (`fold`, `project`, `output`) in float64; a state dict loads into a fresh layer bit for bit.
-    Of an adapter: it starts as the identity, and gradients reach every declared parameter and nothing else; merging
+    Of an adapter: it starts as the identity (or, where `starts` says otherwise, nearer to the weight than its base is),
+    and gradients reach every declared parameter and nothing else; merging
     changes no output (or, of an output adapter, is refused); what it declares with `keeps_zeros` and `keeps_grid` is
     what it keeps. Of a pruner and a quantizer: zeros and values on the grid survive training behind `remask` and
     `regrid` and the merge, bit for bit; the bytes that a quantizer promises are those it stores; zeros survive a
@@ -73,9 +75,13 @@ def check_link(*samples: str | Link) -> None:
 
 def _check_adapter(link: Adapter, text: str) -> None:
     x = _input(torch.float64)
-    for base in ("", "magnitude(0.5) >> ", "int(bits=4, group=8) >> "):
-        start, plain = _layer(base + text), _layer(base.removesuffix(" >> ")) if base else _model(torch.float64).layer
-        _require(_near(start(x), plain(x)), base + text, "an adapter starts as the identity")
+    if link.starts == "identity":
+        for base in ("", "magnitude(0.5) >> ", "int(bits=4, group=8) >> "):
+            plain = _layer(base.removesuffix(" >> ")) if base else _model(torch.float64).layer
+            _require(_near(_layer(base + text)(x), plain(x)), base + text, "an adapter starts as the identity")
+    else:
+        _check_decomposition(link, text)
+    text = f"int(bits=4, group=8) >> {text}" if link.starts == "quantizer" else text
     layer = _layer(text)
     declared = link.parameter_shapes(layer.site)
     values = {name: tuple(p.shape) for name, p in layer.states[0].named_parameters()}
@@ -93,19 +99,46 @@ def _check_adapter(link: Adapter, text: str) -> None:
     if isinstance(link, OutputAdapter):
         _require(not link.mergeable, text, "an adapter of outputs declares mergeable = False")
         return
+    if link.starts == "quantizer":
+        _check_closed(f"{text} >> regrid")
+        return
     model = _model(torch.float64, text)
     _move(model)
     before = model(x)
     merge(model)
     _require(_near(model(x), before), text, "merging changes no output")
-    pruned, quantized = _layer(f"magnitude(0.5) >> {text}"), _layer(f"int(bits=4, group=8) >> {text}")
-    for layer in (pruned, quantized):
-        _move(layer)
-    zeros = bool((pruned.effective_weight()[0][pruned.base.matrix() == 0] == 0).all())
-    _require(zeros == link.keeps_zeros, text, "keeps_zeros tells whether zeros of the base stay zero")
+    quantized = _layer(f"int(bits=4, group=8) >> {text}")
+    _move(quantized)
+    if link.starts == "identity":
+        pruned = _layer(f"magnitude(0.5) >> {text}")
+        _move(pruned)
+        zeros = bool((pruned.effective_weight()[0][pruned.base.matrix() == 0] == 0).all())
+        _require(zeros == link.keeps_zeros, text, "keeps_zeros tells whether zeros of the base stay zero")
     grid = quantized.base.quantized
     on_grid = grid is not None and grid.off_grid(quantized.effective_weight()[0].detach()) == 0
     _require(on_grid == link.keeps_grid, text, "keeps_grid tells whether weights stay on the base's grid")
+
+
+def _check_decomposition(link: Adapter, text: str) -> None:
+    """Check that base and parameters are nearer to the weight than the base alone, and that the base is made again."""
+    weight = _model(torch.float64).layer.weight.detach()
+    if link.starts == "weight":
+        error = (_layer(text).effective_weight()[0].detach() - weight).abs().max()
+        _require(float(error) <= TOLERANCE, text, "without a quantizer, the start is the weight")
+    for quantizer in ("int(bits=4, group=8)", "gptq(bits=3, group=8)", "hqq(bits=2, group=8)"):
+        layer, plain = _layer(f"{quantizer} >> {text}"), _layer(quantizer)
+        near = torch.linalg.matrix_norm(layer.effective_weight()[0] - weight)
+        far = torch.linalg.matrix_norm(plain.base.matrix() - weight)
+        _require(bool(near < far), f"{quantizer} >> {text}", "the start is nearer to the weight than the base alone")
+    for closed in (f"int(bits=4, group=8) >> {text} >> regrid", f"nf4 >> {text} >> regrid(start=codes)"):
+        _check_closed(closed)
+    _check_closed(f"magnitude(0.5) >> int(bits=4, group=8) >> {text} >> remask >> regrid")
+    model = _model(torch.float32, f"int(bits=4, group=8) >> {text}")
+    taken = applied(model).taken
+    again = _model(torch.float32)
+    apply(again, f"int(bits=4, group=8) >> {text}", targets="layer", taken=taken)
+    one, two = (chain_layers(each)["layer"].base.state_dict() for each in (model, again))
+    _require(_same(one, two), text, "the base is made again from what was taken, bit for bit")
 
 
 def _check_quantizer(link: Quantizer, text: str) -> None:

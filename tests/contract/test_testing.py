@@ -18,12 +18,17 @@ from dovetail.links.adapt.ia3 import IA3
 from dovetail.links.adapt.lora import LoRA
 from dovetail.links.prune import Magnitude
 from dovetail.links.quantize.integer import Int
-from samples import SAMPLES
+from samples import SAMPLES, STARTS
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_every_registered_link_holds_the_contract(name: str) -> None:
     testing.check_link(*SAMPLES[name])
+
+
+@pytest.mark.parametrize("text", STARTS)
+def test_starts_that_are_not_the_identity_hold_the_contract(text: str) -> None:
+    testing.check_link(text)
 
 
 @dataclass(frozen=True)

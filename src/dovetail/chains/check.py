@@ -6,14 +6,16 @@ Rules (CLAM §3.1, A.7, A.10; DESIGN.md §1):
 3. remask needs a pruner before it, regrid a quantizer;
 4. a link without an effective weight (bottleneck) is followed only by links of the same kind;
 5. dropout on a low rank's input cannot be followed by a constraint: W' does not depend on the input;
-6. a stage that is followed by another merges into the base, so it must keep the base's zeros and grid.
+6. an adapter that starts from a decomposition of the weight has the dense weight: only pruners, then at most one
+   quantizer come before it, in its stage; over a pruner, remask follows;
+7. a stage that is followed by another merges into the base, so it must keep the base's zeros and grid.
 """
 
 from __future__ import annotations
 
 from dovetail.chains.link import Chain, Constraint, Kind, Link, OutputAdapter, Quantizer, arguments
 from dovetail.chains.notation import chain
-from dovetail.chains.stages import MADE_BY, CheckedChain
+from dovetail.chains.stages import MADE_BY, CheckedChain, Stage
 from dovetail.errors import CannotMerge, ChainError
 
 _EXAMPLES = {"pruner": "wanda(0.5) or magnitude(0.5)", "quantizer": "nf4 or int(bits=4)"}
@@ -74,8 +76,38 @@ def _check_order(chain: CheckedChain) -> None:
         seen[link.kind] = link
 
 
+def _check_start(chain: CheckedChain, number: int, stage: Stage) -> None:
+    """Raise ChainError where an adapter cannot choose its parameters together with the base."""
+    link = stage.decomposing
+    if link is None:
+        return
+    earlier = chain.quantizer if stage.quantizer is None else None
+    others = [other for other in stage.adapters if other.starts != "identity"][1:]
+    found = rule = fix = ""
+    if others:
+        found, rule = f"{others[0]} behind {link}", "one adapter of a stage decomposes the weight"
+        fix = f"write {others[0].name} without its start"
+    elif earlier is not None and chain.quantizer_at(number) is not None:
+        found = f"a base on the grid of {earlier}, made before this stage"
+        rule = "an adapter that starts from a decomposition needs the weight before it is quantized"
+        fix = f"start {link.name} as the identity"
+    elif stage.quantizer is None and link.starts == "quantizer":
+        found, rule = "no quantizer before it in its stage", "its start makes up for the quantizer's error"
+        fix = f"put {_EXAMPLES['quantizer']} before it, or use init=pissa"
+    elif stage.quantizer is not None and stage.applied[-1] is not stage.quantizer:
+        found = f"{stage.applied[-1].name} between {stage.quantizer.name} and it"
+        rule = "an adapter that starts from a decomposition needs the pruned weight before it is quantized"
+        fix = f"put {stage.applied[-1].name} before {stage.quantizer.name}"
+    elif stage.pruned and all(constraint.restores != "zeros" for constraint in stage.constraints):
+        found, rule = "a pruned base, and no remask", "the base keeps its zeros only where the low rank has them too"
+        fix = f"add remask behind {link.name}"
+    if found:
+        raise ChainError(f"{link} in stage {number + 1}: {stage}", found=found, rule=rule, fix=fix)
+
+
 def _check_stages(chain: CheckedChain) -> None:
     for number, stage in enumerate(chain.stages):
+        _check_start(chain, number, stage)
         for link in stage.trained:
             if stage.constraints and arguments(link).get("dropout"):
                 raise ChainError(

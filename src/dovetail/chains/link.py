@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -28,7 +28,7 @@ from dovetail.errors import CannotMerge, ChainError
 if TYPE_CHECKING:
     from dovetail.chains.grid import QuantizedWeight
     from dovetail.chains.statistics import InputStatistics
-    from dovetail.chains.terms import Term
+    from dovetail.chains.terms import LowRank, Term
 
 
 Kind = Literal["pruner", "quantizer", "adapter", "constraint"]
@@ -88,12 +88,12 @@ class Link(ABC):
     def __str__(self) -> str:
         """Format the link as the notation reads it: arguments that differ from their default, and headline ones."""
         parts = []
-        for f in fields(self):
+        for name, f in argument_fields(self).items():
             value = getattr(self, f.name)
             if f.metadata.get("positional"):
                 parts.append(format_value(value))
             elif f.metadata.get("always_print") or value != f.default:
-                parts.append(f"{f.name}={format_value(value)}")
+                parts.append(f"{name}={format_value(value)}")
         return f"{self.name}({', '.join(parts)})" if parts else self.name
 
     def _bad(self, found: str, rule: str, fix: str) -> ChainError:
@@ -187,7 +187,7 @@ class Quantizer(Link):
 
 @dataclass(frozen=True)
 class Adapter(Link):
-    """Trainable change of `(W, b)`. Identity at init."""
+    """Trainable change of `(W, b)`. Identity at init, unless `starts` says otherwise."""
 
     kind: ClassVar[Kind] = "adapter"
     differentiable: ClassVar[bool] = True
@@ -208,6 +208,31 @@ class Adapter(Link):
         returns    name -> tensor of `parameter_shapes`, in float32 (float64 for a float64 weight), on weight_oi's
                    device
         """
+
+    @property
+    def starts(self) -> Literal["identity", "weight", "quantizer"]:
+        """What the chain starts as.
+
+        "identity": as its base. Otherwise `decompose` chooses the base and the parameters together, so that they are
+        near the weight: "weight", with or without a quantizer before the link; "quantizer", with one only.
+        """
+        return "identity"
+
+    def decompose(
+        self, weight_oi: Tensor, quantize: Callable[[Tensor], Tensor]
+    ) -> tuple[LowRank | None, dict[str, Tensor]]:
+        """Choose what is taken from the weight before it becomes the base, and the parameters that give it back.
+
+        Called in the place of `init`, where the base is quantized and the dense weight is still at hand. The base
+        becomes quantize(`without(weight_oi, taken)`). A saved adapter holds what was taken, from which the base is made
+        again bit for bit.
+
+        weight_oi  (o, i) the dense weight, float32 (float64 for a float64 weight)
+        quantize   weight (o, i) -> the values (o, i) that it has once it is the base: on the quantizer's grid, with the
+                   pruner's zeros; without both, itself in the base's dtype
+        returns    what is taken, None for nothing; and name -> tensor of `parameter_shapes`
+        """
+        raise NotImplementedError(f"{self.name} starts as the identity")
 
     def constants(self, widest: tuple[int, int], seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return frozen tensors that all layers share and that are drawn again from a seed instead of being stored.
@@ -326,11 +351,24 @@ def positional(default: Any) -> Any:
     return field(default=default, metadata={"always_print": True, "positional": True})
 
 
+def argument_fields(link: Link | type[Link]) -> dict[str, Field[Any]]:
+    """Return argument name -> field, in the order of the notation.
+
+    A field that would have the name of a method has an underscore behind it: `init_` is the argument `init`.
+    """
+    return {f.name.rstrip("_"): f for f in fields(link)}
+
+
 def arguments(link: Link | type[Link]) -> dict[str, Any]:
     """Return argument name -> value (of a link) or default (of a class), in the order of the notation."""
-    if isinstance(link, type):
-        return {f.name: f.default for f in fields(link)}
-    return {f.name: getattr(link, f.name) for f in fields(link)}
+    found = argument_fields(link).items()
+    return {name: f.default if isinstance(link, type) else getattr(link, f.name) for name, f in found}
+
+
+def with_arguments(link: Link, values: Mapping[str, Any]) -> Link:
+    """Return the link with other values of some arguments."""
+    found = argument_fields(link)
+    return replace(link, **{found[name].name: value for name, value in values.items()})
 
 
 def identity_of(quantizer: Quantizer) -> str:

@@ -14,13 +14,13 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from functools import cache
 from typing import Any, get_type_hints
 
 import pydantic
 
-from dovetail.chains.link import WORDS, Chain, Link, check_length, format_value
+from dovetail.chains.link import WORDS, Chain, Link, argument_fields, check_length, format_value
 from dovetail.chains.registry import links
 from dovetail.errors import ChainError
 
@@ -56,7 +56,7 @@ def chain(text: str | Chain | Link) -> Chain:
 @cache
 def _types(cls: type[Link]) -> dict[str, pydantic.TypeAdapter[Any]]:
     hints = get_type_hints(cls)
-    return {f.name: pydantic.TypeAdapter(hints[f.name]) for f in fields(cls)}
+    return {name: pydantic.TypeAdapter(hints[f.name]) for name, f in argument_fields(cls).items()}
 
 
 class _Parser:
@@ -135,14 +135,14 @@ class _Parser:
         cls = known[name]
         values: dict[str, Any] = {}
         if self.accept("("):
-            names = [f.name for f in fields(cls)]
+            names = list(argument_fields(cls))
             while not self.accept(")"):
                 self.argument(cls, names, values)
                 if not self.accept(","):
                     self.expect(")", "arguments are separated by ',' and closed by ')'")
                     break
         try:
-            return cls(**values)
+            return cls(**{argument_fields(cls)[name].name: value for name, value in values.items()})
         except ChainError as error:
             raise self.error(error.found, error.rule, error.fix or _default(cls, list(values)[:1]), at) from None
 
@@ -219,9 +219,9 @@ def _suggested(name: str, known: Mapping[str, type[Link]]) -> str:
 
 def _default(cls: type[Link], names: list[str]) -> str:
     """Return the fix for an argument that is out of its range or of another type."""
-    for field in fields(cls):
-        if field.name in names and field.default is not MISSING:
-            return f"write {field.name}={format_value(field.default)}, its default, or another value by the rule"
+    for name, field in argument_fields(cls).items():
+        if name in names and field.default is not MISSING:
+            return f"write {name}={format_value(field.default)}, its default, or another value by the rule"
     return f"see the arguments of {cls.name} in `dovetail methods`"
 
 

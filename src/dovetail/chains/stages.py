@@ -20,6 +20,7 @@ class Stage:
 
     applied     pruners and quantizers, applied once to the base, in order
     trained     differentiable links, trained together
+    pruned      the base has the zeros of a pruner of this stage or of an earlier one
     keep_mask   the base keeps the pruner's mask: a constraint of this stage or of a later one reads it
     keep_start  the base keeps its weights as they were before this stage's quantizer: a constraint starts from them
     missing     the constraints to add at the end so that the stage merges without loss of zeros or grid
@@ -27,6 +28,7 @@ class Stage:
 
     applied: tuple[Link, ...]
     trained: tuple[Link, ...]
+    pruned: bool = field(default=False, compare=False)
     keep_mask: bool = field(default=False, compare=False)
     keep_start: bool = field(default=False, compare=False)
     missing: tuple[Constraint, ...] = field(default=(), compare=False)
@@ -40,6 +42,16 @@ class Stage:
     def constraints(self) -> tuple[Constraint, ...]:
         """The links that re-impose the base's zeros or grid."""
         return tuple(link for link in self.trained if isinstance(link, Constraint))
+
+    @property
+    def decomposing(self) -> Adapter | None:
+        """The adapter that chooses its parameters together with the base (`Adapter.decompose`)."""
+        return next((link for link in self.adapters if link.starts != "identity"), None)
+
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """The quantizer that is applied in this stage."""
+        return next((link for link in self.applied if isinstance(link, Quantizer)), None)
 
     @property
     def from_codes(self) -> tuple[bool, ...]:
@@ -144,6 +156,7 @@ def stages(chain: Chain, kept: Sequence[Link] = ()) -> tuple[Stage, ...]:
             Stage(
                 tuple(applied),
                 tuple(trained),
+                pruned=pruned,
                 keep_mask=pruned and any(link.restores == "zeros" for link in still),
                 keep_start=quantized_here
                 and any(isinstance(link, Constraint) and not link.from_codes for link in trained),

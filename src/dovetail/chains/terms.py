@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+_CHUNK = 1 << 17
+"""Weights that `without` works on at a time, so that they stay in a core's cache."""
+
 
 @dataclass(frozen=True)
 class OutScale:
@@ -116,6 +119,24 @@ class Form:
         if len(pairs) == 1:
             return pairs[0]
         return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+
+
+def without(weight_oi: Tensor, taken: LowRank | None) -> Tensor:
+    """Return W - B A in W's dtype, the same bits on every processor; W itself where nothing is taken.
+
+    A matrix product sums in an order that depends on the processor and its threads, so that the codes of a base made
+    from its result could differ. Here the ranks are subtracted one after the other, each operation rounded by itself.
+    """
+    if taken is None:
+        return weight_oi
+    a_ri, b_or = taken.a_ri.to(weight_oi), taken.b_or.to(weight_oi)
+    rest_oi = weight_oi.clone()
+    step = max(1, _CHUNK // max(1, weight_oi.shape[1]))
+    for start in range(0, len(rest_oi), step):
+        rows = slice(start, start + step)
+        for rank in range(len(a_ri)):
+            rest_oi[rows] -= b_or[rows, rank, None] * a_ri[rank]
+    return rest_oi
 
 
 def nonzero(norm_o: Tensor) -> Tensor:

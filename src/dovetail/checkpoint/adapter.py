@@ -4,6 +4,8 @@ A directory with two files: `adapter.json` (chain, targets, seed, fingerprints, 
 elastic adapters) and `adapter.safetensors`:
 
     link/LAYER/PLACE/NAME    parameters of the differentiable links
+    taken/LAYER/NAME         A and B of the low rank that was taken from a layer's weight before it was quantized
+                             (`lora(init=loftq)`): with them, loading makes the same base again, bit for bit
     mask/LAYER               one bit per weight, where a pruner chose; loading runs the quantizer again and checks it
     base/LAYER/NAME          the bases and biases themselves, where they cannot be computed again: earlier stages were
                              merged into them, or gptq or sparsegpt fitted them to data (as large as the base)
@@ -36,15 +38,16 @@ from dovetail.chains.layer.fingerprint import base_fingerprint
 from dovetail.chains.layer.held import guard_saving, held
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.chains.link import Adapter
+from dovetail.chains.terms import LowRank
 from dovetail.compression.apply import apply, restore
 from dovetail.errors import ChainError, LoadError
 from dovetail.files import atomic, open_tensors, read_json, write_whole
 from dovetail.models.fingerprint import model_fingerprint, tensors_fingerprint
-from dovetail.models.layouts import layout_of
+from dovetail.models.layouts import Layout, layout_of
 from dovetail.models.targets import all_layers, new_heads
 from dovetail.training.optimizer import cast_frozen
 
-_KEY = re.compile(r"link/[^/]+/\d+/\w+|base/[^/]+/[\w.]+|(mask|head)/[^/]+")
+_KEY = re.compile(r"link/[^/]+/\d+/\w+|base/[^/]+/[\w.]+|taken/[^/]+/[AB]|(mask|head)/[^/]+")
 
 
 class AdapterFile(pydantic.BaseModel, extra="forbid"):
@@ -111,6 +114,8 @@ def save_adapter(model: nn.Module, directory: str | Path) -> Path:
             tensors |= {f"base/{name}/{key}": value for key, value in kept.items() if value is not None}
         elif any(link.kind == "pruner" for link in record.stage.applied):
             tensors[f"mask/{name}"] = _mask_bits(layer)
+        if (taken := record.taken.get(name)) is not None:
+            tensors |= {f"taken/{name}/A": taken.a_ri, f"taken/{name}/B": taken.b_or}
     tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
     file = describe(model)
     file.digest = file.digest_of(tensors)
@@ -167,7 +172,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (not a dict)
     for key in tensors:
         if not _KEY.fullmatch(key):
-            rule = "names of tensors must begin with link/, mask/, base/ or head/"
+            rule = "names of tensors must begin with link/, mask/, taken/, base/ or head/"
             raise LoadError(str(path), found=f"a tensor {key[:80]!r}", rule=rule, fix="save the adapter again")
     _check_digest(where, file, tensors)
     before = Before(model)
@@ -261,9 +266,10 @@ def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor]
         raise LoadError(where, found=f"stage={file.stage}", rule=rule, fix="copy the folder again")
     bases: dict[str, dict[str, Tensor]] = {}
     masks, stock = {}, {layer.name: layer.module for layer in all_layers(model)}
+    taken: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         kind, name, *rest = key.split("/")
-        if kind in ("base", "mask"):
+        if kind in ("base", "mask", "taken"):
             module = _module(stock, name)
             layout = layout_of(name, module)
             bits = (layout.out_features, -(-layout.in_features // 8))
@@ -272,21 +278,28 @@ def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor]
                 kept = unpack_bits(tensor.to(torch.uint8), layout.in_features, torch.int8).bool()
                 masks[name] = kept.to(module.get_parameter("weight").device)
                 continue
+            if kind == "taken":
+                _check_taken(key, tensor, layout)
+                taken.setdefault(name, {})[rest[0]] = tensor.to(module.get_parameter("weight").device)
+                continue
             weight, what = module.get_parameter("weight"), rest[0]
             shapes = {"mask_bits": bits, "bias": bits[:1], "start": tuple(weight.shape)}
             if what in shapes:  # the rest is for load_state_dict to check
                 _expect(key, tensor, shapes[what])
                 tensor = tensor.to(torch.uint8 if what == "mask_bits" else weight.dtype)
             bases.setdefault(name, {})[what] = tensor
+    low_ranks = {name: _low_rank(name, pair) for name, pair in taken.items()}
     try:
         if _keeps_bases(assignment, file.stage):
             restore(
                 model, file.chain, layers=file.layers, targets=file.targets, seed=file.seed, stage=file.stage,
                 bases=bases,
             )  # fmt: skip
+            applied(model).taken = low_ranks
         else:
             apply(
-                model, file.chain, layers=file.layers, targets=file.targets, seed=file.seed, masks=masks or None
+                model, file.chain, layers=file.layers, targets=file.targets, seed=file.seed, masks=masks or None,
+                taken=low_ranks,
             )  # fmt: skip
     except (KeyError, RuntimeError) as error:  # a layer that the file lacks, or another name or shape in a base
         raise LoadError(
@@ -345,6 +358,25 @@ def _module(stock: Mapping[str, nn.Module], name: str) -> nn.Module:
         return stock[name]
     found, rule = "no such layer in the model", "the adapter must name layers of its base"
     raise LoadError(name, found=found, rule=rule, fix="load the adapter onto its base model")
+
+
+def _check_taken(key: str, tensor: Tensor, layout: Layout) -> None:
+    """Raise LoadError unless a tensor can be a factor of what was taken from the layer's weight."""
+    side, width = (1, layout.in_features) if key.endswith("/A") else (0, layout.out_features)
+    if tensor.ndim != 2 or tensor.shape[side] != width:
+        found, rule = f"shape {tuple(tensor.shape)}", f"a factor of a low rank must have {width} as its width"
+        raise LoadError(key, found=found, rule=rule, fix="load the adapter onto its base model")
+    if tensor.dtype not in (torch.float32, torch.float64) or not bool(torch.isfinite(tensor).all()):
+        found, rule = f"{tensor.dtype}, or NaN or infinity", "what was taken must be finite float32 or float64"
+        raise LoadError(key, found=found, rule=rule, fix="save the adapter again")
+
+
+def _low_rank(name: str, pair: Mapping[str, Tensor]) -> LowRank:
+    shapes = {key: tuple(tensor.shape) for key, tensor in pair.items()}
+    if shapes.keys() != {"A", "B"} or shapes["A"][0] != shapes["B"][1]:
+        rule = "what was taken must be A and B of one rank"
+        raise LoadError(f"taken/{name}", found=f"shapes {shapes}", rule=rule, fix="save the adapter again")
+    return LowRank(pair["A"], pair["B"])
 
 
 def _expect(key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

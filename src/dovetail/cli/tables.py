@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from typing import TYPE_CHECKING, Any, get_args
 
 from rich.markup import escape
 from rich.text import Text
 
-from dovetail.chains.link import Adapter, Kind, Link, Quantizer
+from dovetail.chains.link import Adapter, Kind, Link, Quantizer, argument_fields
 from dovetail.chains.notation import chain, format_value
 from dovetail.chains.registry import links
 from dovetail.chains.stages import stages
@@ -31,7 +31,9 @@ def method_rows() -> list[dict[str, Any]]:
         {
             "name": name,
             "kind": link.kind,
-            "arguments": {f.name: None if f.default is MISSING else f.default for f in fields(link)},
+            "arguments": {
+                argument: None if f.default is MISSING else f.default for argument, f in argument_fields(link).items()
+            },
             "notation": _notation(link),
             "keeps_zeros": _keeps_zeros(link),
             "keeps_grid": link.keeps_grid,
@@ -47,14 +49,14 @@ def method_rows() -> list[dict[str, Any]]:
 
 def _keeps_zeros(link: type[Link]) -> bool:
     """Return whether the link keeps zeros; of a quantizer, with its default arguments."""
-    required = any(f.default is MISSING for f in fields(link))
+    required = any(f.default is MISSING for f in argument_fields(link).values())
     return link.keeps_zeros and (required or not issubclass(link, Quantizer) or link().has_zero)
 
 
 def _notation(link: type[Link]) -> str:
     parts = [
-        format_value(f.default) if f.metadata.get("positional") else f"{f.name}={format_value(f.default)}"
-        for f in fields(link)
+        format_value(f.default) if f.metadata.get("positional") else f"{name}={format_value(f.default)}"
+        for name, f in argument_fields(link).items()
     ]
     return f"{link.name}({', '.join(parts)})" if parts else link.name
 

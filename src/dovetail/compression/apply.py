@@ -18,10 +18,13 @@ from dovetail.chains.layer.attach import attach, close_experts, replace_modules
 from dovetail.chains.layer.coverage import coverage
 from dovetail.chains.layer.held import guard_saving, held
 from dovetail.chains.layer.linear import ChainLinear, LinkState, Shared, adapter_dtype
-from dovetail.chains.link import Adapter, Chain, Link, arguments
+from dovetail.chains.link import Adapter, Chain, Link, Quantizer, arguments
 from dovetail.chains.stages import Stage
+from dovetail.chains.statistics import InputStatistics
+from dovetail.chains.terms import LowRank
 from dovetail.compression.calibration import Batch, checked
 from dovetail.compression.compress import compress, refuse_bad_weights
+from dovetail.compression.decomposition import decompose, make_base
 from dovetail.errors import ChainError, DataError
 from dovetail.models.coverage import described
 from dovetail.models.targets import task_heads
@@ -39,6 +42,7 @@ def apply(
     seed: int = 0,
     calibration_inputs: Inputs = "compressed",
     masks: Mapping[str, Tensor] | None = None,
+    taken: Mapping[str, LowRank] | None = None,
     on_link: Callable[[Link], None] | None = None,
     progress: bool = False,
 ) -> nn.Module:
@@ -56,6 +60,8 @@ def apply(
                  gets in use, or of the "original" ones
     seed         seed of the initial values
     masks        layer name -> (o, i) bool, which pruners of the first stage use instead of data
+    taken        layer name -> what an adapter of the first stage took from the weight (`Adapter.decompose`), nothing
+                 for other layers; its parameters are zeros then, to be loaded. None: it chooses both
     on_link      called after each pruner and quantizer that was applied, in later stages too, and with the last of a
                  stage's trained links when `advance` has merged them; the model is usable then
     progress     show bars, and a line with the share of the parameters under the chain and what is left out
@@ -73,7 +79,7 @@ def apply(
     untouched = {target.name: target.module for target in replaced}
     del replaced  # or the original weights would be held until the end
     try:
-        _start(model, record, batches, masks, progress, untouched)
+        _start(model, record, batches, masks, progress, untouched, taken)
     except BaseException:
         if len(untouched) == len(record.layers):
             replace_modules(model, [(record.layers[name], module) for name, module in untouched.items()])
@@ -203,20 +209,41 @@ def _start(
     masks: Mapping[str, Tensor] | None,
     progress: bool,
     untouched: dict[str, Any],
+    taken: Mapping[str, LowRank] | None = None,
 ) -> None:
     """Apply the current stage's pruners and quantizers, then put its differentiable links on the layers.
 
     untouched  layer name -> the owner of its original weight; entries are removed as layers are compressed
+    taken      see `apply`
     """
     layers = record.layers
     stages = {name: record.stage_at(name) for name in layers}
-    if record.stage.applied:
+    record.taken = {} if taken is None else dict(taken)
+    chosen: dict[str, dict[str, Tensor]] = {}
+
+    def quantize(name: str, quantizer: Quantizer | None, statistics: InputStatistics | None) -> None:
+        stage, base = stages[name], layers[name].base
+        if (link := stage.decomposing) is None:
+            assert quantizer is not None
+            base.quantize(quantizer, statistics, stage.keep_start)
+            return
+        if taken is None:
+            part, chosen[name] = decompose(base, link, quantizer, statistics, pruned=stage.pruned)
+            record.taken |= {} if part is None else {name: part}
+        part = record.taken.get(name)
+        make_base(base, part, quantizer, statistics, pruned=stage.pruned, keep_start=stage.keep_start)
+        if taken is None and quantizer is not None and quantizer.statistics:
+            # The blocks behind are calibrated on outputs of this one, whose base is not the weight by itself.
+            layers[name].set_links([LinkState(link, layers[name].site, chosen[name], Shared({}))])
+
+    decomposing = any(stage.decomposing is not None for stage in stages.values())
+    if record.stage.applied or decomposing:
         refuse_bad_weights(layers)
     for place, link in enumerate(record.stage.applied):
         compress(
             model, layers, {name: stage.applied[place] for name, stage in stages.items()}, batches,
             inputs=record.calibration_inputs, masks=masks, progress=progress,
-            keep_start={name for name, stage in stages.items() if stage.keep_start},
+            quantize=quantize,
             touch=lambda name: untouched.pop(name, None),
         )  # fmt: skip
         for name, layer in layers.items():
@@ -224,11 +251,19 @@ def _start(
                 layer.base.mask_bits = None
         if record.on_link is not None:
             record.on_link(link)
-    start_links(record)
+    for name, stage in stages.items():
+        if stage.decomposing is not None and stage.quantizer is None:
+            untouched.pop(name, None)
+            quantize(name, None, None)
+    start_links(record, chosen)
 
 
-def start_links(record: AppliedChain) -> None:
-    """Put the current stage's differentiable links on the layers, with their initial values."""
+def start_links(record: AppliedChain, chosen: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+    """Put the current stage's differentiable links on the layers, with their initial values.
+
+    chosen  layer name -> parameters of the adapter that chose them together with the base; without an entry they are
+            zeros, to be loaded
+    """
     layers = record.layers
     shapes = [layer.base.shape for layer in layers.values()]
     widest = max(o for o, _ in shapes), max(i for _, i in shapes)
@@ -239,7 +274,11 @@ def start_links(record: AppliedChain) -> None:
             if (place, link) not in shared:
                 constants = link.constants(widest, record.seed, torch.float32) if isinstance(link, Adapter) else {}
                 shared[place, link] = Shared(constants)
-            values = _initial(layer, record, place, record.seed)
+            if isinstance(link, Adapter) and link.starts != "identity":
+                given = (chosen or {}).get(name)
+                values = dict(given) if given is not None else _zeros(layer, link)
+            else:
+                values = _initial(layer, record, place, record.seed)
             states.append(LinkState(link, layer.site, values, shared[place, link]).train(layer.training))
         layer.set_links(states)
 
@@ -255,9 +294,16 @@ def initial_values(model: nn.Module, seed: int | None = None) -> dict[str, Tenso
     returns  new tensors on the layers' devices, in the dtype of adapters (float32 or wider); of extracted elastic
              adapters the part at their rank. Values that depend on the base's weights (DoRA's magnitudes) depend on
              the current base
-    errors   ChainError when the model carries no chain
+    errors   ChainError when the model carries no chain, and for an adapter whose initial values are not drawn
     """
     record = applied(model)
+    if (link := next((s.decomposing for s in map(record.stage_at, record.layers) if s.decomposing), None)) is not None:
+        raise ChainError(
+            f"initial values of {record.chain}",
+            found=f"{link}, which starts from a decomposition of the weights",
+            rule="a task vector is the difference to initial values that are drawn again from a seed",
+            fix="save the adapter with save_adapter, or merge the chain and take the difference of the checkpoints",
+        )
     found = {}
     for name, layer in record.layers.items():
         for place, (link, state) in enumerate(zip(record.stage_at(name).trained, layer.states, strict=True)):
@@ -266,6 +312,14 @@ def initial_values(model: nn.Module, seed: int | None = None) -> dict[str, Tenso
                 values = {key: value.clone() for key, value in link.at_rank(values, arguments(state.link)["r"]).items()}
             found |= {f"{name}/{place}/{key}": value for key, value in values.items()}
     return found
+
+
+def _zeros(layer: ChainLinear, link: Adapter) -> dict[str, Tensor]:
+    dtype, device = adapter_dtype(layer.base.dtype), layer.base.device
+    return {
+        name: torch.zeros(shape, dtype=dtype, device=device)
+        for name, shape in link.parameter_shapes(layer.site).items()
+    }
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,7 +26,7 @@ def compress(
     batches: Sequence[Batch] | None,
     *,
     inputs: Inputs,
-    keep_start: Collection[str],
+    quantize: Callable[[str, Quantizer, InputStatistics | None], None],
     masks: Mapping[str, Tensor] | None,
     progress: bool,
     touch: Callable[[str], object],
@@ -36,7 +36,7 @@ def compress(
     links       layer name -> its pruner or quantizer, of one class
     batches     calibration data, where the links need statistics
     inputs      what a block is calibrated on (`dovetail.compression.blocks`)
-    keep_start  names of the layers whose quantizer keeps the dense weights beside the codes
+    quantize    called with a layer's name, its quantizer and its statistics, to quantize its base
     masks       layer name -> (o, i) bool, which pruners use instead of data
     touch       called with a layer's name before it is changed
     """
@@ -59,7 +59,7 @@ def compress(
             keep, weight = own.prune(before, statistics)
             base.set_mask(keep, None if weight is before else weight)
         elif isinstance(own, Quantizer):
-            base.quantize(own, statistics, name in keep_start)
+            quantize(name, own, statistics)
 
     wanted = first.statistics
     if not wanted:

@@ -90,6 +90,8 @@ def quick(layers: Iterable[ChainLinear]) -> Iterator[None]:
 
 def _forward(layer: ChainLinear) -> Any:
     def forward(x: Tensor) -> Tensor:
+        if layer.states:  # it got them with its base (`dovetail.compression.decomposition`)
+            return ChainLinear.forward(layer, x)
         weight_oi = layer.layout.matrix(layer.base.native(x.dtype))
         y = times_transposed(x.reshape(-1, x.shape[-1]), weight_oi).view(*x.shape[:-1], len(weight_oi))
         return y if layer.bias is None else y.add_(layer.bias)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from dovetail.chains.check import check, check_merge
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.held import held
 from dovetail.chains.layer.linear import adapter_dtype
-from dovetail.chains.link import Adapter, Chain, Quantizer, format_value
+from dovetail.chains.link import Adapter, Chain, Quantizer, arguments, format_value, with_arguments
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.footprint import stored_nbytes
@@ -118,7 +118,7 @@ class AssignmentSpace(TaskSpace):
         try:
             for (key, values), index in zip(self.settings.space.items(), choice, strict=True):
                 for place, argument in self.keys[key]:
-                    links[place] = replace(links[place], **{argument: values[index]})
+                    links[place] = with_arguments(links[place], {argument: values[index]})
             return check(chain(str(Chain(tuple(links)))), self.chain.held)  # the notation checks the types
         except ChainError as error:
             where = f"search.space with {self.label(choice)}"
@@ -303,7 +303,7 @@ class AssignmentSpace(TaskSpace):
         for key, values in self.settings.space.items():
             links = [self.chain.links[place] for place, _ in self.keys[key]]
             if any(isinstance(link, Adapter) for link in links):
-                own = getattr(links[0], self.keys[key][0][1])
+                own = arguments(links[0])[self.keys[key][0][1]]
                 indices.append([values.index(own) if own in values else len(values) // 2])
             else:
                 indices.append(range(len(values)))
@@ -325,7 +325,7 @@ def _keys(space: Mapping[str, Sequence[Any]], links: Chain) -> dict[str, list[tu
             places = [(place, "r") for place, link in enumerate(links) if isinstance(link, Adapter)]
         else:
             places = [(place, argument) for place, link in enumerate(links) if link.name == name]
-        places = [(place, each) for place, each in places if each in {one.name for one in fields(links.links[place])}]
+        places = [(place, each) for place, each in places if each in arguments(links.links[place])]
         if not places:
             what = {"bits": "a quantizer with the argument bits", "ranks": "an adapter with a rank"}
             raise SearchError(

@@ -370,8 +370,16 @@ def _can_resume(stage: Path, steps: int | None) -> bool:
 
 
 def check_one_stage(assignment: Assignment) -> None:
-    """Raise SearchError for a chain of several stages, of which the later ones depend on how the first one trained."""
+    """Raise SearchError for a chain whose bases depend on more than its pruners and quantizers.
+
+    The later stages of a chain depend on how the first one trained, and a decomposition on the adapter.
+    """
     first, *later = assignment.chain.stages
+    decomposing = [links.stages[0].decomposing for links in assignment.chains]
+    if (link := next(filter(None, decomposing), None)) is not None:
+        rule = "a search of layers quantizes each layer once for all ranks: adapters must start as the identity"
+        fix = f"search with {link.name}, and start from the decomposition in a run of the best assignment"
+        raise SearchError(f"search of {assignment.chain}", found=str(link), rule=rule, fix=fix)
     if later:
         found = f"{1 + len(later)} stages"
         rule = "a search of layers needs a chain of one stage: pruners and quantizers, then adapters and constraints"

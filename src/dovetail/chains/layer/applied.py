@@ -12,6 +12,7 @@ from dovetail.chains.assignment import Assignment
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.chains.link import Link
 from dovetail.chains.stages import CheckedChain, Stage
+from dovetail.chains.terms import LowRank
 from dovetail.errors import ChainError
 
 Inputs = Literal["compressed", "original"]
@@ -31,6 +32,7 @@ class AppliedChain:
     on_link           see `apply`
     calibration_inputs  see `apply`
     broken            compression was interrupted: some layers are compressed and others are not
+    taken             layer -> what the stage's adapter took from the weight that became its base (`Adapter.decompose`)
     given_up          what the layers had from an earlier round and the chain does not keep: "zeros", "grid"
     """
 
@@ -44,6 +46,7 @@ class AppliedChain:
     calibration_inputs: Inputs = "compressed"
     broken: bool = False
     given_up: tuple[str, ...] = ()
+    taken: dict[str, LowRank] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def chain(self) -> CheckedChain:

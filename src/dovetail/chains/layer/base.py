@@ -186,9 +186,18 @@ class Base(nn.Module):
         self.dense = None
         self._row_square = {}
 
-    def quantize(self, quantizer: Quantizer, inputs: InputStatistics | None = None, keep_start: bool = False) -> None:
-        """Quantize a dense base; with `keep_start`, keep the weights that were rounded beside the codes."""
-        weight = self.matrix()
+    def quantize(
+        self,
+        quantizer: Quantizer,
+        inputs: InputStatistics | None = None,
+        keep_start: bool = False,
+        weight_oi: Tensor | None = None,
+    ) -> None:
+        """Quantize a dense base; with `keep_start`, keep the weights that were rounded beside the codes.
+
+        weight_oi  another weight in its place, in the base's dtype
+        """
+        weight = self.matrix() if weight_oi is None else weight_oi
         if keep_start:
             quantized, rounded = quantizer.quantize_from(weight, inputs)
             self.start = self.layout.native(rounded)

@@ -3,7 +3,8 @@
     W' = W + c B A        A (r, i), B (o, r), c = alpha / r, or alpha / sqrt(r) with scaling="rs"
 
 Source: Hu et al. 2021, §4.1; rank-stabilized scaling: Kalajdzievski 2023. B starts at zero, A as a Kaiming-uniform
-linear layer. LoRA has more capacity than IA3 and VeRA, and a step costs less than with LoHa or DoRA.
+linear layer; with `init`, A and B start from the weight, together with its base (`links/adapt/starts`). LoRA has more
+capacity than IA3 and VeRA, and a step costs less than with LoHa or DoRA.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from dovetail.chains.link import Site, always_print
 from dovetail.chains.registry import register
 from dovetail.chains.terms import LowRank, Term
 from dovetail.errors import LoadError
+from dovetail.links.adapt.low_rank import LowRankAdapter
 from dovetail.links.adapt.peft import Number
-from dovetail.links.adapt.rank import RankAdapter, RankConfig, kaiming_uniform
+from dovetail.links.adapt.rank import RankConfig, kaiming_uniform
 
 BASE_UNCHANGED = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 """Values of init_lora_weights with which peft does not change the base when it loads the adapter."""
@@ -54,14 +56,17 @@ class LoraConfig(RankConfig):
 
 @register("lora")
 @dataclass(frozen=True)
-class LoRA(RankAdapter):
+class LoRA(LowRankAdapter):
     """Low-rank update.
 
-    r        rank
-    alpha    numerator of the scale; r when not given
-    dropout  probability that an input of A is dropped during training
-    scaling  "linear": alpha / r; "rs": alpha / sqrt(r)
-    elastic  ranks to train for, of which the largest is r (`chains/layer/elastic.py`)
+    r           rank
+    alpha       numerator of the scale; r when not given
+    dropout     probability that an input of A is dropped during training
+    scaling     "linear": alpha / r; "rs": alpha / sqrt(r)
+    elastic     ranks to train for, of which the largest is r (`chains/layer/elastic.py`)
+    init_       `init` of the notation. "identity": the model starts as its base; "loftq", "pissa", "lqlora": A and B
+                make up for what the base lacks of the weight
+    iterations  of "loftq" (5 when not given) and "lqlora" (at most 100)
     """
 
     r: int = always_print(8)
@@ -69,6 +74,8 @@ class LoRA(RankAdapter):
     dropout: float = 0.0
     scaling: Literal["linear", "rs"] = "linear"
     elastic: tuple[int, ...] = ()
+    init_: Literal["identity", "loftq", "pissa", "lqlora"] = "identity"
+    iterations: int | None = None
 
     learning_rate: ClassVar[float] = 4e-4
     rank_axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
@@ -78,9 +85,6 @@ class LoRA(RankAdapter):
     peft_tensors: ClassVar[Mapping[str, str]] = {"A": "lora_A.weight", "B": "lora_B.weight"}
     peft_config: ClassVar[type[LoraConfig]] = LoraConfig
     peft_alpha: ClassVar[str] = "lora_alpha"
-
-    def divisor(self, rank: int) -> float:
-        return math.sqrt(rank) if self.scaling == "rs" else rank
 
     def parameter_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         return {"A": (self.r, site.in_features), "B": (site.out_features, self.r)}

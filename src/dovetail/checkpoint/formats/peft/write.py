@@ -89,6 +89,10 @@ def _kind(record: AppliedChain) -> type[PeftAdapter]:
     if len(links) != 1:
         found = " >> ".join(map(str, links)) or "no adapter"
         raise _refused(record, found, "a peft adapter must be one link", merged if links else "")
+    if record.taken:
+        found = f"{links[0]}, whose base is the weight less a low rank"
+        rule = "peft would put the adapter on a base from which nothing was taken"
+        raise _refused(record, found, rule, "save it with save_adapter, or merge the chain and save the model")
     assert isinstance(links[0], PeftAdapter)
     return type(links[0])
 
