@@ -51,6 +51,7 @@ CHAINS = {
     "lora": "lora(r=4, alpha=6, dropout=0.1)",
     "rslora": "lora(r=4, alpha=6, scaling=rs)",
     "dora": "dora(r=4, alpha=6)",
+    "rsdora": "dora(r=4, alpha=6, scaling=rs)",
     "ia3": "ia3",
     "loha": "loha(r=3, alpha=5)",
     "vera": "vera(r=6, seed=7)",
