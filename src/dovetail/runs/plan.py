@@ -295,11 +295,13 @@ def widest_batch(
     records, vocabulary = task.split("train"), vocabulary_of(model)
     length = length_limit(model, tokenizer, max_length, records)
     make = RowMaker(tokenizer, config.is_encoder_decoder, length, vocabulary)
-    rows = make.examples(task.kind, records)
+    rows = make.rows(task.kind, records)
+    lengths = [len(row["input_ids"]) for row in rows]
     if packing:
-        rows = list(PackedRows(rows, [len(row["input_ids"]) for row in rows], length))
-    rows.sort(key=lambda row: len(row["input_ids"]), reverse=True)
-    return Collator(pad_id(tokenizer, vocabulary))(rows[:batch_size])
+        rows = PackedRows(rows, lengths, length)
+        lengths = rows.lengths
+    widest = sorted(range(len(rows)), key=lambda row: lengths[row], reverse=True)[:batch_size]
+    return Collator(pad_id(tokenizer, vocabulary))([rows[row] for row in widest])
 
 
 def _synthetic(model: PreTrainedModel, kind: str, batch_size: int, length: int) -> dict[str, Tensor]:

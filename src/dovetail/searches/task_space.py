@@ -13,6 +13,7 @@ from dovetail.runs.plan import plan
 from dovetail.runs.recipe import Recipe
 from dovetail.searches.space import SearchSpace
 from dovetail.tasks.find import load_task, number_of_labels
+from dovetail.tasks.stored import select
 from dovetail.tasks.task import Task
 from dovetail.training.optimizer import check_checkpointing
 
@@ -100,7 +101,7 @@ def split_task(task: Task, test: str, seed: int) -> Task:
         raise SearchError(f"task {task.name}", found=f"{len(train_records)}", rule=rule, fix="add records")
     chosen = set(Random(f"{seed} search split").sample(range(len(train_records)), count))
     parts = {
-        "train": [record for place, record in enumerate(train_records) if place in chosen],
-        "validation": [record for place, record in enumerate(train_records) if place not in chosen],
+        "train": select(train_records, sorted(chosen)),
+        "validation": select(train_records, (place for place in range(len(train_records)) if place not in chosen)),
     }
     return replace(task, splits={**task.splits, **parts})

@@ -18,6 +18,7 @@ from dovetail.tasks.files import Row, read_rows, typed
 from dovetail.tasks.formats import FORMATS, detect, read_record
 from dovetail.tasks.hub import read_dataset
 from dovetail.tasks.spec import Data
+from dovetail.tasks.stored import RECORD, gathered, select
 from dovetail.tasks.task import FIELDS, METRICS, OPTIONAL, Record, Task, check_labels, check_record
 from dovetail.tasks.tokens import RowMaker
 
@@ -132,13 +133,13 @@ def _sources(data: Data) -> dict[str, tuple[str, Iterator[Row]]]:
     return {split: (f"data set {data.dataset}, {split} split", rows) for split, rows in found.items()}
 
 
-def _formatted(data: Data) -> tuple[str, dict[str, list[Record]]]:
+def _formatted(data: Data) -> tuple[str, dict[str, Sequence[Record]]]:
     """Return the kind and the splits of files in a format, which the first row tells where no format is named."""
     name, splits = data.format, {}
-    for split, (where, rows) in _sources(data).items():
-        records: list[Record] = []
-        unread: dict[str, None] = {}
-        for row in islice(rows, data.limit.of(split)):
+
+    def records(where: str, rows: Iterable[Row], unread: dict[str, None]) -> Iterator[Record]:
+        nonlocal name
+        for row in rows:
             if name is None:
                 name = detect(row, data.fields)
                 more = "; the rejected answers are not used" if name == "preference" else ""
@@ -149,8 +150,12 @@ def _formatted(data: Data) -> tuple[str, dict[str, list[Record]]]:
                 record = {**record, "template": data.template}
             # Integer labels are also values; which they are is known after the last row.
             check_record(row.where, "regression" if name == "labels" else FORMATS[name].kind, record)
-            records.append(record)
-        splits[split] = _finished(where, records, unread)
+            yield record
+
+    for split, (where, rows) in _sources(data).items():
+        unread: dict[str, None] = {}
+        found = gathered(records(where, islice(rows, data.limit.of(split)), unread), RECORD)
+        splits[split] = _finished(where, found, unread)
     assert name is not None
     kind = FORMATS[name].kind
     if name == "labels" and any(isinstance(r["label"], float) for records in splits.values() for r in records):
@@ -158,7 +163,7 @@ def _formatted(data: Data) -> tuple[str, dict[str, list[Record]]]:
     return kind, splits
 
 
-def _parted(records: Sequence[Record], share: float, seed: int) -> dict[str, list[Record]]:
+def _parted(records: Sequence[Record], share: float, seed: int) -> dict[str, Sequence[Record]]:
     """Return the train and validation splits of records, each in their order; at least one record in each."""
     number = min(max(1, round(share * len(records))), len(records) - 1)
     if number < 1:
@@ -166,14 +171,14 @@ def _parted(records: Sequence[Record], share: float, seed: int) -> dict[str, lis
         raise DataError(f"split: {share}", found="one record", rule=rule, fix=fix)
     drawn = set(Random(f"split {seed}").sample(range(len(records)), number))
     return {
-        "train": [record for at, record in enumerate(records) if at not in drawn],
-        "validation": [record for at, record in enumerate(records) if at in drawn],
+        "train": select(records, (at for at in range(len(records)) if at not in drawn)),
+        "validation": select(records, sorted(drawn)),
     }
 
 
 def read_records(
     path: Path, kind: str, columns: Mapping[str, str], *, pair: bool = False, limit: int | None = None
-) -> list[Record]:
+) -> Sequence[Record]:
     """Read the records of a data file, or of a folder of them (`dovetail.tasks.files`).
 
     columns  field of the record -> column of the file
@@ -185,17 +190,19 @@ def read_records(
     return _records(str(path), islice(read_rows(path), limit), kind, columns, pair=pair)
 
 
-def _records(where: str, rows: Iterable[Row], kind: str, columns: Mapping[str, str], *, pair: bool) -> list[Record]:
-    records: list[Record] = []
+def _records(where: str, rows: Iterable[Row], kind: str, columns: Mapping[str, str], *, pair: bool) -> Sequence[Record]:
     unread: dict[str, None] = {}
-    for row in rows:
-        record, others = _record(row, kind, columns, pair)
-        records.append(record)
-        unread.update(dict.fromkeys(others))
-    return _finished(where, records, unread)
+
+    def records() -> Iterator[Record]:
+        for row in rows:
+            record, others = _record(row, kind, columns, pair)
+            unread.update(dict.fromkeys(others))
+            yield record
+
+    return _finished(where, gathered(records(), RECORD), unread)
 
 
-def _finished(where: str, records: list[Record], unread: Mapping[str, None]) -> list[Record]:
+def _finished(where: str, records: Sequence[Record], unread: Mapping[str, None]) -> Sequence[Record]:
     """Return the records of a split; name the columns that were not read, or raise DataError where there are none."""
     if not records:
         rule = "a split must contain at least one record"

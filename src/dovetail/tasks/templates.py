@@ -222,10 +222,13 @@ def mark_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
               beginning of a token, and the tokens of one character share its offsets, so a token reaches from the end
               of the token before, or from its own beginning where that is earlier
     """
-    marks = []
-    before = 0
-    for begin, end in offsets:
-        first = min(begin, before)
-        marks.append(any(max(first, start) < min(end, stop) for start, stop in spans))
-        before = max(before, end)
-    return marks
+    import numpy as np  # which `dovetail --help` need not wait for
+
+    begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    before = np.maximum.accumulate(np.concatenate([[0], ends])[:-1])
+    first = np.minimum(begins, before)
+    marks = np.zeros(len(offsets), dtype=bool)
+    for start, stop in spans:
+        marks |= np.maximum(first, start) < np.minimum(ends, stop)
+    found: list[bool] = marks.tolist()
+    return found

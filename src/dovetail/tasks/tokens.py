@@ -9,7 +9,7 @@ prompt begins with that token or else with the begin or end token, so that its f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dovetail.errors import DataError
 from dovetail.progress import note, note_once
+from dovetail.tasks.stored import ROW, gathered
 from dovetail.tasks.task import HEAD_KINDS, Record
 from dovetail.tasks.templates import DEFAULT, Template, mark_tokens
 from dovetail.tasks.vocabulary import Vocabulary, end_id, first_of
@@ -31,6 +32,8 @@ Example = dict[str, Any]
 
 MAX_STRETCH = 400
 """Characters of a stretch of tokens that `rendered` shows."""
+_CHUNK = 1024
+"""Records that are tokenized at a time."""
 IGNORED = -100
 """The label of a token that the loss and the scores leave out."""
 
@@ -79,6 +82,20 @@ class RowMaker:
         self.before, self.after = _marks(tokenizer)
         self.cut = self.marked = 0
         self._templates: dict[str | None, Template] = {}
+        self._before = 0
+
+    def rows(self, kind: str, records: Sequence[Record]) -> Sequence[Example]:
+        """Return the training examples of records as `examples` does, on disk where they are many."""
+
+        def made() -> Iterator[Example]:
+            for at in range(0, len(records), _CHUNK):
+                self._before = at
+                yield from self.examples(kind, list(records[at : at + _CHUNK]))
+            self._before = 0
+
+        if kind in HEAD_KINDS:
+            check_pairs(records)
+        return gathered(made(), ROW)
 
     def examples(self, kind: str, records: Sequence[Record]) -> list[Example]:
         """Return the training examples of records of one kind, as `encode` does."""
@@ -261,11 +278,7 @@ class RowMaker:
 
     def labels(self, records: Sequence[Record], number: Callable[[Any], float] = int) -> list[Example]:
         """Return rows of a text or two texts and their label; a long text (the longer of two) is cut at the end."""
-        paired = {"pair" in record for record in records}
-        if len(paired) > 1:
-            found, rule = "a field 'pair' in some of them", "all records must have a pair, or none"
-            raise DataError("records", found=found, rule=rule, fix="add the missing pairs, or remove the field")
-        names = ("text", "pair") if paired == {True} else ("text",)
+        names = ("text", "pair") if check_pairs(records) else ("text",)
         columns: list[Any] = self._unmarked([[record[name] for record in records] for name in names])
         fields = self.tokenizer(*columns, verbose=False)
         long = sum(len(ids) > self.max_length for ids in fields["input_ids"])
@@ -315,7 +328,8 @@ class RowMaker:
         return ids[before if begins else 0 : len(ids) - after if ends else None]
 
     def _where(self, index: int) -> str:
-        return f"record {index if self.numbers is None else self.numbers[index]}"
+        number = self._before + index
+        return f"record {number if self.numbers is None else self.numbers[number]}"
 
     def _checked(self, index: int, row: Example) -> Example:
         """Return the row; raise DataError for a token id that the model has no row or no output for."""
@@ -334,6 +348,15 @@ class RowMaker:
                     fix="resize the embedding: model.resize_token_embeddings(len(tokenizer))",
                 )
         return row
+
+
+def check_pairs(records: Sequence[Record]) -> bool:
+    """Return whether the records have two texts each; DataError where only some have."""
+    paired = {"pair" in record for record in records}
+    if len(paired) > 1:
+        found, rule = "a field 'pair' in some of them", "all records must have a pair, or none"
+        raise DataError("records", found=found, rule=rule, fix="add the missing pairs, or remove the field")
+    return paired == {True}
 
 
 def _continued(context: list[int], labels: list[int]) -> Example:

@@ -253,14 +253,14 @@ def train(
 def training_rows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Task, split: str, settings: Training,
     limit: int | None = None,
-) -> tuple[list[Example], RowMaker]:  # fmt: skip
+) -> tuple[Sequence[Example], RowMaker]:  # fmt: skip
     """Return the tokenized records of a split, and their maker; DataError for records that do not match the model."""
     config: Any = model.config
     records = data.split(split)[:limit]
     check_model(data.name, data.kind, records, model)
     max_length = length_limit(model, tokenizer, settings.max_length, records)
     make = RowMaker(tokenizer, config.is_encoder_decoder, max_length, vocabulary_of(model))
-    return make.examples(data.kind, records), make
+    return make.rows(data.kind, records), make
 
 
 def _identity(
