@@ -28,6 +28,9 @@ from .searches import search as search
 from .searches import search_ranks as search_ranks
 from .studies.runner import study as study
 from .tasks.find import load_data as load_data
+from .tasks.mmlu import mmlu_tasks as mmlu_tasks
+from .tasks.rank import rank_classification as rank_classification
+from .tasks.rules import Scoring as Scoring
 from .tasks.scoring import evaluate as evaluate
 from .tasks.task import Task as Task
 from .training.train import TrainReport as TrainReport

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dovetail.cli import evaluate as cli_evaluate
 from dovetail.cli import experts as cli_experts
 from dovetail.cli import own as cli_own
 from dovetail.cli import pack as cli_pack
@@ -237,50 +238,6 @@ def methods(as_json: Json = False) -> None:
         print_methods(console(), rows)
 
 
-@app.command(epilog="Example: dovetail evaluate runs/quickstart/model --task word_problems --task multiple_choice")
-def evaluate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="playground, a folder, FILE.gguf, package:NAME/FOLDER or a hub id.")
-    ],
-    task: Annotated[
-        list[str], typer.Option("--task", metavar="TASK", help="A playground task, or a recipe for its data.")
-    ],
-    adapter: Annotated[
-        Path | None, typer.Option("--adapter", metavar="FOLDER", help="A saved adapter, attached to the model first.")
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option("--split", metavar="SPLIT", help="\\[default: test, or validation without a test split]"),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, metavar="N", help="Score only the first N records.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Rows of a batch.")] = 64,
-    as_json: Json = False,
-) -> None:
-    """Score a model on tasks."""
-    quiet()
-    import torch
-
-    from dovetail.checkpoint.adapter import load_adapter
-    from dovetail.checkpoint.load import best_device, load
-    from dovetail.cli.tables import print_scores
-    from dovetail.runs.report.record import finite
-    from dovetail.tasks.scoring import evaluate as evaluate_model
-
-    tasks = [find_task(name) for name in task]
-    chosen = split or next((name for name in ("test", "validation") if name in tasks[0].splits), "test")
-    loaded, tokenizer = load(model, task_kind=tasks[0].kind)
-    if adapter is not None:
-        load_adapter(loaded, adapter)
-    torch.nn.Module.to(loaded, best_device())
-    scores = evaluate_model(loaded, tokenizer, tasks, split=chosen, limit=limit, batch_size=batch_size)
-    if as_json:
-        print_json({name: {metric: finite(score) for metric, score in found.items()} for name, found in scores.items()})
-    else:
-        print_scores(console(), scores)
-
-
 @app.command(epilog="Example: dovetail report runs/quickstart")
 def report(
     directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a finished run.")],
@@ -302,6 +259,7 @@ def report(
         print_summary(console(), found, directory)
 
 
+cli_evaluate.register(app)
 cli_own.register(app)
 cli_pack.register(app)
 app.add_typer(cli_experts.experts_app)

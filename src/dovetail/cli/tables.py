@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dovetail.runs.plan import Plan
+    from dovetail.runs.report.record import Example
 
 
 def method_rows() -> list[dict[str, Any]]:
@@ -150,3 +151,18 @@ def print_scores(console: Console, scores: Mapping[str, Mapping[str, float]]) ->
         if metric not in COUNTS
     ]
     print_table(console, ["task", "metric", "score", "records"], cells, words=2)
+
+
+def print_samples(console: Console, examples: Mapping[str, Sequence[Example]]) -> None:
+    """Print prompts with the expected answer and the model's, of each task."""
+    for task, found in examples.items():
+        for number, example in enumerate(found, 1):
+            console.print(f"\n[bold]{escape(task)}, record {number}[/bold]", soft_wrap=True)
+            texts = (
+                ("prompt", example.prompt),
+                ("expected", example.expected.strip()),
+                ("output", example.after.strip()),
+            )
+            for name, text in texts:
+                if text:
+                    console.print(f"[dim]{name:<9}[/dim] {escape(text)}", soft_wrap=True)

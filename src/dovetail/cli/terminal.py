@@ -108,4 +108,5 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 METRIC_NAMES = {
     "exact_match": "exact match",
-    "accuracy_norm": "accuracy (per character)",
+    "accuracy_norm": "normalized accuracy",
     "matthews": "Matthews correlation",
     "pearson": "Pearson correlation",
     "spearman": "Spearman correlation",
     "nats_per_token": "nats per token",
+    "word_perplexity": "word perplexity",
+    "byte_perplexity": "byte perplexity",
+    "bits_per_byte": "bits per byte",
 }
 SHARES = ("exact_match", "accuracy", "accuracy_norm")
 """Metrics that are a share of the records; they are shown in percent."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -236,7 +236,8 @@ def scorer(
     records = task.split(split)[:limit]
     pooled = task.metric in _MEANS or task.metric in LOWER_IS_BETTER
     number = min(_MOST_PARTS, max(1, len(records) // _PART)) if pooled else 1
-    tasks = [Task(task.name, task.kind, task.metric, {split: records[part::number]}) for part in range(number)]
+    examples = {name: task.split(name) for name in [task.scoring.shots_split] if task.scoring.shots}
+    tasks = [replace(task, splits={**examples, split: records[part::number]}) for part in range(number)]
     sign, key = (-1, "nats_per_token") if task.metric in LOWER_IS_BETTER else (1, task.metric)
 
     def of(expert: Expert, first: int, last: int) -> list[float]:

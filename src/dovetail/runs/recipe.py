@@ -22,6 +22,7 @@ from dovetail.errors import RecipeError
 from dovetail.models.locate import GGUF
 from dovetail.runs.search_settings import SEARCHES, Budget, ChainSettings, RankSettings, Search
 from dovetail.runs.yaml import YamlFile, read_yaml, write_yaml
+from dovetail.tasks.rules import Scoring
 from dovetail.tasks.spec import Data, Limit, Part, Positive, at_folder
 from dovetail.training.settings import Training
 
@@ -45,12 +46,14 @@ class Evaluation(Part):
     tasks       further tasks besides the one that is trained: names of playground tasks, or data parts
     split       of every task; test where the data has one, else validation
     limit       score only this many records
+    max_length  tokens of a scored row; fewer where the model has fewer positions
     """
 
     tasks: tuple[Data, ...] = ()
     split: Literal["train", "validation", "test"] | None = None
     limit: Positive | None = None
     batch_size: Positive = 64
+    max_length: Positive = 1024
 
 
 def read_layers(path: Path) -> dict[str, str]:
@@ -150,9 +153,9 @@ class Recipe(YamlFile):
 
     @classmethod
     def _keys(cls, place: Sequence[int | str]) -> tuple[str, list[str]]:
-        parts: dict[int | str, type[Part]] = {
-            "data": Data, "tasks": Data, "limit": Limit, "train": Training, "calibration": Calibration,
-            "evaluate": Evaluation, "search": RankSettings, "budget": Budget, **SEARCHES,
+        parts: dict[int | str, type[pydantic.BaseModel]] = {
+            "data": Data, "tasks": Data, "limit": Limit, "scoring": Scoring, "train": Training,
+            "calibration": Calibration, "evaluate": Evaluation, "search": RankSettings, "budget": Budget, **SEARCHES,
         }  # fmt: skip
         names = [part for part in place if part in parts]
         if not names:

@@ -76,7 +76,8 @@ class Rows:
         outputs: dict[str, list[str]] = {}
         scores: dict[str, Any] = dict(evaluate(
             self.model, self.tokenizer, self.tasks, split=self.split, limit=self.settings.limit,
-            batch_size=self.settings.batch_size, progress=self.progress, on_outputs=outputs.__setitem__,
+            batch_size=self.settings.batch_size, max_length=self.settings.max_length,
+            progress=self.progress, on_outputs=outputs.__setitem__,
         ))  # fmt: skip
         for task in self.tasks:  # the primary metric of a task comes first
             scores[task.name] = {task.metric: scores[task.name][task.metric], **scores[task.name]}

@@ -17,6 +17,7 @@ from dovetail.tasks import playground
 from dovetail.tasks.files import Row, read_rows, typed
 from dovetail.tasks.formats import FORMATS, detect, read_record
 from dovetail.tasks.hub import read_dataset
+from dovetail.tasks.rank import rank_classification
 from dovetail.tasks.spec import Data
 from dovetail.tasks.stored import RECORD, gathered, select
 from dovetail.tasks.task import FIELDS, METRICS, OPTIONAL, Record, Task, check_labels, check_record
@@ -74,7 +75,7 @@ def load_task(data: Data) -> Task:
     if data.task is not None:
         task = playground.task(data.task)
         splits = {split: records[: data.limit.of(split)] for split, records in task.splits.items()}
-        return Task(task.name, task.kind, task.metric, splits)
+        return Task(task.name, task.kind, task.metric, splits, data.scoring)
     if data.kind is None:
         kind, splits = _formatted(data)
     else:
@@ -86,7 +87,8 @@ def load_task(data: Data) -> Task:
         }
     if data.split is not None:
         splits |= _parted(splits["train"], data.split, data.seed)
-    return Task(data.name or "data", kind, data.metric or METRICS[kind][0], splits)
+    task = Task(data.name or "data", kind, data.metric or METRICS[kind][0], splits, data.scoring)
+    return task if data.label_words is None else rank_classification(task, data.label_words, data.prompt)
 
 
 def load_data(

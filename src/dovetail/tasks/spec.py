@@ -9,6 +9,7 @@ import pydantic
 from pydantic import Field
 
 from dovetail.tasks.formats import FORMATS
+from dovetail.tasks.rules import Scoring
 from dovetail.tasks.task import FIELDS, METRICS
 from dovetail.tasks.templates import TEMPLATES
 
@@ -44,7 +45,7 @@ class Limit(Part):
 class Data(Part):
     """Where a task's records come from: the playground (`task`), or files (`dovetail.tasks.files`).
 
-    task                     name of a task of the playground; then nothing else but `limit`
+    task                     name of a task of the playground; then nothing else but `limit` and `scoring`
     name                     shown in tables; the folder's name when not given
     train, validation, test  files or folders, relative to the recipe; of a data set, its names of the splits
     dataset, subset          name of a data set of the hub, or a folder of one, and of its configuration
@@ -56,6 +57,9 @@ class Data(Part):
     split, seed              the share of the train file, drawn by `seed`, that becomes the validation split
     num_labels               of a classification; as many as the records have when not given
     limit                    split -> only its first so many records
+    label_words, prompt      of a classification: the words of its labels, which a language model ranks
+                             (`dovetail.tasks.rank`), and the prompt before them
+    scoring                  shots, stop texts, extractor and more (`dovetail.tasks.rules`)
     """
 
     task: str | None = None
@@ -74,6 +78,9 @@ class Data(Part):
     fields: dict[str, str] = {}
     num_labels: Annotated[int, Field(ge=2)] | None = None
     limit: Limit = Limit()
+    label_words: tuple[str, ...] | None = None
+    prompt: str | None = None
+    scoring: Scoring = Scoring()
 
     @property
     def files(self) -> dict[str, Path]:
@@ -89,7 +96,11 @@ class Data(Part):
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> Data:
         if self.task is not None:
-            others = [name for name in self.model_fields_set if name not in ("task", "limit") and getattr(self, name)]
+            others = [
+                name
+                for name in self.model_fields_set
+                if name not in ("task", "limit", "scoring") and getattr(self, name)
+            ]
             if others:
                 raise ValueError(f"a playground task takes no {sorted(others)[0]}: name a task, or files")
             return self

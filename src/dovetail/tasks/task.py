@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dovetail.errors import DataError
+from dovetail.tasks.rules import Scoring
 
 Record = Mapping[str, Any]
 
@@ -74,12 +75,14 @@ class Task:
     kind     a key of FIELDS
     metric   the main metric of the task, one of METRICS[kind]
     splits   split name ("train", "validation", "test") -> records
+    scoring  how they are scored
     """
 
     name: str
     kind: str
     metric: str
     splits: Mapping[str, Sequence[Record]] = field(repr=False)
+    scoring: Scoring = field(default_factory=Scoring)
 
     def __post_init__(self) -> None:
         where = f"task {self.name}"

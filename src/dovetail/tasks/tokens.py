@@ -276,6 +276,31 @@ class RowMaker:
                 context = piece[-1:]
         return rows
 
+    def windows(self, texts: Sequence[str], stride: int) -> list[Example]:
+        """Return rows of texts in sliding windows; each token has a label in one row, with the most context there.
+
+        A window ends `stride` tokens after the one before, the last one at the end of the text, and all that fits of
+        what precedes its labelled tokens is their context. At a stride of `max_length - 1` or more, windows do not
+        overlap except for the last one: lm-eval's rolling windows.
+        """
+        if self.encoder_decoder:
+            rule, fix = "a stride needs a decoder-only model", "remove stride"
+            raise DataError("text", found="an encoder-decoder", rule=rule, fix=fix)
+        start = self.before or _start(self.tokenizer)
+        rows = []
+        for index, ids in enumerate(self._ids(texts)):
+            ids = start + self._unstarted(ids)
+            if len(ids) == len(start):
+                rule = "a text must have at least one token"
+                raise DataError(self._where(index), found="an empty text", rule=rule, fix="leave the record out")
+            done, end = len(start), min(len(ids), self.max_length)
+            while done < len(ids):
+                first = max(0, end - self.max_length)
+                labels = [IGNORED] * (done - first) + ids[done:end]
+                rows.append(self._checked(index, {"input_ids": ids[first:end], "labels": labels}))
+                done, end = end, min(len(ids), end + min(stride, self.max_length - 1))
+        return rows
+
     def labels(self, records: Sequence[Record], number: Callable[[Any], float] = int) -> list[Example]:
         """Return rows of a text or two texts and their label; a long text (the longer of two) is cut at the end."""
         names = ("text", "pair") if check_pairs(records) else ("text",)

@@ -18,6 +18,7 @@ from dovetail.tasks.scoring.classification import score_labels, score_values
 from dovetail.tasks.scoring.generation import score_generation
 from dovetail.tasks.scoring.likelihood import score_choices, score_pairs, score_text
 from dovetail.tasks.scoring.runner import Runner, Scored
+from dovetail.tasks.scoring.shots import with_shots
 from dovetail.tasks.task import Record, Task
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ METHODS: Mapping[str, Callable[[Runner, Sequence[Record]], Scored]] = {
     "regression": score_values,
 }
 """Kind of task -> what scores its records."""
+SAMPLES = 3
+"""Conversations to which sample answers are generated where only their likelihood is scored."""
 
 
 def evaluate(
@@ -56,12 +59,14 @@ def evaluate(
     max_length   tokens of a row, or fewer where the model's positions end earlier
     progress     a bar for what takes longer than 3 s
     on_outputs   called with the name of each task and the model's output for each record: the continuation, choice,
-                 sentence, label or value; no outputs for texts
+                 sentence, label or value; for the first conversations only where their likelihood alone is scored, and
+                 no outputs for texts
 
-    Metrics per kind: generation exact_match; choice accuracy, accuracy_norm (lm-eval's acc and acc_norm); pairs
-    accuracy; text perplexity, nats_per_token (of disjoint windows, not of rolling ones); chat the same of the
-    assistant's tokens, and exact_match of the last turn where that is the task's metric; classification accuracy,
-    matthews; regression pearson, spearman.
+    `Task.scoring` adds shots, stop texts, an extractor and more (`dovetail.tasks.rules`). Metrics per kind: generation
+    exact_match; choice accuracy, accuracy_norm (lm-eval's acc and acc_norm); pairs accuracy; text perplexity,
+    nats_per_token, word_perplexity, byte_perplexity, bits_per_byte, of disjoint windows or of sliding ones; chat the
+    first two, of the assistant's tokens, and exact_match of the last turn where that is the task's metric;
+    classification accuracy, matthews; regression pearson, spearman.
 
     Decoder-only and encoder-decoder language models, and models with a classification or regression head, on the
     device where they are. Nothing is drawn by chance, and the model is left in the mode it was in. Raises DataError
@@ -79,9 +84,12 @@ def evaluate(
     scores: dict[str, dict[str, float]] = {}
     with in_evaluation(model), _without_router_losses(model), torch.inference_mode(), holding(model):
         for task in tasks:
-            records = task.split(split)[:limit]
+            records = with_shots(task, split, limit)
             length = length_limit(model, tokenizer, max_length, records)
-            runner = Runner(model, tokenizer, task.name, batch_size, length, progress, task.metric)
+            samples = 0 if on_outputs is None else SAMPLES
+            runner = Runner(
+                model, tokenizer, task.name, batch_size, length, progress, task.metric, task.scoring, samples
+            )  # fmt: skip
             found, outputs = METHODS[task.kind](runner, records)
             scores[task.name] = {**found, "n": len(records), **runner.make.say(task.name, shown=progress)}
             if on_outputs is not None:

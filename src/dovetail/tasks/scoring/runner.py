@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dovetail.errors import DovetailError
 from dovetail.progress import Bar, note
 from dovetail.tasks.finite import check_finite, not_finite
+from dovetail.tasks.rules import Scoring
 from dovetail.tasks.tokens import IGNORED, Collator, Example, RowMaker
 from dovetail.tasks.vocabulary import pad_id, vocabulary_of, wrong_model
 
@@ -41,7 +42,12 @@ Together = Literal["all", "equal", "none"]
 
 @dataclass(frozen=True)
 class Runner:
-    """A model, its tokenizer and how to run it: rows at a time, tokens of a row, a bar, the task's main metric."""
+    """A model, its tokenizer and how to run it: rows at a time, tokens of a row, a bar, what the task asks for.
+
+    metric    the main one of the task
+    scoring   of the task
+    samples   records to which answers are generated where the scores need none
+    """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
@@ -50,6 +56,8 @@ class Runner:
     max_length: int
     progress: bool
     metric: str = ""
+    scoring: Scoring = field(default_factory=Scoring)
+    samples: int = 0
     _together: dict[Side, Together] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
