@@ -39,6 +39,7 @@ SAMPLES: dict[str, tuple[str, ...]] = {
     "fp4": ("fp4(block=32)", "fp4(block=64, double=true)"),
     "fp8": ("fp8", "fp8(scale=tensor)"),
     "lora": ("lora(r=3)", "lora(r=4, alpha=6, scaling=rs)", "lora(r=5, alpha=2, elastic=[5, 3, 2])"),
+    "adalora": ("adalora(r=3, budget=2)", "adalora(r=4, budget=2, alpha=6)"),
     "dora": ("dora(r=3, alpha=6)", "dora(r=4, scaling=rs, elastic=[4, 2, 1])"),
     "ia3": ("ia3", "ia3(side=in)"),
     "loha": ("loha(r=2, alpha=3)", "loha(r=5)", "loha(r=5, elastic=[5, 2])"),  # as a low rank, and recomputed
@@ -64,7 +65,7 @@ ZERO_CONSTRAINTS = [text for text in of_kind(Constraint) if links()[text.split("
 GRID_CONSTRAINTS = [text for text in of_kind(Constraint) if links()[text.split("(")[0]].restores == "grid"]
 
 STARTS = [
-    "lora(r=3, init=lqlora)",
+    "lora(r=3, init=lqlora, iterations=3)",
     "lora(r=4, alpha=6, scaling=rs, init=pissa)",
     "dora(r=3, init=loftq, iterations=2)",
 ]

@@ -260,6 +260,23 @@ class Adapter(Link):
         axes = self.rank_axes
         return {name: t.narrow(axes[name], 0, rank) if name in axes else t for name, t in p.items()}
 
+    def before_step(
+        self, p: Mapping[str, Mapping[str, Tensor]], step: int, steps: int, kept: dict[str, Tensor]
+    ) -> Mapping[str, Mapping[str, Tensor]]:
+        """Change the parameters between two steps of training, and return what is added to the next gradient.
+
+        Called without gradient before the first step, after every step of the optimizer and when a run is resumed; a
+        method that needs none of this does nothing.
+
+        p        layer -> name -> parameter, of all layers with this link; changed in place. `grad` is that of the step
+                 that was taken; None before the first one and when a run is resumed, in which case the parameters were
+                 changed after that step already
+        step     number of steps taken so far, up to `steps`: the last call is after the last step
+        kept     what the method remembers between the calls, by names of its own; saved in the run's checkpoints
+        returns  layer -> name -> tensor, added to the gradient of the next step, before it is clipped
+        """
+        return {}
+
     @abstractmethod
     def fold(self, weight_oi: Tensor, bias_o: Tensor | None, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Compute the definition `(W, b) -> (W', b')`, same shapes, in ordinary autograd, without dropout."""

@@ -31,6 +31,9 @@ from dovetail.training.identity import difference
 TRAINED = "trained.safetensors"
 """Name of the file of trained parameters, in a checkpoint and after a stage."""
 
+KEPT = "kept.safetensors"
+"""Name of the file of what adapters remember between steps (`Adapter.before_step`), in a checkpoint."""
+
 REPORT_NBYTES = 1 << 28
 """The limit of a stage's report, which holds the loss of every step."""
 

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,12 +28,15 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from dovetail.chains.layer.elastic import Group, draw_ranks, groups, use_reference
+from dovetail.chains.layer.linear import chain_layers
+from dovetail.chains.link import Adapter
 from dovetail.errors import DovetailError, TrainError
+from dovetail.files import atomic
 from dovetail.progress import Bar, note
 from dovetail.tasks.finite import check_finite, not_finite
 from dovetail.tasks.lengths import in_evaluation
 from dovetail.tasks.tokens import IGNORED, Collator, Example
-from dovetail.training.checkpoints import TRAINED, load_trained, mark_complete, save_trained
+from dovetail.training.checkpoints import KEPT, TRAINED, load_trained, mark_complete, save_trained
 from dovetail.training.optimizer import autocast, make_optimizer
 from dovetail.training.peak_memory import PeakMemory
 from dovetail.training.settings import TrainSettings
@@ -103,8 +107,9 @@ class StageTrainer(Trainer):
     ) -> None:
         self.elastic = groups(model)
         draws = [RankDraws(self.elastic, seed)] if self.elastic else []
+        self.between = BeforeSteps(model)
         # Draws are first, so that the reference ranks are restored at the end of a step before the watch evaluates.
-        callbacks = [*draws, watch, *trackers]
+        callbacks = [*draws, self.between, watch, *trackers]
         super().__init__(model, arguments, collator, rows, callbacks=callbacks)  # pyright: ignore[reportArgumentType]
         self.remove_callback(PrinterCallback)
         watch.handler = self.callback_handler
@@ -200,6 +205,7 @@ class StageTrainer(Trainer):
         assert isinstance(self.model, nn.Module)
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         save_trained(self.model, Path(output_dir) / TRAINED)
+        self.between.save(Path(output_dir) / KEPT)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -208,6 +214,7 @@ class StageTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         assert isinstance(self.model, nn.Module)
         load_trained(self.model, Path(resume_from_checkpoint) / TRAINED)
+        self.between.load(Path(resume_from_checkpoint) / KEPT)
 
 
 class RankDraws(TrainerCallback):
@@ -227,6 +234,63 @@ class RankDraws(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         use_reference(self.elastic)
+
+
+class BeforeSteps(TrainerCallback):
+    """Call `Adapter.before_step` of every adapter between two steps, and add what it returns to the gradient.
+
+    kept  what the adapters remember, by the link, its place and their own names; part of a checkpoint
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.kept: dict[str, dict[str, Tensor]] = {}
+        self._links: dict[str, tuple[Adapter, dict[str, dict[str, nn.Parameter]]]] = {}
+        for name, layer in chain_layers(model).items():
+            for place, state in enumerate(layer.states):
+                own = {key: p for key, p in state.named_parameters(recurse=False) if p.requires_grad}
+                if isinstance(state.link, Adapter) and own:
+                    _, layers = self._links.setdefault(f"{place} {state.link}", (state.link, {}))
+                    layers[name] = own
+        self._added: list[tuple[nn.Parameter, Tensor]] = []
+
+    @torch.no_grad()
+    def _call(self, step: int, steps: int) -> None:
+        self._added = []
+        for key, (link, layers) in self._links.items():
+            found = link.before_step(layers, step, steps, self.kept.setdefault(key, {}))
+            self._added += [(layers[name][key], added) for name, own in found.items() for key, added in own.items()]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._call(state.global_step, state.max_steps)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for parameter, added in self._added:  # the gradients were cleared; those of the loss are added to these
+            parameter.grad = added
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._call(state.global_step + 1, state.max_steps)
+
+    def save(self, path: Path) -> None:
+        """Write what the adapters remember, where they remember something."""
+        tensors = {f"{key}|{name}": t.contiguous().cpu() for key, own in self.kept.items() for name, t in own.items()}
+        if tensors:
+            with atomic(path) as part:
+                save_file(tensors, part)
+
+    def load(self, path: Path) -> None:
+        """Restore what `save` wrote."""
+        if not path.exists():
+            return
+        for name, tensor in load_file(path).items():
+            key, _, own = name.rpartition("|")
+            device = next(iter(next(iter(self._links[key][1].values())).values())).device
+            self.kept.setdefault(key, {})[own] = tensor.to(device)
 
 
 class StopAfter(TrainerCallback):

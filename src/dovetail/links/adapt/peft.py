@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -78,11 +78,14 @@ class PeftLink:
     link     elastic where the layers have several ranks
     ranks    layer -> its rank, for an elastic link
     factors  layer -> name of a parameter -> the number that multiplies its values
+    kept     layer -> which of its ranks the file has, for a link whose other ranks are zeros there; of a layer without
+             an entry, all
     """
 
     link: Adapter
     ranks: Mapping[str, int] = field(default_factory=dict)
     factors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    kept: Mapping[str, Sequence[bool]] = field(default_factory=dict)
 
 
 class PeftAdapter(Adapter):

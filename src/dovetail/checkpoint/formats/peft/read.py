@@ -70,7 +70,7 @@ def import_peft(
     base: str | Chain | Link | None = None,
     calibration: Iterable[Batch] | None = None,
 ) -> nn.Module:
-    """Put a peft adapter (LoRA, rsLoRA, DoRA, IA3, LoHa, VeRA) on its base model, in place, as a chain.
+    """Put a peft adapter (LoRA, rsLoRA, DoRA, AdaLoRA, IA3, LoHa, VeRA) on its base model, in place, as a chain.
 
     model        the stock base, without a chain
     directory    with adapter_config.json and adapter_model.safetensors, as peft's save_pretrained writes them
@@ -267,7 +267,10 @@ def _check_shapes(file: _File, layers: Mapping[str, _Layer], found: PeftLink) ->
             missing = f"{PREFIX}{name}.{file.kind.peft_tensors[ours]} missing from the file"
             raise _unfit(file.where, missing, f"{here} must have one per layer")
         for ours, key in layer.keys.items():
-            shape = file.kind.peft_shape(ours, wanted[ours])
+            lengths = list(wanted[ours])
+            if name in found.kept and ours in here.rank_axes:
+                lengths[here.rank_axes[ours]] = sum(found.kept[name])
+            shape = file.kind.peft_shape(ours, tuple(lengths))
             if file.shapes[key] != shape:
                 rule = f"the shape must be {shape} for {here}"
                 raise _unfit(f"{file.where}, {key}", f"shape {file.shapes[key]}", rule)
@@ -298,7 +301,15 @@ def _fill(model: nn.Module, layers: Mapping[str, _Layer], found: PeftLink, tenso
     for name, layer in chain_layers(model).items():
         (state,) = layer.states
         for ours, parameter in state.named_parameters(recurse=False):
-            parameter.copy_(tensors[layers[name].keys[ours]].reshape(parameter.shape))
+            axis = found.link.rank_axes.get(ours)
+            if name in found.kept and axis is not None:
+                places = torch.tensor(found.kept[name], device=parameter.device).nonzero().view(-1)
+                shape = list(parameter.shape)
+                shape[axis] = len(places)
+                value = tensors[layers[name].keys[ours]].reshape(shape).to(parameter)
+                parameter.zero_().index_copy_(axis, places, value)
+            else:
+                parameter.copy_(tensors[layers[name].keys[ours]].reshape(parameter.shape))
             parameter *= found.factors.get(name, {}).get(ours, 1.0)
 
 

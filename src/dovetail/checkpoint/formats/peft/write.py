@@ -41,7 +41,8 @@ CLASSIFIER_HEADS = ("classifier", "score")
 def export_peft(model: nn.Module, directory: str | Path) -> Path:
     """Write the adapter of the current stage as a peft adapter directory, created if needed.
 
-    model     under a chain that trains one of lora, dora, ia3, loha and vera, with no constraint; it is not changed
+    model     under a chain that trains one of lora, dora, adalora, ia3, loha and vera, with no constraint; it is
+              unchanged
     returns   the directory. The config is written last, so an interrupted export leaves nothing that loads
     errors    ChainError that names what peft cannot express and what to do instead; nothing is written then
     """
