@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,19 @@ def test_equals_the_textbook(shape: tuple[int, int], bits: int, group: int, symm
     assert bool((found[weight == 0] == 0).all())
     narrow = values(quantizer, weight, gram_of(x, torch.float32))  # a rounding here and there goes the other way
     assert error(weight, narrow, x) == pytest.approx(error(weight, wanted, x), rel=0.02)
+
+
+@pytest.mark.parametrize("scales", ["range", "search"])
+def test_takes_signed_scales_of_few_bits(scales: Any) -> None:
+    weight, x = sample(32, 64)
+    gptq, nearest = (
+        kind(group=32, symmetric="signed", scale_bits=4, scales=scales).quantize(weight, gram_of(x))
+        for kind in (GPTQ, Int)
+    )
+    assert torch.equal(gptq.scale_og, nearest.scale_og)
+    assert bool((gptq.scale_og < 0).any())
+    of_gptq, of_int = (each.dequantize(torch.empty(weight.shape)) for each in (gptq, nearest))
+    assert error(weight, of_gptq, x) < error(weight, of_int, x)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dovetail.chains.grid import QuantizedWeight
-from dovetail.chains.link import Quantizer, Site
+from dovetail.chains.link import Quantizer, Site, identity_of
 from dovetail.chains.notation import chain
 from dovetail.chains.packing import unpack
 from dovetail.chains.registry import links
@@ -23,6 +23,7 @@ from dovetail.links.quantize import accelerate, dynamic8, hqq, nearest
 from dovetail.links.quantize.block_float4 import E2M1, MXFP4, NVFP4
 from dovetail.links.quantize.codebook import Book
 from dovetail.links.quantize.fp8 import Float8
+from dovetail.links.quantize.gptq import GPTQ
 from dovetail.links.quantize.hqq import HQQ
 from dovetail.links.quantize.integer import Int
 from dovetail.links.quantize.nf import FP4, NF4, Float4, NormalFloat, NormalFloat4, normal_float
@@ -30,6 +31,9 @@ from places import GOLDEN
 
 CONFIGURATIONS: list[Quantizer] = [
     *(Int(bits=bits, group=group, symmetric=s) for bits in (2, 3, 4, 8) for group in (0, 32) for s in (False, True)),
+    *(Int(bits=bits, group=32, symmetric="signed") for bits in (2, 3, 4, 8)),
+    Int(group=32, symmetric="signed", scale_bits=4),
+    Int(group=32, scale_bits=7, scales="search"),
     *(
         cls(block=block, double=double)
         for cls in (NormalFloat4, Float4)
@@ -249,6 +253,75 @@ def test_int_codes_are_the_nearest():
         grid = (torch.arange(8.0) - zero.repeat_interleave(32, dim=1)[..., None]) * scale[..., None]
         best = (grid - weight[..., None]).abs().amin(dim=2)
         assert torch.allclose((values(quantized) - weight).abs(), best, atol=1e-7)
+
+
+def error(quantizer: Int) -> float:
+    """The error of a normal weight, in percent of its norm."""
+    weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0)) * 0.02
+    return 100 * float((values(quantizer.quantize(weight)) - weight).norm() / weight.norm())
+
+
+def test_signed_scales_and_scales_of_few_bits_err_as_documented():
+    assert error(Int(group=32, symmetric=True)) == pytest.approx(9.49, abs=0.04)
+    assert error(Int(group=32, symmetric="signed")) == pytest.approx(8.60, abs=0.04)
+    assert error(Int()) == pytest.approx(9.12, abs=0.04)
+    assert error(Int(scale_bits=7)) == pytest.approx(9.12, abs=0.04)
+    assert error(Int(scale_bits=4)) == pytest.approx(9.18, abs=0.04)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True, "signed"])
+@pytest.mark.parametrize("scale_bits", [None, 4, 7])
+def test_searched_scales_err_less(bits: int, symmetric: Any, scale_bits: int | None):
+    plain = Int(bits=bits, group=32, symmetric=symmetric, scale_bits=scale_bits)
+    searched = Int(bits=bits, group=32, symmetric=symmetric, scale_bits=scale_bits, scales="search")
+    weight = a_weight((24, 128)) + 0.001
+    of_group = [(values(each.quantize(weight)) - weight).view(-1, 32).square().sum(dim=1) for each in (plain, searched)]
+    assert bool((of_group[1] <= of_group[0] * (1 + 1e-5)).all())
+    assert error(searched) < error(plain)
+
+
+@pytest.mark.parametrize("symmetric", [False, True, "signed"])
+def test_scales_of_few_bits_are_exact_in_narrow_dtypes(symmetric: Any):
+    for scale_bits, dtype in ((4, torch.bfloat16), (4, torch.float16), (7, torch.float16)):
+        quantized = Int(group=32, symmetric=symmetric, scale_bits=scale_bits).quantize(a_weight())
+        assert torch.equal(values(quantized, dtype).float(), values(quantized))
+        mantissa = torch.frexp(quantized.scale_og.float()).mantissa * 2**scale_bits
+        assert torch.equal(mantissa, mantissa.round())
+        assert not (torch.signbit(quantized.scale_og) & (quantized.scale_og == 0)).any()
+        assert not (torch.signbit(values(quantized)) & (values(quantized) == 0)).any()  # no negative zero
+
+
+def test_a_signed_scale_makes_the_largest_weight_the_lowest_code():
+    weight = a_weight() + 0.001
+    quantized = Int(group=32, symmetric="signed").quantize(weight)
+    assert (quantized.codes_of(0, SHAPE[0])[0].view(-1, 32) == 0).any(dim=1).all()
+    assert bool((quantized.scale_og < 0).any() and (quantized.scale_og > 0).any())
+
+
+def test_a_subnormal_scale_that_would_lose_bits_is_refused():
+    weight = torch.ones(1, 32) * 8.125 * 2.0**-24 * 7.5  # float16 rounds the scale to a multiple of 2^-24
+    assert values(Int(group=32, symmetric=True).quantize(weight)).any()
+    assert values(Int(group=32, symmetric=True, scale_bits=4).quantize(weight)).any()
+    with pytest.raises(DovetailError, match=r"(?s)fewer than 7 significant bits.*leave out scale_bits"):
+        Int(group=32, symmetric=True, scale_bits=7).quantize(weight)
+
+
+@pytest.mark.parametrize("name", ["int", "gptq"])
+def test_arguments_that_are_new_leave_earlier_chains_as_they_were(name: str):
+    (plain,) = chain(f"{name}(bits=4, group=64)")
+    assert isinstance(plain, Quantizer)
+    assert "scale" not in identity_of(plain)
+    assert str(plain) == f"{name}(bits=4, group=64)"
+    assert chain("gptq(4, 64, false, false)").links[0] == GPTQ(bits=4, group=64, symmetric=False, act_order=False)
+    text = f"{name}(bits=4, group=32, symmetric=signed, scale_bits=4, scales=search)"
+    assert str(chain(text)) == text
+    (new,) = chain(text)
+    assert isinstance(new, Quantizer)
+    assert chain(identity_of(new)).links == (new,)
+    for bad in ("symmetric=maybe", "scale_bits=5", "scales=best", "scale_bits=true"):
+        with pytest.raises(ChainError):
+            chain(f"{name}({bad})")
 
 
 # ---- bitsandbytes -------------------------------------------------------------------------------------------------

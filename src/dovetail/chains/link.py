@@ -376,6 +376,14 @@ def argument_fields(link: Link | type[Link]) -> dict[str, Field[Any]]:
     return {f.name.rstrip("_"): f for f in fields(link)}
 
 
+def added(default: Any) -> Any:
+    """Declare a field that is newer than checkpoints of its link: `identity_of` leaves it out at its default.
+
+    It comes after the older fields, so that arguments without names keep their meaning.
+    """
+    return field(default=default, metadata={"added": True})
+
+
 def arguments(link: Link | type[Link]) -> dict[str, Any]:
     """Return argument name -> value (of a link) or default (of a class), in the order of the notation."""
     found = argument_fields(link).items()
@@ -391,11 +399,16 @@ def with_arguments(link: Link, values: Mapping[str, Any]) -> Link:
 def identity_of(quantizer: Quantizer) -> str:
     """Return the quantizer with all its arguments, which identifies the grid of a checkpoint's codes.
 
+    Arguments that were added later (`added`) are left out at their default, so that the identities of earlier
+    checkpoints stay the same.
+
     >>> from dovetail.links.quantize.nf import NormalFloat4
     >>> identity_of(NormalFloat4(double=True))
     'nf4(block=64, double=True)'
     """
-    given = ", ".join(f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}" for k, v in arguments(quantizer).items())
+    newer = {name: f.default for name, f in argument_fields(quantizer).items() if f.metadata.get("added")}
+    values = {name: v for name, v in arguments(quantizer).items() if name not in newer or v != newer[name]}
+    given = ", ".join(f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}" for k, v in values.items())
     return f"{quantizer.name}({given})"
 
 

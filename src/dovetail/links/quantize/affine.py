@@ -1,7 +1,7 @@
 """The affine grid: value = (code - zero point) * scale, one scale and zero point a group of inputs.
 
-The weight on it, what its quantizers share, and the scales that span a range. A zero point is an integer, or a float16
-number: then zero is not on the grid, in general, and the grid counts as one without a zero.
+The weight on it, and what its quantizers share (`ranges` computes their scales). A zero point is an integer, or a
+float16 number: then zero is not on the grid, in general, and the grid counts as one without a zero.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.link import Quantizer, Site, always_print, identity_of
 from dovetail.chains.packing import CODES_PER_UNIT, pack, packed_nbytes, read, unpack, value_table
-from dovetail.errors import ChainError, DovetailError
+from dovetail.errors import ChainError
 from dovetail.links.quantize import scales
+from dovetail.links.quantize.ranges import SCALE_BITS, Scales, Symmetry, affine_range
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -71,7 +72,7 @@ class AffineWeight(QuantizedWeight):
         """Return the grid of given scales, with the codes nearest to weight_oi.
 
         weight_oi  (o, i) any float dtype
-        scale_og   (o, groups) any float dtype, not negative
+        scale_og   (o, groups) any float dtype; negative ones only without zero points
         zero_og    (o, groups) integers in [0, 2^bits - 1], any dtype, or any numbers that float16 can hold; None for a
                    symmetric grid
         scale      how the scales are stored, to which they are rounded first (`dovetail.links.quantize.scales`)
@@ -129,9 +130,15 @@ class AffineWeight(QuantizedWeight):
             levels = tuple(float(code - offset) for code in range(2**self.bits))
             table = value_table(levels, self.bits, self.codes)
             read(self.codes, self.bits, start * i, stop * i, table, out=rows.view(-1))
+        self._to_values(rows, scale, zero)
+
+    def _to_values(self, rows: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+        """Replace codes, minus 2^(bits-1) if symmetric, by their values; zero is +0 where a scale is negative, too."""
         if zero is not None:
             self._by_block(Tensor.sub_, rows, zero)
         self._by_block(Tensor.mul_, rows, scale)
+        if zero is None and bool((scale < 0).any()):
+            rows.add_(0.0)
 
     def _to_codes(self, rows: Tensor, scale: Tensor, zero: Tensor | None, inside: Tensor | None = None) -> None:
         """Replace rows by their codes, minus 2^(bits-1) if symmetric; the zero code is +0."""
@@ -158,9 +165,7 @@ class AffineWeight(QuantizedWeight):
     def _snap(self, rows: Tensor, start: int, inside: Tensor | None = None) -> None:
         scale, zero = self._grid(start, len(rows))
         self._to_codes(rows, scale, zero, inside)
-        if zero is not None:
-            self._by_block(Tensor.sub_, rows, zero)
-        self._by_block(Tensor.mul_, rows, scale)
+        self._to_values(rows, scale, zero)
 
     def _encode(self, rows: Tensor, start: int) -> Tensor:
         scale, zero = self._grid(start, len(rows))
@@ -245,37 +250,40 @@ class GroupQuantizer(Quantizer):
 
 @dataclass(frozen=True)
 class AffineQuantizer(GroupQuantizer):
-    """Integers of 2, 3, 4 or 8 bits; `group` inputs share a float16 scale (0: one group a row)."""
+    """Integers of 2, 3, 4 or 8 bits; `group` inputs share a float16 scale (0: one group a row).
 
-    symmetric: bool = False
+    symmetric  false: with zero points; true: without, scale = max|w| over half the steps; signed: without, scale = the
+               weight of the largest absolute value over -2^(bits-1), which may be negative
+    """
+
+    symmetric: Symmetry = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.symmetric not in (True, False, "signed"):
+            rule = "symmetric must be true, false or signed"
+            raise self._bad(f"symmetric={self.symmetric}", rule, "set symmetric=signed")
+
+    def _check_scales(self, scale_bits: int | None, scales: Scales) -> None:
+        """Raise ChainError for scales that `_ranges` does not compute."""
+        if scale_bits is not None and scale_bits not in SCALE_BITS:
+            raise self._bad(f"scale_bits={scale_bits}", "scale_bits must be 4, 7 or none", "set scale_bits=4")
+        if scales not in ("range", "search"):
+            raise self._bad(f"scales={scales}", "scales must be range or search", "set scales=range")
 
     def empty(self, shape: tuple[int, int]) -> AffineWeight:
         groups, identity = self._groups(shape[1], self.name), identity_of(self)
-        return AffineWeight.empty(shape, groups=groups, bits=self.bits, symmetric=self.symmetric, identity=identity)
+        symmetric = bool(self.symmetric)
+        return AffineWeight.empty(shape, groups=groups, bits=self.bits, symmetric=symmetric, identity=identity)
 
-
-def affine_range(
-    weight_oi: Tensor, groups: int, *, bits: int, symmetric: bool, where: str
-) -> tuple[Tensor, Tensor | None]:
-    """Return the scales and zero points that span each group's range, zero included.
-
-    weight_oi  (o, i) float32
-    returns    scale (o, groups) float16; zero point (o, groups) float32 integers in [0, 2^bits - 1], None if symmetric
-    """
-    grouped = weight_oi.view(weight_oi.shape[0], groups, -1)
-    steps = 2**bits - 1
-    low = grouped.amin(dim=2).clamp(max=0)
-    high = grouped.amax(dim=2).clamp(min=0)
-    exact = torch.maximum(high, -low) / (steps / 2) if symmetric else (high - low) / steps
-    scale = exact.to(torch.float16)
-    if bool(torch.isinf(scale).any()):
-        raise DovetailError(
-            where,
-            found=f"a group that needs the scale {float(exact.max()):.6g}",
-            rule=f"a scale must fit float16, at most {torch.finfo(torch.float16).max:.0f}",
-            fix="check the checkpoint: weights of a working model are far smaller; or use nf4 or fp8",
+    def _ranges(self, weight_oi: Tensor, scale_bits: int | None, scales: Scales) -> tuple[Tensor, Tensor | None]:
+        """Return the scales and zero points of the groups of weight_oi (o, i) float32, as `affine_range` does."""
+        return affine_range(
+            weight_oi,
+            self._groups(weight_oi.shape[1], self.name),
+            bits=self.bits,
+            symmetric=self.symmetric,
+            where=self.name,
+            scale_bits=scale_bits,
+            search=scales == "search",
         )
-    if symmetric:
-        return scale, None
-    divisor = scale.float().masked_fill(scale == 0, torch.inf)
-    return scale, (-low / divisor).round().clamp(0, steps)

@@ -19,18 +19,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from dovetail.chains.grid import refuse_bad_weight
-from dovetail.chains.link import identity_of
+from dovetail.chains.link import added, identity_of
 from dovetail.chains.registry import register
 from dovetail.chains.statistics import InputStatistics, Statistic
 from dovetail.errors import CalibrationWarning
 from dovetail.links.column_solver import factor, reconstruct
-from dovetail.links.quantize.affine import AffineQuantizer, AffineWeight, affine_range
+from dovetail.links.quantize.affine import AffineQuantizer, AffineWeight
 
 
 @register("gptq")
@@ -38,12 +38,16 @@ from dovetail.links.quantize.affine import AffineQuantizer, AffineWeight, affine
 class GPTQ(AffineQuantizer):
     """Integers of 2, 3, 4 or 8 bits; `group` inputs share a float16 scale (0: one group a row).
 
-    act_order  largest inputs first
-    damping    share of the Gram matrix's mean diagonal that is added to its diagonal
+    act_order   largest inputs first
+    damping     share of the Gram matrix's mean diagonal that is added to its diagonal
+    scale_bits  significant bits of a scale, 4 or 7; none: the 11 of a float16 number (`ranges`)
+    scales      range: those that span each group; search: those of the least squared error
     """
 
     act_order: bool = True
     damping: float = 0.01
+    scale_bits: int | None = added(None)
+    scales: Literal["range", "search"] = added("range")
 
     statistics: ClassVar[frozenset[Statistic]] = frozenset({"gram"})
     summary: ClassVar[str] = "integers, later columns compensate for each rounding error; needs calibration data"
@@ -51,6 +55,7 @@ class GPTQ(AffineQuantizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_scales(self.scale_bits, self.scales)
         if not 0 <= self.damping <= 1:
             raise self._bad(f"damping={self.damping}", "damping must be in [0, 1]", "set damping=0.01")
 
@@ -73,8 +78,7 @@ class GPTQ(AffineQuantizer):
         assert inputs is not None
         weight_32 = refuse_bad_weight(self.name, weight_oi)
         i = weight_32.shape[1]
-        groups = self._groups(i, self.name)
-        scale_og, zero_og = affine_range(weight_32, groups, bits=self.bits, symmetric=self.symmetric, where=self.name)
+        scale_og, zero_og = self._ranges(weight_32, self.scale_bits, self.scales)
         found = factor(inputs, self.damping, by_size=self.act_order)
         if found is None:
             warnings.warn(
@@ -85,7 +89,7 @@ class GPTQ(AffineQuantizer):
             )
         else:
             nearest = _on_grid(scale_og, zero_og, self.bits)
-            order, group = found.order_i, i // groups
+            order, group = found.order_i, i // scale_og.shape[1]
             stays_io = (weight_32 != 0)[:, order].t() if bool((weight_32 == 0).any()) else None
 
             def visit(weight_bo: Tensor, diagonal_b: Tensor, places: slice) -> Callable[[int, Tensor], Tensor]:
