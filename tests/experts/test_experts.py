@@ -20,6 +20,7 @@ from torch import Tensor
 
 import expert_reader
 from dovetail import experts
+from dovetail.chains import compiled
 from dovetail.errors import DataError, DovetailError, LoadError
 from dovetail.experts.codec import native
 from dovetail.experts.vectors import Spec, TaskVector
@@ -384,7 +385,8 @@ def test_a_changed_helper_file_recompiles_the_loops(tmp_path):
 
     def run() -> str:
         env = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
-        env |= {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+        path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        env |= {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
@@ -403,12 +405,12 @@ def test_a_changed_helper_file_recompiles_the_loops(tmp_path):
 def test_compiled_loops_without_a_writable_cache(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    monkeypatch.setattr(native.config, "CACHE_DIR", str(blocked / "folder"))
-    native._cache_folder.cache_clear()
+    monkeypatch.setattr(compiled.config, "CACHE_DIR", str(blocked / "folder"))
+    compiled._cache_folder.cache_clear()
     try:
-        assert native.compiled(flat).stats.cache_path is None
+        assert compiled.compiled(flat).stats.cache_path is None
     finally:
-        native._cache_folder.cache_clear()
+        compiled._cache_folder.cache_clear()
 
 
 @pytest.mark.parametrize("seed", [1])

@@ -395,6 +395,7 @@ def use_stand_in(patch: pytest.MonkeyPatch, operator: Any) -> None:
     patch.setattr(accelerate, "_available", lambda: True)
     patch.setattr(accelerate, "_proved_kernel", accelerate._proved_kernel.__wrapped__)
     patch.setattr(accelerate, "SMALLEST", 0)
+    patch.setattr(accelerate, "DEVICES", ("cpu",))
 
 
 each_float4 = pytest.mark.parametrize("cls", [NormalFloat4, Float4])
@@ -402,9 +403,8 @@ each_kernel_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloa
 KERNEL_SHAPES = [((24, 128), 64), ((10, 256), 32), ((24, 96), 64), ((5, 4096), 2048)]
 
 
-def dequantized_by_kernel(patch: pytest.MonkeyPatch, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """The values, read in chunks of a few rows; asserts that a transposed buffer gets the same."""
-    patch.setattr("dovetail.links.quantize.codebook.KERNEL_CHUNK", 1000)
+def dequantized_by_kernel(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """The values; asserts that a transposed buffer gets the same."""
     found = values(weight, dtype)
     transposed = weight.dequantize(torch.empty(weight.shape[1], weight.shape[0], dtype=dtype).t())
     assert same_bits(transposed, found)
@@ -424,7 +424,7 @@ def test_kernel_is_used_for_whole_blocks_and_equal_to_the_definition(monkeypatch
                 kernel = accelerate.four_bit_kernel(cls.name, cls.book.levels, shape, block, dtype, weight.codes)
                 assert (kernel is None) == (shape[1] % block != 0 or block > 1024)
                 calls = operator.calls
-                assert same_bits(dequantized_by_kernel(patch, weight, dtype), expected)
+                assert same_bits(dequantized_by_kernel(weight, dtype), expected)
                 assert (operator.calls > calls) == (kernel is not None)
                 patch.setattr(accelerate, "SMALLEST", shape[0] * shape[1] + 1)
                 assert accelerate.four_bit_kernel(cls.name, cls.book.levels, shape, block, dtype, weight.codes) is None
@@ -440,7 +440,8 @@ def test_bitsandbytes_kernel_is_equal_to_the_definition(bnb, monkeypatch, cls, d
             expected = values(weight, dtype)
             with monkeypatch.context() as patch:
                 patch.setattr(accelerate, "SMALLEST", 0)
-                assert same_bits(dequantized_by_kernel(patch, weight, dtype), expected)
+                patch.setattr(accelerate, "DEVICES", ("cpu",))
+                assert same_bits(dequantized_by_kernel(weight, dtype), expected)
 
 
 def test_kernel_that_differs_or_fails_is_not_used(monkeypatch: pytest.MonkeyPatch):
@@ -456,13 +457,38 @@ def test_kernel_that_differs_or_fails_is_not_used(monkeypatch: pytest.MonkeyPatc
             assert same_bits(values(weight), expected)
 
 
-def test_bitsandbytes_is_imported_only_for_large_weights_and_quietly(bnb):
+@pytest.mark.parametrize("threads", [1, 3])
+@each_quantizer
+def test_compiled_loops_are_equal_to_the_definition(monkeypatch, quantizer: Quantizer, threads: int):
+    weight = a_weight((48, 256))
+    weight[3, :128] = 0
+    quantized = quantizer.quantize(weight)
+    odd = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 1e-40, -1e-40, 3e38])
+    rows = torch.cat([weight.flatten() * scale for scale in (1, 1.4, -0.7)]).view(3, 48, 256)
+    rows[0, 7, :7] = odd
+    rows[0, 3, :7] = odd
+    found = {}
+    monkeypatch.setattr("dovetail.links.quantize.loops._PART", 1000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for smallest in (0, 1 << 40):
+        monkeypatch.setattr(accelerate, "SMALLEST_FOR_LOOPS", smallest)
+        inside = torch.empty(rows.shape, dtype=torch.bool)
+        snapped = [quantized.snap_(part.clone(), 0, there) for part, there in zip(rows, inside, strict=True)]
+        alone = quantized.snap_(rows[0].clone(), 0)
+        found[smallest] = [values(quantized), inside, *snapped, alone, quantized.snap_(rows[0, 16:32].clone(), 16)]
+    for ours, expected in zip(*found.values(), strict=True):
+        assert torch.equal(ours.isnan(), expected.isnan()) if ours.is_floating_point() else torch.equal(ours, expected)
+        assert same_bits(ours.nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_only_large_weights_import_numba_and_a_processor_needs_no_bitsandbytes():
     code = (
         "import sys, torch\n"
         "from dovetail.links.quantize.nf import NormalFloat4\n"
         "NormalFloat4().quantize(torch.randn(8, 64)).dequantize(torch.empty(8, 64))\n"
-        "assert 'bitsandbytes' not in sys.modules\n"
+        "assert 'numba' not in sys.modules\n"
         "NormalFloat4().quantize(torch.randn(512, 1024)).dequantize(torch.empty(512, 1024))\n"
+        "assert 'bitsandbytes' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

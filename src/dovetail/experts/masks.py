@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dovetail.chains.compiled import compiled
 from dovetail.errors import DataError
 from dovetail.experts.codec.codec import word_count
-from dovetail.experts.codec.native import compiled, get, popcount, put, trailing_zeros
+from dovetail.experts.codec.native import get, popcount, put, trailing_zeros
 
 _FEW = 4  # experts in a bit-parallel election
 _CHUNK = 1 << 14  # words whose sums are held at a time

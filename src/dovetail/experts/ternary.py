@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dovetail.chains.compiled import compiled
 from dovetail.errors import DataError
 from dovetail.experts.codec.codec import word_count
-from dovetail.experts.codec.native import above64, compiled, get, popcount, put, trailing_zeros
+from dovetail.experts.codec.native import above64, get, popcount, put, trailing_zeros
 from dovetail.experts.vectors import Spec, specs_of
 
 _INTEGERS = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}

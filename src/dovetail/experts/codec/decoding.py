@@ -13,8 +13,9 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from dovetail.chains.compiled import compiled
 from dovetail.experts.codec.encoding import BLOCK, EMPTY, FULL, KEPT, MAX_K, PAYLOAD, RAW, RICE, SUB, SUBS
-from dovetail.experts.codec.native import compiled, get, load64, place8, popcount, put, trailing_zeros
+from dovetail.experts.codec.native import get, load64, place8, popcount, put, trailing_zeros
 
 
 @numba.njit(nogil=True)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from dovetail.experts.codec.native import compiled, get, put, trailing_zeros
+from dovetail.chains.compiled import compiled
+from dovetail.experts.codec.native import get, put, trailing_zeros
 
 BLOCK, SUB = 65536, 4096
 EMPTY, RICE, SUBS, FULL = 0, 1, 2, 3

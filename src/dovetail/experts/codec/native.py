@@ -1,6 +1,4 @@
-"""Shared parts of the compiled loops: their cache on disk, machine instructions on words, and CRC-32C.
-
-numba compiles each loop on its first call. All loops release the interpreter lock, so threads run them in parallel.
+"""Shared parts of the compiled loops (`dovetail.chains.compiled`): machine instructions on words, and CRC-32C.
 
 `get`, `put` and `load64` access arrays without numba's handling of negative positions, which costs a third of the
 decoder's time. The caller must ensure the bounds.
@@ -8,72 +6,23 @@ decoder's time. The caller must ensure the bounds.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-from collections.abc import Callable
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, cast
 
 import google_crc32c
 import numba
 import numpy as np
 from llvmlite import ir
-from numba.core import config, types
+from numba.core import types
 from numba.cpython.unsafe import numbers
 from numba.extending import intrinsic
 
 _instruction = cast(Any, intrinsic)  # callers do not pass the first argument of an intrinsic
-_config = cast(Any, config)
 _trailing_zeros = cast(Any, numbers.trailing_zeros)
 
 
 def crc32c(data: bytes | memoryview | np.ndarray) -> int:
     """Return the CRC-32C (Castagnoli) of contiguous bytes: 0xE3069283 for b"123456789"."""
     return google_crc32c.value(bytes(data))
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function, compiled at the first call with arguments of new types, with its cache on disk.
-
-    numba's cache notices a changed time or size of the function's own file only, and not a change in a file of the
-    functions that it calls. The cache therefore lies in a folder named by the contents of all these files.
-    """
-    folder = _cache_folder(Path(function.__code__.co_filename))
-    if folder is None:
-        return numba.njit(function, nogil=True)
-    before, _config.CACHE_DIR = _config.CACHE_DIR, str(folder)  # numba reads it while it decorates
-    try:
-        return numba.njit(function, cache=True, nogil=True)
-    finally:
-        _config.CACHE_DIR = before
-
-
-@lru_cache
-def _cache_folder(path: Path) -> Path | None:
-    """Return a writable cache folder for the loops in a file, or None.
-
-    The folder is NUMBA_CACHE_DIR, the package's __pycache__ or the user's cache. Its name contains a hash of the file
-    and of all files in this folder. In __pycache__, the folders of earlier contents are removed.
-    """
-    digest = hashlib.sha256()
-    for each in sorted({*Path(__file__).parent.glob("*.py"), path}):
-        digest.update(each.name.encode() + b"\0" + each.read_bytes())
-    own = Path(__file__).parent / "__pycache__"
-    user = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dovetail"
-    for home in [Path(_config.CACHE_DIR)] if _config.CACHE_DIR else [own, user]:
-        folder = home / f"{path.stem}-{digest.hexdigest()[:16]}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK | os.X_OK):
-            for old in own.glob(f"{path.stem}-*") if home == own else ():
-                if old != folder:
-                    shutil.rmtree(old, ignore_errors=True)
-            return folder
-    return None
 
 
 @_instruction

@@ -1,8 +1,9 @@
-"""bitsandbytes' dequantize kernel, where it is installed: faster than our own path, and bit-identical to it.
+"""Which weights faster code works on, with the bits of the definitions in plain torch.
 
-Only the kernel is used, on our codes, into our buffer. Its import takes seconds, so it is not imported for small
-weights. On CPU the kernel reads wrong scales where blocks straddle rows, and loses accuracy at blocks of 2048 and more:
-these take our own path.
+On processors, compiled loops (`dovetail.links.quantize.loops`); on GPUs, bitsandbytes' dequantize kernel where it is
+installed, on our codes, into our buffer. Both take seconds to import, so they are not imported for small weights. The
+kernel reads wrong scales where blocks straddle rows, and loses accuracy at blocks of 2048 and more, on processors at
+least: these take the definition.
 """
 
 from __future__ import annotations
@@ -13,12 +14,19 @@ import logging
 import warnings
 from collections.abc import Callable
 from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from dovetail.chains.grid import QuantizedWeight
+
 SMALLEST = 2**19
 """Weights from which the kernel is worth its import."""
+SMALLEST_FOR_LOOPS = 2**17
+DEVICES = ("cuda",)
+"""Where the kernel is faster than what else there is."""
 LARGEST_BLOCK = 1024
 BOOKS = ("nf4", "fp4")
 """The code books that the kernel knows."""
@@ -26,6 +34,14 @@ BOOKS = ("nf4", "fp4")
 # One complaint, about a kernel nobody here uses, would greet every user: transformers' Trainer imports peft, and that
 # bitsandbytes.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bit_forward" not in r.getMessage())
+
+
+def by_loops(quantized: QuantizedWeight, rows: Tensor) -> bool:
+    """Return whether the compiled loops (`dovetail.links.quantize.loops`) work on these rows of a weight."""
+    o, i = quantized.shape
+    plain = rows.device.type == "cpu" and type(rows) is Tensor
+    return plain and i % quantized.block == 0 and o * i >= SMALLEST_FOR_LOOPS
+
 
 Kernel = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
 """(packed codes, float32 scales, shape) -> values."""
@@ -37,7 +53,7 @@ def four_bit_kernel(
     """Return the kernel for a weight of this shape, or None where the path in plain torch is used."""
     usable = name in BOOKS and shape[1] % block == 0 and block <= LARGEST_BLOCK and shape[0] * shape[1] >= SMALLEST
     usable = usable and dtype in (torch.float32, torch.bfloat16, torch.float16) and type(codes) is Tensor
-    if not usable or codes.device.type not in ("cpu", "cuda") or not _available():
+    if not usable or codes.device.type not in DEVICES or not _available():
         return None
     return _proved_kernel(name, levels, block, dtype, codes.device)
 

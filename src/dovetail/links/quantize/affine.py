@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from dovetail.chains.link import Quantizer, Site, always_print, identity_of
 from dovetail.chains.packing import CODES_PER_UNIT, pack, packed_nbytes, read, unpack, value_table
 from dovetail.errors import ChainError
 from dovetail.links.quantize import scales
+from dovetail.links.quantize.accelerate import by_loops
 from dovetail.links.quantize.ranges import SCALE_BITS, Scales, Symmetry, affine_range
 
 if TYPE_CHECKING:
@@ -124,6 +126,15 @@ class AffineWeight(QuantizedWeight):
         i = self.shape[1]
         scale, zero = self._grid(start, stop - start)
         offset = 2 ** (self.bits - 1) if zero is None else 0
+        if by_loops(self, rows) and self.bits in (2, 4, 8) and self.block * self.bits % 8 == 0:
+            from dovetail.links.quantize import loops
+
+            zero = torch.full_like(scale, offset) if zero is None else zero
+            codes = self.codes[start * i * self.bits // 8 : stop * i * self.bits // 8]
+            packed = codes.view(torch.uint8).view(len(scale), -1)
+            arrays = [rows.view(-1, self.block), scale, zero, packed]
+            loops.over_blocks(loops.decode_affine, [array.numpy() for array in arrays], self.bits)
+            return
         if self.bits == 8:
             rows.copy_(self.codes[start * i : stop * i].view(-1, i)).sub_(offset)
         else:
@@ -137,7 +148,7 @@ class AffineWeight(QuantizedWeight):
         if zero is not None:
             self._by_block(Tensor.sub_, rows, zero)
         self._by_block(Tensor.mul_, rows, scale)
-        if zero is None and bool((scale < 0).any()):
+        if bool((scale < 0).any()):
             rows.add_(0.0)
 
     def _to_codes(self, rows: Tensor, scale: Tensor, zero: Tensor | None, inside: Tensor | None = None) -> None:
@@ -164,6 +175,16 @@ class AffineWeight(QuantizedWeight):
 
     def _snap(self, rows: Tensor, start: int, inside: Tensor | None = None) -> None:
         scale, zero = self._grid(start, len(rows))
+        if by_loops(self, rows) and not self._zero_is_float:
+            from dovetail.links.quantize import loops
+
+            lowest = -(2 ** (self.bits - 1)) if zero is None else 0
+            zero = torch.zeros_like(scale) if zero is None else zero
+            inside = torch.empty(0, 0, dtype=torch.bool) if inside is None else inside.view(-1, self.block)
+            arrays = [array.numpy() for array in (rows.view(-1, self.block), scale, zero, inside)]
+            range_ = np.float32(lowest), np.float32(lowest + 2**self.bits - 1)
+            loops.over_blocks(loops.snap_affine, arrays, *range_)
+            return
         self._to_codes(rows, scale, zero, inside)
         self._to_values(rows, scale, zero)
 

@@ -7,20 +7,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.packing import CODES_PER_UNIT, pack, packed_nbytes, read, value_table
 from dovetail.links.quantize import scales
-from dovetail.links.quantize.accelerate import four_bit_kernel
+from dovetail.links.quantize.accelerate import by_loops, four_bit_kernel
 from dovetail.links.quantize.nearest import nearest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-KERNEL_CHUNK = 2**20
-"""Weights that the kernel dequantizes at once on CPU: they stay in cache until they are copied into the buffer."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,16 @@ class Book:
                 before = before.masked_fill(middle == 0, -torch.finfo(torch.float32).tiny)
                 middle = torch.where(upwards, before, middle)
         return tuple(middle.tolist())
+
+    @cached_property
+    def by_code(self) -> np.ndarray:
+        """The levels by code, float32."""
+        return np.array(self.levels, np.float32)
+
+    @cached_property
+    def for_loops(self) -> tuple[np.ndarray, np.ndarray]:
+        """The levels and the midpoints between them, ascending, float32."""
+        return np.array(self.ascending, np.float32), np.array(self.middles, np.float32) * np.float32(self.span)
 
     def nearest_level(self, scaled: Tensor) -> Tensor:
         """Return the level nearest to each number of `scaled`, float32, which is overwritten."""
@@ -149,22 +157,23 @@ class CodeBookWeight(QuantizedWeight):
         return scales.decode([self.get_buffer(name) for name in self._scale_names], *self._block_range(start, rows))
 
     def dequantize(self, out: Tensor) -> Tensor:
-        """Write the values into `out`, by bitsandbytes' kernel where it is installed: faster and bit-identical."""
+        """Write the values into `out`; on a GPU by bitsandbytes' kernel where it is installed, with the same bits."""
         kernel = four_bit_kernel(self.book.name, self.book.levels, self.shape, self.block, out.dtype, self.codes)
         if kernel is None or not out.is_contiguous():
             return super().dequantize(out)
         self._check_shape(out)
-        (o, i), block = self.shape, self.block
-        scale = self.block_scales(0, o)
-        step = max(1, KERNEL_CHUNK // i) if out.device.type == "cpu" else o
-        for start in range(0, o, step):
-            stop = min(start + step, o)
-            codes = self.codes[start * i // 2 : stop * i // 2]
-            out[start:stop].copy_(kernel(codes, scale[start * i // block : stop * i // block], (stop - start, i)))
-        return out
+        return out.copy_(kernel(self.codes, self.block_scales(0, self.shape[0]), self.shape))
 
     def _decode(self, start: int, stop: int, rows: Tensor) -> None:
         i = self.shape[1]
+        if by_loops(self, rows) and self.bits in (2, 4, 8) and self.block * self.bits % 8 == 0:
+            from dovetail.links.quantize import loops
+
+            scale = self.block_scales(start, stop - start)
+            codes = self.codes[start * i * self.bits // 8 : stop * i * self.bits // 8].view(len(scale), -1)
+            arrays = [array.numpy() for array in (rows.view(-1, self.block), scale, codes)]
+            loops.over_blocks(loops.decode_levels, arrays, self.bits, self.book.by_code)
+            return
         table = value_table(self.book.levels, self.bits, self.codes)
         read(self.codes, self.bits, start * i, stop * i, table, out=rows.view(-1))
         self._by_block(Tensor.mul_, rows, self.block_scales(start, stop - start))
@@ -182,6 +191,14 @@ class CodeBookWeight(QuantizedWeight):
 
     def _snap(self, rows: Tensor, start: int, inside: Tensor | None = None) -> None:
         scale = self.block_scales(start, len(rows))
+        if by_loops(self, rows) and self.bits <= 4:
+            from dovetail.links.quantize import loops
+
+            inside = torch.empty(0, 0, dtype=torch.bool) if inside is None else inside.view(-1, self.block)
+            arrays = [array.numpy() for array in (rows.view(-1, self.block), scale, inside)]
+            reach = np.float32(self.book.reach)
+            loops.over_blocks(loops.snap_levels, arrays, *self.book.for_loops, reach, self.book.ieee)
+            return
         self._to_levels(rows, _never_zero(scale))
         if inside is not None:
             torch.le(rows.abs(), self.book.reach, out=inside)

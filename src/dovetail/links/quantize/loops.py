@@ -1,0 +1,154 @@
+"""Rounding to a grid in one pass over the weights, compiled: the same bits as the definitions in plain torch.
+
+A definition makes a pass over the weights for each operation; here a weight is read and written once. Every operation
+is the definition's, in its order and in float32, which IEEE 754 rounds alike everywhere.
+
+`w` is (blocks, block), float32, contiguous, and is overwritten; `scale` is (blocks,). `inside` is (blocks, block),
+bool, or (0, 0) where it is not asked for. This module is imported where it is used: numba takes a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
+from os import getpid
+from typing import Any
+
+import numpy as np
+import torch
+
+from dovetail.chains.compiled import compiled
+
+_PART = 2**17
+"""Weights that are worth a thread."""
+
+
+def over_blocks(loop: Callable[..., Any], arrays: Sequence[np.ndarray], *constants: Any) -> None:
+    """Run a loop on as many threads as torch uses: each on a part of the blocks, the first axis of the arrays."""
+    blocks = len(arrays[0])
+    threads = min(torch.get_num_threads(), arrays[0].size // _PART)
+    if threads < 2:
+        loop(*arrays, *constants)
+        return
+    ends = [blocks * part // threads for part in range(threads + 1)]
+    parts = [[array[start:stop] for array in arrays] for start, stop in pairwise(ends)]
+    for _ in _pool(getpid(), threads).map(lambda part: loop(*part, *constants), parts):
+        pass
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Return the threads of a process: those of its parent do not exist in it."""
+    return ThreadPoolExecutor(threads)
+
+
+@compiled
+def snap_affine(w, scale, zero, inside, lowest, highest):
+    """Replace w by (clamp(round(w / scale) + zero) - zero) * scale, with +0 where the scale is negative, too.
+
+    zero             (blocks,) float32 integers; all 0 for a symmetric grid
+    lowest, highest  float32, of the codes
+    """
+    blocks, block = w.shape
+    asked = inside.shape[0] > 0
+    for b in range(blocks):
+        s, z = scale[b], zero[b]
+        if s == 0:
+            for j in range(block):
+                w[b, j] = w[b, j] * np.float32(0) + np.float32(0)  # NaN stays NaN, -0 becomes 0
+                if asked:
+                    inside[b, j] = False
+        elif asked:
+            for j in range(block):
+                code = np.rint(w[b, j] / s) + z
+                inside[b, j] = lowest <= code <= highest
+                code = lowest if code < lowest else code
+                code = highest if code > highest else code
+                w[b, j] = (code - z) * s + np.float32(0)
+        else:
+            for j in range(block):
+                code = np.rint(w[b, j] / s) + z
+                code = lowest if code < lowest else code
+                code = highest if code > highest else code
+                w[b, j] = (code - z) * s + np.float32(0)
+
+
+@compiled
+def snap_levels(w, scale, inside, levels, middles, reach, divides):
+    """Replace w by the level nearest to w / scale, times the scale.
+
+    levels   (n,) float32, ascending
+    middles  (n - 1,) float32: a number up to a middle belongs to the lower level
+    reach    float32: the straight-through gradient passes up to there
+    divides  whether w is divided by the scale, or multiplied by its reciprocal
+    """
+    blocks, block = w.shape
+    asked = inside.shape[0] > 0
+    number = len(middles)
+    x, found = np.empty(block, np.float32), np.empty(block, np.float32)
+    for b in range(blocks):
+        s = scale[b]
+        if s == 0:
+            for j in range(block):
+                w[b, j] = w[b, j] * np.float32(0) + np.float32(0)
+                if asked:
+                    inside[b, j] = False
+            continue
+        r = np.float32(1) / s
+        for j in range(block):
+            x[j] = w[b, j] / s if divides else w[b, j] * r
+        if asked:
+            for j in range(block):
+                inside[b, j] = abs(x[j]) <= reach
+        for j in range(block):
+            found[j] = levels[0]
+        for k in range(number):  # over all numbers of a block at once: vector instructions
+            middle, level = middles[k], levels[k + 1]
+            for j in range(block):
+                found[j] = level if x[j] > middle else found[j]
+        for j in range(block):
+            w[b, j] = (x[j] if x[j] != x[j] else found[j]) * s
+
+
+@compiled
+def decode_affine(w, scale, zero, codes, bits):
+    """Write (code - zero) * scale into w; codes (blocks, block * bits / 8) uint8, packed, of 2, 4 or 8 bits."""
+    blocks, block = w.shape
+    for b in range(blocks):
+        s, z = scale[b], zero[b]
+        if bits == 8:
+            for j in range(block):
+                w[b, j] = (np.float32(codes[b, j]) - z) * s + np.float32(0)
+        elif bits == 4:
+            for j in range(block // 2):
+                byte = codes[b, j]
+                w[b, 2 * j] = (np.float32(byte >> 4) - z) * s + np.float32(0)
+                w[b, 2 * j + 1] = (np.float32(byte & 15) - z) * s + np.float32(0)
+        else:
+            for j in range(block // 4):
+                byte = codes[b, j]
+                for k in range(4):
+                    w[b, 4 * j + k] = (np.float32((byte >> (6 - 2 * k)) & 3) - z) * s + np.float32(0)
+
+
+@compiled
+def decode_levels(w, scale, codes, bits, levels):
+    """Write levels[code] * scale into w; codes as for `decode_affine`, levels (2^bits,) float32 by code."""
+    blocks, block = w.shape
+    for b in range(blocks):
+        s = scale[b]
+        if bits == 8:
+            for j in range(block):
+                w[b, j] = levels[codes[b, j]] * s
+        elif bits == 4:
+            for j in range(block // 2):
+                byte = codes[b, j]
+                w[b, 2 * j] = levels[byte >> 4] * s
+                w[b, 2 * j + 1] = levels[byte & 15] * s
+        else:
+            for j in range(block // 4):
+                byte = codes[b, j]
+                for k in range(4):
+                    w[b, 4 * j + k] = levels[(byte >> (6 - 2 * k)) & 3] * s
