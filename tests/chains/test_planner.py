@@ -294,3 +294,24 @@ def test_a_copy_computes_the_same_and_a_cast_nearly(text: str) -> None:
         assert_near(other(x.double()), before, terms=32, steps=3)
     other.to(torch.bfloat16)
     assert (other(x.bfloat16()).float() - before).norm() < 5e-2 * before.norm()
+
+
+# ---- where a grid clips
+
+
+@pytest.mark.parametrize("few", [0, 1 << 40], ids=["corrected", "gradient of the weight"])
+@pytest.mark.parametrize("by", [0.0, 0.1, 1.0])
+def test_gradients_with_clipped_weights_are_those_of_the_definition(by: float, few: int, monkeypatch) -> None:
+    """Either the gradient of W' is masked, or a few weights are taken out of the gradients of a plain low rank."""
+    monkeypatch.setattr("dovetail.chains.layer.execute._FEW", few)
+    monkeypatch.setattr("dovetail.chains.layer.execute._CORRECTED", 20)
+    layer = layer_of("int(bits=2, group=16) >> lora(r=3) >> regrid")
+    with torch.no_grad():
+        for parameter in layer.links.parameters():
+            parameter.normal_(std=by**0.5, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(7, 32, dtype=torch.float64, requires_grad=True)
+    wanted = torch.randn(7, 24, dtype=torch.float64)
+    inputs = [x, *layer.links.parameters()]
+    found = torch.autograd.grad(layer(x), inputs, wanted)
+    for mine, defined in zip(found, torch.autograd.grad(by_definition(layer, x), inputs, wanted), strict=True):
+        close(mine, defined)

@@ -340,6 +340,8 @@ class Constraint(Link):
     """The property of the base that it re-imposes."""
     float32: ClassVar[bool] = False
     """Computed in float32 whatever the weight's dtype."""
+    lists_blocked: ClassVar[bool] = False
+    """Whether the gradient passes at nearly all weights, so that the others are worth a list (`project_listing_`)."""
 
     @property
     def from_codes(self) -> bool:
@@ -356,6 +358,13 @@ class Constraint(Link):
 
         grad_ni  gradient of the closed rows, where wanted: masked in place on its way back, any float dtype
         """
+
+    def project_listing_(self, rows_ni: Tensor, start: int, base: Base) -> Tensor | None:
+        """Project rows in place; return the places in rows_ni, flat int64, where no gradient passes; None: there is none.
+
+        For constraints with `lists_blocked`.
+        """
+        raise NotImplementedError
 
 
 def always_print(default: Any) -> Any:

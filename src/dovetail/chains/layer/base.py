@@ -24,7 +24,7 @@ from dovetail.chains.link import Quantizer
 from dovetail.chains.statistics import InputStatistics
 from dovetail.models.layouts import Layout
 
-CHUNK_BYTES = 1 << 19
+CHUNK_BYTES = 1 << 21
 """Rows are worked on in chunks that stay in a core's cache; on other devices than the CPU all at once."""
 
 

@@ -20,6 +20,11 @@ from dovetail.chains.layer.planner import Factors, affine_, casts
 from dovetail.chains.link import Constraint
 from dovetail.chains.terms import Form
 
+_FEW = 256
+"""Up to one weight in so many without a gradient is corrected for, instead of computing the gradient of W'."""
+_CORRECTED = 2**22
+"""Products of a gradient and an input that are held at once while correcting."""
+
 # ---------------------------------------------------------------------------------------------------------------- open
 
 
@@ -148,11 +153,13 @@ def _materialise(
     dtype: torch.dtype,
     factors: Factors,
     grad_oi: Tensor | None = None,
+    blocked: list[Tensor] | None = None,
 ) -> Tensor:
     """Compute W' in the shared buffer, one chunk of rows after the other.
 
     A gradient of W', where given, is pulled back through the constraints, in place: each is a mask that depends on the
-    values it projects, so their order does not matter.
+    values it projects, so their order does not matter. `blocked`, where given, receives the places in W' (o, i), flat,
+    where the only constraint passes no gradient.
     """
     out_o, in_i, a_ri, b_or = factors
     work = work_dtype(dtype, constraints)
@@ -168,7 +175,10 @@ def _materialise(
             part_ni.copy_(begin_oi[rows])
             affine_(part_ni, rows, factors)
         for constraint in constraints:
-            constraint.project_rows_(part_ni, rows.start, base, None if grad_oi is None else grad_oi[rows])
+            if blocked is None:
+                constraint.project_rows_(part_ni, rows.start, base, None if grad_oi is None else grad_oi[rows])
+            elif (places := constraint.project_listing_(part_ni, rows.start, base)) is not None:
+                blocked.append(places + rows.start * base.shape[1])
         if part_ni.data_ptr() != target_oi[rows].data_ptr():
             target_oi[rows].copy_(part_ni)
     return native
@@ -200,15 +210,25 @@ class _Closed(torch.autograd.Function):
         g_to, x_ti = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         needs = ctx.needs_input_grad[5:]
         weight_grad_oi = None
-        if any(needs):
+        grads: tuple[Tensor | None, ...] = (None, None, None, None)
+        blocked: list[Tensor] | None = None
+        if len(ctx.constraints) == 1 and ctx.constraints[0].lists_blocked and not (needs[0] or needs[1]):
+            blocked = []
+        elif any(needs):
             # gᵀ contiguous: on some processors the product that follows is a third faster.
             weight_grad_oi = base.take("gradient", base.shape, x.dtype)
             torch.mm(g_to.t().contiguous(), x_ti, out=weight_grad_oi)
-        native = _materialise(base, ctx.constraints, ctx.from_codes, x.dtype, factors, weight_grad_oi)
+        native = _materialise(base, ctx.constraints, ctx.from_codes, x.dtype, factors, weight_grad_oi, blocked)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (g_to @ base.layout.matrix(native)).view(x.shape)
-        grads: tuple[Tensor | None, ...] = (None, None, None, None)
+        if blocked is not None and any(needs):
+            if sum(map(len, blocked)) * _FEW < native.numel():
+                grads = _low_rank_grads(g_to, x_ti, factors, blocked)
+            else:
+                weight_grad_oi = torch.mm(g_to.t().contiguous(), x_ti, out=base.take("gradient", base.shape, x.dtype))
+                for places in blocked:
+                    weight_grad_oi.view(-1)[places] = 0
         if weight_grad_oi is not None:
             begin_oi = base.start_weight(ctx.from_codes, x.dtype) if needs[0] or needs[1] else None
             grads = _factor_grads(weight_grad_oi, begin_oi, base.row_chunks(x.dtype), needs, factors)
@@ -219,6 +239,29 @@ class _Closed(torch.autograd.Function):
 def _no_view(y: Tensor) -> Tensor:
     """Return the same values as no view of another tensor: a Function's view cannot be changed in place (y += x)."""
     return torch.ops.aten._unsafe_view(y, y.shape)  # type: ignore[no-any-return]
+
+
+def _low_rank_grads(
+    g_to: Tensor, x_ti: Tensor, factors: Factors, blocked: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a and b, without that of W': those of a plain B A, less what passes nothing.
+
+    blocked  the places in W' (o, i), flat, where no gradient passes
+    """
+    _, _, a_ri, b_or = factors
+    assert a_ri is not None
+    assert b_or is not None
+    wide = x_ti.dtype
+    a, b = a_ri.to(wide), b_or.to(wide)
+    grad_a = ((b.t() @ g_to.t()) @ x_ti).to(a_ri.dtype)
+    grad_b = (g_to.t() @ (x_ti @ a.t())).to(b_or.dtype)
+    for places in blocked:
+        for part in places.split(max(1, _CORRECTED // len(g_to))):
+            o_k, i_k = part // x_ti.shape[1], part % x_ti.shape[1]
+            grad_k = (g_to[:, o_k] * x_ti[:, i_k]).sum(0).to(a_ri.dtype)
+            grad_a.index_add_(1, i_k, b_or[o_k].t() * grad_k, alpha=-1)
+            grad_b.index_add_(0, o_k, grad_k[:, None] * a_ri.t()[i_k], alpha=-1)
+    return None, None, grad_a, grad_b
 
 
 def _factor_grads(

@@ -17,9 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dovetail.chains.grid import has_values
 from dovetail.chains.link import Base, Constraint
 from dovetail.chains.registry import register
 
@@ -40,6 +42,7 @@ class Regrid(Constraint):
     restores: ClassVar[Literal["zeros", "grid"]] = "grid"
     # In bf16, rounding would flip more codes than the adapter moves (DESIGN.md §3).
     float32: ClassVar[bool] = True
+    lists_blocked: ClassVar[bool] = True  # where the range clips
     summary: ClassVar[str] = "keeps the quantizer's grid, so that merging stays at its bits without loss"
     source: ClassVar[str] = "SQFT §2.4"
 
@@ -61,6 +64,17 @@ class Regrid(Constraint):
         # Mostly nothing is clipped, and a minimum over bytes is much cheaper than a product with booleans.
         if not bool(inside.view(torch.uint8).amin()):
             grad_ni.mul_(inside.to(grad_ni.dtype))
+
+    def project_listing_(self, rows_ni: Tensor, start: int, base: Base) -> Tensor | None:
+        assert base.quantized is not None
+        inside = base.take("inside", tuple(rows_ni.shape), torch.bool)
+        base.quantized.snap_(rows_ni, start, inside)
+        if not has_values(rows_ni) or bool(inside.view(torch.uint8).amin()):
+            return None
+        blocked = inside.logical_not_().view(-1)
+        if blocked.device.type == "cpu":  # numpy finds few of many several times as fast
+            return torch.from_numpy(np.flatnonzero(blocked.numpy()))
+        return blocked.nonzero()[:, 0]
 
 
 class _Snap(torch.autograd.Function):
