@@ -360,7 +360,7 @@ class Constraint(Link):
         """
 
     def project_listing_(self, rows_ni: Tensor, start: int, base: Base) -> Tensor | None:
-        """Project rows in place; return the places in rows_ni, flat int64, where no gradient passes; None: there is none.
+        """Project rows in place; return the places in rows_ni, flat int64, where no gradient passes, or None.
 
         For constraints with `lists_blocked`.
         """
