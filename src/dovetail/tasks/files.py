@@ -58,6 +58,16 @@ def read_rows(path: Path) -> Iterator[Row]:
         yield from _rows_of(path)
 
 
+def part_of(folder: Path, name: str) -> Path:
+    """Return the file or the folder of data of this name in a folder; DataError where that is none, or several."""
+    found = [path for path in sorted(folder.glob(f"{name}*")) if path.name.split(".")[0] == name]
+    if len(found) != 1:
+        said = "several of them: " + ", ".join(path.name for path in found) if found else "none of them"
+        rule = f"the directory must contain one file or directory {name}"
+        raise DataError(str(folder), found=said, rule=rule, fix=f"put the data at {folder / name}.jsonl")
+    return found[0]
+
+
 def typed(value: Any, kinds: type | tuple[type, ...]) -> Any:
     """Return the text of a CSV file as a number or a list where one of these types is expected; else unchanged."""
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,12 @@ from dovetail.errors import DataError
 from dovetail.files import refusal
 from dovetail.progress import note_once
 from dovetail.tasks import playground
-from dovetail.tasks.files import Row, read_rows, typed
+from dovetail.tasks.files import Row, part_of, read_rows, typed
 from dovetail.tasks.formats import FORMATS, detect, read_record
 from dovetail.tasks.hub import read_dataset
+from dovetail.tasks.presets import PRESETS, metric_of, read_preset
 from dovetail.tasks.rank import rank_classification
+from dovetail.tasks.rules import Scoring
 from dovetail.tasks.spec import Data
 from dovetail.tasks.stored import RECORD, gathered, select
 from dovetail.tasks.task import FIELDS, METRICS, OPTIONAL, Record, Task, check_labels, check_record
@@ -76,7 +78,9 @@ def load_task(data: Data) -> Task:
         task = playground.task(data.task)
         splits = {split: records[: data.limit.of(split)] for split, records in task.splits.items()}
         return Task(task.name, task.kind, task.metric, splits, data.scoring)
-    if data.kind is None:
+    if data.preset is not None:
+        kind, splits = PRESETS[data.preset].kind, _preset_splits(data, data.preset)
+    elif data.kind is None:
         kind, splits = _formatted(data)
     else:
         kind = data.kind
@@ -87,7 +91,11 @@ def load_task(data: Data) -> Task:
         }
     if data.split is not None:
         splits |= _parted(splits["train"], data.split, data.seed)
-    task = Task(data.name or "data", kind, data.metric or METRICS[kind][0], splits, data.scoring)
+    metric, scoring = data.metric or METRICS[kind][0], data.scoring
+    if data.preset is not None:
+        metric = data.metric or metric_of(data.preset)
+        scoring = PRESETS[data.preset].scoring if scoring == Scoring() else scoring
+    task = Task(data.name or data.preset or "data", kind, metric, splits, scoring)
     return task if data.label_words is None else rank_classification(task, data.label_words, data.prompt)
 
 
@@ -104,7 +112,8 @@ def load_data(
     format     alpaca, chat, sharegpt, prompt_completion, preference, generation, choice, pairs, text or labels; by
                default found by the columns of the first row, and said in one line
     tokenizer  makes the first record of each split into tokens at once, to show that its chat template can render them
-    more       further keys of the `data` part of a recipe: template, fields, split=0.1, seed, name, metric, limit
+    more       further keys of the `data` part of a recipe: preset, template, fields, split=0.1, seed, name, metric,
+               limit
 
     Raises DataError that names the file and the line.
     """
@@ -133,6 +142,39 @@ def _sources(data: Data) -> dict[str, tuple[str, Iterator[Row]]]:
     if data.split is not None:
         found.pop("validation", None)
     return {split: (f"data set {data.dataset}, {split} split", rows) for split, rows in found.items()}
+
+
+def _preset_splits(data: Data, name: str) -> dict[str, Sequence[Record]]:
+    """Return the splits of a preset: of the files that are named, else of its data set on the hub."""
+    preset = PRESETS[name]
+    found: dict[str, list[Iterator[tuple[str, Record]]]] = {}
+    for part in preset.parts or (name,):
+        for split, rows in _preset_rows(data, name, part).items():
+            found.setdefault(split, []).append(read_preset(part, rows))
+
+    def records(split: str) -> Iterator[Record]:
+        # One record of each part in turn, so that the first records are of all of them.
+        for where, record in filter(None, chain.from_iterable(zip_longest(*found[split]))):
+            if data.template is not None:
+                record = {**record, "template": data.template}
+            check_record(where, preset.kind, record)
+            yield record
+
+    kept = {split: gathered(islice(records(split), data.limit.of(split)), RECORD) for split in found}
+    return {split: _finished(f"preset {name}, {split} split", part, {}) for split, part in kept.items()}
+
+
+def _preset_rows(data: Data, name: str, part: str) -> dict[str, Iterator[Row]]:
+    """Return split -> rows of a part of a preset, or of all of it; a part has a file or folder of its name."""
+    if data.files and data.dataset is None:
+        files = {split: path if part == name else part_of(path, part) for split, path in data.files.items()}
+        return {split: read_rows(path) for split, path in files.items()}
+    preset, wanted = PRESETS[part], {split: str(path) for split, path in data.files.items()}
+    others = {split: theirs for split, theirs in preset.splits.items() if split in PRESETS[name].splits}
+    if data.split is not None:
+        others.pop("validation", None)
+    source = (preset.dataset, data.subset or preset.subset) if data.dataset is None else (data.dataset, data.subset)
+    return read_dataset(*source, wanted, others)
 
 
 def _formatted(data: Data) -> tuple[str, dict[str, Sequence[Record]]]:

@@ -8,14 +8,16 @@ from typing import Any
 from dovetail.errors import DataError
 from dovetail.tasks.files import Row
 
-SPLITS = ("train", "validation", "test")
+SPLITS = {split: split for split in ("train", "validation", "test")}
 
 
-def read_dataset(name: str, subset: str | None, wanted: Mapping[str, str]) -> dict[str, Iterator[Row]]:
+def read_dataset(
+    name: str, subset: str | None, wanted: Mapping[str, str], others: Mapping[str, str] = SPLITS
+) -> dict[str, Iterator[Row]]:
     """Return split -> rows of a data set; the data stay on disk.
 
-    wanted   split -> the data set's name for it; validation and test are also taken where the data set has splits of
-             these names
+    wanted   split -> the data set's name for it
+    others   the same of further splits, which are taken where the data set has them; train is taken in any case
     errors   DataError for a data set that cannot be loaded, such as one that is not in the cache while offline, and for
              a split that it does not have
     """
@@ -32,7 +34,8 @@ def read_dataset(name: str, subset: str | None, wanted: Mapping[str, str]) -> di
             rule="a data set must be on the hub, in the local cache or in a folder; the hub needs a connection",
             fix="check the name and the connection, or save the data set to a file and name it: train: FILE",
         ) from None
-    splits = {"train": "train", **{split: split for split in SPLITS[1:] if split in found}, **wanted}
+    there = {split: theirs for split, theirs in others.items() if split == "train" or theirs in found}
+    splits = {**there, **wanted}
     for theirs in splits.values():
         if theirs not in found:
             rule = "the splits of this data set are " + ", ".join(found)

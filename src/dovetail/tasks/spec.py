@@ -9,6 +9,7 @@ import pydantic
 from pydantic import Field
 
 from dovetail.tasks.formats import FORMATS
+from dovetail.tasks.presets import PRESETS, metric_of
 from dovetail.tasks.rules import Scoring
 from dovetail.tasks.task import FIELDS, METRICS
 from dovetail.tasks.templates import TEMPLATES
@@ -49,6 +50,8 @@ class Data(Part):
     name                     shown in tables; the folder's name when not given
     train, validation, test  files or folders, relative to the recipe; of a data set, its names of the splits
     dataset, subset          name of a data set of the hub, or a folder of one, and of its configuration
+    preset                   name of a data set that papers use (`dovetail.tasks.presets`): its schema, and where no
+                             file is named, its place on the hub
     format                   `dovetail.tasks.formats`; found by the columns of the first row when not given
     kind                     in place of a format: the columns are the fields of a record of this kind
     metric                   the kind's first when not given
@@ -69,6 +72,7 @@ class Data(Part):
     test: Path | None = None
     dataset: str | None = None
     subset: str | None = None
+    preset: str | None = None
     format: str | None = None
     template: str | None = None
     split: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -104,6 +108,9 @@ class Data(Part):
             if others:
                 raise ValueError(f"a playground task takes no {sorted(others)[0]}: name a task, or files")
             return self
+        if self.preset is not None:
+            self._check_preset(self.preset)
+            return self
         if not self.files and self.dataset is None:
             files = "files (train: train.jsonl, ...) or a data set (dataset: NAME)"
             raise ValueError(f"name a playground task (task: word_problems), {files}")
@@ -127,6 +134,21 @@ class Data(Part):
                 raise ValueError(f"a {self.kind} record has no field {name!r}; it has " + ", ".join(known))
         return self
 
+    def _check_preset(self, name: str) -> None:
+        if name not in PRESETS:
+            raise ValueError("the preset must be one of " + ", ".join(PRESETS))
+        kind = PRESETS[name].kind
+        if others := [each for each in ("format", "kind", "fields") if getattr(self, each)]:
+            raise ValueError(f"a preset takes no {others[0]}, because it has one")
+        if self.template is not None and kind != "chat":
+            raise ValueError(f"the preset {name} has no conversations, which a template renders")
+        if self.metric is not None and self.metric not in METRICS[kind]:
+            raise ValueError(f"the metric of the preset {name} must be " + " or ".join(METRICS[kind]))
+        if self.split is not None and (self.validation is not None or (self.files and self.train is None)):
+            raise ValueError("split needs a train file and no validation file")
+        if PRESETS[name].parts and self.dataset is not None:
+            raise ValueError(f"the preset {name} has several data sets: leave dataset out")
+
     def _check_format(self) -> None:
         if self.format is None:
             return
@@ -142,12 +164,19 @@ def at_folder(data: Data, folder: Path) -> Data:
     """Make paths absolute, relative ones from `folder`, and fill in what has a default."""
     if data.task is not None:
         return data
+    if data.preset is not None:
+        data = data.model_copy(
+            update={"name": data.name or data.preset, "metric": data.metric or metric_of(data.preset)}
+        )
+        if not data.files and data.dataset is None:
+            return data
     if data.dataset is not None:
         local = (folder / Path(data.dataset).expanduser()).resolve()
         source = str(local) if local.is_dir() else data.dataset
         return data.model_copy(update={"dataset": source, "name": data.name or Path(data.dataset).name})
     paths = {split: (folder / path.expanduser()).resolve() for split, path in data.files.items()}
-    update: dict[str, Any] = {"name": data.name or next(iter(paths.values())).parent.name}
+    name = data.name or next(iter(paths.values())).parent.name
+    update: dict[str, Any] = {"name": name}
     if data.kind is not None:
         update["metric"] = data.metric or METRICS[data.kind][0]
     return data.model_copy(update={**paths, **update})
