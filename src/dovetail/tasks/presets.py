@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dovetail.errors import DataError
@@ -48,7 +48,7 @@ class Preset:
     read: Callable[[Iterable[Row]], Records]
     subset: str | None = None
     metric: str | None = None
-    scoring: Scoring = Scoring()
+    scoring: Scoring = field(default_factory=Scoring)
     parts: tuple[str, ...] = ()
 
 
