@@ -168,9 +168,10 @@ def test_the_cheapest_change():
     def change(gpu_nbytes, chain=text, **said):
         tried.clear()
         options = {"checkpointing": True, "rewrite": True} | said
-        return cheapest_change(Setting(chain, 4, False), gpu_nbytes, predict, **options)
+        return cheapest_change(Setting(chain, 4, False), gpu_nbytes, predict, peak=400, fixed=0, **options)
 
     assert change(250).startswith("it fits with batch_size=2 (and gradient_accumulation=2)")
+    assert [setting.batch_size for setting in tried] == [2]  # the line tells it
     assert change(150).startswith("it fits with batch_size=1 (and gradient_accumulation=4)")
     assert change(60).startswith("it fits with batch_size=1 and gradient_checkpointing (and gradient_accumulation=4)")
     assert "batch_size=1 and gradient_checkpointing and nf4 >> lora(r=4) >> regrid(start=codes)" in change(30)
@@ -181,6 +182,19 @@ def test_the_cheapest_change():
                          "wanda(0.5) >> int(bits=4, group=64) >> lora(r=2) >> remask")]:  # fmt: skip
         change(1, chain)
         assert str(parse(four)) in [setting.chain for setting in tried]
+
+
+@pytest.mark.parametrize("fixed", [0, 90, 150])
+@pytest.mark.parametrize("gpu_nbytes", range(110, 420, 23))
+def test_the_largest_batch_that_fits_is_found_from_any_estimate(gpu_nbytes, fixed):
+    """Peaks that are no line: 100 and 10 a row, and 3 more for each row after the fifth."""
+    peaks = {rows: 100 + 10 * rows + 3 * max(0, rows - 5) for rows in range(1, 33)}
+    said = cheapest_change(
+        Setting("lora(r=4)", 32, False), gpu_nbytes, lambda setting: peaks[setting.batch_size],
+        peak=peaks[32], fixed=fixed, checkpointing=False, rewrite=False,
+    )  # fmt: skip
+    fitting = [rows for rows in (16, 8, 4, 2, 1) if peaks[rows] <= gpu_nbytes]
+    assert f"batch_size={fitting[0]}" in said
 
 
 @pytest.mark.parametrize(

@@ -65,28 +65,72 @@ def cheapest_change(
     gpu_nbytes: int,
     predict: Callable[[Setting], int | None],
     *,
+    peak: int,
+    fixed: int,
     checkpointing: bool,
     rewrite: bool,
 ) -> str:
     """Return the cheapest change with which a training fits, in words, or what was tried in vain.
 
-    predict        the peak of a setting in bytes; None where it is not legal
+    predict        the peak of a setting in bytes, which takes seconds; None where it is not legal
+    peak, fixed    of the setting itself: the peak in bytes, and the part of it that no batch changes
     checkpointing  whether the model supports gradient checkpointing
     rewrite        whether the chain may be changed
     """
     least: Change | None = None
     for said, changed in _changes(setting, checkpointing, rewrite):
-        peak = predict(changed)
-        if peak is None:
-            continue
-        found = Change(said, changed, peak)
-        if least is None or peak < least.peak:
+        batches_alone = changed == replace(setting, batch_size=1)
+        known = {setting.batch_size: peak} if batches_alone else {}
+        if not batches_alone:
+            alone = predict(changed)
+            if alone is None:
+                continue
+            known[changed.batch_size] = alone
+        if changed.batch_size == 1:
+            _verify_halves(changed, setting.batch_size, gpu_nbytes, predict, known, fixed)
+        fitting = [rows for rows, nbytes in known.items() if nbytes <= gpu_nbytes]
+        rows = max(fitting, default=min(known))
+        found = Change(
+            said.replace("batch_size=1", f"batch_size={rows}"), replace(changed, batch_size=rows), known[rows]
+        )
+        if fitting:
+            return _in_words(setting, found)
+        if least is None or found.peak < least.peak:
             least = found
-        if peak <= gpu_nbytes:
-            return _in_words(setting, _widest(setting, found, gpu_nbytes, predict))
     if least is None:
         return "no smaller setting is possible: take a smaller model"
     return f"it does not fit with {least.said} either ({size(least.peak)}): take a smaller model or shorter rows"
+
+
+def _verify_halves(
+    setting: Setting,
+    planned: int,
+    gpu_nbytes: int,
+    predict: Callable[[Setting], int | None],
+    known: dict[int, int],
+    fixed: int,
+) -> None:
+    """Add to `known`, batch size -> peak, the largest half of the planned batch that fits; the smallest if none does.
+
+    A peak grows with the batch by a line, so that two known ones tell which half to verify; the fixed part stands for
+    the second one where only one is known.
+    """
+    halves = [planned >> shift for shift in range(1, planned.bit_length())]
+
+    def estimate(rows: int) -> float:
+        nearest = sorted(known.items(), key=lambda item: abs(item[0] - rows))[:2]
+        (first, low), (second, high) = [*nearest, (0, fixed)][:2]
+        return low + (high - low) * (rows - first) / (second - first)
+
+    while True:
+        enough = max((rows for rows, nbytes in known.items() if nbytes <= gpu_nbytes), default=0)
+        larger = [rows for rows in halves if rows > enough and rows not in known and estimate(rows) <= gpu_nbytes]
+        if not larger and not enough and min(known) > 1:
+            larger = [1]
+        if not larger:
+            return
+        nbytes = predict(replace(setting, batch_size=larger[0]))
+        known[larger[0]] = gpu_nbytes + 1 if nbytes is None else nbytes
 
 
 def _in_words(setting: Setting, change: Change) -> str:
@@ -114,20 +158,6 @@ def _changes(setting: Setting, checkpointing: bool, rewrite: bool) -> Iterator[t
             names = [name for name, made in steps[: number + 1] if "chain" not in made]
             names += [together["chain"]] if "chain" in together else []
             yield " and ".join(names), replace(setting, **together)
-
-
-def _widest(setting: Setting, found: Change, gpu_nbytes: int, predict: Callable[[Setting], int | None]) -> Change:
-    """Return the change with the largest batch, by halves of the planned one, that still fits."""
-    if found.setting.batch_size == setting.batch_size:
-        return found
-    batch_size = setting.batch_size // 2
-    while batch_size > 1:
-        wider = replace(found.setting, batch_size=batch_size)
-        peak = predict(wider)
-        if peak is not None and peak <= gpu_nbytes:
-            return Change(found.said.replace("batch_size=1", f"batch_size={batch_size}"), wider, peak)
-        batch_size //= 2
-    return found
 
 
 def _from_codes(text: str) -> str:

@@ -244,12 +244,13 @@ def plan(
             return None
         return other.predicted_peak_memory_nbytes
 
-    if (highest or found.nbytes) <= gpu_nbytes:  # a chain that trains nothing has no peak
+    peak = highest or found.nbytes  # a chain that trains nothing has no peak
+    if peak <= gpu_nbytes:
         return replace(found, gpu_nbytes=gpu_nbytes, fits=True)
     setting = Setting(found.chain, batch_size, gradient_checkpointing)
     change = cheapest_change(
-        setting, gpu_nbytes, predict, checkpointing=bool(highest) and empty.supports_gradient_checkpointing,
-        rewrite=not layers,
+        setting, gpu_nbytes, predict, peak=peak, fixed=peak - found.memory_parts.get("activations", 0),
+        checkpointing=bool(highest) and empty.supports_gradient_checkpointing, rewrite=not layers,
     )  # fmt: skip
     return replace(found, gpu_nbytes=gpu_nbytes, fits=False, change=change)
 
