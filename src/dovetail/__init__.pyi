@@ -5,6 +5,8 @@ from .chains.link import Chain as Chain
 from .chains.notation import chain as chain
 from .checkpoint.adapter import load_adapter as load_adapter
 from .checkpoint.adapter import save_adapter as save_adapter
+from .checkpoint.export import ExportReport as ExportReport
+from .checkpoint.export import export as export
 from .checkpoint.footprint import Footprint as Footprint
 from .checkpoint.footprint import footprint as footprint
 from .checkpoint.formats.peft import export_peft as export_peft

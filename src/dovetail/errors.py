@@ -31,6 +31,10 @@ class CannotMerge(DovetailError):
     """A merge that would lose zeros, the grid, or a non-linear link."""
 
 
+class ExportError(DovetailError):
+    """A layer that another format does not hold, or bytes that its owner decodes to other values."""
+
+
 class TargetError(DovetailError):
     """A target that matches no layer, or a layer of an unsupported kind."""
 

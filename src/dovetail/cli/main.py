@@ -11,6 +11,7 @@ import typer
 
 from dovetail.cli import evaluate as cli_evaluate
 from dovetail.cli import experts as cli_experts
+from dovetail.cli import export as cli_export
 from dovetail.cli import own as cli_own
 from dovetail.cli import pack as cli_pack
 from dovetail.cli.terminal import Commands, Json, console, find_task, print_json, quiet, resumable
@@ -197,6 +198,9 @@ def plan(
         str | None,
         typer.Option("--gpu", metavar="SIZE", help="24GB, 80GiB: does the training fit, and if not, what to change?"),
     ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="FORMAT", help="Which layers fit compressed-tensors, bitsandbytes?")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a chain does to a model, from its config alone: legality, stages, exact bits, memory of training."""
@@ -214,7 +218,7 @@ def plan(
             chain, model, layers=None if layers is None else read_layers(layers),
             targets=[part.strip() for part in targets.split(",")], task=found, batch_size=batch_size,
             length=length, packing=packing, bf16=bf16, gradient_checkpointing=gradient_checkpointing, memory=memory,
-            gpu=gpu, num_labels=None if found is None else number_of_labels(found),
+            gpu=gpu, to=to, num_labels=None if found is None else number_of_labels(found),
             on_step=lambda text: bar.advance(note=text),
         )  # fmt: skip
     if as_json:
@@ -262,6 +266,7 @@ def report(
 cli_evaluate.register(app)
 cli_own.register(app)
 cli_pack.register(app)
+cli_export.register(app)
 app.add_typer(cli_experts.experts_app)
 
 

@@ -128,6 +128,10 @@ def print_plan(console: Console, plan: Plan) -> None:
         console.print(f"merges; {plan.merge_advice}" if plan.merge_advice else "merges without loss", soft_wrap=True)
     else:
         console.print(f"does not merge without loss: {escape(plan.merge_advice)}", soft_wrap=True)
+    for kind, layers in plan.export_kinds.items():
+        console.print(f"exports {layers} layers as {kind}", soft_wrap=True)
+    for reason in plan.export_refused:
+        console.print(escape(reason), soft_wrap=True)
 
 
 def _fit(plan: Plan) -> str:

@@ -23,6 +23,7 @@ from dovetail.chains.layer.held import held
 from dovetail.chains.link import Chain, Link
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import CheckedChain
+from dovetail.checkpoint.export import fits, format_of
 from dovetail.checkpoint.footprint import count_weights, stored_nbytes, weight_nbytes
 from dovetail.checkpoint.load import HEAD_KINDS, empty_model, held_in, load_config, load_tokenizer
 from dovetail.compression.apply import apply_on_meta
@@ -77,6 +78,8 @@ class Plan:
                                   optimizer, and activations with gradients; {} where nothing is trained or predicted
     fits                          whether the peak, or the model where nothing is trained, is at most `gpu`; None
                                   without `gpu`, for an illegal chain and without `memory`
+    export_kinds, export_refused  with `to`: what the format calls the grids -> number of layers; and why others do not
+                                  fit, with what to change
     change                        where it does not fit: the cheapest change with which it does, or that none was found
     """
 
@@ -102,6 +105,8 @@ class Plan:
     gpu_nbytes: int | None = None
     fits: bool | None = None
     change: str = ""
+    export_kinds: dict[str, int] = field(default_factory=dict)
+    export_refused: list[str] = field(default_factory=list)
 
 
 def plan(
@@ -123,6 +128,7 @@ def plan(
     trust_remote_code: bool = False,
     memory: bool = True,
     gpu: str | int | None = None,
+    to: str | None = None,
     on_step: Callable[[str], object] = lambda text: None,
 ) -> Plan:
     """Plans a chain on a model without running it.
@@ -137,12 +143,15 @@ def plan(
     memory      predict the peak, which takes seconds (`dovetail.training.predict`); else it is None
     gpu         memory of a GPU, such as "24GB" or "80GiB", or bytes: says whether the training fits, and if not, what
                 to change. What the allocator holds back and CUDA's own memory are not counted
+    to          format of `dovetail.export`: says which layers fit it
     on_step     called with what is done next
 
     An illegal chain gives a plan with `legal=False`; other errors are raised: LoadError for the model, DataError for
     records that do not suit it.
     """
     gpu_nbytes = None if gpu is None else parse_size(gpu)
+    if to is not None:
+        format_of(to)
     texts = {pattern: str(text) for pattern, text in (layers or {}).items()}
     nothing = Plan(str(chain_), False, "", False, "", texts, 0, 0, [], 0.0, 0, 0, 0, batch_size, length)
     try:
@@ -217,6 +226,9 @@ def plan(
         covered, left = coverage(model_here)
         nothing = replace(nothing, layer_count=len(planned), weights=weights, target_fraction=share)
         nothing = replace(nothing, covered_fraction=covered, left_out=left)
+        if to is not None:
+            kinds, refused = fits(to, planned)
+            nothing = replace(nothing, export_kinds=kinds, export_refused=refused)
     found = replace(
         nothing,
         legal=True,

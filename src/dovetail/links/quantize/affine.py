@@ -111,6 +111,10 @@ class AffineWeight(QuantizedWeight):
         stored_zero = None if symmetric else zero_og
         return cls(codes, stored, stored_zero, shape=shape, block=i // groups, bits=bits, identity=identity)
 
+    def block_scales(self) -> Tensor:
+        """Return the scales of all groups, float32 (blocks,), in row-major order."""
+        return self._grid(0, self.shape[0])[0]
+
     def _grid(self, start: int, rows: int) -> tuple[Tensor, Tensor | None]:
         """Return the scales and zero points of the blocks of these rows, float32 (blocks,)."""
         first, last = self._block_range(start, rows)

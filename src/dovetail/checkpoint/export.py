@@ -1,0 +1,246 @@
+"""Export of a merged model in the format in which it is served: the same codes and scales, or a refusal.
+
+Nothing is quantized anew. Each tensor that is written is decoded by the format owner's own code and compared with
+`QuantizedWeight.dequantize`: in float32 they must be equal, which says that codes and scales are the same; in the dtype
+that is served, the weights that differ are counted.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dovetail.chains.grid import QuantizedWeight
+from dovetail.chains.layer.held import grids
+from dovetail.chains.layer.linear import ChainLinear, chain_layers
+from dovetail.checkpoint.formats.bitsandbytes import BitsAndBytes
+from dovetail.checkpoint.formats.compressed_tensors import CompressedTensors
+from dovetail.checkpoint.formats.contract import Format
+from dovetail.checkpoint.load import load
+from dovetail.checkpoint.packed import stored
+from dovetail.errors import ExportError
+from dovetail.files import atomic, check_folder
+from dovetail.models.dtypes import FLOATS
+from dovetail.models.layouts import Layout, LinearLayout, layout_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMATS: Mapping[str, Format] = {each.name: each for each in (CompressedTensors(), BitsAndBytes())}
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """A layer in the other format.
+
+    quantizer  the grid, with all arguments
+    kind       what the format calls it
+    weights    number of weights that were compared
+    differing  those that the owner's decoder makes others of in the served dtype
+    """
+
+    quantizer: str
+    kind: str
+    weights: int
+    differing: int
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote.
+
+    dtype       that the model is served in
+    decoder     the function of the format's owner that read every tensor
+    claim       "values": same values in `dtype`; "codes": same codes and scales, `differing` values in `dtype`;
+                "fits" of a dry run, in which nothing was compared
+    weights, differing   over all quantized layers
+    nbytes      of the files with weights
+    notes       what a reader must know
+    """
+
+    format: str
+    output: str
+    dtype: str
+    decoder: str
+    claim: str
+    layers: dict[str, ExportedLayer]
+    weights: int
+    differing: int
+    nbytes: int
+    notes: list[str] = field(default_factory=list)
+
+
+def format_of(name: str) -> Format:
+    """Return the format of that name. Raises ExportError."""
+    if name not in FORMATS:
+        rule = f"formats: {', '.join(FORMATS)}"
+        raise ExportError(f"export to {name[:100]}", found="an unknown format", rule=rule, fix="use one of them")
+    return FORMATS[name]
+
+
+@torch.no_grad()
+def export(
+    model: str | Path | PreTrainedModel,
+    to: str,
+    output: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: str | torch.dtype | None = None,
+    dry_run: bool = False,
+) -> ExportReport:
+    """Write a merged model in another format, in a new or empty folder, atomically.
+
+    model      merged with `dovetail.merge`, packed or stock; or the folder of a run, of a packed or of a merged model
+    to         "compressed-tensors" or "bitsandbytes"
+    output     the folder
+    tokenizer  saved beside it; of a folder, its own
+    dtype      that the model is served in; None: the model's own
+    dry_run    only check whether all layers fit; nothing is written
+    errors     ExportError naming the layer, the reason and a quantizer to use instead, before anything is written
+    """
+    form, folder = format_of(to), Path(output).absolute()
+    form.check_package()
+    if not dry_run:
+        check_folder(folder)
+    if not isinstance(model, nn.Module):
+        path = Path(model)
+        model, tokenizer = load(path / "model" if (path / "report.json").is_file() else model)
+    served = model.dtype if dtype is None else FLOATS[dtype] if isinstance(dtype, str) else dtype
+    layers, outside = quantized_layers(form, model)
+    kinds = {name: form.kind(name, quantized) for name, quantized in layers.items()}
+    said = {name: ExportedLayer(q.identity, kinds[name], q.shape[0] * q.shape[1], 0) for name, q in layers.items()}
+    weights, notes = sum(each.weights for each in said.values()), form.notes(layers, served)
+    shown = str(served).removeprefix("torch.")
+    if dry_run:
+        return ExportReport(to, str(folder), shown, form.decoder, "fits", said, weights, 0, 0, notes)
+    tensors = _others(model, layers, served)
+    for name, quantized in layers.items():
+        encoded, differing = _proved(form, name, quantized, served)
+        said[name] = ExportedLayer(quantized.identity, kinds[name], said[name].weights, differing)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in encoded.items()}
+    config: Any = copy.deepcopy(model.config)
+    config.dtype, config.architectures = served, [type(model).__name__]
+    config.quantization_config = form.config(layers, outside, served)
+    vars(config).pop("dovetail", None)
+    with atomic(folder) as part:
+        part.mkdir(parents=True)
+        save_file({k: t.contiguous().clone() for k, t in tensors.items()}, part / "model.safetensors", {"format": "pt"})
+        nbytes = (part / "model.safetensors").stat().st_size
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        if model.can_generate():
+            model.generation_config.save_pretrained(part)
+        config.save_pretrained(part)
+    differing = sum(each.differing for each in said.values())
+    if differing:
+        notes.append(
+            f"{differing:,} of {weights:,} values differ in {shown}, where scales are rounded: "
+            "use scale_bits=4, or serve in float32"
+        )
+    claim = "codes" if differing else "values"
+    return ExportReport(to, str(folder), shown, form.decoder, claim, said, weights, differing, nbytes, notes)
+
+
+def fits(to: str, layers: Mapping[str, ChainLinear]) -> tuple[dict[str, int], list[str]]:
+    """Return how a format takes the layers of a chain, whose values are not read.
+
+    returns  kind in the format -> number of layers; and for the layers that do not fit, a text for each quantizer
+    errors   ExportError for an unknown format
+    """
+    form = format_of(to)
+    kinds: dict[str, int] = {}
+    refused: dict[str, ExportError] = {}
+    for name, layer in layers.items():
+        quantized = layer.base.quantized
+        if quantized is None:
+            refused.setdefault("", _no_grid(f"export to {to}: {name}"))
+            continue
+        try:
+            kind = _kind(form, name, quantized, layer.layout)
+            kinds[kind] = kinds.get(kind, 0) + 1
+        except ExportError as error:
+            refused.setdefault(quantized.identity, error)
+    return kinds, [f"{error.where}: {error.found}: {error.rule}. Fix: {error.fix}" for error in refused.values()]
+
+
+def _kind(form: Format, name: str, quantized: QuantizedWeight, layout: Layout) -> str:
+    if not isinstance(layout, LinearLayout):
+        raise form.refused(name, quantized, "the format holds layers of nn.Linear", "exclude the layer from targets")
+    return form.kind(name, quantized)
+
+
+def _no_grid(where: str) -> ExportError:
+    rule = "the layers must be on a grid that a chain put them on"
+    fix = "use a chain with a quantizer, such as int(bits=4, group=32, symmetric=signed, scale_bits=4)"
+    return ExportError(where, found="no quantized layer", rule=rule, fix=fix)
+
+
+def quantized_layers(form: Format, model: PreTrainedModel) -> tuple[dict[str, QuantizedWeight], list[str]]:
+    """Return the quantized layers of a merged model by path, and the paths of its other linear layers.
+
+    Raises ExportError for a model that is not merged or has no grid, and for layers that the format does not hold.
+    """
+    where = f"export to {form.name}"
+    found, packed = {}, chain_layers(model)
+    if any(layer.record is not None for layer in packed.values()):
+        rule, fix = "the chain must be merged first", "call dovetail.merge(model, packed=True)"
+        raise ExportError(where, found="a chain that is not merged", rule=rule, fix=fix)
+    for name, layer in packed.items():
+        if layer.base.quantized is not None:
+            found[name] = (layer.base.quantized, layer.layout)
+    for name, grid in grids(model).items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            rule, fix = "experts that share one tensor have no layer of their own there", "exclude them from targets"
+            raise ExportError(f"{where}: {name}", found="a layer in a fused module", rule=rule, fix=fix) from None
+        layout = layout_of(name, module)
+        found[name] = (grid.encode(name, layout.matrix(module.get_parameter("weight").detach())), layout)
+    if not found:
+        raise _no_grid(where)
+    for name, (quantized, layout) in found.items():
+        _kind(form, name, quantized, layout)
+    layers = {name: quantized for name, (quantized, _) in found.items()}
+    linear = (nn.Linear, ChainLinear)
+    outside = [name for name, m in model.named_modules() if isinstance(m, linear) and name not in layers]
+    return layers, outside
+
+
+def _proved(form: Format, name: str, quantized: QuantizedWeight, served: torch.dtype) -> tuple[dict[str, Tensor], int]:
+    """Return the tensors of a layer, decoded by the owner as ours, and the number of values that differ when served."""
+    encoded = form.encode(quantized, served)
+    wide = form.decode(encoded, quantized, torch.float32)
+    wrong = wide.numel() - int((wide == quantized.dequantize(torch.empty_like(wide))).sum())
+    if wrong:
+        raise ExportError(
+            f"export to {form.name}: {name}",
+            found=f"{wrong:,} of {wide.numel():,} weights that {form.decoder} decodes to other values",
+            rule="the format's own decoder must give the same values",
+            fix="report it, with the versions of dovetail and of the format's package",
+        )
+    values = form.decode(encoded, quantized, served)
+    differing = values.numel() - int((values == quantized.dequantize(torch.empty_like(values))).sum())
+    return encoded, differing
+
+
+def _others(model: PreTrainedModel, layers: Mapping[str, QuantizedWeight], served: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors that are not quantized, by name, in the served dtype; tied ones once."""
+
+    def found() -> Iterator[tuple[str, Tensor]]:
+        for names, tensor in stored(model):
+            owner, _, leaf = names[0].rpartition(".")
+            layer, _, part = names[0].partition(".base.")
+            if (layer in layers and part) or (owner in layers and leaf == "weight"):
+                continue
+            name = f"{layer}.weight" if part == "dense" else names[0]
+            detached = tensor.detach().cpu()
+            yield name, detached.to(served) if detached.is_floating_point() else detached
+
+    return dict(found())

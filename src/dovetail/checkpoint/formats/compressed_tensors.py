@@ -1,0 +1,130 @@
+"""compressed-tensors, the format of vLLM: int4 and int8 as packed integers, fp8 as numbers.
+
+| grid                    | tensors beside the layer's name                                              |
+|-------------------------|------------------------------------------------------------------------------|
+| int, gptq, 4 and 8 bits | `weight_packed` int32, `weight_scale` (o, groups), `weight_shape`            |
+| the same, asymmetric    | and `weight_zero_point` int32, packed along the outputs                      |
+| fp8                     | `weight` float8_e4m3fn, `weight_scale` (o, 1) or (1,)                        |
+
+value = (code - zero point) * scale, both converted to the scale's dtype first (compressed-tensors 0.20,
+`quantization/lifecycle/forward.py`). Engines make the scale in the dtype that they serve: in bfloat16 the values are
+ours where a scale has at most 8 significant bits (`scale_bits`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dovetail.chains.grid import QuantizedWeight
+from dovetail.chains.packing import unpack
+from dovetail.checkpoint.formats.contract import Format
+from dovetail.links.quantize.affine import AffineWeight
+from dovetail.links.quantize.fp8 import Float8Weight
+
+_ASYMMETRIC = (
+    "asymmetric layers: the default loader of transformers 5.23 refuses the shape of their zero points; load with "
+    "CompressedTensorsConfig(dequantize=True), or use symmetric=signed"
+)
+
+
+class CompressedTensors(Format):
+    """int of 4 and 8 bits in groups or rows, and fp8."""
+
+    name: ClassVar[str] = "compressed-tensors"
+    package: ClassVar[str] = "compressed-tensors"
+    decoder: ClassVar[str] = "compressed_tensors BaseCompressor.decompress"
+
+    def kind(self, where: str, quantized: QuantizedWeight) -> str:
+        if isinstance(quantized, Float8Weight):
+            return "fp8, one scale " + ("per matrix" if quantized.scale.numel() == 1 else "per row")
+        fix = "use int(bits=4, group=32, symmetric=signed, scale_bits=4)"
+        if not isinstance(quantized, AffineWeight):
+            rule = "compressed-tensors holds integers with a scale per group, and fp8"
+            raise self.refused(where, quantized, rule, fix)
+        if quantized.bits not in (4, 8):
+            raise self.refused(where, quantized, "engines read integers of 4 and 8 bits", fix)
+        if quantized.zero_og is not None and quantized.zero_og.is_floating_point():
+            raise self.refused(where, quantized, "zero points must be integers", "use hqq(zero=exact), or int(bits=4)")
+        sides = "symmetric" if quantized.zero_og is None else "asymmetric"
+        groups = "rows" if quantized.block == quantized.shape[1] else f"groups of {quantized.block}"
+        return f"int{quantized.bits}, {sides}, {groups}"
+
+    def encode(self, quantized: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+        (o, i) = quantized.shape
+        if isinstance(quantized, Float8Weight):
+            scale = quantized.scale if quantized.scale.numel() == 1 else quantized.scale[:, None]
+            return {"weight": quantized.codes, "weight_scale": _served(scale, dtype)}
+        assert isinstance(quantized, AffineWeight)
+        half, groups = 2 ** (quantized.bits - 1), i // quantized.block
+        codes, _ = quantized.codes_of(0, o)
+        tensors = {
+            "weight_packed": pack_to_int32((codes.to(torch.int16) - half).to(torch.int8), quantized.bits),
+            "weight_scale": _served(quantized.block_scales().view(o, groups), dtype),
+            "weight_shape": torch.tensor([o, i]),
+        }
+        if quantized.zero_og is not None:
+            zero = unpack(quantized.zero_og, quantized.bits, 0, o * groups).view(o, groups)
+            packed = pack_to_int32((zero.to(torch.int16) - half).to(torch.int8), quantized.bits, packed_dim=0)
+            tensors["weight_zero_point"] = packed.contiguous()
+        return tensors
+
+    def decode(self, tensors: Mapping[str, Tensor], quantized: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationScheme
+
+        group = _group(quantized, ["Linear"])
+        scheme = QuantizationScheme.model_validate(group)
+        served = dict(tensors) | {"weight_scale": tensors["weight_scale"].to(dtype)}
+        return BaseCompressor.get_value_from_registry(group["format"]).decompress(served, scheme)["weight"]
+
+    def config(
+        self, layers: Mapping[str, QuantizedWeight], outside: Sequence[str], dtype: torch.dtype
+    ) -> dict[str, Any]:
+        names: dict[str, list[str]] = {}
+        groups: dict[str, dict[str, Any]] = {}
+        for name, quantized in layers.items():
+            kind = self.kind(name, quantized)
+            names.setdefault(kind, []).append(name)
+            groups[kind] = _group(quantized, ["Linear"] if len(groups) == 0 else names[kind])
+        if len(groups) > 1:
+            groups = {kind: group | {"targets": names[kind]} for kind, group in groups.items()}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": next(iter(groups.values()))["format"] if len(groups) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "config_groups": {f"group_{number}": group for number, group in enumerate(groups.values())},
+            "ignore": list(outside),
+        }
+
+    def notes(self, layers: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> list[str]:
+        asymmetric = any(isinstance(q, AffineWeight) and q.zero_og is not None for q in layers.values())
+        return [_ASYMMETRIC] if asymmetric else []
+
+
+def _served(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the scales in the dtype that is served where it holds them, else as they are, in float32 or float16."""
+    for narrow in (dtype, torch.float16):
+        if torch.equal(scale.to(narrow).float(), scale.float()):
+            return scale.to(narrow).contiguous()
+    return scale.float().contiguous()
+
+
+def _group(quantized: QuantizedWeight, targets: list[str]) -> dict[str, Any]:
+    """Return the entry of "config_groups" for a grid."""
+    if isinstance(quantized, Float8Weight):
+        strategy = "tensor" if quantized.scale.numel() == 1 else "channel"
+        weights: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
+        return {"targets": targets, "weights": weights, "format": "float-quantized"}
+    assert isinstance(quantized, AffineWeight)
+    weights = {"num_bits": quantized.bits, "type": "int", "symmetric": quantized.zero_og is None}
+    if quantized.block == quantized.shape[1]:
+        weights["strategy"] = "channel"
+    else:
+        weights |= {"strategy": "group", "group_size": quantized.block}
+    return {"targets": targets, "weights": weights, "format": "pack-quantized"}

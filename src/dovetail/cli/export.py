@@ -1,0 +1,61 @@
+"""The command that writes a merged model in the format in which it is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dovetail.cli.terminal import Json, print_json, quiet
+
+if TYPE_CHECKING:
+    from dovetail.checkpoint.export import ExportReport
+
+
+def register(app: typer.Typer) -> None:
+    """Add this command to the program."""
+    app.command(epilog="Example: dovetail export runs/first --to compressed-tensors --output served")(export)
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The folder of a run, or of a packed or merged model.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="compressed-tensors or bitsandbytes.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write, new or empty.")],
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="DTYPE", help="Served dtype. \\[default: the model's]")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check whether all layers fit.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a merged model with the same codes and scales in another format, or say why it does not fit."""
+    quiet()
+    from dataclasses import asdict
+
+    from dovetail.checkpoint.export import export as write
+    from dovetail.files import writing
+
+    with writing(output):
+        report = write(model, to, output, dtype=dtype, dry_run=dry_run)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        print(summary(report))
+
+
+def summary(report: ExportReport) -> str:
+    """Return the report as text: a line a kind of layer, the claim, and the notes."""
+    kinds: dict[tuple[str, str], int] = {}
+    for layer in report.layers.values():
+        kinds[layer.quantizer, layer.kind] = kinds.get((layer.quantizer, layer.kind), 0) + 1
+    lines = [f"{count} layers: {quantizer} -> {kind}" for (quantizer, kind), count in kinds.items()]
+    claims = {
+        "fits": "all layers fit; nothing was written",
+        "values": f"the same values in {report.dtype}",
+        "codes": f"the same codes and scales; {report.differing:,} values differ in {report.dtype}",
+    }
+    lines.append(f"{report.format}: {claims[report.claim]}")
+    if report.claim != "fits":
+        lines.append(f"{report.weights:,} weights compared by {report.decoder}; {report.nbytes:,} bytes")
+        lines.append(report.output)
+    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
