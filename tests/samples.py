@@ -43,6 +43,7 @@ SAMPLES: dict[str, tuple[str, ...]] = {
     "dora": ("dora(r=3, alpha=6)", "dora(r=4, scaling=rs, elastic=[4, 2, 1])"),
     "ia3": ("ia3", "ia3(side=in)"),
     "loha": ("loha(r=2, alpha=3)", "loha(r=5)", "loha(r=5, elastic=[5, 2])"),  # as a low rank, and recomputed
+    "scales": ("scales",),
     "vera": ("vera(r=16)", "vera(r=16, elastic=[16, 12, 8])"),
     "bottleneck": ("bottleneck(r=5)",),
     "remask": ("remask",),
@@ -59,8 +60,10 @@ def of_kind(kind: type[Link] | tuple[type[Link], ...], *, but: type[Link] | None
 PRUNERS, QUANTIZERS = of_kind(Pruner), of_kind(Quantizer)
 PRUNABLE = [text for text in QUANTIZERS if not text.startswith("hqq") or "zero=exact" in text]
 """Quantizers whose grid has an exact zero, written down a second time."""
-ADAPTERS = of_kind(Adapter)
-WEIGHT_ADAPTERS = of_kind(Adapter, but=OutputAdapter)
+GRID_ADAPTERS = [text for text in of_kind(Adapter) if dovetail.chain(text).links[0].moves]
+"""Adapters that train the grid of a quantized base, and nothing else."""
+ADAPTERS = [text for text in of_kind(Adapter) if text not in GRID_ADAPTERS]
+WEIGHT_ADAPTERS = [text for text in of_kind(Adapter, but=OutputAdapter) if text not in GRID_ADAPTERS]
 ZERO_CONSTRAINTS = [text for text in of_kind(Constraint) if links()[text.split("(")[0]].restores == "zeros"]
 GRID_CONSTRAINTS = [text for text in of_kind(Constraint) if links()[text.split("(")[0]].restores == "grid"]
 

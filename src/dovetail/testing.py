@@ -75,6 +75,9 @@ def check_link(*samples: str | Link) -> None:
 
 def _check_adapter(link: Adapter, text: str) -> None:
     x = _input(torch.float64)
+    if link.moves is not None:
+        _check_moves(link, text)
+        return
     if link.starts == "identity":
         for base in ("", "magnitude(0.5) >> ", "int(bits=4, group=8) >> "):
             plain = _layer(base.removesuffix(" >> ")) if base else _model(torch.float64).layer
@@ -117,6 +120,35 @@ def _check_adapter(link: Adapter, text: str) -> None:
     grid = quantized.base.quantized
     on_grid = grid is not None and grid.off_grid(quantized.effective_weight()[0].detach()) == 0
     _require(on_grid == link.keeps_grid, text, "keeps_grid tells whether weights stay on the base's grid")
+
+
+def _check_moves(link: Adapter, text: str) -> None:
+    """Check that a link that moves the grid starts as the base, trains, and merges bit for bit with the same codes."""
+    bases = {
+        "scales": ("int(bits=4, group=8)", "gptq(bits=3, group=16, symmetric=true)", "nf4(block=32)", "fp8",
+                   "hqq(bits=2, group=8)", "magnitude(0.5) >> int(bits=4, group=8)"),
+        "zeros": ("hqq(bits=4, group=8)", "hqq(bits=2, group=4)", "hqq(bits=8, group=8)"),
+    }  # fmt: skip
+    for base in bases[link.moves or "scales"]:
+        layer, plain = _layer(f"{base} >> {text}"), _layer(base)
+        x = _input(torch.float64)
+        start = torch.equal(layer.used_weight(), plain.used_weight())
+        _require(start, f"{base} >> {text}", "a link that moves the grid starts as the base, bit for bit")
+        _require(_near(layer(x), plain(x)), f"{base} >> {text}", "an adapter starts as the identity")
+        _move(layer)
+        frozen = {name: t.clone() for name, t in layer.state_dict().items() if not name.startswith("links.")}
+        layer(x).square().sum().backward()
+        for name, parameter in layer.named_parameters():
+            reached = parameter.grad is not None and bool(parameter.grad.any())
+            _require(reached == name.startswith("links."), text, f"gradients reach the declared parameters: {name}")
+        _require(_same(frozen, layer.state_dict()), text, "a backward pass changes no frozen tensor")
+        grid = layer.grid()
+        _require(grid is not None and layer.base.quantized is not None, text, "the base is quantized")
+        assert grid is not None
+        assert layer.base.quantized is not None
+        (now, _), (before, _) = grid.codes_of(0, OUT), layer.base.quantized.codes_of(0, OUT)
+        _require(torch.equal(now, before), text, "the codes stay")
+        _check_closed(f"{base} >> {text}")
 
 
 def _check_decomposition(link: Adapter, text: str) -> None:
@@ -166,13 +198,12 @@ def _check_closed(text: str) -> None:
     layer = model.layer
     assert isinstance(layer, ChainLinear)
     zero = None if layer.base.mask_bits is None else ~layer.base.mask_rows(slice(None))
-    grid = layer.base.quantized
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for _ in range(4):
         optimizer.zero_grad()
         (model(x) - 1).square().mean().backward()
         optimizer.step()
-    before = model(x)
+    before, grid = model(x), layer.grid()
     report = merge(model)
     weight = model.layer.weight
     _require(report.exact and torch.equal(model(x), before), text, "a closed chain merges bit for bit")

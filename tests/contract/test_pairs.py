@@ -16,7 +16,7 @@ from dovetail.chains.layer.applied import applied
 from dovetail.chains.link import Adapter, Constraint, Link, OutputAdapter, Pruner, Quantizer
 from dovetail.chains.registry import links
 from dovetail.errors import CannotMerge, ChainError
-from samples import ADAPTERS, IN, PRUNABLE, PRUNERS, QUANTIZERS, SAMPLES, chained, input_of, model_of
+from samples import ADAPTERS, GRID_ADAPTERS, IN, PRUNABLE, PRUNERS, QUANTIZERS, SAMPLES, chained, input_of, model_of
 from tolerance import assert_near
 
 KINDS: dict[str, type[Link]] = {
@@ -26,11 +26,12 @@ KINDS: dict[str, type[Link]] = {
 # First link's kind -> kinds that may follow it. A constraint needs what it restores, so it never comes first.
 MAY_FOLLOW = {
     "prune": {"prune", "quantize", "adapt", "output", "remask"},
-    "quantize": {"prune", "adapt", "output", "regrid"},  # never a second quantizer
+    "quantize": {"prune", "adapt", "output", "regrid", "move"},  # never a second quantizer
     "adapt": {"prune", "quantize", "adapt", "output"},
     "output": {"output"},  # no weight to go on with
     "remask": set(),
     "regrid": set(),
+    "move": set(),  # needs a grid, so it never comes first
 }
 KEEPS_ZEROS = {"ia3"}
 """Adapters after which a zero still is a zero. None stays on a grid."""
@@ -46,12 +47,16 @@ def name_of(text: str) -> str:
 def kind_of(text: str) -> str:
     cls = links()[name_of(text)]
     kind = [kind for kind, base in KINDS.items() if issubclass(cls, base)][-1]
+    if text in GRID_ADAPTERS:
+        return "move"
     return {"zeros": "remask", "grid": "regrid"}[cls.restores] if kind == "close" else kind
 
 
 def legal(first: str, second: str) -> bool:
     kinds = kind_of(first), kind_of(second)
     if "prune" in kinds and {first, second} & set(QUANTIZERS) - set(PRUNABLE):
+        return False
+    if kinds[1] == "move" and name_of(first) in ("mxfp4", "nvfp4"):
         return False
     return kinds[0] not in ("remask", "regrid") and kinds[1] in MAY_FOLLOW[kinds[0]]
 
@@ -94,7 +99,7 @@ def test_an_illegal_pair_is_refused_by_name(first: str, second: str) -> None:
     layer = model.layer
     with pytest.raises(ChainError) as caught:
         dovetail.apply(model, f"{first} >> {second}", targets="layer", calibration=[{"x": input_of()}])
-    place, wrong = (1, first) if kind_of(first) in ("remask", "regrid") else (2, second)
+    place, wrong = (1, first) if kind_of(first) in ("remask", "regrid", "move") else (2, second)
     assert caught.value.where.startswith(f"{name_of(wrong)}, link {place} of ")
     assert caught.value.found
     assert caught.value.rule

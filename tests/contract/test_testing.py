@@ -26,8 +26,8 @@ def test_every_registered_link_holds_the_contract(name: str) -> None:
     testing.check_link(*SAMPLES[name])
 
 
-@pytest.mark.parametrize("text", STARTS)
-def test_starts_that_are_not_the_identity_hold_the_contract(text: str) -> None:
+@pytest.mark.parametrize("text", [*STARTS, "lora(r=3, pool=group)", "lora(r=2, alpha=3, pool=group, scaling=rs)"])
+def test_other_starts_and_links_that_move_the_grid_hold_the_contract(text: str) -> None:
     testing.check_link(text)
 
 

@@ -8,17 +8,19 @@ Rules (CLAM §3.1, A.7, A.10; DESIGN.md §1):
 5. dropout on a low rank's input cannot be followed by a constraint: W' does not depend on the input;
 6. an adapter that starts from a decomposition of the weight has the dense weight: only pruners, then at most one
    quantizer come before it, in its stage; over a pruner, remask follows;
-7. a stage that is followed by another merges into the base, so it must keep the base's zeros and grid.
+7. a link that moves the grid is the only trained one of its stage, over a quantizer whose grid has numbers to train;
+8. a stage that is followed by another merges into the base, so it must keep the base's zeros and grid.
 """
 
 from __future__ import annotations
 
-from dovetail.chains.link import Chain, Constraint, Kind, Link, OutputAdapter, Quantizer, arguments
+from dovetail.chains.link import Adapter, Chain, Constraint, Kind, Link, OutputAdapter, Quantizer, arguments
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import MADE_BY, CheckedChain, Stage
 from dovetail.errors import CannotMerge, ChainError
 
 _EXAMPLES = {"pruner": "wanda(0.5) or magnitude(0.5)", "quantizer": "nf4 or int(bits=4)"}
+_MOVABLE = {"scales": "int(bits=4) or nf4", "zeros": "hqq(bits=4)"}
 _OTHER_GRID = f"use a quantizer whose grid has an exact zero, such as {_EXAMPLES['quantizer']}"
 
 
@@ -69,6 +71,15 @@ def _check_order(chain: CheckedChain) -> None:
             found = f"no {maker} before it"
             rule = f"{link.name} re-imposes the {what} of a {maker} before it"
             fix = f"put {_EXAMPLES[maker]} before it, or remove {link.name}"
+        elif isinstance(link, Adapter) and link.moves is not None:
+            example = _MOVABLE[link.moves]
+            if not isinstance(quantizer, Quantizer):
+                found, rule = "no quantizer before it", f"{link} trains the {link.moves} of a quantizer's grid"
+                fix = f"put {example} before it"
+            elif link.moves not in quantizer.movable:
+                found = f"{quantizer} before it"
+                rule = f"{link} trains {link.moves} that a grid stores as numbers, one for each block of a row"
+                fix = f"use {example} in the place of {quantizer}"
         if found:
             raise ChainError(f"{link.name}, link {place + 1} of {chain}", found=found, rule=rule, fix=fix)
         if isinstance(link, OutputAdapter):
@@ -105,9 +116,24 @@ def _check_start(chain: CheckedChain, number: int, stage: Stage) -> None:
         raise ChainError(f"{link} in stage {number + 1}: {stage}", found=found, rule=rule, fix=fix)
 
 
+def _check_alone(number: int, stage: Stage) -> None:
+    """Raise ChainError where an adapter that moves the grid is not alone."""
+    link = next((link for link in stage.adapters if link.moves is not None), None)
+    if link is None:
+        return
+    if others := [other for other in stage.trained if other is not link]:
+        raise ChainError(
+            f"{link} in stage {number + 1}: {stage}",
+            found=f"{others[0]} in the same stage",
+            rule="a link that moves the grid must be the only trained one of its stage",
+            fix=f"remove {others[0].name}, or {link.name}",
+        )
+
+
 def _check_stages(chain: CheckedChain) -> None:
     for number, stage in enumerate(chain.stages):
         _check_start(chain, number, stage)
+        _check_alone(number, stage)
         for link in stage.trained:
             if stage.constraints and arguments(link).get("dropout"):
                 raise ChainError(

@@ -203,6 +203,16 @@ class QuantizedWeight(nn.Module, ABC):
             count += (nearest.to(wanted.dtype) != wanted).sum()
         return int(count)
 
+    def moved(self, factor_b: Tensor | None = None, offset_b: Tensor | None = None) -> Self:
+        """Return a grid with the same codes, whose blocks are scaled or shifted; its numbers are rounded as stored.
+
+        factor_b  (blocks,) not negative, multiplies the scale of each block; for a grid whose quantizer has "scales" in
+                  `movable`
+        offset_b  (blocks,) added to the values of each block, through its zero point; for "zeros" in `movable`. A
+                  block whose scale is zero is not moved
+        """
+        raise NotImplementedError(f"the grid of {self.identity} has no numbers that can be trained")
+
     @property
     def nbytes(self) -> int:
         """Exact stored bytes: packed codes, scales, zero points, nested constants."""

@@ -42,6 +42,7 @@ class Site:
     out_features, in_features   the weight as a matrix (o, i); a convolution's kernel is flattened into i
     has_bias      whether the layer has a bias (o,)
     feedforward   the feed-forward block's output layer, where IA3 scales inputs instead of outputs
+    block         weights that share a scale on the grid of the chain's quantizer; 0 where no link moves the grid
     """
 
     name: str
@@ -49,6 +50,7 @@ class Site:
     in_features: int
     has_bias: bool = False
     feedforward: bool = False
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,11 @@ class Quantizer(Link):
         return True
 
     @property
+    def movable(self) -> frozenset[Literal["scales", "zeros"]]:
+        """The numbers of its grid that an adapter can train (`QuantizedWeight.moved`)."""
+        return frozenset()
+
+    @property
     def remade_without_data(self) -> bool:
         """Without statistics, the base is enough."""
         return not self.statistics
@@ -217,6 +224,19 @@ class Adapter(Link):
         near the weight: "weight", with or without a quantizer before the link; "quantizer", with one only.
         """
         return "identity"
+
+    @property
+    def moves(self) -> Literal["scales", "zeros"] | None:
+        """What it changes of the base's grid, while the codes stay; None for a link that changes the weight."""
+        return None
+
+    def grid_change(self, p: Mapping[str, Tensor]) -> Tensor:
+        """Return what a link that `moves` the grid does to each block of `Site.block` inputs, (o, groups).
+
+        "scales": a factor that is not negative; "zeros": a number that is added to the block's values. `fold` is the
+        same on the weight, for the gradient; the layer uses the weight of the moved grid, whose numbers are rounded.
+        """
+        raise NotImplementedError(f"{self.name} does not move the grid")
 
     def decompose(
         self, weight_oi: Tensor, quantize: Callable[[Tensor], Tensor]

@@ -14,6 +14,11 @@ MADE_BY: dict[str, Kind] = {"zeros": "pruner", "grid": "quantizer"}
 """What a base can have -> the kind of link that makes it."""
 
 
+def keeps(link: Link, what: str) -> bool:
+    """Return whether a link keeps "zeros" or "grid" of the base; one that moves the grid keeps the weights on it."""
+    return getattr(link, f"keeps_{what}") or (what == "grid" and isinstance(link, Adapter) and link.moves is not None)
+
+
 @dataclass(frozen=True)
 class Stage:
     """The links of one stage, what the base keeps for them, and what merging them would lose.
@@ -65,7 +70,7 @@ class Stage:
 
     def breaker(self, what: str) -> str:
         """Return the name of the first trained link that does not keep "zeros" or "grid"."""
-        return next(link.name for link in self.trained if not getattr(link, f"keeps_{what}"))
+        return next(link.name for link in self.trained if not keeps(link, what))
 
     def __str__(self) -> str:
         return " >> ".join(map(str, self.applied + self.trained))
@@ -96,7 +101,7 @@ class CheckedChain(Chain):
     def _loses(self, what: str, kind: Kind) -> bool:
         if any(isinstance(link, Constraint) and link.restores == what for link in self):
             return False
-        first = next((link for link in self if link.kind == kind or not getattr(link, f"keeps_{what}")), None)
+        first = next((link for link in self if link.kind == kind or not keeps(link, what)), None)
         return first is not None and first.kind != kind
 
     @property
@@ -174,7 +179,7 @@ def _missing(applied: Sequence[Link], trained: Sequence[Link]) -> tuple[Constrai
         for link in trained:
             if isinstance(link, Constraint) and link.restores == what:
                 kept = True
-            elif not getattr(link, f"keeps_{what}"):
+            elif not keeps(link, what):
                 kept = False
         if not kept and any(link.kind == kind for link in applied):
             found.append(_restoring(what))

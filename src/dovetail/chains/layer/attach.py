@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from dovetail.chains.layer.base import Base, Scratch
 from dovetail.chains.layer.bits import pack_bits
 from dovetail.chains.layer.held import Grid, grid_of, grids, guard_saving, held, put_grids
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
-from dovetail.chains.link import Site, arguments
+from dovetail.chains.link import Adapter, Site, arguments
 from dovetail.chains.stages import CheckedChain
 from dovetail.errors import ChainError, HistoryWarning
 from dovetail.models.experts import Experts
@@ -126,6 +127,11 @@ def _checked_site(target: Target, the_chain: CheckedChain) -> Site:
     layout = layout_of(target.name, target.module)
     has_bias = getattr(target.module, "bias", None) is not None
     site = Site(target.name, layout.out_features, layout.in_features, has_bias, target.feedforward)
+    quantizer = the_chain.quantizer
+    if quantizer is not None and any(isinstance(link, Adapter) and link.moves is not None for link in the_chain):
+        quantizer.check(site)
+        with torch.device("meta"):
+            site = replace(site, block=quantizer.empty((site.out_features, site.in_features)).block)
     for link in the_chain:
         link.check(site)
         # The W' of a convolution is computed by its definition, which does not depend on the input.

@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from statistics import median_low
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.layer.base import Base
 from dovetail.chains.layer.execute import materialise, run_closed, run_open, run_recomputed
 from dovetail.chains.layer.planner import Path, choose_path, compose
@@ -156,7 +158,9 @@ class ChainLinear(Holder):
         # Whether the chain starts from the quantized weight rather than from the one before quantizing.
         self.from_codes = all(constraint.from_codes for constraint in self.constraints)
         closes = [s.link.kind == "constraint" for s in self.states if not isinstance(s.link, OutputAdapter)]
-        self.path: Path = path or choose_path(closes, self._terms(whole=True), self.layout)
+        # A moved grid has its own numbers, rounded as they are stored: the weight is that of the definition.
+        moves = any(s.link.moves is not None for s in self.states if isinstance(s.link, Adapter))
+        self.path: Path = path or ("recomputed" if moves else choose_path(closes, self._terms(whole=True), self.layout))
 
     def extract(self) -> None:
         """Replace elastic adapters, in place, by plain ones of their current ranks; W' is unchanged bit for bit."""
@@ -183,7 +187,24 @@ class ChainLinear(Holder):
             elif isinstance(link, Adapter) and not isinstance(link, OutputAdapter):
                 values = {name: value.to(wide) for name, value in state.values().items()}
                 weight, bias = link.fold(weight, bias, values)
+                if link.moves is not None:
+                    weight = _Stored.apply(weight, self._moved(link, values))
         return weight, bias
+
+    @torch.no_grad()
+    def _moved(self, link: Adapter, values: Mapping[str, Tensor]) -> QuantizedWeight:
+        assert self.base.quantized is not None
+        change = link.grid_change(values).detach().reshape(-1)
+        return self.base.quantized.moved(**{"factor_b" if link.moves == "scales" else "offset_b": change})
+
+    def grid(self) -> QuantizedWeight | None:
+        """Return the base's codes on the grid that they merge on: the base's, or as a link moved it."""
+        for state in self.adapters:
+            if isinstance(state.running, Adapter) and state.running.moves is not None:
+                wide = adapter_dtype(self.base.dtype)
+                values = {name: value.to(wide) for name, value in state.values().items()}
+                return self._moved(state.running, values)
+        return self.base.quantized
 
     def _native_fold(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = self._fold()
@@ -224,7 +245,9 @@ class ChainLinear(Holder):
         """
         matrix = self.layout.matrix(weight)
         if self.base.quantized is not None:
-            self.base.set_quantized(self.base.quantized.encode(matrix))
+            grid = self.grid()
+            assert grid is not None
+            self.base.set_quantized(grid.encode(matrix) if grid is self.base.quantized else grid)
         else:
             self.base.set_dense(matrix)
         self.base.start = None
@@ -275,6 +298,18 @@ class ChainLinear(Holder):
 
     def extra_repr(self) -> str:
         return f"{self.site.name}, {self.out_features} x {self.in_features}, path={self.path}"
+
+
+class _Stored(torch.autograd.Function):
+    """The weight of a moved grid in the place of the weight that its link computes; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_oi: Tensor, grid: QuantizedWeight) -> Tensor:
+        return grid.dequantize(torch.empty_like(weight_oi, memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
 
 
 def chain_layers(model: nn.Module) -> dict[str, ChainLinear]:

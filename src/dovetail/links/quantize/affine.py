@@ -212,12 +212,30 @@ class AffineWeight(QuantizedWeight):
         zero = unpack(self.zero_og, self.bits, start * groups, stop * groups)
         return zero[:, None].expand(-1, self.block).reshape(stop - start, self.shape[1])
 
+    def moved(self, factor_b: Tensor | None = None, offset_b: Tensor | None = None) -> Self:
+        scale = {name: self.get_buffer(name) for name in self._scale_names}
+        zero_og = self.zero_og
+        if factor_b is not None:
+            (name,) = self._scale_names
+            scale[name] = (scale[name].float() * factor_b.view_as(scale[name])).to(scale[name].dtype)
+        if offset_b is not None:
+            assert zero_og is not None
+            assert zero_og.is_floating_point()
+            step, zero = self._grid(0, self.shape[0])
+            assert zero is not None
+            shift = offset_b.reshape(-1).float() / step.masked_fill(step == 0, torch.inf)
+            zero_og = to_float16(zero - shift, self.bits).view_as(zero_og)
+        return self._like(self.codes, scale, zero_og)
+
     def _with_codes(self, codes: Tensor) -> Self:
         scale = {name: self.get_buffer(name) for name in self._scale_names}
+        return self._like(pack(codes, self.bits), scale, self.zero_og)
+
+    def _like(self, codes: Tensor, scale: dict[str, Tensor], zero_og: Tensor | None) -> Self:
         return type(self)(
-            pack(codes, self.bits),
+            codes,
             scale,
-            self.zero_og,
+            zero_og,
             shape=self.shape,
             block=self.block,
             bits=self.bits,
@@ -244,6 +262,10 @@ class GroupQuantizer(Quantizer):
 
     bits: int = always_print(4)
     group: int = always_print(64)
+
+    @property
+    def movable(self) -> frozenset[Literal["scales", "zeros"]]:
+        return frozenset({"scales"})
 
     def __post_init__(self) -> None:
         if self.bits not in self.widths:

@@ -164,6 +164,14 @@ class CodeBookWeight(QuantizedWeight):
         self._check_shape(out)
         return out.copy_(kernel(self.codes, self.block_scales(0, self.shape[0]), self.shape))
 
+    def moved(self, factor_b: Tensor | None = None, offset_b: Tensor | None = None) -> Self:
+        assert offset_b is None
+        assert factor_b is not None
+        (name,) = self._scale_names
+        scale = self.get_buffer(name)
+        moved = {name: (scale.float() * factor_b.view_as(scale)).to(scale.dtype)}
+        return type(self)(self.codes, moved, shape=self.shape, block=self.block, book=self.book, identity=self.identity)
+
     def _decode(self, start: int, stop: int, rows: Tensor) -> None:
         i = self.shape[1]
         if by_loops(self, rows) and self.bits in (2, 4, 8) and self.block * self.bits % 8 == 0:

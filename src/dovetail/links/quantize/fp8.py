@@ -15,7 +15,7 @@ ones; fp8 needs no groups. Size: 8 + 32/in_features bits per weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -48,6 +48,10 @@ class Float8(Quantizer):
     def __post_init__(self) -> None:
         if self.scale not in ("row", "tensor"):
             raise self._bad(f'scale="{self.scale}"', 'scale must be "row" or "tensor"', 'set scale="row"')
+
+    @property
+    def movable(self) -> frozenset[Literal["scales", "zeros"]]:
+        return frozenset({"scales"} if self.scale == "row" else ())
 
     def quantize(self, weight_oi: Tensor, inputs: InputStatistics | None = None) -> Float8Weight:
         """Return the scales and codes of weight_oi (o, i), any float dtype. Raise DovetailError on NaN or inf."""
@@ -100,6 +104,12 @@ class Float8Weight(QuantizedWeight):
         scale = self._row_scale(start, len(rows))
         rows.div_(scale.masked_fill(scale == 0, torch.inf))
         return rows.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+
+    def moved(self, factor_b: Tensor | None = None, offset_b: Tensor | None = None) -> Self:
+        assert offset_b is None
+        assert factor_b is not None
+        scale = self.scale * factor_b.reshape(-1).float()
+        return type(self)(self.codes, scale.masked_fill(scale < SMALLEST_SCALE, 0.0), self.identity)
 
     def zero_codes(self, start: int, stop: int) -> Tensor:
         return torch.zeros(1, 1, dtype=torch.uint8, device=self.codes.device)

@@ -66,6 +66,10 @@ class HQQ(GroupQuantizer):
     axis: int = 1
     zero: Literal["float", "exact"] = "float"
 
+    @property
+    def movable(self) -> frozenset[Literal["scales", "zeros"]]:
+        return frozenset({"scales"} if self.zero == "exact" else {"scales", "zeros"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.axis != 1:

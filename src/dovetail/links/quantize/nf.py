@@ -31,7 +31,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -86,6 +86,10 @@ class _CodeBookQuantizer(Quantizer):
     block: int = 64
     double: bool = False
 
+    @property
+    def movable(self) -> frozenset[Literal["scales", "zeros"]]:
+        return frozenset(() if self.double else {"scales"})
+
     def __post_init__(self) -> None:
         if self.block not in BLOCKS:
             raise self._bad(f"block={self.block}", BLOCK_RULE, f"set block={_nearest_block(self.block)}")
@@ -130,6 +134,10 @@ class NormalFloat(Quantizer):
     bits: int = always_print(4)
     block: int = 64
     double: bool = False
+
+    @property
+    def movable(self) -> frozenset[Literal["scales", "zeros"]]:
+        return frozenset(() if self.double else {"scales"})
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):

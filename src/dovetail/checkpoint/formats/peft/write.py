@@ -94,6 +94,9 @@ def _kind(record: AppliedChain) -> type[PeftAdapter]:
         found = f"{links[0]}, whose base is the weight less a low rank"
         rule = "peft would put the adapter on a base from which nothing was taken"
         raise _refused(record, found, rule, "save it with save_adapter, or merge the chain and save the model")
+    if links[0].moves is not None:
+        rule = f"peft has no adapter that trains the {links[0].moves} of a grid"
+        raise _refused(record, str(links[0]), rule, merged)
     assert isinstance(links[0], PeftAdapter)
     return type(links[0])
 
