@@ -56,5 +56,8 @@ def test_loha_starts_from_normal_factors_of_deviations_01_1_1_and_0() -> None:
 
 def test_default_learning_rates_are_those_of_the_papers() -> None:
     """CLAM, table 4; DoRA learns as LoRA. The others are our own choice."""
-    wanted = {"adalora": 1e-3, "scales": 1e-2, "lora": 4e-4, "dora": 4e-4, "ia3": 1e-2, "loha": 4e-3, "vera": 1e-1, "bottleneck": 1e-3}
+    wanted = {
+        "adalora": 1e-3, "scales": 1e-2, "lora": 4e-4, "dora": 4e-4, "ia3": 1e-2, "loha": 4e-3, "vera": 1e-1,
+        "bottleneck": 1e-3,
+    }  # fmt: skip
     assert {name: cls.learning_rate for name, cls in links().items() if issubclass(cls, Adapter)} == wanted

@@ -195,7 +195,9 @@ class ChainLinear(Holder):
     def _moved(self, link: Adapter, values: Mapping[str, Tensor]) -> QuantizedWeight:
         assert self.base.quantized is not None
         change = link.grid_change(values).detach().reshape(-1)
-        return self.base.quantized.moved(**{"factor_b" if link.moves == "scales" else "offset_b": change})
+        if link.moves == "scales":
+            return self.base.quantized.moved(factor_b=change)
+        return self.base.quantized.moved(offset_b=change)
 
     def grid(self) -> QuantizedWeight | None:
         """Return the base's codes on the grid that they merge on: the base's, or as a link moved it."""
