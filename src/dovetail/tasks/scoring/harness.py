@@ -88,7 +88,11 @@ def evaluate_lm_eval(
         }
         for name, values in found["results"].items()
     }
-    return scores, {name: [_sample(each) for each in samples] for name, samples in found["samples"].items()}
+    return scores, {
+        # A task with several filters logs each record once for each of them.
+        name: [_sample(each) for each in samples if each["filter"] == samples[0]["filter"]]
+        for name, samples in found["samples"].items()
+    }
 
 
 def _is_score(metric: str, value: Any) -> bool:
@@ -102,7 +106,7 @@ def _metric(name: str) -> str:
 
 
 def _sample(sample: dict[str, Any]) -> Sample:
-    """Return the prompt, the expected answer and the answer of a logged sample: of choices, the likeliest one."""
+    """Return the prompt, the expected answer and the answer of a logged sample: the likeliest choice, or the text."""
     first = sample["arguments"]
     calls: list[Any] = list(first.values()) if isinstance(first, dict) else list(first)
     texts = [list(call.values()) if isinstance(call, dict) else list(call) for call in calls]
@@ -112,4 +116,4 @@ def _sample(sample: dict[str, Any]) -> Sample:
         best = max(range(len(responses)), key=lambda at: float(responses[at][0]))
         expected = str(texts[int(target)][1]) if target.isdigit() and int(target) < len(texts) else target
         return prompt, expected, str(texts[best][1])
-    return prompt, target, str(responses[0])
+    return prompt, target, str(sample["resps"][0][0])
