@@ -100,6 +100,7 @@ def test_the_recipe_of_each_format_runs(name: str, llama: Path, tmp_path: Path) 
     assert recipe.chain == "lora(r=16)"
     assert recipe.data.format == {"values": "labels"}.get(name, name)
     assert recipe.data.split == 0.1
+    assert recipe.train.lr_scale == (1 if made.kind in ("classification", "regression") else 10)
     report = ran(tmp_path / "recipe.yaml", tmp_path / "run")
     assert report.task.kind == made.kind
     assert report.merge is not None
@@ -144,6 +145,13 @@ def test_lengths_are_those_of_the_data(llama: Path, tmp_path: Path) -> None:
     report = ran(tmp_path / "recipe.yaml", tmp_path / "run")
     assert recipe.train.max_length < 256
     assert report.stages[0].metrics["data"]["n"] == 10
+
+
+@pytest.mark.parametrize(("answer", "metric"), [("42", "exact_match"), ("a b c d e", None)])
+def test_short_answers_are_compared(answer: str, metric: str | None, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"prompt": "a", "completion": answer}) for _ in range(8)))
+    propose(str(llama), tmp_path / "data.jsonl", output=tmp_path / "recipe.yaml", memory="8GB")
+    assert Recipe.load(tmp_path / "recipe.yaml").data.metric == metric
 
 
 def test_a_folder_of_splits_and_little_memory(llama: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.spec import Data
 from dovetail.tasks.task import HEAD_KINDS, Record, Task
 from dovetail.tasks.templates import TEMPLATES
-from dovetail.tasks.tokens import IGNORED, Example, RowMaker
+from dovetail.tasks.tokens import IGNORED, Example, RowMaker, last_turn
 from dovetail.tasks.vocabulary import vocabulary_of
 
 if TYPE_CHECKING:
@@ -53,6 +53,10 @@ LONGEST_TEXT = 1024
 """Tokens of a row of plain text, which continues in the next row."""
 VALIDATION = 0.1
 """The share of the records that becomes the validation split where the data have none."""
+SHORT = 3
+"""Words of an answer up to which answers are compared; likelihoods of longer ones say more."""
+SMALL, SMALL_SCALE = 20e6, 10
+"""Parameters of a model that takes larger learning rates, and how many times larger."""
 SCORED = 200
 """Records that are scored after each stage."""
 _CHAINS = ("lora(r=16)", "nf4 >> lora(r=16) >> regrid", "nf4 >> lora(r=16) >> regrid(start=codes)", "lora(r=4)")
@@ -138,7 +142,9 @@ def propose(
     template, why = _template(config, tokenizer, task)
     if template is not None:
         part["template"] = template
-        task = load_task(_checked(part))
+    if _short(config, task):
+        part["metric"] = "exact_match"
+    task = load_task(_checked(part))
     empty = empty_model(config, task_kind=task.kind, num_labels=number_of_labels(task))
     on_step("tokenize the data")
     lengths = _lengths(empty, tokenizer, task)
@@ -158,7 +164,7 @@ def propose(
     if why:
         facts = {**facts, "template": why}
     rows = _scored_rows(empty, lengths, int(SHARE * found))
-    text = _text(model, part, task, setting, max_length, rows, facts, output)
+    text = _text(model, part, task, setting, max_length, rows, facts, count_weights(empty), output)
     write_bytes(output, text)
     return Proposal(text, facts, task.kind)
 
@@ -243,6 +249,15 @@ def _template(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, task
         return name, " ".join(f"{name}: {reason}".split())
     assert problem is not None
     raise problem
+
+
+def _short(config: PreTrainedConfig, task: Task) -> bool:
+    """Return whether the assistant's last turns are short enough to be compared with the model's answers."""
+    if task.kind != "chat" or config.is_encoder_decoder:
+        return False
+    texts = [record["messages"][last_turn(record)].get("content") for record in _spread(task.split("train"), 200)]
+    words = sorted(len(text.split()) if text else SHORT + 1 for text in texts)
+    return words[math.ceil(0.95 * len(words)) - 1] <= SHORT
 
 
 def _lengths(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> _Lengths:
@@ -388,7 +403,7 @@ def _batch_said(setting: _Setting) -> str:
 
 def _text(
     model: str, part: Mapping[str, Any], task: Task, setting: _Setting, max_length: int, rows: int,
-    facts: Mapping[str, str], output: Path,
+    facts: Mapping[str, str], weights: int, output: Path,
 ) -> str:  # fmt: skip
     """Return the recipe as YAML with comments."""
     folder = output.absolute().parent
@@ -400,6 +415,7 @@ def _text(
         "format": "found by the columns of the first row (docs/data.md)",
         "split": "this share of the records, drawn by a seed, is kept for scoring",
         "template": facts.get("template", "").partition(": ")[2],
+        "metric": "the answers are short, so they are generated and compared; or perplexity",
     }
     data = {
         key: _relative(Path(value), folder) if key in ("train", "validation", "test") else value
@@ -418,6 +434,8 @@ def _text(
     if best_device().type == "cuda":
         train.append(("bf16", True, "the accelerator computes in bfloat16"))
     train.append(("max_length", max_length, facts["lengths"]))
+    if weights < SMALL and task.kind not in HEAD_KINDS:
+        train.append(("lr_scale", SMALL_SCALE, "a model this small takes larger learning rates"))
     train.append(("warmup", 0.05, "the learning rate rises over the first steps"))
     scored = task.splits.get("test" if "test" in part else "validation", ())
     evaluate: list[tuple[str, Any, str]] = [("batch_size", rows, "rows that are scored together")]
