@@ -4,7 +4,7 @@
     python bench/beside_lm_eval.py MODEL --data ../shared/data --out bench/results/beside_lm_eval.json
 
 MODEL is a folder of a decoder-only model. The data folder has arc_easy/, openbookqa/ and gsm8k/ with train.jsonl and
-test.jsonl, and wikitext2_test.txt. Everything runs in float32. lm-eval reads YAML tasks that are written beside the
+test.jsonl, and wikitext2_test.txt. Use --dtype bfloat16 for generation on a processor. lm-eval reads YAML tasks that are written beside the
 result, with the prompts and metrics of its own tasks of these names; both use the first training records as examples.
 A task whose result is in the file is not scored again.
 """
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=50)
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--only", nargs="*")
+    parser.add_argument("--dtype", default="float32")
     asked = parser.parse_args()
     global _folder
     _folder = str(asked.out.with_suffix("")) + "-files"
@@ -185,9 +186,9 @@ def main() -> None:
         "gsm8k": lambda *loaded: gsm8k(asked.data, asked.records, *loaded),
     }
     todo = [name for name in jobs if name not in done and (not asked.only or name in asked.only)]
-    loaded = dovetail.load(asked.model, dtype="float32") if todo else None
+    loaded = dovetail.load(asked.model, dtype=asked.dtype) if todo else None
     for name in todo:
-        done[name] = jobs[name](*loaded)
+        done[name] = jobs[name](*loaded) | {"dtype": asked.dtype}
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         asked.out.write_text(json.dumps(done, indent=2) + "\n")
         print(name, json.dumps(done[name]), flush=True)
