@@ -4,9 +4,9 @@
     python bench/beside_lm_eval.py MODEL --data ../shared/data --out bench/results/beside_lm_eval.json
 
 MODEL is a folder of a decoder-only model. The data folder has arc_easy/, openbookqa/ and gsm8k/ with train.jsonl and
-test.jsonl, and wikitext2_test.txt. Use --dtype bfloat16 for generation on a processor. lm-eval reads YAML tasks
-that are written beside the result, with the prompts and metrics of its own tasks of these names; both use the first training
-records as examples. A task whose result is in the file is not scored again.
+test.jsonl, and wikitext2_test.txt. Use --dtype bfloat16 for generation on a processor. lm-eval reads YAML tasks, which
+this script writes beside the result, with the prompts and metrics of its own tasks of these names. Both use the first
+training records as examples. A task whose result is in the file is not scored again.
 """
 
 from __future__ import annotations
