@@ -197,6 +197,12 @@ def test_the_largest_batch_that_fits_is_found_from_any_estimate(gpu_nbytes, fixe
     assert f"batch_size={fitting[0]}" in said
 
 
+def test_a_model_that_is_not_trained_does_not_fit_by_a_smaller_batch():
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    assert "nf4" in plan("magnitude(0.5)", config, gpu="30kB").change
+    assert plan("nf4", config, gpu="1kB").change.startswith("it does not fit with batch_size=1 either")
+
+
 @pytest.mark.parametrize(
     ("text", "nbytes"),
     [("24GB", 24 * 10**9), ("80GiB", 80 * 2**30), ("1.5 tb", 15 * 10**11), (7, 7), ("512", 512), ("3kib", 3072)],

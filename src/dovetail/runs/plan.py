@@ -6,6 +6,7 @@ by the same code that makes the real ones; the peak of memory on fake tensors, b
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -167,14 +168,15 @@ def plan(
         empty_model, config, task_kind=kind, num_labels=num_labels, dtype=dtype, trust_remote_code=trust_remote_code
     )
     empty = make()
-    batch = _synthetic(empty, kind, batch_size, length)
+    batch_of = partial(_synthetic, empty, kind, length=length)
     if packing:
         check_kind(empty, kind)
-        batch = _packed(batch, max_length)
+        batch_of = partial(_packed, empty, kind, length=length, max_length=max_length)
     if task is not None:
         assert not isinstance(model, PreTrainedConfig), "a task is tokenized: name the model"
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-        batch = widest_batch(empty, tokenizer, task, batch_size=batch_size, max_length=max_length, packing=packing)
+        batch_of = partial(widest_batch, empty, tokenizer, task, max_length=max_length, packing=packing)
+    batch = batch_of(batch_size=batch_size)
     on_step("targets and sizes")
     rows, tokens = batch["input_ids"].shape
     nothing = replace(nothing, batch_size=rows, length=tokens)
@@ -196,6 +198,7 @@ def plan(
         mergeable, advice = False, error.fix
     check_checkpointing(empty, gradient_checkpointing)
     settings = TrainSettings(batch_size=batch_size, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
+    models: list[PreTrainedModel] = []
     parts, rounded, highest = [], False, 0
     for number, stage in enumerate(the_chain.stages):
         model_here = empty if number == 0 else make()
@@ -204,8 +207,10 @@ def plan(
         planned = applied(model_here).layers
         on_step(f"memory of stage {number + 1} of {len(the_chain.stages)}" if memory else "")
         peak = _peak(model_here, batch, settings) if memory else None
+        models.append(model_here)
         rounded = rounded or (bf16 and bool(trained_parts(model_here)))
         if rounded:  # training in bf16 rounds what is frozen, for good, and the heads at its end
+            model_here = copy.deepcopy(model_here)
             cast_frozen(model_here)
         if peak is not None and peak > highest:
             highest, nothing = peak, replace(nothing, memory_parts=_memory_parts(model_here, peak))
@@ -243,18 +248,25 @@ def plan(
     if gpu_nbytes is None or not memory:
         return found
 
+    made = {found.chain: models}
+
+    def models_of(text: str) -> list[PreTrainedModel]:
+        """Return the model under each stage of a chain; the targets and the calibrated links are those above."""
+        if text not in made:
+            count = len(assign(text, layers, held(config)).chain.stages)
+            made[text] = [apply_on_meta(make(), text, targets, number, layers) for number in range(count)]
+        return made[text]
+
     def predict(setting: Setting) -> int | None:
-        on_step(f"{setting.chain}, batch_size={setting.batch_size}")
+        rows, checkpointing = setting.batch_size, setting.gradient_checkpointing
+        on_step(f"{setting.chain}, batch_size={rows}")
+        other = TrainSettings(batch_size=rows, bf16=bf16, gradient_checkpointing=checkpointing)
         try:
-            other = plan(
-                setting.chain, model, layers=layers, targets=targets, task=task, task_kind=task_kind,
-                num_labels=num_labels, dtype=dtype, batch_size=setting.batch_size, length=length,
-                max_length=max_length, packing=packing, bf16=bf16,
-                gradient_checkpointing=setting.gradient_checkpointing, trust_remote_code=trust_remote_code,
-            )  # fmt: skip
+            models = models_of(setting.chain)
+            peak = max(_peak(each, batch_of(batch_size=rows), other) for each in models)
         except DovetailError:
             return None
-        return other.predicted_peak_memory_nbytes
+        return peak or stored_nbytes(models[-1])
 
     peak = highest or found.nbytes  # a chain that trains nothing has no peak
     if peak <= gpu_nbytes:
@@ -276,7 +288,7 @@ def _memory_parts(model: PreTrainedModel, peak: int) -> dict[str, int]:
     return {"weights": weights, "adapters": adapters, "optimizer": 2 * adapters, "activations": rest}
 
 
-def _peak(model: PreTrainedModel, batch: dict[str, Tensor], settings: TrainSettings) -> int | None:
+def _peak(model: PreTrainedModel, batch: dict[str, Tensor], settings: TrainSettings) -> int:
     """Return the predicted peak; LoadError for a configuration with which the model's own code fails."""
     try:
         return predict_peak_memory(model, batch, settings)
@@ -326,9 +338,9 @@ def _synthetic(model: PreTrainedModel, kind: str, batch_size: int, length: int) 
     return batch
 
 
-def _packed(batch: dict[str, Tensor], max_length: int) -> dict[str, Tensor]:
-    """Return a batch of as many rows of `max_length` tokens, with texts as long as its rows."""
-    rows, tokens = batch["input_ids"].shape
+def _packed(model: PreTrainedModel, kind: str, batch_size: int, length: int, max_length: int) -> dict[str, Tensor]:
+    """Return a batch of as many rows of `max_length` tokens, with texts as long as those of `_synthetic`."""
+    rows, tokens = _synthetic(model, kind, batch_size, length)["input_ids"].shape
     ids = torch.ones(rows, max_length, dtype=torch.int64)
     places = torch.arange(max_length).remainder(tokens).repeat(rows, 1)
     return {"input_ids": ids, "position_ids": places, "labels": ids.clone()}

@@ -36,6 +36,8 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # `tensor.device` makes no tensor, and most calls of a dry run are this one
         kwargs = kwargs or {}
         for tensor in _tensors((args, *kwargs.values())):
             self._see(tensor)

@@ -62,7 +62,7 @@ def simulate(
     whole   whether every block is run; else those that stand for the repeated ones (`dovetail.training.repeats`)
     errors  those of the model's own code, and NotRepeated where the others do not follow
     """
-    model = copy.deepcopy(model)
+    model = _copied(model)
     config: Any = model.config
     config.use_cache = False  # as in training
     if settings.bf16:
@@ -72,6 +72,19 @@ def simulate(
         if settings.gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return _peak_of_two_steps(model, fake, settings, repeats)
+
+
+def _copied(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a model whose tensors are aliases on the device "meta", which copying would make one by one."""
+    aliases: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            if id(tensor) not in aliases:
+                alias = tensor.detach()
+                aliases[id(tensor)] = (
+                    nn.Parameter(alias, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else alias
+                )
+    return copy.deepcopy(model, aliases)
 
 
 def predict_unreached(model: PreTrainedModel, names: Iterable[str], batch: Mapping[str, Tensor]) -> str | None:
@@ -119,12 +132,12 @@ def _first_uncalled(
 def _faked(
     model: nn.Module, batch: Mapping[str, Tensor], device: str, repeats: list[Repeat]
 ) -> Iterator[dict[str, Tensor]]:
-    """Put a model on fake tensors, except what is frozen in blocks that are skipped, and yield the batch as such."""
+    """Put a model on fake tensors, except blocks that are skipped, and yield the batch as such."""
     try:
         with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             # Code that compares the addresses of tensors finds all equal; no size depends on it.
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-            _place(model, device, set[int]().union(*(repeat.frozen for repeat in repeats)))
+            _place(model, device, set[int]().union(*(repeat.unused for repeat in repeats)))
             yield {name: mode.from_tensor(tensor).to(device) for name, tensor in batch.items()}
     finally:
         for table in (bits._table, packing._kept_table, nearest._tables):
@@ -136,6 +149,9 @@ def _peak_of_two_steps(
 ) -> int:
     """Return the peak in bytes over two steps of training, the second of which has the optimizer's state."""
     model.train()
+    for repeat in repeats:
+        for place in repeat.skipped:
+            repeat.blocks[place].requires_grad_(False)
     optimizer = make_optimizer(model, settings)
     trained = [p for p in model.parameters() if p.requires_grad]
     with PeakMemory([*model.parameters(), *model.buffers()]) as memory, Trace(memory, repeats) as trace:
@@ -148,9 +164,8 @@ def _peak_of_two_steps(
             del outputs
             trace.begin("loss")
             loss.backward()
-            trace.end_backward()
-            torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
-            optimizer.step()
+            trace.clip(trained, settings.max_grad_norm)
+            trace.update(optimizer)
             del loss
             model.zero_grad()
         return trace.peak_nbytes()

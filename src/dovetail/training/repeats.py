@@ -3,17 +3,18 @@
 The model runs its blocks one after the other, forwards and backwards. A segment of the run is what happens between two
 boundaries of blocks: by how many bytes it changes the live memory (net), and how far it goes above its start (high).
 Blocks of one kind in the same neighbourhood have equal segments, so a segment that was measured once is played as often
-as the model has such blocks. The others pass their input on while they are measured. Parameters, gradients and the
-optimizer's state are those of the whole model.
+as the model has such blocks. The others pass their input on while they are measured, and are not updated: their
+gradients, their optimizer's state and what clipping needs for them are those of the blocks that stand for them.
 
-Equality is verified, not assumed: the segments of two neighbouring repeats must be equal to the byte, and what a block
-leaves behind must be its gradients alone. Otherwise nothing is claimed (`NotRepeated`), and all blocks are simulated.
+Equality is verified, not assumed: the segments of two neighbouring repeats must be equal to the byte, what a block
+leaves behind must be its gradients alone, and the optimizer must allocate its state alone. Otherwise nothing is claimed
+(`NotRepeated`), and all blocks are simulated.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 HELD = "held"
 """The segment in which the outputs of the model are dropped, and what they hold of its blocks: keys and values."""
+FREED = "freed"
+"""The segment in which the gradients are freed."""
 EDGE = 1
 """Blocks at each end of a repeated part whose segments differ: they free what another kind of block left."""
 LONGEST = 16
@@ -64,10 +67,15 @@ class Repeat:
         return [place for place in range(len(self.blocks)) if place not in self.skipped]
 
     @property
-    def frozen(self) -> set[int]:
-        """Identities of the tensors of skipped blocks that are not trained: only their number of bytes counts."""
+    def unused(self) -> set[int]:
+        """Identities of the tensors of skipped blocks: only their number of bytes counts."""
         blocks = [self.blocks[place] for place in self.skipped]
-        return {id(t) for block in blocks for m in block.modules() for t in _own_tensors(m) if not t.requires_grad}
+        return {id(t) for block in blocks for module in block.modules() for t in _own_tensors(module)}
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """Parameters of the window that are trained."""
+        return [p for place in self.window for p in self.blocks[place].parameters() if p.requires_grad]
 
     def like(self, place: int) -> int:
         """Return the place in the window that stands for a skipped one."""
@@ -191,7 +199,9 @@ class Trace:
         self._segments: list[Segment] = []
         self._label: Hashable = "start"
         self._step = -1
-        self._left = [0] * len(repeats)  # bytes of the window's gradients and of what the outputs held of its blocks
+        self._gradients = [0] * len(repeats)  # bytes of the window's gradients
+        self._left = [0] * len(repeats)  # these, and what the outputs held of its blocks
+        self._states: list[list[int]] = []  # of each step: bytes of the optimizer's state of each window
         self._born: list[set[int]] = [set() for _ in repeats]
         self._before: dict[int, int] = {}
         self._dropped: dict[int, list[int]] = {}
@@ -233,21 +243,26 @@ class Trace:
         self._step += 1
         self.begin("step")
 
-    def end_backward(self) -> None:
-        """Give the skipped blocks the gradients that the blocks of the window have."""
-        self.begin("fill")
+    def clip(self, trained: Sequence[nn.Parameter], norm: float) -> None:
+        """Clip the gradients after the backward pass, also without those of each window: the difference is theirs."""
         for stack, repeat in enumerate(self._repeats):
-            self._left[stack] = self._dropped[self._step][stack] + sum(
-                _gradient_nbytes(p) for place in repeat.window for p in repeat.blocks[place].parameters()
-            )
-            for place in repeat.skipped:
-                like = repeat.blocks[repeat.like(place)]
-                for name, parameter in repeat.blocks[place].named_parameters():
-                    if like.get_parameter(name).grad is not None:
-                        parameter.grad = torch.empty_strided(
-                            parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device
-                        )
-        self.begin("update")
+            self.begin(("clip without", self._step, stack))
+            window = {id(p) for p in repeat.trained}
+            self._gradients[stack] = sum(map(_gradient_nbytes, repeat.trained))
+            self._left[stack] = self._dropped[self._step][stack] + self._gradients[stack]
+            nn.utils.clip_grad_norm_([p for p in trained if id(p) not in window], norm)
+        self.begin(("clip", self._step))
+        nn.utils.clip_grad_norm_(trained, norm)
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Run the optimizer's step, and begin what frees the gradients."""
+        self.begin(("update", self._step))
+        optimizer.step()
+        self.begin(FREED)
+        states = [[optimizer.state.get(p, {}) for p in repeat.trained] for repeat in self._repeats]
+        self._states.append(
+            [sum(t.nbytes for state in window for t in state.values() if isinstance(t, Tensor)) for window in states]
+        )
 
     def peak_nbytes(self) -> int:
         """Return the peak of all blocks; raise NotRepeated where segments of equal blocks are not equal."""
@@ -278,14 +293,32 @@ class Trace:
         live = peak = self._first
         steps = iter(self._dropped.values())
         for segment in self._segments:
-            if segment.label == "fill":
-                continue  # the segments of the window have counted these gradients
             for each in [segment, *played.get(segment.label, [])]:
-                peak = max(peak, live + each.high)
-                live += each.net
+                net, high = self._of_skipped(each, measured)
+                peak = max(peak, live + each.high + high)
+                live += each.net + net
             if segment.label == HELD:
-                live -= sum(n * repeat.copies for n, repeat in zip(next(steps), self._repeats, strict=True))
+                live -= self._times_copies(next(steps))
         return peak
+
+    def _of_skipped(self, segment: Segment, measured: Mapping[Hashable, Segment]) -> tuple[int, int]:
+        """Return by how much the skipped blocks change the live memory in an update, and how far they raise it."""
+        match segment.label:
+            case "clip", step:
+                without = [measured["clip without", step, stack].high for stack in range(len(self._repeats))]
+                return 0, self._times_copies([segment.high - high for high in without])
+            case "update", int() as step if self._repeats:
+                if segment.high != segment.net:
+                    raise NotRepeated("an optimizer that needs more than its state")
+                before = self._states[step - 1] if step else [0] * len(self._repeats)
+                grown = self._times_copies([now - old for now, old in zip(self._states[step], before, strict=True)])
+                return grown, grown
+            case "freed":
+                return -self._times_copies(self._gradients), 0
+        return 0, 0
+
+    def _times_copies(self, of_windows: Sequence[int]) -> int:
+        return sum(n * repeat.copies for n, repeat in zip(of_windows, self._repeats, strict=True))
 
     def _watch(self, stack: int, repeat: Repeat, before: int | None, place: int, last: bool) -> None:
         """Set boundaries where the block at this place starts, forwards and backwards."""
