@@ -59,7 +59,7 @@ def run(
     links = steps.legal_chain(recipe)
     output = choose_output(output or recipe.output, name)
     check_folder(output)
-    check_environment(recipe.train.report_to)
+    check_environment(recipe.train.report_to, recipe.train.optimizer)
     tasks = steps.load_tasks(recipe)
     task = tasks[0]
     steps.check_layers(recipe, task, links)

@@ -2,7 +2,7 @@
 
 Each link has its own learning rate (CLAM, Table 4: they differ by orders of magnitude), unless the settings state one
 for all links (CLAM, A.9). A common scale multiplies them (the c of CLAM §3.2). AdamW has betas 0.9 and 0.999 (Table 5).
-Differences from the table: no weight decay by default, none of vectors, and no paging of AdamW's state.
+Differences from the table: no weight decay by default, none of vectors, and paging of AdamW's state on request only.
 """
 
 from __future__ import annotations
@@ -75,8 +75,11 @@ def learning_rates(model: nn.Module, settings: TrainSettings) -> dict[str, float
     return {part: rates[part] * settings.lr_scale for part in trained_parts(model)}
 
 
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """Return AdamW with a group per part and kind: matrices, and vectors, which have no weight decay."""
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Return AdamW with a group per part and kind: matrices, and vectors, which have no weight decay.
+
+    It is torch's, or one of bitsandbytes with a state of 8 bits or a paged one.
+    """
     rates = learning_rates(model, settings)
     groups: list[dict[str, Any]] = []
     for part, parameters in trained_parts(model).items():
@@ -84,7 +87,12 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ada
             chosen = [p for p in parameters if (p.ndim > 1) == matrices]
             if chosen:
                 groups.append({"params": chosen, "lr": rates[part], "weight_decay": decay})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+    from bitsandbytes import optim
+
+    names = {"adamw_8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw_8bit": optim.PagedAdamW8bit}
+    return names[settings.optimizer](groups, betas=(0.9, 0.999))
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -12,6 +12,7 @@ from pydantic import Field
 from dovetail.errors import TrainError
 from dovetail.files import refusal
 from dovetail.tasks.spec import Part, Positive
+from dovetail.training.presets import TRAINING_PRESETS
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -22,6 +23,7 @@ _REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",
 class Training(Part):
     """The keys of a recipe's `train` part; each is a keyword argument of `dovetail.train`.
 
+    preset                  name of settings that a paper reports (`dovetail.training.presets`); others take precedence
     epochs, max_steps       of each stage; max_steps takes precedence over epochs
     batch_size              rows of a batch; a step takes `gradient_accumulation` batches
     lr_scale                multiplies every learning rate (CLAM's c)
@@ -29,6 +31,8 @@ class Training(Part):
     head_learning_rate      of parameters that are trained outside the chain: new heads
     schedule, warmup        linear or cosine to 0, or constant; fraction of the steps of a linear warm-up from 0
     weight_decay            of matrices; vectors (scales, biases, norms) have none
+    optimizer               AdamW, with its state in 8 bits, or paged to the processor's memory, or both; all but adamw
+                            need bitsandbytes, and paging a CUDA GPU
     max_grad_norm           gradients are clipped to this norm
     max_length              tokens of a row; fewer if the model has fewer positions
     packing                 put several short rows into one of max_length; batch_size counts these
@@ -41,6 +45,7 @@ class Training(Part):
     report_to               experiment tracker that receives losses and validation scores
     """
 
+    preset: str | None = None
     epochs: PositiveFloat = 3.0
     max_steps: Positive | None = None
     batch_size: Positive = 32
@@ -51,6 +56,7 @@ class Training(Part):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     max_grad_norm: PositiveFloat = 1.0
     max_length: Annotated[int, Field(ge=2)] = 512
     packing: bool = False
@@ -61,6 +67,16 @@ class Training(Part):
     evaluate_limit: Positive | None = None
     checkpoint_every: Positive = 200
     report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, value: Any) -> Any:
+        name = value.get("preset") if isinstance(value, dict) else None
+        if name is None:
+            return value
+        if name not in TRAINING_PRESETS:
+            raise ValueError("the preset must be one of " + ", ".join(TRAINING_PRESETS))
+        return {**TRAINING_PRESETS[name], **value}
 
 
 class TrainSettings(Training):
@@ -85,8 +101,14 @@ class TrainSettings(Training):
         return self.model_dump(exclude={"evaluate_every", "evaluate_limit", "checkpoint_every", "report_to"})
 
 
-def check_environment(report_to: str) -> None:
-    """Raise TrainError if the tracker's package is not installed, or if this is one of several training processes."""
+def _has_cuda() -> bool:
+    import torch  # which reading a recipe need not wait for
+
+    return torch.cuda.is_available()
+
+
+def check_environment(report_to: str, optimizer: str = "adamw") -> None:
+    """Raise TrainError if a tracker or an optimizer is not there, or if this is one of several training processes."""
     processes = os.environ.get("WORLD_SIZE", "1")  # set by torchrun and accelerate
     if processes != "1":
         raise TrainError(
@@ -94,6 +116,20 @@ def check_environment(report_to: str) -> None:
             found=f"WORLD_SIZE={processes}: one of several processes",
             rule="a training must run in one process: with several, losses would be divided twice",
             fix="start it without torchrun or accelerate launch; dovetail study runs several trainings at a time",
+        )
+    if optimizer != "adamw" and find_spec("bitsandbytes") is None:
+        raise TrainError(
+            f"train, optimizer={optimizer}",
+            found="the package bitsandbytes is not installed",
+            rule="8-bit and paged optimizers are those of bitsandbytes",
+            fix="pip install bitsandbytes, or leave optimizer out",
+        )
+    if optimizer.startswith("paged") and not _has_cuda():
+        raise TrainError(
+            f"train, optimizer={optimizer}",
+            found="no CUDA GPU",
+            rule="the state of a paged optimizer moves between a CUDA GPU and the processor",
+            fix=f"set optimizer: {optimizer.removeprefix('paged_')}",
         )
     packages = _REPORTERS.get(report_to, ())
     if packages and not any(map(find_spec, packages)):

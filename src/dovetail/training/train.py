@@ -129,10 +129,10 @@ def train(
     data          a task, the name of a playground task, or records (`dovetail.tasks`)
     settings      the fields of `TrainSettings`, as keyword arguments: epochs=3.0, max_steps, batch_size=32,
                   gradient_accumulation=1, lr_scale=1.0, learning_rate=1e-4, link_learning_rate,
-                  head_learning_rate=1e-3, schedule="linear", warmup=0.0, weight_decay=0.0, max_grad_norm=1.0,
-                  max_length=512, packing=False, bf16=False, gradient_checkpointing=False, group_by_length=True,
-                  evaluate_every, evaluate_limit, checkpoint_every=200, report_to="none", seed=0. Two runs with the same
-                  seed give the same bits
+                  head_learning_rate=1e-3, schedule="linear", warmup=0.0, weight_decay=0.0, optimizer="adamw",
+                  max_grad_norm=1.0, max_length=512, packing=False, bf16=False, gradient_checkpointing=False,
+                  group_by_length=True, evaluate_every, evaluate_limit, checkpoint_every=200, report_to="none", preset,
+                  seed=0. Two runs with the same seed give the same bits
     calibration   batches for pruning and quantizing in later stages; by default drawn from the train split
     output_dir    directory of checkpoints; nothing is written without one
     resume        continue a killed run, to the same bits; the model must be as it was at the start of that run
@@ -154,7 +154,7 @@ def train(
     from dovetail.training.trainer import StageTrainer, StopAfter, Watch, trackers, trainer_arguments
 
     asked = TrainSettings(**settings)
-    check_environment(asked.report_to)
+    check_environment(asked.report_to, asked.optimizer)
     check_checkpointing(model, asked.gradient_checkpointing)
     started = time.perf_counter()
     config: Any = model.config
