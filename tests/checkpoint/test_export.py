@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from typer.testing import CliRunner
 
 import dovetail
 from dovetail.checkpoint.export import FORMATS, export
+from dovetail.cli.main import app
 from dovetail.errors import DovetailError, ExportError
 from families import batch, logits, make, move
+from small_models import make_tokenizer
 
 torch.set_num_threads(1)
 CT, BNB = "compressed-tensors", "bitsandbytes"
@@ -202,3 +205,15 @@ def test_bytes_that_the_owner_decodes_to_other_values_are_not_written(
     with pytest.raises(ExportError, match=r"1 of [\d,]+ weights that compressed_tensors"):
         export(model, CT, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command(tmp_path: Path) -> None:
+    available(CT)
+    model = merged("int(bits=4, group=32, symmetric=signed, scale_bits=4)")
+    dovetail.save_packed(model, tmp_path / "packed", tokenizer=make_tokenizer())
+    for more, said in ((["--dry-run"], "all layers fit"), ([], "the same values in float32")):
+        command = ["export", str(tmp_path / "packed"), "--to", CT, "-o", str(tmp_path / "out"), *more]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0
+        assert said in done.output
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
