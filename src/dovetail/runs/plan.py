@@ -254,7 +254,9 @@ def plan(
         """Return the model under each stage of a chain; the targets and the calibrated links are those above."""
         if text not in made:
             count = len(assign(text, layers, held(config)).chain.stages)
-            made[text] = [apply_on_meta(make(), text, targets, number, layers) for number in range(count)]
+            made[text] = [make() for _ in range(count)]
+            for number, each in enumerate(made[text]):
+                apply_on_meta(each, text, targets, number, layers)
         return made[text]
 
     def predict(setting: Setting) -> int | None:

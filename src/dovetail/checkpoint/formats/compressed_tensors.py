@@ -80,8 +80,10 @@ class CompressedTensors(Format):
 
         group = _group(quantized, ["Linear"])
         scheme = QuantizationScheme.model_validate(group)
-        served = dict(tensors) | {"weight_scale": tensors["weight_scale"].to(dtype)}
-        return BaseCompressor.get_value_from_registry(group["format"]).decompress(served, scheme)["weight"]
+        served: dict[str, Tensor | None] = {**tensors, "weight_scale": tensors["weight_scale"].to(dtype)}
+        weight = BaseCompressor.get_value_from_registry(group["format"]).decompress(served, scheme)["weight"]
+        assert weight is not None
+        return weight
 
     def config(
         self, layers: Mapping[str, QuantizedWeight], outside: Sequence[str], dtype: torch.dtype

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dovetail.chains.layer.applied import AppliedChain, applied
 from dovetail.chains.layer.linear import ChainLinear, LinkState
-from dovetail.chains.link import Constraint
+from dovetail.chains.link import Adapter, Constraint
 from dovetail.errors import ChainError
 from dovetail.files import atomic, write_whole
 from dovetail.links.adapt.peft import PeftAdapter, name_layers
@@ -94,11 +94,12 @@ def _kind(record: AppliedChain) -> type[PeftAdapter]:
         found = f"{links[0]}, whose base is the weight less a low rank"
         rule = "peft would put the adapter on a base from which nothing was taken"
         raise _refused(record, found, rule, "save it with save_adapter, or merge the chain and save the model")
-    if links[0].moves is not None:
-        rule = f"peft has no adapter that trains the {links[0].moves} of a grid"
-        raise _refused(record, str(links[0]), rule, merged)
-    assert isinstance(links[0], PeftAdapter)
-    return type(links[0])
+    link = links[0]
+    assert isinstance(link, Adapter)
+    if link.moves is not None:
+        raise _refused(record, str(link), f"peft has no adapter that trains the {link.moves} of a grid", merged)
+    assert isinstance(link, PeftAdapter)
+    return type(link)
 
 
 def _check_layers(
