@@ -204,7 +204,6 @@ def plan(
         model_here = empty if number == 0 else make()
         if number > 0:
             apply_on_meta(model_here, chain_, targets, number, layers)
-        planned = applied(model_here).layers
         on_step(f"memory of stage {number + 1} of {len(the_chain.stages)}" if memory else "")
         peak = _peak(model_here, batch, settings) if memory else None
         models.append(model_here)
@@ -216,6 +215,7 @@ def plan(
             highest, nothing = peak, replace(nothing, memory_parts=_memory_parts(model_here, peak))
         if rounded:
             cast_heads(model_here)
+        planned = applied(model_here).layers
         weights = sum(layer.base.shape[0] * layer.base.shape[1] for layer in planned.values())
         parts.append(
             StagePlan(
@@ -254,9 +254,10 @@ def plan(
         """Return the model under each stage of a chain; the targets and the calibrated links are those above."""
         if text not in made:
             count = len(assign(text, layers, held(config)).chain.stages)
-            made[text] = [make() for _ in range(count)]
-            for number, each in enumerate(made[text]):
+            stages = [make() for _ in range(count)]
+            for number, each in enumerate(stages):
                 apply_on_meta(each, text, targets, number, layers)
+            made[text] = stages
         return made[text]
 
     def predict(setting: Setting) -> int | None:
