@@ -301,6 +301,7 @@ class RsLoRA(RankAdapter):
     peft_tensors = LoRA.peft_tensors
     peft_config = LoRA.peft_config
     peft_alpha = LoRA.peft_alpha
+    pool = None  # which LoRA's functions read
     parameter_shapes, init, fold = LoRA.parameter_shapes, LoRA.init, LoRA.fold
 
     def divisor(self, rank: int) -> float:
