@@ -81,7 +81,7 @@ def test_the_recipes_fit_the_model(tmp_path: Path) -> None:
     finally:
         sys.path.remove(str(EXAMPLES))
     write(DATA, tmp_path / "data")
-    for path in sorted(EXAMPLES.glob("*.yaml")):
+    for path in sorted(set(EXAMPLES.glob("*.yaml")) - {EXAMPLES / "search.yaml"}):
         (tmp_path / path.name).write_text(path.read_text(encoding="utf-8"))
         recipe = Recipe.load(tmp_path / path.name)
         tasks = load_tasks(recipe)
