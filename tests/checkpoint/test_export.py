@@ -169,6 +169,8 @@ def test_what_is_not_merged_or_has_no_grid_is_refused(tmp_path: Path) -> None:
     dovetail.apply(model, "int(bits=4, group=32) >> lora(r=4) >> regrid")
     with pytest.raises(ExportError, match=r"(?s)not merged.*merge"):
         export(model, CT, tmp_path / "out")
+    with pytest.raises(ExportError, match=r"(?s)dtype=int8.*float32, bfloat16"):
+        export(model, CT, tmp_path / "out", dtype="int8")
     with pytest.raises(ExportError, match="formats: compressed-tensors, bitsandbytes"):
         export(model, "int4", tmp_path / "out")
     (tmp_path / "full").mkdir()

@@ -76,7 +76,8 @@ def test_the_limit_of_a_control_group_counts(tmp_path, monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "_CGROUP", tmp_path)
     assert module.free_memory(torch.device("cpu")) > 0
     (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 250\nactive_file 50\n")
     (tmp_path / "memory.max").write_text("1000\n")
-    assert module.free_memory(torch.device("cpu")) == 100
+    assert module.free_memory(torch.device("cpu")) == 350
     (tmp_path / "memory.max").write_text("max\n")
-    assert module.free_memory(torch.device("cpu")) > 100
+    assert module.free_memory(torch.device("cpu")) > 350

@@ -220,6 +220,14 @@ def test_peak_memory_counts_what_is_alive():
     assert memory.live_nbytes == 2040
 
 
+def test_no_python_code_runs_when_a_tensor_is_freed():
+    """Python drops what is raised there, such as Ctrl-C."""
+    kept = [torch.ones(10), torch.ones(20)]
+    found = [reference.__callback__ for reference, _ in PeakMemory(kept)._seen.values()]
+    assert len(found) == 2
+    assert all(isinstance(callback, types.BuiltinFunctionType) for callback in found)
+
+
 def _some_layers() -> nn.Module:
     model = llama().requires_grad_(False)
     model.lm_head.weight = model.model.embed_tokens.weight  # tied, as the playground's

@@ -380,11 +380,11 @@ class Constraint(Link):
         """
 
     def project_listing_(self, rows_ni: Tensor, start: int, base: Base) -> Tensor | None:
-        """Project rows in place; return the places in rows_ni, flat int64, where no gradient passes, or None.
+        """Project rows in place, and list where no gradient passes; of constraints with `lists_blocked`.
 
-        For constraints with `lists_blocked`.
+        returns  places in rows_ni, flat, int64; None where the gradient passes everywhere
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} lists no places without a gradient")
 
 
 def always_print(default: Any) -> Any:

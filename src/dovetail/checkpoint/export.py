@@ -112,7 +112,7 @@ def export(
     if not isinstance(model, nn.Module):
         path = Path(model)
         model, tokenizer = load(path / "model" if (path / "report.json").is_file() else model)
-    served = model.dtype if dtype is None else FLOATS[dtype] if isinstance(dtype, str) else dtype
+    served = _served(to, model.dtype if dtype is None else dtype)
     layers, outside = quantized_layers(form, model)
     kinds = {name: form.kind(name, quantized) for name, quantized in layers.items()}
     said = {name: ExportedLayer(q.identity, kinds[name], q.shape[0] * q.shape[1], 0) for name, q in layers.items()}
@@ -146,6 +146,15 @@ def export(
         )
     claim = "codes" if differing else "values"
     return ExportReport(to, str(folder), shown, form.decoder, claim, said, weights, differing, nbytes, notes)
+
+
+def _served(to: str, dtype: str | torch.dtype) -> torch.dtype:
+    """Return the dtype that a model is served in. Raises ExportError for a name that is none of a float."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in FLOATS:
+        rule = "a model is served in one of " + ", ".join(FLOATS)
+        raise ExportError(f"export to {to}", found=f"dtype={name[:60]}", rule=rule, fix="name one of them")
+    return FLOATS[name]
 
 
 def fits(to: str, layers: Mapping[str, ChainLinear]) -> tuple[dict[str, int], list[str]]:

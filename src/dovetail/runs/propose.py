@@ -301,8 +301,8 @@ def _spread(records: Sequence[Record], number: int) -> list[Record]:
 def _memory() -> tuple[int, str]:
     """Return the free bytes of the accelerator or of this machine, and which of them."""
     device = best_device()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
-    return free_memory(device), f"free on {name}"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return free_memory(device), "free on " + ("this machine" if device.type in ("cpu", "mps") else where)
 
 
 def _fitting(

@@ -52,13 +52,17 @@ def holding(model: nn.Module) -> Iterator[None]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the free bytes of a CUDA device, or of this machine within the limit of its control group."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    """Return the free bytes of an accelerator, or of this machine within the limit of its control group (version 2).
+
+    Pages of files that the control group could give back count as free.
+    """
+    if device.type in ("cuda", "xpu"):
+        return torch.accelerator.get_memory_info(device)[0]
     import psutil
 
     free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
+    with suppress(OSError, ValueError, KeyError):  # no control group, or one without a limit ("max")
         limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, max(0, limit - used))
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, max(0, limit - used + int(stat["inactive_file"])))
     return free

@@ -1,8 +1,8 @@
 """Data sets that papers use, by name: from the columns of their published files to records.
 
 A preset reads a data set of the hub, or local files of the same schema. Prompts of multiple choice are those of lm-eval
-0.4, so scores can be compared; WinoGrande is scored over the rest of the sentence with its option, where lm-eval scores
-the rest alone. Test splits without labels (PIQA, HellaSwag, WinoGrande, GLUE, SuperGLUE) are left out.
+0.4.13, so scores can be compared; WinoGrande is scored over the rest of the sentence with its option, where lm-eval
+scores the rest alone. Test splits without labels (PIQA, HellaSwag, WinoGrande, GLUE, SuperGLUE) are left out.
 """
 
 from __future__ import annotations
@@ -323,7 +323,7 @@ PRESETS: Mapping[str, Preset] = {
     # Questions with a text as answer, and multiple choice.
     "gsm8k": Preset("generation", "openai/gsm8k", TRAIN_TEST, _each(_gsm8k), "main", scoring=_GSM8K),
     "boolq": Preset("choice", "google/boolq", TRAIN_VALIDATION, _each(_boolq)),
-    "piqa": Preset("choice", "ybisk/piqa", TRAIN_VALIDATION, _each(_piqa)),
+    "piqa": Preset("choice", "baber/piqa", TRAIN_VALIDATION, _each(_piqa)),
     "hellaswag": Preset("choice", "Rowan/hellaswag", TRAIN_VALIDATION, _each(_hellaswag)),
     "winogrande": Preset("choice", "allenai/winogrande", TRAIN_VALIDATION, _each(_winogrande), "winogrande_xl"),
     "arc_easy": Preset("choice", "allenai/ai2_arc", ALL, _ARC, "ARC-Easy"),

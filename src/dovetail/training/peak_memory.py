@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +25,20 @@ class PeakMemory(TorchDispatchMode):
 
     def __init__(self, roots: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.live_nbytes = 0
         self.peak_nbytes = 0
         """The maximum of `live_nbytes` so far."""
+        self._live_nbytes = 0
         self._seen: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        # Freed storages, not subtracted yet. A callback in Python cannot raise: Ctrl-C in it would be lost.
+        self._freed: list[weakref.KeyedRef[int, torch.UntypedStorage]] = []
         for tensor in roots:
             self._see(tensor)
+
+    @property
+    def live_nbytes(self) -> int:
+        """The bytes of the storages that are alive now."""
+        self._count_freed()
+        return self._live_nbytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -53,23 +60,26 @@ class PeakMemory(TorchDispatchMode):
 
     def alive(self) -> dict[int, int]:
         """Return the bytes of each live storage, by a key that another one may get once it is freed."""
+        self._count_freed()
         return {key: nbytes for key, (_, nbytes) in self._seen.items()}
 
     def _see(self, tensor: Tensor) -> None:
         if tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
+        self._count_freed()  # first: a new storage may have the key of a freed one
         key = id(storage)  # the storage's Python object lives as long as the storage
         if key in self._seen:
             return
         nbytes = storage.nbytes()
-        self._seen[key] = weakref.ref(storage, partial(self._freed, key, nbytes)), nbytes
-        self.live_nbytes += nbytes
-        self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes)
+        self._seen[key] = weakref.KeyedRef(storage, self._freed.append, key), nbytes
+        self._live_nbytes += nbytes
+        self.peak_nbytes = max(self.peak_nbytes, self._live_nbytes)
 
-    def _freed(self, key: int, nbytes: int, _: object) -> None:
-        del self._seen[key]
-        self.live_nbytes -= nbytes
+    def _count_freed(self) -> None:
+        while self._freed:
+            _, nbytes = self._seen.pop(self._freed.pop().key)
+            self._live_nbytes -= nbytes
 
 
 def _grouped_product(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:

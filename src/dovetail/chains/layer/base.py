@@ -25,7 +25,7 @@ from dovetail.chains.statistics import InputStatistics
 from dovetail.models.layouts import Layout
 
 CHUNK_BYTES = 1 << 21
-"""Rows are worked on in chunks that stay in a core's cache; on other devices than the CPU all at once."""
+"""Rows are worked on in chunks that stay in the processor's caches; on other devices than the CPU all at once."""
 
 
 class Scratch:
