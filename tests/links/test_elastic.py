@@ -411,7 +411,7 @@ def batch_of_sums(model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_a_chain_that_is_not_elastic_draws_nothing(monkeypatch):
-    monkeypatch.setattr("dovetail.training.trainer.draw_ranks", None)
+    monkeypatch.setattr("dovetail.training.callbacks.draw_ranks", None)
     quiet(dovetail.apply(llama(), "lora(r=4)"), SUMS, max_steps=2)
 
 

@@ -151,7 +151,8 @@ def train(
     for records that do not match the model.
     """
     # Imported here: the Trainer takes seconds to import.
-    from dovetail.training.trainer import StageTrainer, StopAfter, Watch, trackers, trainer_arguments
+    from dovetail.training.callbacks import StopAfter, Watch
+    from dovetail.training.trainer import StageTrainer, trackers, trainer_arguments
 
     asked = TrainSettings(**settings)
     check_environment(asked.report_to, asked.optimizer)
