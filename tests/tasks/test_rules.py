@@ -196,6 +196,8 @@ def test_rank_classification_is_a_choice_of_label_words(tmp_path: Path, model: t
             rank_classification(labels, words, prompt)
     with pytest.raises(DataError, match="texts with integer labels"):
         rank_classification(generation(Scoring()), ["a", "b"])
+    with pytest.raises(DataError, match="records without a pair"):
+        rank_classification(labels, ["bad", "good"], "{text} {pair}")
 
 
 def test_mmlu_from_local_files_of_both_layouts(tmp_path: Path, model: tuple[Any, Any]) -> None:

@@ -22,7 +22,8 @@ def rank_classification(task: Task, words: Sequence[str], prompt: str | None = N
 
     words    of the labels in their order: ["negative", "positive"]; a space joins them to the prompt
     prompt   with {text}, and {pair} where the records have one; PROMPT or PAIR_PROMPT when not given
-    errors   DataError for a task of another kind, too few words, or a prompt without {text}
+    errors   DataError for a task of another kind, too few words, a prompt without {text}, or with a
+             {pair} that records lack
     """
     where = f"task {task.name}"
     if task.kind != "classification":
@@ -31,6 +32,13 @@ def rank_classification(task: Task, words: Sequence[str], prompt: str | None = N
     if prompt is not None and "{text}" not in prompt:
         rule, fix = "the prompt must contain {text}", 'write it as "{text}\\nAnswer:"'
         raise DataError(where, found=f"prompt {prompt!r}"[:200], rule=rule, fix=fix)
+    paired = all("pair" in record for records in task.splits.values() for record in records)
+    if prompt is not None and "{pair}" in prompt and not paired:
+        rule, fix = (
+            "a prompt with {pair} needs records with a second text",
+            "remove {pair}, or name its column in fields",
+        )
+        raise DataError(where, found="records without a pair", rule=rule, fix=fix)
     if len(set(words)) < len(words) or not all(words):
         rule, fix = "label words must differ and not be empty", "name one word for each label"
         raise DataError(where, found=", ".join(words), rule=rule, fix=fix)
@@ -44,7 +52,7 @@ def rank_classification(task: Task, words: Sequence[str], prompt: str | None = N
     def choice(record: Record) -> Record:
         form = prompt or (PAIR_PROMPT if "pair" in record else PROMPT)
         # In one pass: a text may hold {pair} itself.
-        filled = re.sub(r"\{(text|pair)\}", lambda found: record.get(found[1], ""), form)
+        filled = re.sub(r"\{(text|pair)\}", lambda found: record[found[1]], form)
         return {"prompt": filled, "choices": choices, "label": record["label"]}
 
     splits = {split: [choice(record) for record in records] for split, records in task.splits.items()}
