@@ -389,8 +389,9 @@ def test_spread():
 def scored(metric, *means, sd=0.0) -> StudyReport:
     """A study of rows that have these mean scores at the points of one axis."""
     results = [
-        Result(row="a", point={"r": 2**at}, chain="lora", stage="tuned", sparsity=None, mergeable=None, why="",
-               precision="FP32", figure=Spread(values=[mean], mean=mean, sd=sd), merged_lossy=None, failed=[], runs=[])
+        Result(row="a", point={"r": 2**at}, task="t", chain="lora", stage="tuned", sparsity=None, mergeable=None,
+               why="", precision="FP32", figure=Spread(values=[mean], mean=mean, sd=sd), merged_lossy=None, failed=[],
+               runs=[])
         for at, mean in enumerate(means)
     ]  # fmt: skip
     return StudyReport(

@@ -119,12 +119,14 @@ class Line:
     """A row at one point of the axes: a line of the table.
 
     point  axis -> value, of the axes that the row's chain names
+    task   name of the task of its runs
     stage  whose scores the line shows; None: merged where merging is exact, else the last stage before
     runs   one for each seed, in order
     """
 
     row: str
     point: dict[str, Value]
+    task: str
     stage: str | None
     runs: tuple[Run, ...]
 
@@ -180,7 +182,8 @@ def _lines(study: Study, row: Row, known: dict[str, Run]) -> list[Line]:
             slug = "-".join([row.name, *(f"{axis}-{value}" for axis, value in point.items()), f"s{seed}"])
             run = Run(re.sub(r"[^a-z0-9.]+", "-", slug.lower()).strip("-."), recipe)
             runs.append(known.setdefault(recipe.model_dump_json(), run))
-        lines.append(Line(row.name, point, None, tuple(runs)))
+        data = runs[0].recipe.data
+        lines.append(Line(row.name, point, data.task or data.name or "data", None, tuple(runs)))
     slugs = [run.slug for run in known.values()]
     if len(set(slugs)) < len(slugs):
         twice = next(slug for slug in slugs if slugs.count(slug) > 1)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from dovetail.files import write_whole
 from dovetail.runs.report.record import ReportPart
 from dovetail.studies.matrix import Value
@@ -61,16 +63,26 @@ class Spread(ReportPart):
 
 
 class Failure(ReportPart):
-    """A run that ended in an error: its seed and its message."""
+    """A run without a score: its seed, the reason, and whether it had an error, no memory left, or was killed."""
 
     seed: int
     problem: str
+    kind: Literal["error", "memory", "killed"] = "error"
+
+
+class Illegal(ReportPart):
+    """A point of a row that was not run: its chain is illegal, or it cannot be merged as the recipe asks, and why."""
+
+    row: str
+    point: dict[str, Value]
+    why: str
 
 
 class Result(ReportPart):
     """A line of the quality table.
 
     row, point    name of the row; axis -> value
+    task          that its runs are trained and scored on
     chain         of its runs
     stage         whose scores these are: merged where merging was verified as exact, else the last one before
     sparsity      fraction of zeros in the weights of the target layers at that stage, mean over the seeds
@@ -86,6 +98,7 @@ class Result(ReportPart):
 
     row: str
     point: dict[str, Value]
+    task: str
     chain: str
     stage: str
     sparsity: float | None
@@ -135,6 +148,7 @@ class StudyReport(ReportPart):
 
     metric   of `figure`
     vary     axis -> its values
+    illegal  points of rows that were not run
     seconds  of all runs together
     """
 
@@ -148,6 +162,7 @@ class StudyReport(ReportPart):
     results: list[Result]
     cost: list[Cost]
     compare: list[Difference]
+    illegal: list[Illegal] = Field([])
     seconds: float
     environment: dict[str, str]
 

@@ -234,6 +234,7 @@ def _result(line: Line, folder: Path, failed: Mapping[str, str]) -> Result:
     return Result(
         row=line.row,
         point=line.point,
+        task=line.task,
         chain=line.runs[0].recipe.chain,
         stage=stage,
         sparsity=sum(zeros) / len(zeros) if zeros else None,

@@ -94,8 +94,14 @@ def _quality(report: StudyReport) -> Table:
         rows.append([*cells, *([anyway] if lossy else [])])
     return Table(
         f"{metric_name(report.metric)} on {report.task}", [*heads, *(["merged\nanyway"] if lossy else [])], rows,
-        3 + len(axes), NOTES["quality"], [remark for result in report.results for remark in _remarks(result)],
+        3 + len(axes), NOTES["quality"],
+        [*(remark for result in report.results for remark in _remarks(result)), *_illegal(report)],
     )  # fmt: skip
+
+
+def _illegal(report: StudyReport) -> list[str]:
+    """Return a line for each point that was not run."""
+    return [f"{label(one.row, one.point)} was not run, because it is illegal: {one.why}" for one in report.illegal]
 
 
 def _remarks(result: Result) -> list[str]:
