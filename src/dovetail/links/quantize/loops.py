@@ -76,6 +76,38 @@ def snap_affine(w, scale, zero, inside, lowest, highest):
 
 
 @compiled
+def snap_uniform(w, scale, offset, inside, lowest, highest):
+    """Replace w by clamp(round((w - offset) / scale)) * scale + offset.
+
+    offset           (blocks,) float32; -0 for none
+    lowest, highest  float32, of the levels, which are consecutive integers
+    """
+    blocks, block = w.shape
+    asked = inside.shape[0] > 0
+    nearest_zero = min(max(np.float32(0), lowest), highest)
+    for b in range(blocks):
+        s, o = scale[b], offset[b]
+        if s == 0:
+            for j in range(block):
+                w[b, j] = w[b, j] if w[b, j] != w[b, j] else nearest_zero * s + o
+                if asked:
+                    inside[b, j] = False
+        elif asked:
+            for j in range(block):
+                level = np.rint((w[b, j] - o) / s)
+                inside[b, j] = lowest <= level <= highest
+                level = lowest if level < lowest else level
+                level = highest if level > highest else level
+                w[b, j] = level * s + o
+        else:
+            for j in range(block):
+                level = np.rint((w[b, j] - o) / s)
+                level = lowest if level < lowest else level
+                level = highest if level > highest else level
+                w[b, j] = level * s + o
+
+
+@compiled
 def snap_levels(w, scale, inside, levels, middles, reach, divides):
     """Replace w by the level nearest to w / scale, times the scale.
 
