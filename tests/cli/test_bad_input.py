@@ -126,7 +126,9 @@ def test_labels(tmp_path, refused):
     data = save_labels(tmp_path)
     recipe = {"model": model, "chain": "lora(r=2)", "data": data, "train": {"max_steps": 1, "batch_size": 4}}
     write_lines(tmp_path / "bad.jsonl", [{"sentence": "one", "other": "two", "label": "yes"}])
-    assert "label must be of type int" in refused(recipe=recipe | {"data": data | {"train": "bad.jsonl"}})
+    assert "the labels must be all numbers, or all texts" in refused(
+        recipe=recipe | {"data": data | {"train": "bad.jsonl"}}
+    )
     write_lines(tmp_path / "bad.jsonl", [{"sentence": "one", "other": "two", "label": 2}])
     assert "label=2, num_labels=2" in refused(recipe=recipe | {"data": data | {"train": "bad.jsonl", "num_labels": 2}})
     message = refused(recipe=recipe | {"data": data | {"kind": "regression", "metric": "accuracy"}})

@@ -101,7 +101,7 @@ def evaluate(
             scores |= _mean(group, scores)
         for each in tasks:
             found = zip(each.split(chosen), outputs.get(each.name, [])[:shown], strict=False)
-            examples[each.name] = [Example.of(each.kind, record, "", said) for record, said in found]
+            examples[each.name] = [Example.of(each, record, "", said) for record, said in found]
     if theirs:
         more, logged = evaluate_lm_eval(
             loaded, tokenizer, theirs, include=include, limit=limit, shots=shots, batch_size=batch_size,

@@ -12,7 +12,8 @@ from dovetail.errors import LoadError
 from dovetail.files import read_json
 from dovetail.runs.folder import ADAPTER, MODEL, RECIPE
 from dovetail.runs.recipe import Recipe
-from dovetail.runs.report.record import REPORT, Report
+from dovetail.runs.report.record import REPORT, Report, TaskInfo
+from dovetail.tasks.labels import name_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,22 +54,26 @@ def load_result(
 def _of_run(
     path: Path, adapter: str | Path | None, task_kind: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    kind = task_kind or Report.load(path).task.kind
+    task = Report.load(path).task
     if (path / MODEL).is_dir():
-        model, tokenizer = load(path / MODEL, task_kind=kind)
+        model, tokenizer = load(path / MODEL, task_kind=task_kind or task.kind)
         if adapter is not None:
             _attach(model, Path(adapter))
         return model, tokenizer
-    return _based(path, path / ADAPTER if adapter is None else Path(adapter), kind)
+    return _based(path, path / ADAPTER if adapter is None else Path(adapter), task, task_kind)
 
 
-def _based(path: Path, adapter: Path, kind: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the base of a run with an adapter on it."""
-    recipe = Recipe.load(path / RECIPE)
+def _based(
+    path: Path, adapter: Path, task: TaskInfo, task_kind: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the base of a run, with the outputs that its task named, and an adapter on it."""
+    recipe, kind = Recipe.load(path / RECIPE), task_kind or task.kind
+    outputs = recipe.data.num_labels or task.num_labels
     model, tokenizer = load(
-        recipe.model, task_kind=kind, num_labels=recipe.data.num_labels, dtype=recipe.dtype,
+        recipe.model, task_kind=kind, num_labels=outputs if kind == task.kind else None, dtype=recipe.dtype,
         trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
     )  # fmt: skip
+    name_labels(model.config, task.labels)
     _attach(model, adapter)
     return model, tokenizer
 
@@ -76,7 +81,7 @@ def _based(path: Path, adapter: Path, kind: str) -> tuple[PreTrainedModel, PreTr
 def _of_adapter(path: Path, task_kind: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     run = path.absolute().parent
     if (path / _OWN).is_file() and (run / RECIPE).is_file() and (run / REPORT).is_file():
-        return _based(run, path, task_kind or Report.load(run).task.kind)
+        return _based(run, path, Report.load(run).task, task_kind)
     rule = "an adapter must be attached to its base model"
     fix = f"name both: BASE --adapter {path}"
     base: Any = None

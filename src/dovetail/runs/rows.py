@@ -90,4 +90,4 @@ class Rows:
         """Return the first records of the first task with the outputs of the base row and of the last row."""
         task, before, after = self.tasks[0], self._finished[0].outputs, self._finished[-1].outputs
         records = task.split(self.split)[: len(before)]
-        return [Example.of(task.kind, *shown) for shown in zip(records, before, after, strict=True)]
+        return [Example.of(task, *shown) for shown in zip(records, before, after, strict=True)]

@@ -27,6 +27,7 @@ from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Checkpoint, Packed, Searched, finite
 from dovetail.runs.search_settings import RankSettings
 from dovetail.tasks.find import load_task, number_of_labels
+from dovetail.tasks.labels import name_labels
 from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.packing import check_packing
 from dovetail.tasks.task import Task
@@ -94,6 +95,7 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTo
         dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
     )  # fmt: skip
     to_stock(model)
+    name_labels(model.config, task.labels)
     if recipe.train.packing:
         rows, _ = training_rows(model, tokenizer, task, "train", recipe.train, limit=3)
         check_packing(model, task.kind, rows)

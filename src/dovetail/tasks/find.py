@@ -22,14 +22,21 @@ from dovetail.tasks.rank import rank_classification
 from dovetail.tasks.rules import Scoring
 from dovetail.tasks.spec import Data
 from dovetail.tasks.stored import RECORD, gathered, select
-from dovetail.tasks.task import FIELDS, METRICS, OPTIONAL, Record, Task, check_labels, check_record
+from dovetail.tasks.task import (
+    FIELDS,
+    MAX_LABELS,
+    METRICS,
+    OPTIONAL,
+    LabelTypes,
+    Record,
+    Task,
+    check_labels,
+    check_record,
+)
 from dovetail.tasks.tokens import RowMaker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MAX_LABELS = 1000
-"""The most labels that are taken from the records: a larger one is rather a mistake, unless num_labels says so."""
 
 
 def as_task(data: Task | str | Iterable[Record], split: str = "train") -> Task:
@@ -54,9 +61,9 @@ def as_task(data: Task | str | Iterable[Record], split: str = "train") -> Task:
             found, rule = f"a {type(record).__name__}", "records must be dictionaries"
             raise DataError(f"data, record {index}", found=found, rule=rule, fix=fix)
     kinds = [kind for kind, fields in FIELDS.items() if set(fields) <= set(data[0])]
-    # A labelled text is also a text. Labels that are not all integers are values.
+    # A labelled text is also a text. Labels with a float among them are values.
     if "classification" in kinds:
-        whole = all(isinstance(record.get("label"), int) for record in data)
+        whole = not any(isinstance(record.get("label"), float) for record in data)
         kinds = ["classification" if whole else "regression"]
     if len(kinds) != 1:
         raise DataError(
@@ -180,6 +187,7 @@ def _preset_rows(data: Data, name: str, part: str) -> dict[str, Iterator[Row]]:
 def _formatted(data: Data) -> tuple[str, dict[str, Sequence[Record]]]:
     """Return the kind and the splits of files in a format, which the first row tells where no format is named."""
     name, splits = data.format, {}
+    labels = LabelTypes()
 
     def records(where: str, rows: Iterable[Row], unread: dict[str, None]) -> Iterator[Record]:
         nonlocal name
@@ -192,8 +200,12 @@ def _formatted(data: Data) -> tuple[str, dict[str, Sequence[Record]]]:
             unread.update(dict.fromkeys(others))
             if data.template is not None:
                 record = {**record, "template": data.template}
-            # Integer labels are also values; which they are is known after the last row.
-            check_record(row.where, "regression" if name == "labels" else FORMATS[name].kind, record)
+            kind = FORMATS[name].kind
+            if name == "labels" and isinstance(record["label"], float):
+                kind = "regression"  # integers are also values; which they are is known after the last row
+            check_record(row.where, kind, record)
+            if name == "labels":
+                labels.add(row.where, record["label"])
             yield record
 
     for split, (where, rows) in _sources(data).items():
@@ -236,11 +248,14 @@ def read_records(
 
 def _records(where: str, rows: Iterable[Row], kind: str, columns: Mapping[str, str], *, pair: bool) -> Sequence[Record]:
     unread: dict[str, None] = {}
+    labels = LabelTypes()
 
     def records() -> Iterator[Record]:
         for row in rows:
             record, others = _record(row, kind, columns, pair)
             unread.update(dict.fromkeys(others))
+            if kind == "classification":
+                labels.add(row.where, record["label"])
             yield record
 
     return _finished(where, gathered(records(), RECORD), unread)
@@ -283,7 +298,7 @@ def number_of_labels(task: Task, stated: int | None = None) -> int | None:
     if task.kind != "classification":
         return None
     labels = [record["label"] for records in task.splits.values() for record in records]
-    found = stated or min(max(2, max(labels) + 1), MAX_LABELS)
+    found = stated or min(max(2, max(labels) + 1, len(task.labels)), MAX_LABELS)
     for split, records in task.splits.items():
         fix = "number the labels from 0, or set data.num_labels"
         check_labels(f"task {task.name}, split {split}", records, found, fix=fix)

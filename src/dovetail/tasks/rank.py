@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dovetail.errors import DataError
-from dovetail.tasks.task import METRICS, Record, Task
+from dovetail.tasks.task import METRICS, Record, Task, renumbered
 
 PROMPT = "{text}\nAnswer:"
 PAIR_PROMPT = "{text}\n{pair}\nAnswer:"
@@ -20,7 +20,8 @@ PAIR_PROMPT = "{text}\n{pair}\nAnswer:"
 def rank_classification(task: Task, words: Sequence[str], prompt: str | None = None) -> Task:
     """Return a classification as a task of choices, each label as its word.
 
-    words    of the labels in their order: ["negative", "positive"]; a space joins them to the prompt
+    words    of the labels in their order: ["negative", "positive"]; a space joins them to the prompt. Labels that are
+             texts are matched by their names where all of them are among the words
     prompt   with {text}, and {pair} where the records have one; PROMPT or PAIR_PROMPT when not given
     errors   DataError for a task of another kind, too few words, a prompt without {text}, or with a
              {pair} that records lack
@@ -42,6 +43,10 @@ def rank_classification(task: Task, words: Sequence[str], prompt: str | None = N
     if len(set(words)) < len(words) or not all(words):
         rule, fix = "label words must differ and not be empty", "name one word for each label"
         raise DataError(where, found=", ".join(words), rule=rule, fix=fix)
+    if set(task.labels) <= set(words):
+        numbers = [words.index(label) for label in task.labels]
+        splits = {split: renumbered(records, numbers) for split, records in task.splits.items()}
+        task = replace(task, splits=splits if task.labels else task.splits)
     most = max(record["label"] for records in task.splits.values() for record in records)
     least = min(record["label"] for records in task.splits.values() for record in records)
     if least < 0 or most >= len(words):

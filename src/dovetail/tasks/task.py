@@ -10,7 +10,7 @@ how evaluation scores it:
 | pairs | good, bad | the good sentence | share of pairs whose good sentence is likelier |
 | text | text | every token | perplexity |
 | chat | messages, tools and template (optional) | the assistant's turns | perplexity, exact match of the last one |
-| classification | text, pair (optional), label (int) | a head | accuracy, Matthews correlation |
+| classification | text, pair (optional), label (int or str) | a head | accuracy, Matthews correlation |
 | regression | text, pair (optional), label (float) | a head | Pearson and Spearman correlation |
 """
 
@@ -21,7 +21,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dovetail.errors import DataError
+from dovetail.progress import note_once
 from dovetail.tasks.rules import Scoring
+from dovetail.tasks.stored import RECORD, gathered
 
 Record = Mapping[str, Any]
 
@@ -31,7 +33,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "pairs": {"good": str, "bad": str},
     "text": {"text": str},
     "chat": {"messages": list},
-    "classification": {"text": str, "label": int},
+    "classification": {"text": str, "label": (int, str)},
     "regression": {"text": str, "label": (int, float)},
 }
 
@@ -63,6 +65,9 @@ LOWER_IS_BETTER = ("perplexity",)
 COUNTS = ("n", "cut", "windows")
 """Beside the scores: records; prompts and texts that were cut, if any; rows of texts, if some have several."""
 
+MAX_LABELS = 1000
+"""The most labels that are taken from the records: more are rather a mistake, unless num_labels says so."""
+
 MAX_VALUE = 1e18
 """The largest label in size: its square is a float32 still, and so is a squared error."""
 
@@ -76,6 +81,8 @@ class Task:
     metric   the main metric of the task, one of METRICS[kind]
     splits   split name ("train", "validation", "test") -> records
     scoring  how they are scored
+    labels   of a classification whose records have texts for labels: their names in the order of their numbers. Such
+             records are numbered when the task is made, in the order of the names
     """
 
     name: str
@@ -83,6 +90,7 @@ class Task:
     metric: str
     splits: Mapping[str, Sequence[Record]] = field(repr=False)
     scoring: Scoring = field(default_factory=Scoring)
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"task {self.name}"
@@ -98,6 +106,26 @@ class Task:
                 raise DataError(f"{where}, split {split}", found="no records", rule=rule, fix="remove the split")
             for index, record in enumerate(records):
                 check_record(f"{where}, split {split}, record {index}", self.kind, record)
+        if self.kind == "classification":
+            self._number_labels(where)
+
+    def _number_labels(self, where: str) -> None:
+        """Replace labels that are texts by their numbers."""
+        seen = LabelTypes()
+        for split, records in self.splits.items():
+            for index, record in enumerate(records):
+                seen.add(f"{where}, split {split}, record {index}", record["label"])
+        if not seen.names:
+            return
+        names = sorted(seen.names)
+        number = {name: at for at, name in enumerate(names)}
+        note_once(
+            f"{where}: the labels are numbered: " + ", ".join(f"{name} {at}" for name, at in number.items())[:500]
+        )
+        object.__setattr__(self, "labels", tuple(names))
+        object.__setattr__(
+            self, "splits", {split: renumbered(records, number) for split, records in self.splits.items()}
+        )
 
     def split(self, name: str) -> Sequence[Record]:
         """Return the records of a split; DataError lists the splits."""
@@ -105,6 +133,46 @@ class Task:
             rule = "the splits of this task are " + ", ".join(self.splits)
             raise DataError(f"task {self.name}", found=f"split {name!r}", rule=rule, fix="name one of these splits")
         return self.splits[name]
+
+
+class LabelTypes:
+    """The labels of a classification seen so far: all of them texts, whose names are kept, or all of them numbers.
+
+    `add` raises DataError for a label of the other type, an empty one, and more than MAX_LABELS names.
+    """
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self._numbers = False
+
+    def add(self, where: str, label: Any) -> None:
+        """Take the label of one more record."""
+        if isinstance(label, str) and _is_number(label):
+            rule, fix = "a label that is a number must not be a text", "write the number without quotes"
+            raise DataError(where, found=f"label={label!r}"[:200], rule=rule, fix=fix)
+        if not isinstance(label, str):
+            self._numbers = True
+        elif label:
+            self.names.add(label)
+        if (self.names and self._numbers) or label == "":
+            rule = "the labels must be all numbers, or all texts that are not empty"
+            raise DataError(where, found=f"label={label!r}"[:200], rule=rule, fix="correct the label")
+        if len(self.names) > MAX_LABELS:
+            found, rule = f"more than {MAX_LABELS} labels", "labels must be few, each for many records"
+            raise DataError(where, found=found, rule=rule, fix="name another column as label, or train on answers")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def renumbered(records: Sequence[Record], number: Mapping[Any, int] | Sequence[int]) -> Sequence[Record]:
+    """Return the records with another number for each label."""
+    return gathered(({**record, "label": number[record["label"]]} for record in records), RECORD)
 
 
 def check_record(where: str, kind: str, record: Record) -> None:
@@ -124,8 +192,9 @@ def check_record(where: str, kind: str, record: Record) -> None:
             found, rule = f"{name}={value!r}"[:200], f"{name} must be of type {_type_name(kinds)}"
             fix = "replace each label by a number from 0" if name == "label" else f"convert {name} to that type"
             raise DataError(where, found=found, rule=rule, fix=fix)
-    label, choices = record.get("label", 0), record.get("choices", [])
-    if "label" in fields and not abs(label) <= MAX_VALUE:
+    label: Any = record.get("label", 0)
+    choices: Any = record.get("choices", [])
+    if "label" in fields and not isinstance(label, str) and not abs(label) <= MAX_VALUE:
         rule = f"label must be finite and at most {MAX_VALUE:.0e} in magnitude"
         raise DataError(where, found=f"label={label!r}"[:200], rule=rule, fix="scale the labels")
     if kind == "choice" and not all(isinstance(choice, str) for choice in choices):

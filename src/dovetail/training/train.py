@@ -29,6 +29,7 @@ from dovetail.errors import TrainError
 from dovetail.files import read_json, write_whole
 from dovetail.progress import note
 from dovetail.tasks.find import as_task
+from dovetail.tasks.labels import as_model_labels, name_labels
 from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.packing import PackedRows, check_packing
 from dovetail.tasks.scoring import evaluate
@@ -162,6 +163,8 @@ def train(
     if not chain_layers(model):
         vars(config).pop("dovetail", None)  # the fingerprint of a merged model is wrong once the model is trained
     data = as_task(data)
+    name_labels(config, data.labels)
+    data = as_model_labels(data, config)
     rows, make = training_rows(model, tokenizer, data, "train", asked)
     cut = make.say(f"train {data.name}", shown=progress).get("cut", 0)
     shown = rendered(tokenizer, rows[0])

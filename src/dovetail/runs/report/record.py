@@ -16,6 +16,7 @@ import torch
 from dovetail.checkpoint.footprint import Footprint
 from dovetail.errors import LoadError
 from dovetail.files import read_json, write_whole
+from dovetail.tasks.find import number_of_labels
 from dovetail.tasks.task import Task
 from dovetail.tasks.tokens import last_turn
 from dovetail.training.train import StageReport
@@ -47,9 +48,11 @@ class ReportPart(pydantic.BaseModel):
 class TaskInfo(ReportPart):
     """The task of the run.
 
-    metric  the primary metric of the task
-    split   the split that was scored
-    chance  the score of an answer that does not depend on the input; None where it is not known
+    metric      the primary metric of the task
+    split       the split that was scored
+    chance      the score of an answer that does not depend on the input; None where it is not known
+    num_labels  outputs of the head; None for a task without labels
+    labels      names of the labels of a classification, in the order of their numbers
     """
 
     name: str
@@ -57,12 +60,17 @@ class TaskInfo(ReportPart):
     metric: str
     split: str
     chance: float | None = None
+    num_labels: int | None = None
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, task: Task, split: str, limit: int | None = None) -> TaskInfo:
         """Describe a task whose first `limit` records of a split are scored."""
         chance = _chance(task, task.split(split)[:limit])
-        return cls(name=task.name, kind=task.kind, metric=task.metric, split=split, chance=chance)
+        return cls(
+            name=task.name, kind=task.kind, metric=task.metric, split=split, chance=chance,
+            num_labels=number_of_labels(task), labels=task.labels,
+        )  # fmt: skip
 
 
 def _chance(task: Task, records: Sequence[Mapping[str, Any]]) -> float | None:
@@ -144,9 +152,9 @@ class Example(ReportPart):
     after: str
 
     @classmethod
-    def of(cls, kind: str, record: Mapping[str, Any], before: str, after: str) -> Example:
-        """Show a record of a task of this kind."""
-        match kind:
+    def of(cls, task: Task, record: Mapping[str, Any], before: str, after: str) -> Example:
+        """Show a record of a task."""
+        match task.kind:
             case "generation":
                 prompt, expected = record["prompt"], record["answer"]
             case "choice":
@@ -158,7 +166,8 @@ class Example(ReportPart):
             case "pairs":
                 prompt, expected = "", record["good"]
             case _:
-                prompt, expected = record["text"], str(record["label"])
+                prompt = record["text"]
+                expected = task.labels[record["label"]] if task.labels else str(record["label"])
                 if "pair" in record:
                     prompt += "\n" + record["pair"]
         texts = {"prompt": prompt, "expected": expected, "before": before, "after": after}

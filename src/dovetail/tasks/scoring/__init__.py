@@ -12,6 +12,7 @@ from torch import nn
 from dovetail.errors import DataError
 from dovetail.tasks.find import as_task
 from dovetail.tasks.holding import holding
+from dovetail.tasks.labels import as_model_labels
 from dovetail.tasks.lengths import in_evaluation, length_limit
 from dovetail.tasks.scoring.chat import score_chat
 from dovetail.tasks.scoring.classification import score_labels, score_values
@@ -81,9 +82,11 @@ def evaluate(
         if value is not None and value < 1:
             rule = f"{name} must be at least 1"
             raise DataError("evaluate", found=f"{name}={value}", rule=rule, fix=f"raise {name}")
+    config: Any = model.config
     scores: dict[str, dict[str, float]] = {}
     with in_evaluation(model), _without_router_losses(model), torch.inference_mode(), holding(model):
         for task in tasks:
+            task = as_model_labels(task, config)
             records = with_shots(task, split, limit)
             length = length_limit(model, tokenizer, max_length, records)
             samples = 0 if on_outputs is None else SAMPLES
@@ -92,6 +95,8 @@ def evaluate(
             )  # fmt: skip
             found, outputs = METHODS[task.kind](runner, records)
             scores[task.name] = {**found, "n": len(records), **runner.make.say(task.name, shown=progress)}
+            if task.labels:
+                outputs = [task.labels[int(number)] for number in outputs]
             if on_outputs is not None:
                 on_outputs(task.name, outputs)
     return scores
