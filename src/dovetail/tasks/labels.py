@@ -7,9 +7,9 @@ other data with the same names are scored by the model's own numbers, whichever 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dovetail.errors import DataError
 from dovetail.tasks.task import Task, renumbered
@@ -26,7 +26,7 @@ def name_labels(config: PreTrainedConfig, labels: Sequence[str]) -> None:
     if not labels or set(labels) <= set(_names(config)):
         return
     names = dict(enumerate(labels))
-    names |= {number: f"LABEL_{number}" for number in range(len(labels), config.num_labels)}
+    names |= {number: f"LABEL_{number}" for number in range(len(labels), config.num_labels or 0)}
     config.id2label, config.label2id = names, {name: number for number, name in names.items()}
 
 
@@ -52,5 +52,5 @@ def as_model_labels(task: Task, config: PreTrainedConfig) -> Task:
 
 
 def _names(config: PreTrainedConfig) -> list[str]:
-    known: Mapping[int, Any] = config.id2label or {}
-    return [str(known[number]) for number in sorted(known)]
+    known = {int(number): str(name) for number, name in (config.id2label or {}).items()}
+    return [known[number] for number in sorted(known)]

@@ -192,15 +192,14 @@ def check_record(where: str, kind: str, record: Record) -> None:
             found, rule = f"{name}={value!r}"[:200], f"{name} must be of type {_type_name(kinds)}"
             fix = "replace each label by a number from 0" if name == "label" else f"convert {name} to that type"
             raise DataError(where, found=found, rule=rule, fix=fix)
-    label: Any = record.get("label", 0)
-    choices: Any = record.get("choices", [])
+    label, choices = record.get("label", 0), record.get("choices", [])
     if "label" in fields and not isinstance(label, str) and not abs(label) <= MAX_VALUE:
         rule = f"label must be finite and at most {MAX_VALUE:.0e} in magnitude"
         raise DataError(where, found=f"label={label!r}"[:200], rule=rule, fix="scale the labels")
     if kind == "choice" and not all(isinstance(choice, str) for choice in choices):
         found = f"choices={choices!r}"[:200]
         raise DataError(where, found=found, rule="choices must be a list of str", fix="convert the choices to text")
-    if kind == "choice" and not 0 <= label < len(choices):
+    if kind == "choice" and not 0 <= record["label"] < len(choices):
         found, rule = f"label={label}, {len(choices)} choices", "label must be the index of the correct choice"
         raise DataError(where, found=found, rule=rule, fix="number the choices from 0")
     if kind == "chat":
