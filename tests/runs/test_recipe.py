@@ -175,3 +175,32 @@ def test_examples():
     assert (EXAMPLES / "quickstart.yaml").read_text() == RECIPE
     for path in EXAMPLES.glob("*.yaml"):
         Recipe.load(path)
+
+
+def test_layers_are_taken_from_a_search(tmp_path):
+    found = {
+        "chain": "int(bits=4) >> lora(r=8) >> regrid",
+        "layers": {"down": "int(bits=8) >> lora(r=2) >> regrid", "up": "int(bits=4) >> lora(r=4) >> regrid"},
+    }
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump({**SHORT, **found}))
+
+    def layers(chain, **more):
+        return Recipe.parse({**SHORT, "chain": chain, "layers": {"from": "best.yaml", **more}}, folder=tmp_path).layers
+
+    assert layers(found["chain"]) == Recipe.parse({**SHORT, **found}).layers
+    # What the search varied, and nothing else; links that it had not keep their arguments.
+    assert layers("int(bits=2, group=32) >> lora(r=1, init=loftq)") == {
+        "down": "int(bits=8, group=32) >> lora(r=2, init=loftq)",
+        "up": "int(bits=4, group=32) >> lora(r=4, init=loftq)",
+    }
+    assert layers("int >> dora(r=3)", up="int(bits=2) >> dora(r=3)") == {
+        "down": "int(bits=8, group=64) >> dora(r=3)", "up": "int(bits=2, group=64) >> dora(r=3)",
+    }  # fmt: skip
+    again = Recipe.parse({**SHORT, "chain": found["chain"], "layers": {"from": str(tmp_path / "best.yaml")}})
+    again.dump(tmp_path / "whole.yaml")
+    assert Recipe.load(tmp_path / "whole.yaml") == again
+    with pytest.raises(RecipeError, match="layers that differ in int, lora"):
+        layers("nf4 >> ia3")
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump(SHORT))
+    with pytest.raises(RecipeError, match="no chain with layers"):
+        layers("int >> lora")

@@ -79,7 +79,7 @@ def finished(tmp_path_factory):
 
 
 def test_rows_times_points_times_seeds(tmp_path):
-    lines = expand(Study.parse(small_study(tmp_path)))
+    lines = expand(Study.parse(small_study(tmp_path))).lines
     assert [(line.row, line.point, line.stage) for line in lines] == [
         ("dense", {}, "base"),
         ("sparse", {"sparsity": 0.25}, "pruned"), ("sparse", {"sparsity": 0.5}, "pruned"),
@@ -101,7 +101,7 @@ def test_axes_of_text_make_a_matrix_and_equal_recipes_run_once(tmp_path):
         {"name": "half", "chain": "nf4 >> {adapter}", "with": {"merge": "none"}},
     ]
     vary = {"quantizer": ["nf4", "int(bits=4, group=32)"], "adapter": ["lora(r=2)", "ia3"]}
-    lines = expand(Study.parse(small_study(tmp_path, rows=rows, vary=vary, seeds=[3])))
+    lines = expand(Study.parse(small_study(tmp_path, rows=rows, vary=vary, seeds=[3]))).lines
     assert [line.runs[0].recipe.chain for line in lines] == [
         "nf4 >> lora(r=2)", "nf4 >> ia3", "int(bits=4, group=32) >> lora(r=2)", "int(bits=4, group=32) >> ia3",
         "nf4 >> lora(r=2)", "nf4 >> ia3",
@@ -122,12 +122,140 @@ def test_recipe_files_under_common_under_the_row(tmp_path):
     }  # fmt: skip
     (tmp_path / "study.yaml").write_text(json.dumps(asked))
     found = Study.load(tmp_path / "study.yaml")
-    a, b = (line.runs[0].recipe for line in expand(found))
+    a, b = (line.runs[0].recipe for line in expand(found).lines)
     assert (a.train.max_steps, a.train.batch_size, a.train.warmup, a.seed, a.merge) == (2, 8, 0.5, 4, "exact")
     assert (b.train.max_steps, b.train.batch_size, b.train.warmup, b.merge) == (1, 8, 0.5, "lossy")
     assert a.model == str(tmp_path / "base")
     found.dump(tmp_path / "recipes" / "resolved.yaml")
     assert expand(Study.load(tmp_path / "recipes" / "resolved.yaml")) == expand(found)
+
+
+def grid_study(folder, **changes):
+    """Quantizers, none among them, with adapters and two tasks of the playground; one seed."""
+    common = {key: value for key, value in small_recipe(folder).items() if key not in ("chain", "data")}
+    return {
+        "title": "grid",
+        "common": {**common, "merge": "none", "train": {"max_steps": 2, "lr_scale": 2}},
+        "vary": {
+            "quantizer": ["none", "nf4"],
+            "adapter": {"lora": "lora(r=2)", "loftq": "lora(r=2, init=loftq)"},
+            "data": {"words": {"task": "word_problems"}, "pairs": {"task": "acceptability"}},
+        },
+        "rows": [{"name": "grid", "chain": "{quantizer} >> {adapter}"}],
+        **changes,
+    }  # fmt: skip
+
+
+def test_axes_are_links_and_keys_of_the_recipe(tmp_path):
+    rows = [
+        {"name": "grid", "chain": "{quantizer} >> {adapter}"},
+        {"name": "one", "chain": "ia3", "with": {"data": {"task": "perplexity"}, "train": {"max_steps": 1}}},
+        {"name": "untuned", "of": "grid", "stage": "base"},
+        {"name": "quantized", "of": "grid", "stage": "quantized"},
+    ]
+    vary = {**grid_study(tmp_path)["vary"], "train.max_steps": [2, 3]}
+    asked = grid_study(tmp_path, rows=rows, vary=vary, skip=[{"quantizer": "none", "adapter": "loftq"}])
+    for study in (Study.parse(asked), Study.parse(read_yaml(dumped(Study.parse(asked), tmp_path)))):
+        with pytest.raises(RecipeError, match="stages of grid: base, tuned"):  # without a quantizer
+            expand(study)
+        matrix = expand(study.model_copy(update={"rows": study.rows[:3]}))
+        lines = [line for line in matrix.lines if line.row == "grid"]
+        assert [(*line.point.values(), line.task) for line in lines[:4]] == [
+            ("none", "lora", "words", 2, "word_problems"), ("none", "lora", "words", 3, "word_problems"),
+            ("none", "lora", "pairs", 2, "acceptability"), ("none", "lora", "pairs", 3, "acceptability"),
+        ]  # fmt: skip
+        assert [line.runs[0].recipe.chain for line in lines[::4]] == [
+            "lora(r=2)", "nf4 >> lora(r=2)", "nf4 >> lora(r=2, init=loftq)"
+        ]  # fmt: skip
+        assert lines[1].runs[0].slug == "grid-quantizer-none-adapter-lora-data-words-train.max-steps-3-s0"
+        assert [line.runs[0].recipe.train.max_steps for line in lines[:2]] == [2, 3]
+        assert lines[0].runs[0].recipe.train.lr_scale == 2
+        (one,) = (line for line in matrix.lines if line.row == "one")
+        assert (one.point, one.task, one.runs[0].recipe.train.max_steps) == ({}, "perplexity", 1)
+        untuned = [(line.point, line.task) for line in matrix.lines if line.row == "untuned"]
+        assert untuned == [({"data": "words"}, "word_problems"), ({"data": "pairs"}, "acceptability")]
+        assert not matrix.refused
+
+
+def dumped(study, folder):
+    study.dump(folder / "dumped.yaml")
+    return folder / "dumped.yaml"
+
+
+def test_scores_that_the_adapter_does_not_change_are_one_line(tmp_path):
+    rows = [*grid_study(tmp_path)["rows"], {"name": "untuned", "of": "grid", "stage": "quantized"}]
+    vary = {"quantizer": ["nf4", "int(bits=4, group=32)"], "adapter": ["lora(r=2)", "ia3", "lora(r=2, init=loftq)"]}
+    asked = grid_study(tmp_path, rows=rows, vary=vary, common=grid_study(tmp_path)["common"] | {"data": "perplexity"})
+    lines = [line for line in expand(Study.parse(asked)).lines if line.row == "untuned"]
+    assert [line.point for line in lines] == [
+        {"quantizer": "nf4"}, {"quantizer": "nf4", "adapter": "lora(r=2, init=loftq)"},
+        {"quantizer": "int(bits=4, group=32)"},
+        {"quantizer": "int(bits=4, group=32)", "adapter": "lora(r=2, init=loftq)"},
+    ]  # fmt: skip
+
+
+def test_a_seed_may_be_an_axis(tmp_path):
+    asked = grid_study(tmp_path, vary={"seed": [3, 5]}, rows=[ROW], common=small_study(tmp_path)["common"])
+    lines = expand(Study.parse(asked)).lines
+    assert [(line.point, [run.recipe.seed for run in line.runs]) for line in lines] == [
+        ({"seed": 3}, [3]), ({"seed": 5}, [5])
+    ]  # fmt: skip
+    with pytest.raises(RecipeError, match="seeds are given once"):
+        Study.parse({**asked, "seeds": [1, 2]})
+
+
+def test_paths_of_an_axis_are_relative_to_the_study(tmp_path, monkeypatch):
+    data = small_recipe(tmp_path)["data"]
+    asked = grid_study(
+        tmp_path, rows=[{"name": "a", "chain": "{quantizer} >> lora(r=2)"}],
+        vary={"quantizer": ["none", "nf4", "int(bits=4, group=32)"],
+              "data": {"sums": {**data, "train": "train.jsonl", "test": "test.jsonl"}, "pairs": "acceptability"},
+              "layers": {"same": {}, "searched": {"from": "best.yaml"}}},
+    )  # fmt: skip
+    found = {"chain": "int(bits=4, group=32) >> lora(r=8)", "layers": {"down": "int(bits=8, group=32) >> lora(r=4)"}}
+    (tmp_path / "best.yaml").write_text(json.dumps({**small_recipe(tmp_path), **found}))
+    (tmp_path / "study.yaml").write_text(json.dumps(asked))
+    (tmp_path / "elsewhere").mkdir()
+    study = Study.load(tmp_path / "study.yaml")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    lines = expand(Study.load(dumped(study, tmp_path / "elsewhere"))).lines
+    assert lines == expand(study).lines
+    first, second, *_, last = lines
+    assert first.runs[0].recipe.data.files["train"] == tmp_path / "train.jsonl"
+    assert (first.task, last.task) == ("sums", "acceptability")
+    assert (first.runs[0].recipe.evaluate.split, last.runs[0].recipe.evaluate.split) == ("test", "test")
+    assert second.runs[0].recipe.layers == {"down": "lora(r=4)"}
+    assert last.runs[0].recipe.layers == {"down": "int(bits=8, group=32) >> lora(r=4)"}
+
+
+def test_illegal_points_are_told_and_not_run(tmp_path):
+    matrix = expand(Study.parse(grid_study(tmp_path)))
+    assert len(matrix.lines) == 6
+    assert [(one.row, one.point) for one in matrix.refused] == [
+        ("grid", {"quantizer": "none", "adapter": "loftq", "data": "words"}),
+        ("grid", {"quantizer": "none", "adapter": "loftq", "data": "pairs"}),
+    ]  # fmt: skip
+    assert "no quantizer before it" in matrix.refused[0].why
+    vary = {"quantizer": ["none", "int(bits=4, group=48)", "nf4"], "adapter": ["none", "lora(r=2)"]}
+    common = small_study(tmp_path)["common"]
+    matrix = expand(Study.parse(grid_study(tmp_path, vary=vary, common={**common, "merge": "exact"})))
+    assert [line.point for line in matrix.lines] == [
+        {"quantizer": "none", "adapter": "lora(r=2)"}, {"quantizer": "nf4", "adapter": "none"}
+    ]  # fmt: skip
+    reasons = ["no links", "group must divide", "grid", "grid"]
+    assert all(reason in one.why for reason, one in zip(reasons, matrix.refused, strict=True))
+
+
+def test_quick_keeps_a_part(tmp_path):
+    quick = {"vary": {"adapter": ["lora"], "data": ["pairs"]}, "seeds": [7], "common": {"train": {"max_steps": 1}}}
+    skip = [{"quantizer": "nf4", "data": ["words", "pairs"]}, {"adapter": "loftq"}]
+    (line,) = expand(Study.parse(grid_study(tmp_path, quick=quick, skip=skip)).quickly()).lines
+    assert line.point == {"quantizer": "none", "adapter": "lora", "data": "pairs"}
+    assert (line.runs[0].recipe.seed, line.runs[0].recipe.train.max_steps, line.runs[0].recipe.train.lr_scale) == (
+        7, 1, 2
+    )  # fmt: skip
+    with pytest.raises(RecipeError, match="no key quick"):
+        Study.parse(grid_study(tmp_path)).quickly()
 
 
 ROW = {"name": "a", "chain": "lora(r=2)"}
@@ -153,6 +281,18 @@ ROW = {"name": "a", "chain": "lora(r=2)"}
         ({"rows": [{**ROW, "with": {"train": {"epochs": -1}}}]}, "epochs"),
         ({"rows": [{**ROW, "chain": "wanda({x}) >> lora"}]}, "{x}"),
         ({"vary": {"x": [1]}}, "must be named in the chain of some row"),
+        ({"vary": {"dtata": [1]}}, "did you mean data"),
+        ({"vary": {"train.max_stesp": [1]}}, "did you mean max_steps"),
+        ({"vary": {"train.max_steps": [1, 1]}}, "1 stands there twice"),
+        ({"vary": {"train.max_steps": []}}, "at least one value"),
+        ({"vary": {"data": [{"task": "word_problems"}]}}, "must have a label"),
+        ({"vary": {"data": {"a": {"preset": "alpaka"}}}}, "the preset must be one of"),
+        ({"vary": {"merge": ["none"]}, "rows": [{**ROW, "with": {"merge": "lossy"}}]}, "merge, which every row sets"),
+        ({"vary": {"merge": ["none"]}, "skip": [{"data": "x"}]}, "must be an axis under vary"),
+        ({"vary": {"merge": ["none"]}, "skip": [{"merge": "x"}]}, "must be a value of the axis merge"),
+        ({"vary": {"merge": ["none"]}, "skip": [{"merge": "none"}]}, "skip must leave a point"),
+        ({"vary": {"merge": ["none"]}, "quick": {"vary": {"merge": ["lossy"]}}}, "must be a value of the axis merge"),
+        ({"quick": {"sedes": [1]}}, "did you mean seeds"),
         ({"compare": [["a", "z"]]}, "'z'"),
         ({"cost": ["z"]}, "'z'"),
         ({"common": {"output": "x"}}, "key 'output'"),
@@ -170,6 +310,7 @@ def test_a_bad_study_is_one_message(tmp_path, changes, told):
     [
         ({"chain": "wanda(0.5) >> laro(r=2)"}, ChainError, "row bad"),
         ({"chain": "remask"}, ChainError, "no pruner"),
+        ({"chain": "lora(r=0)"}, ChainError, "r=0"),
         ({"chain": "int(bits=4, group=48) >> lora(r=2) >> regrid"}, ChainError, "group must divide"),
         ({"chain": "wanda(0.5) >> lora(r=2)"}, CannotMerge, "zeros"),
         ({"chain": "lora(r=2)", "with": {"data": {"task": "word_problems"}}}, RecipeError, "row bad"),
@@ -463,8 +604,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 def test_the_examples_are_whole():
     folder = ROOT / "examples" / "sqft"
-    table = expand(Study.load(folder / "table.yaml"))
-    curve = expand(Study.load(folder / "curve.yaml"))
+    table = expand(Study.load(folder / "table.yaml")).lines
+    curve = expand(Study.load(folder / "curve.yaml")).lines
     used = {row["recipe"] for row in read_yaml(folder / "table.yaml")["rows"] if "recipe" in row}
     others = {path.name for path in folder.glob("*.yaml")} - used
     assert others == {"table.yaml", "curve.yaml", "without_tuning.yaml"}

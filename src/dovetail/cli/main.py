@@ -90,19 +90,25 @@ def study(
     jobs: Annotated[
         int, typer.Option("--jobs", min=1, metavar="N", help="Runs at a time, each in a process of one thread.")
     ] = 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run the part of the study that its key `quick` keeps.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run many recipes with several seeds and write tables of quality and measured cost, and curves."""
     quiet()
     from time import perf_counter
 
+    from dovetail.studies import Study
     from dovetail.studies import study as run_study
     from dovetail.studies.tables import event_line, print_study
 
     started = perf_counter()
-    with resumable(["study", str(recipe), "--output", str(output), *(["--jobs", str(jobs)] if jobs > 1 else [])]):
+    options = [*(["--jobs", str(jobs)] if jobs > 1 else []), *(["--quick"] if quick else [])]
+    with resumable(["study", str(recipe), "--output", str(output), *options]):
+        asked = Study.load(recipe)
         found = run_study(
-            recipe, output=output, resume=resume, jobs=jobs,
+            asked.quickly() if quick else asked, output=output, resume=resume, jobs=jobs,
             on_run=lambda event: print(event_line(event, perf_counter() - started), file=sys.stderr, flush=True),
         )  # fmt: skip
     if as_json:

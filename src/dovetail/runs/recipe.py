@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from dovetail.chains.link import Chain, Link, arguments, with_arguments
 from dovetail.chains.notation import chain
 from dovetail.errors import RecipeError
 from dovetail.models.locate import GGUF
@@ -25,6 +26,9 @@ from dovetail.runs.yaml import YamlFile, read_yaml, write_yaml
 from dovetail.tasks.rules import Scoring
 from dovetail.tasks.spec import Data, Limit, Part, Positive, at_folder
 from dovetail.training.settings import Training
+
+FROM = "from"
+"""The key of `layers` that names the file of a search."""
 
 
 class Calibration(Part):
@@ -66,6 +70,50 @@ def read_layers(path: Path) -> dict[str, str]:
     return found
 
 
+def searched_layers(path: Path, text: str) -> dict[str, str]:
+    """Return the chains of layers that a search found, for another chain (QR-Adaptor, Table 6).
+
+    path     the best.yaml of a search over layers, or another recipe with layers
+    text     the chain that runs. Its links take the arguments in which the layers of the file differ from each other or
+             from the chain of the file, where the file has the same link; all other arguments stay
+    returns  pattern -> chain
+    errors   RecipeError for a file without layers, and for one with other links; ChainError as the notation
+    """
+    found = read_yaml(path)
+    rule, fix = "the file must be a recipe with chain and layers", "name the best.yaml of a search over layers"
+    if not isinstance(found, dict) or not isinstance(found.get("chain"), str) or not found.get("layers"):
+        raise RecipeError(f"layers from {path}", found="no chain with layers", rule=rule, fix=fix)
+    common, own = _numbered(found["chain"]), {name: _numbered(each) for name, each in read_layers(path).items()}
+    varied = {
+        (key, name)
+        for links in own.values()
+        for key, link in links.items()
+        for name, value in arguments(link).items()
+        if key not in common or arguments(common[key])[name] != value
+    }
+    mine = _numbered(text)
+    if not any(key in mine for key, _ in varied):
+        named = ", ".join(dict.fromkeys(key[0].name for key, _ in varied)) or "none"
+        rule = "the chain must have a link whose arguments the file has for its layers"
+        raise RecipeError(f"layers from {path}", found=f"layers that differ in {named}", rule=rule, fix=fix)
+    layers = {}
+    for pattern, links in own.items():
+        changed = []
+        for key, link in mine.items():
+            taken = {name for which, name in varied if which == key and key in links}
+            changed.append(with_arguments(link, {name: arguments(links[key])[name] for name in taken}))
+        layers[pattern] = str(Chain(tuple(changed)))
+    return layers
+
+
+def _numbered(text: str) -> dict[tuple[type[Link], int], Link]:
+    """Return the links of a chain, each by its class and its number among the links of that class."""
+    found: dict[tuple[type[Link], int], Link] = {}
+    for link in chain(text):
+        found[type(link), sum(kind is type(link) for kind, _ in found)] = link
+    return found
+
+
 def _is_local(path: Path) -> bool:
     """Return whether a path is a model's folder or a GGUF file, and not the name of a model on the hub."""
     path = path.expanduser()
@@ -77,7 +125,8 @@ class Recipe(YamlFile):
 
     model   playground, a folder or a .gguf file (relative to the recipe), a hub id, or package:NAME/FOLDER
     chain   the notation; kept in its canonical form. Left out where `search` searches chains
-    layers  pattern of layers -> the same chain with other arguments; of several patterns that fit, the last decides
+    layers  pattern of layers -> the same chain with other arguments; of several patterns that fit, the last decides.
+            {from: FILE} takes what a search found (`searched_layers`)
     search  what to search; None: no search
     merge   exact: CannotMerge before training starts if the chain cannot be merged without loss; lossy: merge anyway
             and measure the loss; none: keep the adapter apart
@@ -114,7 +163,7 @@ class Recipe(YamlFile):
     @pydantic.field_validator("layers")
     @classmethod
     def _canonical_layers(cls, layers: dict[str, str]) -> dict[str, str]:
-        return {pattern: str(chain(text)) for pattern, text in layers.items()}
+        return {pattern: text if pattern == FROM else str(chain(text)) for pattern, text in layers.items()}
 
     @pydantic.model_validator(mode="after")
     def _one_chain(self) -> Recipe:
@@ -148,7 +197,10 @@ class Recipe(YamlFile):
         text = self.calibration.text
         text = None if text is None else (folder / text.expanduser()).resolve()
         calibration = self.calibration.model_copy(update={"text": text})
-        changed = {"model": model, "data": data, "evaluate": evaluate, "calibration": calibration}
+        layers = dict(self.layers)
+        if (source := layers.pop(FROM, None)) is not None:
+            layers = {**searched_layers((folder / Path(source).expanduser()).resolve(), self.chain), **layers}
+        changed = {"layers": layers, "model": model, "data": data, "evaluate": evaluate, "calibration": calibration}
         return self.model_copy(update=changed)
 
     @classmethod

@@ -3,13 +3,13 @@
     title: Sparse and tuned
     common: {model: playground, data: {task: word_problems}}
     seeds: [0, 1, 2]
-    vary: {sparsity: [0.3, 0.5]}
+    vary: {sparsity: [0.3, 0.5], train.max_steps: [100, 200]}
     rows:
       - {name: LoRA, chain: "wanda({sparsity}) >> lora(r=16)", with: {merge: lossy}}
       - {name: without tuning, of: LoRA, stage: pruned}
 
-A row with a chain runs at every point of the axes that its chain names in braces. A row with `of` runs nothing: it
-shows the model of another row at an earlier stage. `docs/study.md` lists the keys.
+A row with a chain runs at every point of the axes that its chain names in braces and of those that are recipe keys. A
+row with `of` runs nothing: it shows the model of another row at an earlier stage. `docs/study.md` lists the keys.
 """
 
 from __future__ import annotations
@@ -17,26 +17,31 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
-from pydantic import Field, StrictFloat, StrictInt, StrictStr
+from pydantic import Field, StrictInt
 
-from dovetail.errors import ChainError, RecipeError
-from dovetail.runs.recipe import Recipe
+from dovetail.errors import CannotMerge, ChainError, RecipeError
+from dovetail.runs.recipe import FROM, Recipe
 from dovetail.runs.rows import row_names
-from dovetail.runs.steps import checked_chain
+from dovetail.runs.steps import check_layers, checked_chain, legal_chain
 from dovetail.runs.yaml import YamlFile, write_yaml
+from dovetail.studies.axes import NONE, Axis, Value, braces, fill, fits, get, has, labelled, put, within, without
+from dovetail.tasks.find import load_task, number_of_labels
 from dovetail.tasks.spec import Part
+from dovetail.tasks.task import Task
 
-Value = StrictInt | StrictFloat | StrictStr
 Name = Annotated[str, Field(min_length=1, max_length=100)]
+Seeds = Annotated[tuple[Annotated[StrictInt, Field(ge=0, lt=2**32)], ...], Field(min_length=1)]
+Pattern = dict[str, Value | Annotated[tuple[Value, ...], Field(min_length=1)]]
 _HELD = ("chain", "seed", "output")
 """The keys of a recipe that the study itself sets."""
-_AXIS = re.compile(r"\{(\w+)\}")
+_OF_THE_BASE = ("model", "dtype", "trust_remote_code", "data", "evaluate", "seed")
+"""The keys of a recipe that the scores of its base depend on."""
 
 
 class Row(Part, populate_by_name=True):
@@ -68,38 +73,90 @@ class Row(Part, populate_by_name=True):
         return self
 
 
+class Quick(Part):
+    """A small part of a study, for a first look (`--quick`).
+
+    vary    axis -> the labels of the values that are kept; other axes keep all
+    seeds   in place of those of the study
+    common  recipe keys that take precedence over all others
+    """
+
+    vary: dict[str, Annotated[tuple[Value, ...], Field(min_length=1)]] = Field(default={})
+    seeds: Seeds | None = None
+    common: dict[str, Any] = Field(default={})
+
+
 class Study(YamlFile):
     """A study file. Build it with `Study.load(path)` or `Study.parse(mapping)`.
 
     title    of the page
     common   recipe keys that hold in every row, whatever its recipe file says
     seeds    every row is run with each
-    vary     axis -> its values; each row runs at all combinations of the axes that its chain names
+    vary     axis -> its values, or label -> value. An axis is a name in braces in chains, or a recipe key
+             (train.max_steps); each row runs at all combinations of the axes that its chain names and of the keys that
+             its `with` does not set
+    skip     points that are left out: axis -> a value or a list of values
     rows     the lines of the table, in order
     compare  pairs of row names: the score of the first row minus the score of the second
     cost     names of the rows whose storage, tuning and inference are measured
+    quick    the part of the study that `quickly` keeps
     """
 
     title: Annotated[str, Field(min_length=1)]
     common: dict[str, Any] = Field(default={})
-    seeds: Annotated[tuple[Annotated[StrictInt, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (0,)
-    vary: dict[str, Annotated[tuple[Value, ...], Field(min_length=1)]] = Field(default={})
+    seeds: Seeds = (0,)
+    vary: dict[str, Axis] = Field(default={})
+    skip: tuple[Pattern, ...] = ()
     rows: Annotated[tuple[Row, ...], Field(min_length=1)]
     compare: tuple[tuple[str, str], ...] = ()
     cost: tuple[str, ...] = ()
+    quick: Quick | None = None
 
     def dump(self, path: Path) -> None:
         """Write the study with the full recipe of every row, atomically; the file repeats the study from any folder."""
         write_yaml(path, self.model_dump(mode="json", by_alias=True, exclude_defaults=True))
 
+    def quickly(self) -> Study:
+        """Return the part of the study that its key `quick` keeps; RecipeError where it has none."""
+        if self.quick is None:
+            fix = "add quick: {vary: {AXIS: [VALUE]}, seeds: [0], common: {train: {max_steps: 20}}}"
+            raise RecipeError("study", found="no key quick", rule="the study must say what --quick keeps", fix=fix)
+        vary = dict(self.vary)
+        for axis, kept in self.quick.vary.items():
+            values = labelled(vary[axis])
+            vary[axis] = kept if isinstance(vary[axis], tuple) else {str(label): values[label] for label in kept}
+        rows = tuple(
+            row if row.of is not None else row.model_copy(update={"changes": _over(row.changes, self.quick.common)})
+            for row in self.rows
+        )
+        seeds = self.quick.seeds or self.seeds
+        skip = tuple(kept for pattern in self.skip if (kept := within(pattern, vary)) is not None)
+        return self.model_copy(update={"vary": vary, "rows": rows, "seeds": seeds, "skip": skip, "quick": None})
+
+    def axes(self, row: Row) -> list[str]:
+        """Return the axes that a row runs along: those in its chain, and the keys that it does not set itself."""
+        named, known = braces(row.chain), self._in_chains
+        return [axis for axis in self.vary if (axis in named if axis in known else not has(row.changes, axis))]
+
+    def keys_of(self, axes: Iterable[str]) -> list[str]:
+        """Return the axes that are keys of a recipe, of these."""
+        return [axis for axis in axes if axis not in self._in_chains]
+
+    @property
+    def _in_chains(self) -> set[str]:
+        return {axis for row in self.rows for axis in braces(row.chain)}
+
     def _resolved(self, where: str, folder: Path) -> Study:
         _check_names(self, where)
+        _check_axes(self, where)
+        vary = {axis: _absolute(self, axis, where, folder) for axis in self.vary}
         rows = tuple(_resolved(row, self, where, folder) for row in self.rows)
-        return self.model_copy(update={"rows": rows, "common": {}})
+        return self.model_copy(update={"rows": rows, "common": {}, "vary": vary})
 
     @classmethod
     def _keys(cls, place: Sequence[int | str]) -> tuple[str, list[str]]:
-        name, part = ("a row", Row) if place and place[0] == "rows" else ("a study", cls)
+        parts: dict[int | str, tuple[str, type[Part]]] = {"rows": ("a row", Row), "quick": ("quick", Quick)}
+        name, part = parts[place[0]] if place and place[0] in parts else ("a study", cls)
         return name, [field.alias or key for key, field in part.model_fields.items()]
 
 
@@ -118,7 +175,7 @@ class Run:
 class Line:
     """A row at one point of the axes: a line of the table.
 
-    point  axis -> value, of the axes that the row's chain names
+    point  axis -> the label of its value, of the axes that the row runs along
     task   name of the task of its runs
     stage  whose scores the line shows; None: merged where merging is exact, else the last stage before
     runs   one for each seed, in order
@@ -131,26 +188,128 @@ class Line:
     runs: tuple[Run, ...]
 
 
-def expand(study: Study) -> list[Line]:
-    """Return the lines of a study, in order: rows, and the points of each. Equal recipes are one run.
+@dataclass(frozen=True)
+class Refused:
+    """A point of a row that cannot run, and the reason."""
 
-    Raises RecipeError or ChainError for a row that is not a valid recipe at some point, and for an unknown stage.
+    row: str
+    point: dict[str, Value]
+    error: ChainError | CannotMerge
+
+    @property
+    def why(self) -> str:
+        """The reason in one line."""
+        return ": ".join(filter(None, [self.error.found or self.error.where, self.error.rule])).replace("\n", " ")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The lines of a study in order: rows, and the points of each; and the points that cannot run."""
+
+    lines: list[Line]
+    refused: list[Refused]
+
+
+def expand(study: Study) -> Matrix:
+    """Return the matrix of a study. Equal recipes are one run.
+
+    A point whose chain is illegal, does not fit the model, or cannot be merged as its recipe asks, is refused. Only the
+    configuration of the model is read.
+
+    Raises RecipeError or ChainError for a row that is not a valid recipe at some point, and for an unknown stage; and
+    the error of the first point of a row that has no other points.
     """
     known: dict[str, Run] = {}
-    found: dict[str, list[Line]] = {row.name: _lines(study, row, known) for row in study.rows if row.of is None}
+    checks = _Checks()
+    found: dict[str, list[Line]] = {}
+    refused: list[Refused] = []
     for row in study.rows:
         if row.of is None:
-            continue
-        source = found[row.of]
-        for line in source:
-            stages = _stages(line.runs[0].recipe)
-            if row.stage not in stages:
-                rule = f"stage must be one of the stages of {row.of}: " + ", ".join(stages)
-                raise RecipeError(f"row {row.name}", found=f"stage: {row.stage}", rule=rule, fix="name one of these")
-        if row.stage == "base":  # the same at every point
-            source = [replace(source[0], point={})]
-        found[row.name] = [replace(line, row=row.name, stage=row.stage) for line in source]
-    return [line for row in study.rows for line in found[row.name]]
+            found[row.name], bad = [], []
+            for line in _lines(study, row, known):
+                error = checks.refusal(line)
+                if error is None:
+                    found[row.name].append(line)
+                else:
+                    bad.append(Refused(line.row, line.point, error))
+            if not found[row.name]:
+                raise bad[0].error
+            refused += bad
+    for row in study.rows:
+        if row.of is not None and row.stage is not None:
+            found[row.name] = [replace(line, row=row.name) for line in _at(row.stage, found[row.of])]
+    return Matrix([line for row in study.rows for line in found[row.name]], refused)
+
+
+class _Checks:
+    """The answers to whether recipes can run; recipes that differ in data or training alone share one."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, Task] = {}
+        self._answers: dict[str, ChainError | CannotMerge | None] = {}
+
+    def refusal(self, line: Line) -> ChainError | CannotMerge | None:
+        """Return why a line cannot run, or None."""
+        where = f"row {label(line.row, line.point)}"
+        if not line.runs:
+            rule, fix = "a chain must have a link", "leave the point out under skip, or add a row with stage: base"
+            return ChainError(where, found="no links", rule=rule, fix=fix)
+        recipe = line.runs[0].recipe
+        data = recipe.data.model_dump_json()
+        if data not in self._tasks:
+            self._tasks[data] = load_task(recipe.data)
+        task = self._tasks[data]
+        read = {"chain", "layers", "targets", "model", "trust_remote_code", "merge", "search"}
+        key = f"{recipe.model_dump_json(include=read)} {recipe.train.gradient_checkpointing} {task.kind}"
+        key += f" {number_of_labels(task, recipe.data.num_labels)}"
+        if key not in self._answers:
+            self._answers[key] = None
+            try:
+                check_layers(recipe, task, legal_chain(recipe))
+            except (ChainError, CannotMerge) as error:
+                said = {"found": error.found, "rule": error.rule, "fix": error.fix}
+                self._answers[key] = type(error)(f"{where}, {error.where}", **said)
+        return self._answers[key]
+
+
+def _at(stage: str, lines: list[Line]) -> list[Line]:
+    """Return lines that show a stage of the runs of other lines; those that show the same scores are one.
+
+    Scores of the base, and those after pruning and quantizing, do not depend on the rest of the chain. The line keeps
+    the axes on which all lines that show these scores agree.
+    """
+    alike: dict[str, list[Line]] = {}
+    for line in lines:
+        recipe = line.runs[0].recipe
+        stages = _stages(recipe)
+        if stage not in stages:
+            rule = f"stage must be one of the stages of {line.row}: " + ", ".join(stages)
+            raise RecipeError(
+                f"row {label(line.row, line.point)}", found=f"stage: {stage}", rule=rule, fix="name one of these"
+            )
+        alike.setdefault(_scores_key(recipe, stages, stage), []).append(line)
+    found = []
+    for same in alike.values():
+        first = same[0]
+        point = {axis: at for axis, at in first.point.items() if all(line.point.get(axis) == at for line in same)}
+        if stage == "base" and len(alike) == 1:
+            point = {}
+        found.append(replace(first, point=point, stage=stage))
+    return found
+
+
+def _scores_key(recipe: Recipe, stages: list[str], stage: str) -> str:
+    """Return what the scores of a stage depend on."""
+    before = stages[: stages.index(stage) + 1]
+    if stage == "base":
+        return recipe.model_dump_json(include=set(_OF_THE_BASE))
+    first = checked_chain(recipe).stages[0]
+    trained = any(name.startswith(("tuned", "searched", "merged")) for name in before)
+    if trained or recipe.layers or first.decomposing is not None:
+        return recipe.model_dump_json()
+    applied = " >> ".join(map(str, first.applied[: len(before) - 1]))
+    length = str(recipe.train.max_length)
+    return applied + length + recipe.model_dump_json(exclude={"chain", "train", "merge", "search", "output"})
 
 
 def _stages(recipe: Recipe) -> list[str]:
@@ -169,26 +328,36 @@ def label(row: str, point: Mapping[str, Value]) -> str:
 
 
 def _lines(study: Study, row: Row, known: dict[str, Run]) -> list[Line]:
-    text = row.chain or ""
-    axes = [axis for axis in study.vary if axis in _AXIS.findall(text)]
+    axes = study.axes(row)
+    keys = study.keys_of(axes)
     lines = []
-    for values in itertools.product(*(study.vary[axis] for axis in axes)):
-        point = dict(zip(axes, values, strict=True))
-        filled = _AXIS.sub(lambda match, point=point: str(point[match[1]]), text)
+    for chosen in itertools.product(*(labelled(study.vary[axis]).items() for axis in axes)):
+        point = {axis: value for axis, (value, _) in zip(axes, chosen, strict=True)}
+        values = {axis: value for axis, (_, value) in zip(axes, chosen, strict=True)}
+        if any(fits(point, pattern) for pattern in study.skip):
+            continue
+        whole = {**row.changes, "chain": fill(row.chain or "", values), "output": None}
+        for axis in keys:
+            whole = put(whole, axis, values[axis])
+        if not whole["chain"]:  # all its links are none
+            lines.append(Line(row.name, point, "", None, ()))
+            continue
         runs = []
-        for seed in study.seeds:
-            keys = row.changes | {"chain": filled, "seed": seed, "output": None}
-            recipe = _parse(keys, f"row {label(row.name, point)}", Path())
+        for seed in [values["seed"]] if "seed" in keys else study.seeds:
+            recipe = _parse({**whole, "seed": seed}, f"row {label(row.name, point)}", Path())
             slug = "-".join([row.name, *(f"{axis}-{value}" for axis, value in point.items()), f"s{seed}"])
             run = Run(re.sub(r"[^a-z0-9.]+", "-", slug.lower()).strip("-."), recipe)
             runs.append(known.setdefault(recipe.model_dump_json(), run))
         data = runs[0].recipe.data
         lines.append(Line(row.name, point, data.task or data.name or "data", None, tuple(runs)))
+    if not lines:
+        rule = "skip must leave a point of every row"
+        raise RecipeError(f"row {row.name}", found="no point", rule=rule, fix="remove the row, or a line of skip")
     slugs = [run.slug for run in known.values()]
     if len(set(slugs)) < len(slugs):
         twice = next(slug for slug in slugs if slugs.count(slug) > 1)
         found, rule = f"a second run called {twice}", "names of rows and values must differ in their letters and digits"
-        raise RecipeError(f"row {row.name}", found=found, rule=rule, fix="rename one of the rows")
+        raise RecipeError(f"row {row.name}", found=found, rule=rule, fix="rename one of the rows, or label the values")
     return lines
 
 
@@ -211,15 +380,66 @@ def _check_names(study: Study, where: str) -> None:
             rule = f"this must be {kind}: {', '.join(known)}"
             fix = f"did you mean {near[0]}?" if near else "name one of these rows"
             raise RecipeError(f"{where}, {place}", found=repr(name), rule=rule, fix=fix)
-    named = [axis for row in study.rows for axis in _AXIS.findall(row.chain or "")]
-    for axis in [*named, *study.vary]:
+
+
+def _check_axes(study: Study, where: str) -> None:
+    """Check that every name in braces is an axis, and that every axis is named by some row or is a recipe key."""
+    named = [axis for row in study.rows for axis in braces(row.chain)]
+    for axis in named:
         if axis not in study.vary:
             rule = f"a name in braces must be an axis under vary: {', '.join(study.vary) or 'none'}"
             fix = f"add {axis} under vary"
             raise RecipeError(f"{where}, rows", found=f"{{{axis}}} in a chain", rule=rule, fix=fix)
-        if axis not in named:
-            rule = "an axis must be named in the chain of some row"
-            raise RecipeError(f"{where}, vary", found=axis, rule=rule, fix=f"write {{{axis}}} in a chain")
+    place = f"{where}, vary"
+    for axis in study.vary:
+        if axis in named:
+            continue
+        key = axis.partition(".")[0]
+        if key not in Recipe.model_fields or key in ("chain", "output"):
+            near = difflib.get_close_matches(axis, [*named, *Recipe.model_fields], n=1, cutoff=0.6)
+            rule = (
+                "an axis must be named in the chain of some row, in braces, or be a recipe key (data, train.max_steps)"
+            )
+            fix = f"did you mean {near[0]}?" if near else f"write {{{axis}}} in a chain"
+            raise RecipeError(place, found=axis, rule=rule, fix=fix)
+        if all(axis not in study.axes(row) for row in study.rows if row.of is None):
+            rule = "an axis must be left open by some row"
+            raise RecipeError(place, found=f"{axis}, which every row sets", rule=rule, fix=f"remove {axis} from with")
+    if "seed" in study.keys_of(study.vary) and study.seeds != (0,):
+        rule, fix = "seeds are given once", "remove seed under vary, or seeds"
+        raise RecipeError(place, found="seed, beside seeds", rule=rule, fix=fix)
+    patterns: list[tuple[str, Mapping[str, Any]]] = [("skip", pattern) for pattern in study.skip]
+    if study.quick is not None:
+        patterns.append(("quick, vary", study.quick.vary))
+    for part, pattern in patterns:
+        for axis, values in pattern.items():
+            if axis not in study.vary:
+                rule = f"this must be an axis under vary: {', '.join(study.vary) or 'none'}"
+                raise RecipeError(f"{where}, {part}", found=axis, rule=rule, fix=f"remove {axis}")
+            known = list(labelled(study.vary[axis]))
+            for value in values if isinstance(values, tuple) else (values,):
+                if value not in known:
+                    rule = f"this must be a value of the axis {axis}, or its label: " + ", ".join(map(str, known))
+                    raise RecipeError(f"{where}, {part}", found=repr(value), rule=rule, fix="name one of these")
+
+
+def _whole(
+    row: Row, study: Study, values: Mapping[str, Any], where: str, folder: Path
+) -> tuple[Recipe, dict[str, Any]]:
+    """Return the recipe of a row at one point, with absolute paths, and the keys that it was made of.
+
+    values   axis -> value; other axes take their first value that is not none
+    """
+    recipe = {} if row.recipe is None else Recipe.load(folder / row.recipe).model_dump(mode="json", exclude_unset=True)
+    keys = _over(_over(recipe, study.common), row.changes) | {"chain": row.chain or recipe["chain"]}
+    first = dict(values)
+    for axis in study.axes(row):
+        options = labelled(study.vary[axis]).values()
+        first.setdefault(axis, next((value for value in options if value != NONE), NONE))
+    for axis in study.keys_of(first):
+        keys = put(keys, axis, first[axis])
+    keys["chain"] = fill(keys["chain"], first)
+    return _parse(keys, where, folder), keys
 
 
 def _resolved(row: Row, study: Study, where: str, folder: Path) -> Row:
@@ -232,15 +452,42 @@ def _resolved(row: Row, study: Study, where: str, folder: Path) -> Row:
                 rule = "the study must set seeds and chains, and it names the outputs"
                 fix = f"remove {key}"
                 raise RecipeError(f"{where}, {place}", found=f"key {key!r}", rule=rule, fix=fix)
-    recipe = {} if row.recipe is None else Recipe.load(folder / row.recipe).model_dump(mode="json", exclude_unset=True)
-    text = row.chain if row.chain is not None else recipe["chain"]
-    # Parsed once, at the first point of the axes, to make paths absolute.
-    filled = _AXIS.sub(lambda match: str(study.vary[match[1]][0]), text)
-    merged = _over(_over(recipe, study.common), row.changes) | {"chain": filled}
-    whole = _parse(merged, f"{where}, row {row.name}", folder)
+    whole, keys = _whole(row, study, {}, f"{where}, row {row.name}", folder)
     values = whole.model_dump(mode="json", exclude_unset=True)
     changes = {key: value for key, value in values.items() if key not in _HELD}
-    return Row.model_validate({"name": row.name, "chain": text, "with": changes})
+    for part in ("data", "evaluate"):  # what a recipe finds out by itself may be another at another point
+        if isinstance(keys.get(part), Mapping):
+            changes[part] = {key: value for key, value in changes.get(part, {}).items() if key in keys[part]}
+        elif part not in keys:
+            changes.pop(part, None)
+    if isinstance(keys.get("layers"), Mapping):  # the layers of a search depend on the chain, and so on the point
+        changes["layers"] = _from_folder(keys["layers"], folder)
+    for axis in study.keys_of(study.axes(row)):
+        changes = without(changes, axis)
+    return Row.model_validate({"name": row.name, "chain": row.chain or whole.chain, "with": changes})
+
+
+def _from_folder(layers: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Return `layers` of a recipe with an absolute path of the search that they are taken from."""
+    return {key: str((folder / text).resolve()) if key == FROM else text for key, text in layers.items()}
+
+
+def _absolute(study: Study, axis: str, where: str, folder: Path) -> tuple[Any, ...] | dict[str, Any]:
+    """Return the values of an axis with absolute paths."""
+    values = labelled(study.vary[axis])
+    row = next((row for row in study.rows if row.of is None and axis in study.axes(row)), None)
+    if axis in study._in_chains or row is None:
+        return study.vary[axis]
+    found = {}
+    for name, value in values.items():
+        whole, _ = _whole(row, study, {axis: value}, f"{where}, vary, {axis}, {name}", folder)
+        keys = whole.model_dump(mode="json", exclude_unset=True)
+        found[str(name)] = get(keys, axis) if has(keys, axis) else value
+        if axis == "layers" and isinstance(value, Mapping):
+            found[str(name)] = _from_folder(value, folder)
+    if isinstance(study.vary[axis], tuple) and tuple(found.values()) == study.vary[axis]:
+        return study.vary[axis]
+    return found
 
 
 def _parse(keys: Mapping[str, Any], where: str, folder: Path) -> Recipe:

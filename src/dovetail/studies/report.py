@@ -13,7 +13,7 @@ from pydantic import Field
 
 from dovetail.files import write_whole
 from dovetail.runs.report.record import ReportPart
-from dovetail.studies.matrix import Value
+from dovetail.studies.axes import Value
 
 JSON = "study.json"
 
@@ -162,7 +162,7 @@ class StudyReport(ReportPart):
     results: list[Result]
     cost: list[Cost]
     compare: list[Difference]
-    illegal: list[Illegal] = Field([])
+    illegal: list[Illegal] = Field(default=[])
     seconds: float
     environment: dict[str, str]
 

@@ -29,10 +29,10 @@ from dovetail.runs.flow import run
 from dovetail.runs.folder import RECIPE
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import REPORT, Report
-from dovetail.runs.steps import check_layers, data_of, legal_chain
+from dovetail.runs.steps import data_of
 from dovetail.studies.cost import KEPT, measure
-from dovetail.studies.matrix import Line, Run, Study, expand, unique_runs
-from dovetail.studies.report import Cost, Difference, Event, Failure, Result, Spread, StudyReport
+from dovetail.studies.matrix import Line, Matrix, Run, Study, expand, unique_runs
+from dovetail.studies.report import Cost, Difference, Event, Failure, Illegal, Result, Spread, StudyReport
 from dovetail.studies.tables import CURVE, curve, markdown, page
 from dovetail.studies.verify import MERGED, check_mergeable, last_stage, precision
 from dovetail.tasks.find import load_task
@@ -66,17 +66,17 @@ def study(
     asked = Study.read(recipe)
     if jobs < 1:
         raise RecipeError("study", found=f"jobs={jobs}", rule="jobs must be at least 1", fix="pass --jobs 1")
-    lines, folder = expand(asked), Path(output)
-    _check(lines)
+    matrix, folder = expand(asked), Path(output)
     with only_writer(folder):
         _claim(folder, resume)
-        return _study(asked, lines, folder, jobs, progress, on_run)
+        return _study(asked, matrix, folder, jobs, progress, on_run)
 
 
 def _study(
-    asked: Study, lines: list[Line], folder: Path, jobs: int, progress: bool, on_run: Callable[[Event], None] | None
+    asked: Study, matrix: Matrix, folder: Path, jobs: int, progress: bool, on_run: Callable[[Event], None] | None
 ) -> StudyReport:
     """Do the runs that are left, and write the tables."""
+    lines = matrix.lines
     runs = list(unique_runs(lines))
     todo = [run for run in runs if not _finished(run, folder)]
     for one in todo:  # results of an earlier run of that name
@@ -92,6 +92,8 @@ def _study(
     if on_run is not None and asked.cost:
         on_run(Event("measures", "storage, tuning and inference", len(runs), len(runs)))
     report = _report(asked, lines, results, folder, _cost(asked, lines, results, folder, progress))
+    illegal = [Illegal(row=one.row, point=one.point, why=one.why) for one in matrix.refused]
+    report = report.model_copy(update={"illegal": illegal})
     report.save(folder)
     write_whole(folder / TABLE, markdown(report))
     drawn = curve(report)
@@ -99,25 +101,6 @@ def _study(
         write_whole(folder / CURVE, drawn)
     write_whole(folder / PAGE, page(report, drawn))
     return report
-
-
-def _check(lines: list[Line]) -> None:
-    """Check everything that needs no weights: legality, the merge that is asked for, sizes, the task."""
-    seen: set[str] = set()
-    tasks: set[tuple[str, str]] = set()
-    for line in lines:
-        recipe = line.runs[0].recipe
-        if recipe.model_dump_json() in seen:
-            continue
-        seen.add(recipe.model_dump_json())
-        task = load_task(recipe.data)
-        tasks.add((task.name, task.metric))
-        if len(tasks) > 1:
-            found = " and ".join(sorted(f"{name} ({metric})" for name, metric in tasks))
-            raise RecipeError(
-                f"row {line.row}", found=found, rule="all rows must be scored on one task", fix="set data under common"
-            )
-        check_layers(recipe, task, legal_chain(recipe))
 
 
 def _claim(folder: Path, resume: bool) -> None:

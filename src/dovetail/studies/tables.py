@@ -15,7 +15,8 @@ from dovetail.display.html import definitions, html_page, html_table, section
 from dovetail.display.plots import empty, frame_lines, png, score_limits, spaced_ticks
 from dovetail.display.style import COLOURS
 from dovetail.display.tables import print_table
-from dovetail.studies.matrix import Value, label
+from dovetail.studies.axes import Value
+from dovetail.studies.matrix import label
 from dovetail.studies.report import Event, Result, Spread, StudyReport
 
 if TYPE_CHECKING:
