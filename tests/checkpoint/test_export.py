@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 import dovetail
-from dovetail.checkpoint.export import FORMATS, export
+from dovetail.chains.layer.linear import ChainLinear
+from dovetail.checkpoint.export import FORMATS, export, quantized_layers
 from dovetail.cli.main import app
 from dovetail.errors import DovetailError, ExportError
+from dovetail.links.quantize.affine import AffineWeight
+from dovetail.models.dtypes import FLOATS
 from families import batch, logits, make, move
 from small_models import make_tokenizer
 
@@ -146,6 +151,72 @@ def test_bitsandbytes_loads_the_same_weights(text: str, tmp_path: Path) -> None:
     assert four_bit > 0
 
 
+@pytest.mark.parametrize(
+    ("to", "text", "dtype", "claim"),
+    [
+        ("gptq", "wanda(0.5) >> int(bits=3, group=32, symmetric=signed)", "float16", "values"),
+        ("gptq", "gptq(bits=4, group=32, scale_bits=7)", "bfloat16", "values"),
+        ("gptq_v2", "int(bits=8, group=0)", "bfloat16", "codes"),
+        ("mlx", "wanda(0.5) >> int(bits=4, group=32, scale_bits=7)", "float16", "values"),
+        ("mlx", "mxfp4", "float32", "values"),
+    ],
+)
+def test_the_files_of_other_engines_hold_the_same(to: str, text: str, dtype: str, claim: str, tmp_path: Path) -> None:
+    """Read from the file and decoded again: the weights of the merged model, pruned ones zero."""
+    available(to)
+    model, form = merged(text), FORMATS[to]
+    report = export(model, to, tmp_path / "out", dtype=dtype)
+    assert (report.claim, report.dtype) == (claim, dtype)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    layers, _ = quantized_layers(form, model)
+    stock = dovetail.to_stock(model)
+    for name, quantized in layers.items():
+        parts = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+        weight = stock.get_submodule(name).get_parameter("weight").detach()
+        assert torch.equal(form.decode(parts, quantized, torch.float32), weight)
+    assert tensors["model.norm.weight"].dtype == FLOATS[dtype]
+
+
+def test_the_configs_of_mixed_layers(tmp_path: Path) -> None:
+    text = "int(bits=4, group=32, symmetric=signed)"
+    layers = {"*.mlp.*": "int(bits=8, group=32, symmetric=signed) >> lora(r=4) >> regrid"}
+    model = merged(text, layers=layers, targets=["*.mlp.*", "*.q_proj"])
+    export(model, "gptq", tmp_path / "gptq", dtype="float16")
+    said = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    assert (said["quant_method"], said["checkpoint_format"], said["bits"], said["sym"]) == ("gptq", "gptq", 8, True)
+    four = {"bits": 4, "group_size": 32, "sym": True}
+    assert said["dynamic"][r"+:^model\.layers\.0\.self_attn\.q_proj$"] == four
+    assert said["dynamic"][r"-:^model\.layers\.1\.self_attn\.v_proj$"] == {}
+    available("mlx")
+    export(model, "mlx", tmp_path / "mlx", dtype="float16")
+    config = json.loads((tmp_path / "mlx" / "config.json").read_text())
+    assert config["quantization"] == config["quantization_config"]
+    assert (config["quantization"]["bits"], config["quantization"]["group_size"]) == (8, 32)
+    assert config["quantization"]["model.layers.0.self_attn.q_proj"]["bits"] == 4
+
+
+def test_dtypes_and_zero_points_that_a_format_lacks_are_refused(tmp_path: Path) -> None:
+    model = merged("int(bits=4, group=32)", dtype=torch.bfloat16)
+    with pytest.raises(ExportError, match=r"(?s)dtype=float32.*float16, bfloat16"):
+        export(model, "gptq", tmp_path / "out", dtype="float32")
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert isinstance(layer, ChainLinear)
+    quantized = layer.base.quantized
+    assert isinstance(quantized, AffineWeight)
+    assert quantized.zero_og is not None
+    quantized.zero_og[:] = 0
+    with pytest.raises(ExportError, match=r"(?s)zero points minus 1.*gptq_v2"):
+        export(model, "gptq", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert export(model, "gptq_v2", tmp_path / "out").weights > 0
+    available("mlx")
+    with pytest.raises(ExportError, match=r"(?s)dtype=bfloat16.*float16, float32"):
+        export(model, "mlx", tmp_path / "mlx")
+    with pytest.raises(ExportError, match=r"(?s)exact in the served dtype.*scale_bits=7"):
+        export(model, "mlx", tmp_path / "mlx", dtype="float16")
+
+
 def test_a_run_of_stock_modules_and_mixed_layers(tmp_path: Path) -> None:
     """From the folder of a merged model; half of its layers have other bits, and one is not in the chain."""
     available(CT)
@@ -171,7 +242,7 @@ def test_what_is_not_merged_or_has_no_grid_is_refused(tmp_path: Path) -> None:
         export(model, CT, tmp_path / "out")
     with pytest.raises(ExportError, match=r"(?s)dtype=int8.*float32, bfloat16"):
         export(model, CT, tmp_path / "out", dtype="int8")
-    with pytest.raises(ExportError, match="formats: compressed-tensors, bitsandbytes"):
+    with pytest.raises(ExportError, match="formats: compressed-tensors, bitsandbytes, gptq, gptq_v2, mlx"):
         export(model, "int4", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")

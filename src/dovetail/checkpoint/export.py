@@ -23,6 +23,8 @@ from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.checkpoint.formats.bitsandbytes import BitsAndBytes
 from dovetail.checkpoint.formats.compressed_tensors import CompressedTensors
 from dovetail.checkpoint.formats.contract import Format
+from dovetail.checkpoint.formats.gptq import GPTQFormat
+from dovetail.checkpoint.formats.mlx import MLX
 from dovetail.checkpoint.load import load
 from dovetail.checkpoint.packed import stored
 from dovetail.errors import ExportError
@@ -33,7 +35,8 @@ from dovetail.models.layouts import Layout, LinearLayout, layout_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMATS: Mapping[str, Format] = {each.name: each for each in (CompressedTensors(), BitsAndBytes())}
+_FORMATS = (CompressedTensors(), BitsAndBytes(), GPTQFormat(1), GPTQFormat(2), MLX())
+FORMATS: Mapping[str, Format] = {each.name: each for each in _FORMATS}
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def export(
     """Write a merged model in another format, in a new or empty folder, atomically.
 
     model      merged with `dovetail.merge`, packed or stock; or the folder of a run, of a packed or of a merged model
-    to         "compressed-tensors" or "bitsandbytes"
+    to         a key of FORMATS: "compressed-tensors", "bitsandbytes", "gptq", "gptq_v2" or "mlx"
     output     the folder
     tokenizer  saved beside it; of a folder, its own
     dtype      that the model is served in; None: the model's own
@@ -112,7 +115,7 @@ def export(
     if not isinstance(model, nn.Module):
         path = Path(model)
         model, tokenizer = load(path / "model" if (path / "report.json").is_file() else model)
-    served = _served(to, model.dtype if dtype is None else dtype)
+    served = _served(form, model.dtype if dtype is None else dtype)
     layers, outside = quantized_layers(form, model)
     kinds = {name: form.kind(name, quantized) for name, quantized in layers.items()}
     said = {name: ExportedLayer(q.identity, kinds[name], q.shape[0] * q.shape[1], 0) for name, q in layers.items()}
@@ -122,12 +125,12 @@ def export(
         return ExportReport(to, str(folder), shown, form.decoder, "fits", said, weights, 0, 0, notes)
     tensors = _others(model, layers, served)
     for name, quantized in layers.items():
-        encoded, differing = _proved(form, name, quantized, served)
+        encoded, differing = proved(form, name, quantized, served)
         said[name] = ExportedLayer(quantized.identity, kinds[name], said[name].weights, differing)
         tensors |= {f"{name}.{part}": tensor for part, tensor in encoded.items()}
     config: Any = copy.deepcopy(model.config)
     config.dtype, config.architectures = served, [type(model).__name__]
-    config.quantization_config = form.config(layers, outside, served)
+    vars(config).update(form.config(layers, outside, served))
     vars(config).pop("dovetail", None)
     with atomic(folder) as part:
         part.mkdir(parents=True)
@@ -148,12 +151,12 @@ def export(
     return ExportReport(to, str(folder), shown, form.decoder, claim, said, weights, differing, nbytes, notes)
 
 
-def _served(to: str, dtype: str | torch.dtype) -> torch.dtype:
-    """Return the dtype that a model is served in. Raises ExportError for a name that is none of a float."""
+def _served(form: Format, dtype: str | torch.dtype) -> torch.dtype:
+    """Return the dtype that a model is served in. Raises ExportError for one that the format does not have."""
     name = str(dtype).removeprefix("torch.")
-    if name not in FLOATS:
-        rule = "a model is served in one of " + ", ".join(FLOATS)
-        raise ExportError(f"export to {to}", found=f"dtype={name[:60]}", rule=rule, fix="name one of them")
+    if name not in form.dtypes:
+        rule, fix = f"{form.name} is served in one of " + ", ".join(form.dtypes), f"pass dtype={form.dtypes[0]}"
+        raise ExportError(f"export to {form.name}", found=f"dtype={name[:60]}", rule=rule, fix=fix)
     return FLOATS[name]
 
 
@@ -222,7 +225,7 @@ def quantized_layers(form: Format, model: PreTrainedModel) -> tuple[dict[str, Qu
     return layers, outside
 
 
-def _proved(form: Format, name: str, quantized: QuantizedWeight, served: torch.dtype) -> tuple[dict[str, Tensor], int]:
+def proved(form: Format, name: str, quantized: QuantizedWeight, served: torch.dtype) -> tuple[dict[str, Tensor], int]:
     """Return the tensors of a layer, decoded by the owner as ours, and the number of values that differ when served."""
     encoded = form.encode(quantized, served)
     wide = form.decode(encoded, quantized, torch.float32)

@@ -20,7 +20,9 @@ def register(app: typer.Typer) -> None:
 
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The folder of a run, or of a packed or merged model.")],
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="compressed-tensors or bitsandbytes.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", help="compressed-tensors, bitsandbytes, gptq, gptq_v2 or mlx.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write, new or empty.")],
     dtype: Annotated[
         str | None, typer.Option("--dtype", metavar="DTYPE", help="Served dtype. \\[default: the model's]")

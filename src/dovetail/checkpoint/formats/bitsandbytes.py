@@ -8,7 +8,7 @@ bytes), as `bitsandbytes.functional.QuantState.as_dict` gives them and transform
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ from dovetail.links.quantize.codebook import CodeBookWeight
 class BitsAndBytes(Format):
     """nf4 and fp4, the base of QLoRA."""
 
-    name: ClassVar[str] = "bitsandbytes"
-    package: ClassVar[str] = "bitsandbytes"
-    decoder: ClassVar[str] = "bitsandbytes.functional.dequantize_4bit"
+    name = "bitsandbytes"
+    package = "bitsandbytes"
+    decoder = "bitsandbytes.functional.dequantize_4bit"
 
     def kind(self, where: str, quantized: QuantizedWeight) -> str:
         if not isinstance(quantized, CodeBookWeight) or quantized.book.name not in ("nf4", "fp4"):
@@ -53,7 +53,7 @@ class BitsAndBytes(Format):
     ) -> dict[str, Any]:
         some = next(iter(layers.values()))
         assert isinstance(some, CodeBookWeight)
-        return {
+        fields = {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
             "bnb_4bit_quant_type": some.book.name,
@@ -62,6 +62,7 @@ class BitsAndBytes(Format):
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": list(outside),
         }
+        return {"quantization_config": fields}
 
     def notes(self, layers: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> list[str]:
         return ["vLLM no longer reads bitsandbytes: compressed-tensors is its format"]

@@ -14,13 +14,12 @@ ours where a scale has at most 8 significant bits (`scale_bits`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dovetail.chains.grid import QuantizedWeight
-from dovetail.chains.packing import unpack
 from dovetail.checkpoint.formats.contract import Format
 from dovetail.links.quantize.affine import AffineWeight
 from dovetail.links.quantize.fp8 import Float8Weight
@@ -34,9 +33,9 @@ _ASYMMETRIC = (
 class CompressedTensors(Format):
     """int of 4 and 8 bits in groups or rows, and fp8."""
 
-    name: ClassVar[str] = "compressed-tensors"
-    package: ClassVar[str] = "compressed-tensors"
-    decoder: ClassVar[str] = "compressed_tensors BaseCompressor.decompress"
+    name = "compressed-tensors"
+    package = "compressed-tensors"
+    decoder = "compressed_tensors BaseCompressor.decompress"
 
     def kind(self, where: str, quantized: QuantizedWeight) -> str:
         if isinstance(quantized, Float8Weight):
@@ -45,10 +44,9 @@ class CompressedTensors(Format):
         if not isinstance(quantized, AffineWeight):
             rule = "compressed-tensors holds integers with a scale per group, and fp8"
             raise self.refused(where, quantized, rule, fix)
+        quantized = self.affine(where, quantized)
         if quantized.bits not in (4, 8):
             raise self.refused(where, quantized, "engines read integers of 4 and 8 bits", fix)
-        if quantized.zero_og is not None and quantized.zero_og.is_floating_point():
-            raise self.refused(where, quantized, "zero points must be integers", "use hqq(zero=exact), or int(bits=4)")
         sides = "symmetric" if quantized.zero_og is None else "asymmetric"
         groups = "rows" if quantized.block == quantized.shape[1] else f"groups of {quantized.block}"
         return f"int{quantized.bits}, {sides}, {groups}"
@@ -69,7 +67,7 @@ class CompressedTensors(Format):
             "weight_shape": torch.tensor([o, i]),
         }
         if quantized.zero_og is not None:
-            zero = unpack(quantized.zero_og, quantized.bits, 0, o * groups).view(o, groups)
+            zero = quantized.zero_points()
             packed = pack_to_int32((zero.to(torch.int16) - half).to(torch.int8), quantized.bits, packed_dim=0)
             tensors["weight_zero_point"] = packed.contiguous()
         return tensors
@@ -96,13 +94,14 @@ class CompressedTensors(Format):
             groups[kind] = _group(quantized, ["Linear"] if len(groups) == 0 else names[kind])
         if len(groups) > 1:
             groups = {kind: group | {"targets": names[kind]} for kind, group in groups.items()}
-        return {
+        fields = {
             "quant_method": "compressed-tensors",
             "format": next(iter(groups.values()))["format"] if len(groups) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "config_groups": {f"group_{number}": group for number, group in enumerate(groups.values())},
             "ignore": list(outside),
         }
+        return {"quantization_config": fields}
 
     def notes(self, layers: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> list[str]:
         asymmetric = any(isinstance(q, AffineWeight) and q.zero_og is not None for q in layers.values())

@@ -2,6 +2,8 @@
 
 A format says which grids it holds (`kind`), writes the codes and scales of one in its own layout (`encode`), and reads
 them with the decoder of the format's owner (`decode`): its values must equal those of `QuantizedWeight.dequantize`.
+`export` compares while it writes. `verify` calls `decode` again on the tensors of the folder, found under the names of
+`parts`: a format with these methods needs nothing else to be verified.
 """
 
 from __future__ import annotations
@@ -9,23 +11,27 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.errors import ExportError
+from dovetail.links.quantize.affine import AffineWeight
+from dovetail.models.dtypes import FLOATS
 
 
 class Format(ABC):
     """A format of a Hugging Face folder: tensors beside the name of each layer, and a "quantization_config"."""
 
-    name: ClassVar[str]
-    package: ClassVar[str]
+    name: str
+    package: str
     """The package of the format's owner, which decodes what is written."""
-    decoder: ClassVar[str]
+    decoder: str
     """The function of that package."""
+    dtypes: tuple[str, ...] = tuple(FLOATS)
+    """The dtypes that a model can be served in."""
 
     def check_package(self) -> None:
         """Raise ExportError where the owner's package is not installed."""
@@ -59,7 +65,7 @@ class Format(ABC):
     def config(
         self, layers: Mapping[str, QuantizedWeight], outside: Sequence[str], dtype: torch.dtype
     ) -> dict[str, Any]:
-        """Return the "quantization_config" of config.json.
+        """Return the fields of config.json by name: "quantization_config", and others that engines read.
 
         layers   path -> weight of the quantized layers
         outside  paths of the linear layers that are not quantized
@@ -68,6 +74,15 @@ class Format(ABC):
     def notes(self, layers: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> list[str]:
         """Return what a reader of the report must know."""
         return []
+
+    def affine(self, where: str, quantized: QuantizedWeight) -> AffineWeight:
+        """Return the weight if it is of integers with integer zero points or none. Raises ExportError for others."""
+        fix = "use int(bits=4, group=32, symmetric=signed, scale_bits=7)"
+        if not isinstance(quantized, AffineWeight):
+            raise self.refused(where, quantized, "the format holds integers with a scale per group", fix)
+        if quantized.zero_og is not None and quantized.zero_og.is_floating_point():
+            raise self.refused(where, quantized, "zero points must be integers", "use hqq(zero=exact), or int(bits=4)")
+        return quantized
 
     def refused(self, where: str, quantized: QuantizedWeight, rule: str, fix: str) -> ExportError:
         """Return the error for a grid that the format does not hold."""

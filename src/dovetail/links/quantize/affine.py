@@ -115,6 +115,14 @@ class AffineWeight(QuantizedWeight):
         """Return the scales of all groups, float32 (blocks,), in row-major order."""
         return self._grid(0, self.shape[0])[0]
 
+    def zero_points(self) -> Tensor:
+        """Return the integer zero points of all groups, uint8 (o, groups); 2^(bits-1) of a symmetric grid."""
+        o, groups = self.shape[0], self.shape[1] // self.block
+        if self.zero_og is None:
+            return self.codes.new_full((o, groups), 2 ** (self.bits - 1))
+        assert not self._zero_is_float
+        return unpack(self.zero_og, self.bits, 0, o * groups).view(o, groups)
+
     def _grid(self, start: int, rows: int) -> tuple[Tensor, Tensor | None]:
         """Return the scales and zero points of the blocks of these rows, float32 (blocks,)."""
         first, last = self._block_range(start, rows)
