@@ -294,6 +294,8 @@ ROW = {"name": "a", "chain": "lora(r=2)"}
         ({"vary": {"merge": ["none"]}, "quick": {"vary": {"merge": ["lossy"]}}}, "must be a value of the axis merge"),
         ({"quick": {"sedes": [1]}}, "did you mean seeds"),
         ({"compare": [["a", "z"]]}, "'z'"),
+        ({"compare": "z"}, "'z'"),
+        ({"compare": ["a"]}, "the name of a row, or pairs of names"),
         ({"cost": ["z"]}, "'z'"),
         ({"common": {"output": "x"}}, "key 'output'"),
         ({"rows": [{"name": "a", "recipe": "gone.yaml"}]}, "gone.yaml"),
@@ -331,7 +333,7 @@ def test_no_job_at_all_is_refused(tmp_path):
 def test_the_files(finished):
     folder, report, _ = finished
     assert sorted(path.name for path in folder.iterdir()) == [
-        "cost.json", "curve.png", "merging", "runs", "study.html", "study.json", "study.yaml", "table.md"
+        "cost.json", "curve.png", "merging", "planned", "runs", "study.html", "study.json", "study.yaml", "table.md"
     ]  # fmt: skip
     assert StudyReport.model_validate_json((folder / "study.json").read_bytes()) == report
     assert len(list((folder / "runs").iterdir())) == 6

@@ -97,7 +97,8 @@ class Study(YamlFile):
              its `with` does not set
     skip     points that are left out: axis -> a value or a list of values
     rows     the lines of the table, in order
-    compare  pairs of row names: the score of the first row minus the score of the second
+    compare  a row name: every other row is compared with it; or pairs of row names: the score of the first row minus
+             the score of the second
     cost     names of the rows whose storage, tuning and inference are measured
     quick    the part of the study that `quickly` keeps
     """
@@ -108,9 +109,24 @@ class Study(YamlFile):
     vary: dict[str, Axis] = Field(default={})
     skip: tuple[Pattern, ...] = ()
     rows: Annotated[tuple[Row, ...], Field(min_length=1)]
-    compare: tuple[tuple[str, str], ...] = ()
+    compare: str | tuple[tuple[str, str], ...] = ()
     cost: tuple[str, ...] = ()
     quick: Quick | None = None
+
+    @pydantic.field_validator("compare", mode="before")
+    @classmethod
+    def _row_or_pairs(cls, value: Any) -> Any:
+        pairs = value if isinstance(value, list | tuple) else []
+        if not isinstance(value, str) and not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+            raise ValueError("compare must be the name of a row, or pairs of names such as [[LoRA, DoRA]]")
+        return value
+
+    @property
+    def compared(self) -> list[tuple[str, str]]:
+        """The pairs of rows under `compare`, with every other row where it names one."""
+        if isinstance(self.compare, str):
+            return [(row.name, self.compare) for row in self.rows if row.name != self.compare]
+        return list(self.compare)
 
     def dump(self, path: Path) -> None:
         """Write the study with the full recipe of every row, atomically; the file repeats the study from any folder."""
@@ -371,7 +387,7 @@ def _check_names(study: Study, where: str) -> None:
                 rule, fix = f"{place} must be unique", f"change or remove one of the two {place}"
                 raise RecipeError(f"{where}, {place}", found=f"two {place} {value!r}", rule=rule, fix=fix)
     asked = [(f"rows, {row.name}, of", row.of, own) for row in study.rows if row.of is not None]
-    asked += [("compare", name, names) for pair in study.compare for name in pair]
+    asked += [("compare", name, names) for pair in study.compared for name in pair]
     asked += [("cost", name, own) for name in study.cost]
     for place, name, known in asked:
         if name not in known:

@@ -14,6 +14,7 @@ from pydantic import Field
 from dovetail.files import write_whole
 from dovetail.runs.report.record import ReportPart
 from dovetail.studies.axes import Value
+from dovetail.studies.measures import Cell
 
 JSON = "study.json"
 
@@ -91,6 +92,7 @@ class Result(ReportPart):
     why           reason where it is not mergeable
     precision     of the weights, and of the adapter beside them: FP32 + FP32, INT4
     figure        scores in the metric of the task, over the seeds
+    stable        the same without the runs that diverged (the study's RsLoRA*); None where none did
     merged_lossy  scores after a lossy merge; None where none was done
     failed        runs without a score
     runs          folders
@@ -109,6 +111,7 @@ class Result(ReportPart):
     merged_lossy: Spread | None
     failed: list[Failure]
     runs: list[str]
+    stable: Spread | None = None
 
 
 class Cost(ReportPart):
@@ -150,6 +153,7 @@ class StudyReport(ReportPart):
     vary     axis -> its values
     illegal  points of rows that were not run
     seconds  of all runs together
+    cells    the measures of each run that ended, line by line, seed by seed
     """
 
     title: str
@@ -165,6 +169,7 @@ class StudyReport(ReportPart):
     illegal: list[Illegal] = Field(default=[])
     seconds: float
     environment: dict[str, str]
+    cells: list[Cell] = Field(default=[])
 
     def save(self, directory: Path) -> None:
         """Write study.json atomically."""

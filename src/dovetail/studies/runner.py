@@ -3,8 +3,9 @@
 DIR/study.yaml       the study with the full recipe of every row
 DIR/runs/SLUG/       a run directory each (`dovetail.run`)
 DIR/merging/         whether each run is mergeable, verified once
+DIR/planned/         what the configuration of each recipe determines, computed once
 DIR/cost.json        the cost table, measured once
-DIR/study.json, table.md, study.html, curve.png
+DIR/study.json       everything that the files of `dovetail.studies.output` show
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 from dovetail.errors import DovetailError, RecipeError
-from dovetail.files import check_folder, only_writer, write_whole
+from dovetail.files import check_folder, only_writer
 from dovetail.runs.flow import run
 from dovetail.runs.folder import RECIPE
 from dovetail.runs.recipe import Recipe
@@ -32,15 +33,16 @@ from dovetail.runs.report.record import REPORT, Report
 from dovetail.runs.steps import data_of
 from dovetail.studies.cost import KEPT, measure
 from dovetail.studies.matrix import Line, Matrix, Run, Study, expand, unique_runs
+from dovetail.studies.measures import Cell, cell, diverged_at
+from dovetail.studies.output import write_tables
 from dovetail.studies.report import Cost, Difference, Event, Failure, Illegal, Result, Spread, StudyReport
-from dovetail.studies.tables import CURVE, curve, markdown, page
-from dovetail.studies.verify import MERGED, check_mergeable, last_stage, precision
+from dovetail.studies.verify import MERGED, Judgement, check_mergeable, last_stage, precision
 from dovetail.tasks.find import load_task
 from dovetail.training.identity import records_identity
 
 _OTHER = "pass another --output, or --no-resume to delete all runs"
 
-STUDY, TABLE, PAGE = "study.yaml", "table.md", "study.html"
+STUDY = "study.yaml"
 
 
 def study(
@@ -95,11 +97,7 @@ def _study(
     illegal = [Illegal(row=one.row, point=one.point, why=one.why) for one in matrix.refused]
     report = report.model_copy(update={"illegal": illegal})
     report.save(folder)
-    write_whole(folder / TABLE, markdown(report))
-    drawn = curve(report)
-    if drawn is not None:
-        write_whole(folder / CURVE, drawn)
-    write_whole(folder / PAGE, page(report, drawn))
+    write_tables(report, folder)
     return report
 
 
@@ -201,7 +199,7 @@ def _result(line: Line, folder: Path, failed: Mapping[str, str]) -> Result:
     done = [one for one in line.runs if one.slug not in failed]
     reports = {one.slug: Report.load(folder / "runs" / one.slug) for one in done}
     tried = done if line.stage is None else []
-    verdicts = [check_mergeable(folder / "runs" / one.slug, folder / "merging" / f"{one.slug}.json") for one in tried]
+    verdicts = [_verdict(one, folder) for one in tried]
     mergeable = None
     if verdicts and verdicts[0].mergeable is not None:
         mergeable = all(verdict.mergeable for verdict in verdicts)
@@ -213,6 +211,7 @@ def _result(line: Line, folder: Path, failed: Mapping[str, str]) -> Result:
         stored = precision(folder / "runs" / done[0].slug, first, stage)
         if merged and mergeable is False:
             lossy = Spread.of(_scores(reports, MERGED))
+    stable = {slug: report for slug, report in reports.items() if not diverged_at(report, stage)}
     zeros = [1 - report.row(stage).footprint.nonzero_fraction for report in reports.values()]
     return Result(
         row=line.row,
@@ -235,6 +234,7 @@ def _result(line: Line, folder: Path, failed: Mapping[str, str]) -> Result:
             ),
         ],
         runs=[one.slug for one in line.runs],
+        stable=Spread.of(_scores(stable, stage)) if len(stable) < len(reports) else None,
     )
 
 
@@ -276,13 +276,28 @@ def _report(
         compare=_differences(asked, results),
         seconds=seconds,
         environment=around,
+        cells=[found for line, result in zip(lines, results, strict=True) for found in _cells(line, result, folder)],
     )
+
+
+def _cells(line: Line, result: Result, folder: Path) -> list[Cell]:
+    """Return the measures of the runs of a line that ended."""
+    cells = []
+    for one in line.runs:
+        if (folder / "runs" / one.slug / REPORT).is_file():
+            mergeable = None if line.stage else _verdict(one, folder).mergeable
+            cells.append(cell(line, one, result.stage, folder, mergeable))
+    return cells
+
+
+def _verdict(one: Run, folder: Path) -> Judgement:
+    return check_mergeable(folder / "runs" / one.slug, folder / "merging" / f"{one.slug}.json")
 
 
 def _differences(asked: Study, results: list[Result]) -> list[Difference]:
     """Return row minus row, point by point, with paired seeds, where all runs have a score."""
     found = []
-    for first, second in asked.compare:
+    for first, second in asked.compared:
         for ours, theirs in product(results, results):
             same = all(ours.point.get(axis, value) == value for axis, value in theirs.point.items())
             a, b = ours.figure, theirs.figure

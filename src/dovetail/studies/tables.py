@@ -31,7 +31,6 @@ NOTES = {
     "tensors, including the model.",
     "compare": "Seeds are paired: mean ± standard deviation of the differences.",
 }
-CURVE = "curve.png"
 _STYLE = """
 main { max-width: 76rem; }
 img { display: block; width: 100%; min-width: 36rem; height: auto; border-radius: 6px; }

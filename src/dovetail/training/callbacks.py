@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,9 @@ class Watch(TrainerCallback):
     evaluate   called every `evaluate_every` steps; its result is logged as "validation"
     log        called with the step and {"loss": ...} or {"validation": scores}
     handler    the trainer's callbacks, which include the experiment tracker; set by the trainer
+
+    peak_memory_nbytes, seconds_before   the peak of all starts of this training, and the seconds of the earlier ones up
+                                         to the checkpoint that this one continues
     """
 
     def __init__(
@@ -129,6 +133,8 @@ class Watch(TrainerCallback):
         self.handler: Any = None
         self.peak_memory_nbytes = 0
         self.without_gradient: list[str] = []
+        self.seconds_before = 0.0
+        self._started = time.perf_counter()
         self._still: dict[str, nn.Parameter] = {}
         self._unreached: set[str] = set()
         self._bar: Bar | None = None
@@ -139,6 +145,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
+        self._resume(state)
         self._still = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._unreached = set(self._still)
         self._bar = Bar(self.title, state.max_steps, shown=self.shown, delay=1.0).__enter__()
@@ -160,6 +167,7 @@ class Watch(TrainerCallback):
         self._steps_done += 1
         if self._steps_done == _MEASURED_STEPS:
             self._name(list(self._still))
+        self._remember(args, state)
         due = self.evaluate_every is not None and state.global_step % self.evaluate_every == 0
         if due or self._steps_done == _MEASURED_STEPS:
             self._stop_measuring()
@@ -194,10 +202,28 @@ class Watch(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.device.type == "cuda":
-            self.peak_memory_nbytes = torch.cuda.max_memory_allocated(args.device)
+        self._remember(args, state)
         if self._steps_done < _MEASURED_STEPS:  # LoRA's A has zeros as its gradient until B has moved
             self._name([name for name in self._still if name in self._unreached])
+
+    def _resume(self, state: TrainerState) -> None:
+        """Take over the seconds and the peak of the start that this one continues."""
+        history: list[Any] = state.log_history
+        for entry in history:
+            if "measured" in entry:
+                self.seconds_before, self.peak_memory_nbytes = entry["measured"]
+
+    def _remember(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Measure up to here, and leave it in the state of the Trainer, which a checkpoint holds."""
+        if args.device.type == "cuda":
+            now = torch.cuda.max_memory_allocated(args.device)
+        else:
+            now = 0 if self._memory is None else self._memory.peak_nbytes
+        self.peak_memory_nbytes = max(self.peak_memory_nbytes, now)
+        measured = [self.seconds_before + time.perf_counter() - self._started, self.peak_memory_nbytes]
+        history: list[Any] = state.log_history
+        history[:] = [entry for entry in history if "measured" not in entry]
+        history.append({"step": state.global_step, "measured": measured})
 
     def _name(self, names: list[str]) -> None:
         """Remember the parameters that got no gradient, and print a note on them."""
@@ -217,5 +243,4 @@ class Watch(TrainerCallback):
     def _stop_measuring(self) -> None:
         if self._memory is not None:
             self._memory.__exit__(None, None, None)
-            self.peak_memory_nbytes = self._memory.peak_nbytes
             self._memory = None

@@ -67,7 +67,7 @@ class StageReport:
 
     links                 the links that were trained, in order; empty for a whole model
     steps                 optimizer steps
-    seconds               of training, since the run was last resumed
+    seconds               of training; of a resumed one, up to its checkpoint and from there on
     losses                (step, mean loss in nats per token) of every step; nats per record for a classification,
                           squared error for a regression
     evaluations           (step, scores and mean loss on the validation split), if `evaluate_every` is set
@@ -314,7 +314,7 @@ def _train_stage(model: PreTrainedModel, trainer: StageTrainer, checkpoint: Path
     return StageReport(
         links=[part for part in parts if part not in (HEADS, MODEL)],
         steps=trainer.state.global_step,
-        seconds=time.perf_counter() - started,
+        seconds=trainer.watch.seconds_before + time.perf_counter() - started,
         losses=[(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
         evaluations=[(entry["step"], entry["validation"]) for entry in history if "validation" in entry],
         trainable_parameters=sum(p.numel() for parameters in parts.values() for p in parameters),
