@@ -86,6 +86,8 @@ DOCUMENTED: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]]]] = {
     "axolotl: context_qa": (
         {"article": "c", "question": "a", "answer": "b"}, "prompt_completion", [user("c\n\na"), said("b")],
     ),
+    "axolotl: summarizetldr": ({"article": "a", "summary": "b"}, "prompt_completion", [user("a"), said("b")]),
+    "axolotl: camel_ai": ({"message_1": "a", "message_2": "b"}, "prompt_completion", [user("a"), said("b")]),
     "axolotl: metharme": ({"prompt": "a", "generation": "b"}, "prompt_completion", [user("a"), said("b")]),
     "axolotl: pygmalion": (
         {"conversations": [{"role": "user", "value": "a"}, {"role": "assistant", "value": "b"}]}, "sharegpt",

@@ -35,7 +35,7 @@ Fields = Mapping[str, Any]
 PAIRS = (
     ("prompt", "completion"), ("prompt", "response"), ("prompt", "output"), ("prompt", "generation"),
     ("question", "answer"), ("question", "response"), ("query", "response"), ("input", "output"),
-    ("input", "response"),
+    ("input", "response"), ("article", "summary"), ("message_1", "message_2"),
 )  # fmt: skip
 """The columns of a prompt and its answer that `prompt_completion` reads."""
 
