@@ -50,6 +50,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe": _ROUTED | {"head_dim": 16},
     "deepseek_v2": _ROUTED | _MLA | {"topk_method": "greedy"},
     "deepseek_v3": _ROUTED | _MLA,
+    "deepseek_v4": _ROUTED | {
+        "head_dim": 16, "q_lora_rank": 32, "qk_rope_head_dim": 8, "num_key_value_heads": 1, "o_groups": 2,
+        "o_lora_rank": 16, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 4, "hc_mult": 2,
+        "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
+        "mlp_layer_types": ["moe", "moe"],
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+    },
+    "hy_v4": _ROUTED | _MLA | {
+        "head_dim": 16, "index_topk": 4, "index_head_dim": 16, "index_n_heads": 4, "hc_mult": 2,
+        "mlp_layer_types": ["dense", "sparse"], "layer_types": ["indexed_attention"] * 2,
+        "indexer_types": ["full", "full"],
+    },
     "dots1": _ROUTED | {"head_dim": 16},
     "ernie4_5_moe": _SIZES | {
         "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 0,

@@ -204,7 +204,7 @@ def layout_of(name: str, module: nn.Module) -> Layout:
     Its weight must be a plain parameter: other libraries' quantized layers are subclasses of nn.Linear that use theirs
     otherwise.
     """
-    if isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter and _is_plain(type(module)):
+    if isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter and is_plain(type(module)):
         return LinearLayout(module.out_features, module.in_features, kind=type(module))
     if type(module) is TransposedLinear:
         return TransposedLayout(module.out_features, module.in_features)
@@ -237,7 +237,7 @@ def layout_of(name: str, module: nn.Module) -> Layout:
     )
 
 
-def _is_plain(cls: type[nn.Linear]) -> bool:
+def is_plain(cls: type[nn.Linear]) -> bool:
     """Return whether a linear layer computes x Wᵀ + b: its forward is nn.Linear's or Falcon's equal one."""
     return cls.forward is nn.Linear.forward or cls.__name__ == "FalconLinear"
 

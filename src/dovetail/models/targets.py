@@ -23,7 +23,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dovetail.errors import TargetError
 from dovetail.models.experts import Experts, can_open, opened
-from dovetail.models.layouts import TransposedLinear, layout_of
+from dovetail.models.layouts import TransposedLinear, is_plain, layout_of
 from dovetail.models.roles import LABELS, path_matches, roles_of
 from dovetail.models.weight_reads import reads_weight
 
@@ -86,7 +86,8 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
 
     "all-linear" is every nn.Linear and transformers Conv1D outside the heads, without those that cannot be changed
     alone (weights shared with another module, read by the model without calling the layer, or not stored as one
-    floating-point parameter), without the routers of MoE experts, and, in a
+    floating-point parameter), without layers of the model's own classes that compute something else, without the
+    routers of MoE experts, and, in a
     PreTrainedModel, without layers of fewer than LEAST_WIDTH inputs or outputs, which are gates and mixing
     coefficients. Convolutions are found only when a glob names them. A model that neither is nor contains
     a PreTrainedModel has no known head. Each expert that a model keeps in a three-dimensional parameter (Mixtral and
@@ -336,9 +337,24 @@ def _refusals(model: nn.Module, layers: list[Target]) -> dict[str, str]:
             refusals[layer.name] = f"weight stored as {parameters['weight'].dtype}, already quantized elsewhere"
         elif shared:
             refusals[layer.name] = "; ".join(shared)
+        elif _computes_something_else(model, layer.module):
+            refusals[layer.name] = f"a {type(layer.module).__name__}, which computes something else than x Wᵀ + b"
         elif reads_weight(model.get_submodule(parent), child):
             refusals[layer.name] = f"{type(model.get_submodule(parent)).__name__} reads its weight without calling it"
     return refusals
+
+
+def _computes_something_else(model: nn.Module, module: nn.Module) -> bool:
+    """Return whether a layer is one of the model's own classes that derive from nn.Linear with another forward pass.
+
+    DeepSeek-V4's grouped projection is one. Layers of other libraries, such as quantized ones, are refused instead.
+    """
+    own = type(module).__module__
+    return (
+        isinstance(module, nn.Linear)
+        and not is_plain(type(module))
+        and (own.startswith("transformers.models.") or own == type(model).__module__)
+    )
 
 
 def _nothing_matches(model: nn.Module, target: str, layers: list[Target]) -> TargetError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
 
@@ -109,6 +110,24 @@ class LinkState(nn.Module):
         return str(self.link)
 
 
+@dataclass(frozen=True)
+class NoWeight:
+    """What a model may ask of the weight of a quantized layer, which is no tensor: HunYuan casts to its dtype.
+
+    dtype   that the codes are dequantized to
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, int]
+    ndim = 2
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether it has no values."""
+        return self.device.type == "meta"
+
+
 class ChainLinear(Holder):
     """A layer whose weight is a base plus a chain of links.
 
@@ -131,14 +150,13 @@ class ChainLinear(Holder):
         self._held: tuple[Tensor, Tensor | None] | None = None
         self.set_links([])
 
-    # Some models read `layer.weight.dtype` (T5). A quantized layer has no such tensor: it returns the module.
     @property
-    def weight(self) -> Tensor | nn.Module:
-        """The frozen base: the dense weight in the layer's own layout, or the quantized weight's module."""
+    def weight(self) -> Tensor | NoWeight:
+        """The frozen dense weight in the layer's own layout; of a quantized one what a model may ask of it."""
         if self.base.dense is not None:
             return self.base.dense
         assert self.base.quantized is not None
-        return self.base.quantized
+        return NoWeight(self.base.dtype, self.base.quantized.codes.device, self.base.shape)
 
     def set_links(self, states: Iterable[LinkState], path: Path | None = None) -> None:
         """Put a stage's links on the layer and choose how they run, elastic ones at their full rank.
