@@ -18,16 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dovetail.chains.grid import QuantizedWeight
+from dovetail.chains.layer.applied import AppliedChain, applied
 from dovetail.chains.layer.held import grids
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.checkpoint.formats.bitsandbytes import BitsAndBytes
 from dovetail.checkpoint.formats.compressed_tensors import CompressedTensors
 from dovetail.checkpoint.formats.contract import Format
+from dovetail.checkpoint.formats.engines import LORA_RANKS, check_engine, command_line
 from dovetail.checkpoint.formats.gptq import GPTQFormat
 from dovetail.checkpoint.formats.mlx import MLX
+from dovetail.checkpoint.formats.peft.plain_lora import export_plain_lora
+from dovetail.checkpoint.formats.peft.write import export_peft, kind_of
 from dovetail.checkpoint.load import load
 from dovetail.checkpoint.packed import stored
-from dovetail.errors import ExportError
+from dovetail.errors import ChainError, ExportError
 from dovetail.files import atomic, check_folder
 from dovetail.models.dtypes import FLOATS
 from dovetail.models.layouts import Layout, LinearLayout, layout_of
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
 
 _FORMATS = (CompressedTensors(), BitsAndBytes(), GPTQFormat(1), GPTQFormat(2), MLX())
 FORMATS: Mapping[str, Format] = {each.name: each for each in _FORMATS}
+ADAPTER = "peft"
+"""The format of an adapter beside its base; the others hold whole models."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class ExportReport:
     dtype       that the model is served in
     decoder     the function of the format's owner that read every tensor
     claim       "values": same values in `dtype`; "codes": same codes and scales, `differing` values in `dtype`;
-                "fits" of a dry run, in which nothing was compared
+                "adapter": the same change of the weights; "fits" of a dry run, in which nothing was compared
     weights, differing   over all quantized layers
     nbytes      of the files with weights
     notes       what a reader must know
@@ -80,12 +86,11 @@ class ExportReport:
     notes: list[str] = field(default_factory=list)
 
 
-def format_of(name: str) -> Format:
-    """Return the format of that name. Raises ExportError."""
-    if name not in FORMATS:
-        rule = f"formats: {', '.join(FORMATS)}"
+def check_format(name: str) -> None:
+    """Raise ExportError for a name that is no format."""
+    if name not in FORMATS and name != ADAPTER:
+        rule = f"formats: {', '.join([*FORMATS, ADAPTER])}"
         raise ExportError(f"export to {name[:100]}", found="an unknown format", rule=rule, fix="use one of them")
-    return FORMATS[name]
 
 
 @torch.no_grad()
@@ -96,22 +101,30 @@ def export(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str | torch.dtype | None = None,
+    engine: str | None = None,
     dry_run: bool = False,
 ) -> ExportReport:
-    """Write a merged model in another format, in a new or empty folder, atomically.
+    """Write a merged model, or an adapter, in another format, in a new or empty folder, atomically.
 
-    model      merged with `dovetail.merge`, packed or stock; or the folder of a run, of a packed or of a merged model
-    to         a key of FORMATS: "compressed-tensors", "bitsandbytes", "gptq", "gptq_v2" or "mlx"
+    model      merged with `dovetail.merge`, packed or stock; or the folder of a run, of a packed or of a merged model;
+               for "peft" a model under a chain
+    to         a key of FORMATS: "compressed-tensors", "bitsandbytes", "gptq", "gptq_v2" or "mlx"; or "peft"
     output     the folder
     tokenizer  saved beside it; of a folder, its own
     dtype      that the model is served in; None: the model's own
+    engine     "vllm", "transformers", "ollama" or "openvino": refuse what it does not read; None: any
     dry_run    only check whether all layers fit; nothing is written
     errors     ExportError naming the layer, the reason and a quantizer to use instead, before anything is written
     """
-    form, folder = format_of(to), Path(output).absolute()
-    form.check_package()
+    folder = Path(output).absolute()
+    check_format(to)
+    check_engine(engine, to)
     if not dry_run:
         check_folder(folder)
+    if to == ADAPTER:
+        return _export_adapter(model, folder, engine, dry_run)
+    form = FORMATS[to]
+    form.check_package()
     if not isinstance(model, nn.Module):
         path = Path(model)
         model, tokenizer = load(path / "model" if (path / "report.json").is_file() else model)
@@ -119,8 +132,9 @@ def export(
     layers, outside = quantized_layers(form, model)
     kinds = {name: form.kind(name, quantized) for name, quantized in layers.items()}
     said = {name: ExportedLayer(q.identity, kinds[name], q.shape[0] * q.shape[1], 0) for name, q in layers.items()}
-    weights, notes = sum(each.weights for each in said.values()), form.notes(layers, served)
     shown = str(served).removeprefix("torch.")
+    notes = [*form.notes(layers, served), *command_line(engine, str(folder), shown)]
+    weights = sum(each.weights for each in said.values())
     if dry_run:
         return ExportReport(to, str(folder), shown, form.decoder, "fits", said, weights, 0, 0, notes)
     tensors = _others(model, layers, served)
@@ -151,6 +165,48 @@ def export(
     return ExportReport(to, str(folder), shown, form.decoder, claim, said, weights, differing, nbytes, notes)
 
 
+def _export_adapter(
+    model: str | Path | PreTrainedModel, folder: Path, engine: str | None, dry_run: bool
+) -> ExportReport:
+    """Write the adapter of a model's current stage for peft; for vLLM as plain LoRA."""
+    where = f"export to {ADAPTER}"
+    if not isinstance(model, nn.Module):
+        rule, fix = "an adapter is exported from a model under its chain", "use dovetail export, or load_adapter first"
+        raise ExportError(where, found=f"the path {str(model)[:200]}", rule=rule, fix=fix)
+    layers = chain_layers(model)
+    if not layers or any(layer.record is None for layer in layers.values()):
+        rule, fix = "the model must be under a chain that is not merged", "export the merged model to another format"
+        raise ExportError(where, found="no adapter", rule=rule, fix=fix)
+    kind, notes = kind_of(applied(model)).name if engine != "vllm" else "lora", []
+    ranks: dict[str, tuple[int, float]] = {}
+    if engine == "vllm":
+        ranks = export_plain_lora(model, None if dry_run else folder)
+        rank = next(size for size in LORA_RANKS if size >= max(rank for rank, _ in ranks.values()))
+        largest = max(difference for _, difference in ranks.values())
+        notes.append(f"start it: vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules NAME={folder}")
+        notes.append(f"largest difference of a change, over its largest number: {largest:.1e}")
+    elif not dry_run:
+        export_peft(model, folder)
+    if any(layer.base.quantized is not None or layer.base.mask_bits is not None for layer in layers.values()):
+        notes.append("the adapter belongs to the base that the chain made (docs/peft.md), not to the original model")
+    said = {
+        name: ExportedLayer(
+            layer.base.identity,
+            f"{kind}, rank {ranks[name][0]}" if ranks else kind,
+            layer.base.shape[0] * layer.base.shape[1],
+            0,
+        )
+        for name, layer in layers.items()
+    }
+    dtype, claim = str(model.dtype).removeprefix("torch."), "fits" if dry_run else "adapter"
+    nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if ranks:
+        decoder, weights = "the definition of each link, in float64", sum(each.weights for each in said.values())
+    else:
+        decoder, weights = "none: the parameters are written as they are", 0
+    return ExportReport(ADAPTER, str(folder), dtype, decoder, claim, said, weights, 0, nbytes, notes)
+
+
 def _served(form: Format, dtype: str | torch.dtype) -> torch.dtype:
     """Return the dtype that a model is served in. Raises ExportError for one that the format does not have."""
     name = str(dtype).removeprefix("torch.")
@@ -166,7 +222,10 @@ def fits(to: str, layers: Mapping[str, ChainLinear]) -> tuple[dict[str, int], li
     returns  kind in the format -> number of layers; and for the layers that do not fit, a text for each quantizer
     errors   ExportError for an unknown format
     """
-    form = format_of(to)
+    check_format(to)
+    if to == ADAPTER:
+        return _adapter_fits(layers)
+    form = FORMATS[to]
     kinds: dict[str, int] = {}
     refused: dict[str, ExportError] = {}
     for name, layer in layers.items():
@@ -180,6 +239,15 @@ def fits(to: str, layers: Mapping[str, ChainLinear]) -> tuple[dict[str, int], li
         except ExportError as error:
             refused.setdefault(quantized.identity, error)
     return kinds, [f"{error.where}: {error.found}: {error.rule}. Fix: {error.fix}" for error in refused.values()]
+
+
+def _adapter_fits(layers: Mapping[str, ChainLinear]) -> tuple[dict[str, int], list[str]]:
+    record = next(iter(layers.values())).record
+    assert isinstance(record, AppliedChain)
+    try:
+        return {f"peft's {kind_of(record).name}": len(layers)}, []
+    except ChainError as error:
+        return {}, [f"{error.where}: {error.found}: {error.rule}. Fix: {error.fix}"]
 
 
 def _kind(form: Format, name: str, quantized: QuantizedWeight, layout: Layout) -> str:

@@ -10,6 +10,8 @@ import typer
 from dovetail.cli.terminal import Json, print_json, quiet
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from dovetail.checkpoint.export import ExportReport
 
 
@@ -19,26 +21,38 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The folder of a run, or of a packed or merged model.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="The folder of a run, or of a packed or merged model, or an adapter.")
+    ],
     to: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help="compressed-tensors, bitsandbytes, gptq, gptq_v2 or mlx.")
+        str,
+        typer.Option("--to", metavar="FORMAT", help="compressed-tensors, bitsandbytes, gptq, gptq_v2, mlx, or peft."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write, new or empty.")],
     dtype: Annotated[
         str | None, typer.Option("--dtype", metavar="DTYPE", help="Served dtype. \\[default: the model's]")
     ] = None,
+    engine: Annotated[
+        str | None, typer.Option("--for", metavar="ENGINE", help="vllm, transformers, ollama or openvino.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check whether all layers fit.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a merged model with the same codes and scales in another format, or say why it does not fit."""
+    """Write a merged model with the same codes and scales in another format, or say why it does not fit.
+
+    `--to peft` writes the adapter of a run that kept it apart (`--for vllm`: as plain LoRA).
+    """
     quiet()
     from dataclasses import asdict
 
+    from dovetail.checkpoint.export import ADAPTER
     from dovetail.checkpoint.export import export as write
     from dovetail.files import writing
+    from dovetail.runs.result import load_result
 
+    source: str | PreTrainedModel = load_result(model)[0] if to == ADAPTER else model
     with writing(output):
-        report = write(model, to, output, dtype=dtype, dry_run=dry_run)
+        report = write(source, to, output, dtype=dtype, engine=engine, dry_run=dry_run)
     if as_json:
         print_json(asdict(report))
     else:
@@ -55,6 +69,7 @@ def summary(report: ExportReport) -> str:
         "fits": "all layers fit; nothing was written",
         "values": f"the same values in {report.dtype}",
         "codes": f"the same codes and scales; {report.differing:,} values differ in {report.dtype}",
+        "adapter": "the same change of the weights",
     }
     lines.append(f"{report.format}: {claims[report.claim]}")
     if report.claim != "fits":

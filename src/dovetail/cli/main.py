@@ -205,7 +205,7 @@ def plan(
         typer.Option("--gpu", metavar="SIZE", help="24GB, 80GiB: does the training fit, and if not, what to change?"),
     ] = None,
     to: Annotated[
-        str | None, typer.Option("--to", metavar="FORMAT", help="Which layers fit compressed-tensors, bitsandbytes?")
+        str | None, typer.Option("--to", metavar="FORMAT", help="Which layers fit this format of `dovetail export`?")
     ] = None,
     as_json: Json = False,
 ) -> None:

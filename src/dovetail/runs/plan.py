@@ -24,7 +24,7 @@ from dovetail.chains.layer.held import held
 from dovetail.chains.link import Chain, Link
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import CheckedChain
-from dovetail.checkpoint.export import fits, format_of
+from dovetail.checkpoint.export import check_format, fits
 from dovetail.checkpoint.footprint import count_weights, stored_nbytes, weight_nbytes
 from dovetail.checkpoint.load import HEAD_KINDS, empty_model, held_in, load_config, load_tokenizer
 from dovetail.compression.apply import apply_on_meta
@@ -152,7 +152,7 @@ def plan(
     """
     gpu_nbytes = None if gpu is None else parse_size(gpu)
     if to is not None:
-        format_of(to)
+        check_format(to)
     texts = {pattern: str(text) for pattern, text in (layers or {}).items()}
     nothing = Plan(str(chain_), False, "", False, "", texts, 0, 0, [], 0.0, 0, 0, 0, batch_size, length)
     try:

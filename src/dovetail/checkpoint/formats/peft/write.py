@@ -48,8 +48,8 @@ def export_peft(model: nn.Module, directory: str | Path) -> Path:
     """
     record = applied(model)
     layers = record.layers
-    kind = _kind(record)
-    _check_layers(model, record, layers, kind)
+    kind = kind_of(record)
+    check_layers(model, record, layers, kind)
     states = [layer.states[0] for layer in layers.values()]
     tensors = {}
     for state in states:
@@ -59,68 +59,73 @@ def export_peft(model: nn.Module, directory: str | Path) -> Path:
                 value = values[ours].detach()
                 tensors[f"{PREFIX}{state.site.name}.{theirs}"] = value.view(kind.peft_shape(ours, value.shape))
     tensors |= _constants(kind, states[0])
-    config = _config(model, record, layers, kind, states)
-    heads, config["task_type"] = _trained_beside(model, layers), _task(model)
+    links = {state.site: state.running for state in states}
+    config = adapter_config(
+        model, record, kind, kind.to_peft(links, seed=record.seed, where=f"export_peft of {record.chain}")
+    )
+    heads, config["task_type"] = trained_beside(model, layers), task_of(model)
     config["modules_to_save"] = heads or None
     saved = (*heads, *CLASSIFIER_HEADS) if config["task_type"] == "SEQ_CLS" else heads
     for path, module in saved_modules(model, saved).items():
         if adapted := [name for name in layers if inside(name, [path])]:
             found = f"{adapted[0]} under the chain, in {path}"
             fix = f"leave {adapted[0]} out of the targets, or freeze {path}"
-            raise _refused(record, found, "a module that peft saves whole must contain no adapted layer", fix)
+            raise refused(record, found, "a module that peft saves whole must contain no adapted layer", fix)
         tensors |= {f"{PREFIX}{path}.{key}": value.clone() for key, value in module.state_dict().items()}
     write_adapter(Path(directory), config, tensors)
     return Path(directory)
 
 
-def _refused(record: AppliedChain, found: str, rule: str, fix: str = "") -> ChainError:
+def refused(record: AppliedChain, found: str, rule: str, fix: str = "") -> ChainError:
+    """Return the error for what peft cannot express."""
     return ChainError(f"export_peft of {record.chain}", found=found, rule=rule, fix=fix)
 
 
-def _kind(record: AppliedChain) -> type[PeftAdapter]:
+def kind_of(record: AppliedChain) -> type[PeftAdapter]:
     """Return the class of the one adapter that the stage trains; raise ChainError for any other stage."""
     links = record.stage.trained
     merged = "merge the chain and save the model, which then has no adapter"
     for link in links:
         if isinstance(link, Constraint):
             rule = f"peft cannot re-impose the base's {link.restores}"
-            raise _refused(record, str(link), rule, merged)
+            raise refused(record, str(link), rule, merged)
         if not isinstance(link, PeftAdapter):
-            raise _refused(record, str(link), f"peft has no adapter {link.name}", "save it with save_adapter")
+            raise refused(record, str(link), f"peft has no adapter {link.name}", "save it with save_adapter")
     if len(links) != 1:
         found = " >> ".join(map(str, links)) or "no adapter"
-        raise _refused(record, found, "a peft adapter must be one link", merged if links else "")
+        raise refused(record, found, "a peft adapter must be one link", merged if links else "")
     if record.taken:
         found = f"{links[0]}, whose base is the weight less a low rank"
         rule = "peft would put the adapter on a base from which nothing was taken"
-        raise _refused(record, found, rule, "save it with save_adapter, or merge the chain and save the model")
+        raise refused(record, found, rule, "save it with save_adapter, or merge the chain and save the model")
     link = links[0]
     assert isinstance(link, Adapter)
     if link.moves is not None:
-        raise _refused(record, str(link), f"peft has no adapter that trains the {link.moves} of a grid", merged)
+        raise refused(record, str(link), f"peft has no adapter that trains the {link.moves} of a grid", merged)
     assert isinstance(link, PeftAdapter)
     return type(link)
 
 
-def _check_layers(
+def check_layers(
     model: nn.Module, record: AppliedChain, layers: Mapping[str, ChainLinear], kind: type[PeftAdapter]
 ) -> None:
+    """Raise ChainError for layers that a peft adapter of this kind cannot adapt."""
     experts = expert_layers(model)
     for name, layer in layers.items():
         fix = f"leave {name} out of the targets"
         if name in experts:
             rule = "a peft adapter of this form cannot adapt one expert of a three-dimensional parameter"
-            raise _refused(record, f"{name}, an expert", rule, "save it with save_adapter, or leave the experts out")
+            raise refused(record, f"{name}, an expert", rule, "save it with save_adapter, or leave the experts out")
         if not layer.layout.linear:
-            raise _refused(record, f"{name}, a convolution", "only adapters of linear layers are exported", fix)
+            raise refused(record, f"{name}, a convolution", "only adapters of linear layers are exported", fix)
         if not kind.peft_conv1d and not isinstance(layer.layout, LinearLayout):
             rule = f"peft supports {kind.name} on nn.Linear, not on GPT-2's Conv1D"
-            raise _refused(record, f"{name}, a Conv1D", rule, fix)
+            raise refused(record, f"{name}, a Conv1D", rule, fix)
     paths = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False) if isinstance(m, ChainLinear))
     for name, layer in layers.items():
         if paths[id(layer)] > 1:
             rule = "an adapted layer must have one path, because peft adapts one path of a layer"
-            raise _refused(record, f"{name}, which has {paths[id(layer)]} paths", rule)
+            raise refused(record, f"{name}, which has {paths[id(layer)]} paths", rule)
 
 
 def _constants(kind: type[PeftAdapter], state: LinkState) -> dict[str, Tensor]:
@@ -131,20 +136,18 @@ def _constants(kind: type[PeftAdapter], state: LinkState) -> dict[str, Tensor]:
     return {theirs: shared[ours] for ours, theirs in kind.peft_constants.items()}
 
 
-def _config(
-    model: nn.Module,
-    record: AppliedChain,
-    layers: Mapping[str, ChainLinear],
-    kind: type[PeftAdapter],
-    states: list[LinkState],
+def adapter_config(
+    model: nn.Module, record: AppliedChain, kind: type[PeftAdapter], fields: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the adapter_config.json of the installed peft, without task and modules_to_save."""
+    """Return the adapter_config.json of the installed peft, without task and modules_to_save.
+
+    fields  the arguments of the configuration class of the method
+    """
     # Imported here because the import of peft takes seconds.
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
     from transformers import PreTrainedModel
 
-    links = {state.site: state.running for state in states}
-    fields = kind.to_peft(links, seed=record.seed, where=f"export_peft of {record.chain}")
+    layers, fields = record.layers, dict(fields)
     if kind.peft_conv1d:
         fields["fan_in_fan_out"] = any(not isinstance(layer.layout, LinearLayout) for layer in layers.values())
     others = [name for name in stock_modules(model) if name not in layers]
@@ -171,7 +174,7 @@ def saved_modules(model: nn.Module, names: Collection[str]) -> dict[str, nn.Modu
     return {path: module for path, module in stock_modules(model).items() if ends and path.endswith(ends)}
 
 
-def _trained_beside(model: nn.Module, layers: Mapping[str, ChainLinear]) -> list[str]:
+def trained_beside(model: nn.Module, layers: Mapping[str, ChainLinear]) -> list[str]:
     """Return the paths of modules outside the chain that are saved with it: heads, and owners of trained parameters."""
     in_chain = {id(p) for layer in layers.values() for p in layer.parameters()}
     heads, paths = new_heads(model), []
@@ -189,7 +192,7 @@ def _trained_beside(model: nn.Module, layers: Mapping[str, ChainLinear]) -> list
     return list(dict.fromkeys(paths))
 
 
-def _task(model: nn.Module) -> str | None:
+def task_of(model: nn.Module) -> str | None:
     """Return peft's task_type of the model; None where peft has no class for it."""
     from transformers import PreTrainedModel
 
