@@ -94,14 +94,31 @@ def _stored(architecture: str, name: str, weight: np.ndarray, config: Any) -> np
     return weight.T if architecture == "gpt2" and name.endswith(transposed) else weight
 
 
+def random_blocks(shape: tuple[int, int], kind: gguf.GGMLQuantizationType, seed: int = 0) -> np.ndarray:
+    """Blocks of random codes and factors, whose float16 scales are of the size of a model's: uint8 (o, row bytes)."""
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    numbers = np.random.default_rng(seed)
+    blocks = numbers.integers(0, 256, (shape[0] * shape[1] // block, nbytes), dtype=np.uint8)
+    at = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind.name, (0,))
+    for place in at:
+        scale = numbers.uniform(0.0001, 0.0002, (len(blocks), 1)).astype(np.float16)
+        blocks[:, place : place + 2] = scale.view(np.uint8)
+    return blocks.reshape(shape[0], -1)
+
+
 def write_gguf(
     model: PreTrainedModel,
     path: Path,
     family: str,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     keys: Mapping[str, int] | None = None,
+    kinds: Mapping[str, gguf.GGMLQuantizationType] | None = None,
 ) -> Path:
-    """Write a model as a GGUF file, with further keys; matrices get the type `kind`, vectors float32."""
+    """Write a model as a GGUF file, with further keys; matrices get the type `kind`, vectors float32.
+
+    kinds  part of a tensor's name -> its type in place of `kind`; types that the gguf package does not quantize to get
+           random blocks
+    """
     architecture = ARCHITECTURES[family]
     writer = gguf.GGUFWriter(path, architecture)
     _metadata(writer, model.config, family)
@@ -116,10 +133,15 @@ def write_gguf(
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         assert name is not None, key
         weight = np.ascontiguousarray(_stored(architecture, name, tensor.float().numpy(), model.config))
-        if weight.ndim > 1 and kind is gguf.GGMLQuantizationType.F16:
+        own = next((each for part, each in (kinds or {}).items() if part in name), kind)
+        if weight.ndim > 1 and own is gguf.GGMLQuantizationType.F16:
             writer.add_tensor(name, weight.astype(np.float16))
-        elif weight.ndim > 1 and kind is not gguf.GGMLQuantizationType.F32:
-            writer.add_tensor(name, gguf.quantize(weight, kind), raw_dtype=kind)
+        elif weight.ndim > 1 and own is not gguf.GGMLQuantizationType.F32:
+            try:
+                blocks = gguf.quantize(weight, own)
+            except NotImplementedError:
+                blocks = random_blocks(weight.shape, own, len(name))
+            writer.add_tensor(name, blocks, raw_dtype=own)
         else:
             writer.add_tensor(name, weight.astype(np.float32))
     writer.write_header_to_file()

@@ -34,6 +34,7 @@ SAMPLES: dict[str, tuple[str, ...]] = {
     "hqq": ("hqq(bits=4, group=8)", "hqq(bits=2, group=8)", "hqq(bits=3, group=8, zero=exact)"),
     "nf4": ("nf4(block=32)", "nf4(block=64, double=true)"),
     "nf": ("nf(bits=3, block=32)", "nf(bits=2, double=true)", "nf(bits=8)"),
+    "keep": ("keep", "keep(format=Q4_K)"),
     "mxfp4": ("mxfp4",),
     "nvfp4": ("nvfp4",),
     "fp4": ("fp4(block=32)", "fp4(block=64, double=true)"),
@@ -57,7 +58,9 @@ def of_kind(kind: type[Link] | tuple[type[Link], ...], *, but: type[Link] | None
     return [text for name in names for text in SAMPLES.get(name, ())]
 
 
-PRUNERS, QUANTIZERS = of_kind(Pruner), of_kind(Quantizer)
+KEPT = SAMPLES["keep"]
+"""Quantizers of a model that is quantized already; refused on the models here."""
+PRUNERS, QUANTIZERS = of_kind(Pruner), [text for text in of_kind(Quantizer) if text not in KEPT]
 PRUNABLE = [text for text in QUANTIZERS if not text.startswith("hqq") or "zero=exact" in text]
 """Quantizers whose grid has an exact zero, written down a second time."""
 GRID_ADAPTERS = [text for text in of_kind(Adapter) if dovetail.chain(text).links[0].moves]

@@ -16,7 +16,19 @@ from dovetail.chains.layer.applied import applied
 from dovetail.chains.link import Adapter, Constraint, Link, OutputAdapter, Pruner, Quantizer
 from dovetail.chains.registry import links
 from dovetail.errors import CannotMerge, ChainError
-from samples import ADAPTERS, GRID_ADAPTERS, IN, PRUNABLE, PRUNERS, QUANTIZERS, SAMPLES, chained, input_of, model_of
+from samples import (
+    ADAPTERS,
+    GRID_ADAPTERS,
+    IN,
+    KEPT,
+    PRUNABLE,
+    PRUNERS,
+    QUANTIZERS,
+    SAMPLES,
+    chained,
+    input_of,
+    model_of,
+)
 from tolerance import assert_near
 
 KINDS: dict[str, type[Link]] = {
@@ -54,6 +66,8 @@ def kind_of(text: str) -> str:
 
 def legal(first: str, second: str) -> bool:
     kinds = kind_of(first), kind_of(second)
+    if {first, second} & set(KEPT):
+        return False
     if "prune" in kinds and {first, second} & set(QUANTIZERS) - set(PRUNABLE):
         return False
     if kinds[1] == "move" and name_of(first) in ("mxfp4", "nvfp4"):
@@ -99,7 +113,8 @@ def test_an_illegal_pair_is_refused_by_name(first: str, second: str) -> None:
     layer = model.layer
     with pytest.raises(ChainError) as caught:
         dovetail.apply(model, f"{first} >> {second}", targets="layer", calibration=[{"x": input_of()}])
-    place, wrong = (1, first) if kind_of(first) in ("remask", "regrid", "move") else (2, second)
+    alone = kind_of(first) in ("remask", "regrid", "move") or first in KEPT
+    place, wrong = (1, first) if alone else (2, second)
     assert caught.value.where.startswith(f"{name_of(wrong)}, link {place} of ")
     assert caught.value.found
     assert caught.value.rule

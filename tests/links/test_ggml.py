@@ -43,7 +43,9 @@ def scale_places(form: BlockFormat) -> tuple[int, ...]:
 
 
 def weight(form: BlockFormat, seed: int = 0) -> BlockWeight:
-    return BlockWeight.from_bytes("weight", random_bytes(form, seed), (ROWS, COLUMNS), form, f"keep(kind={form.name})")
+    return BlockWeight.from_bytes(
+        "weight", random_bytes(form, seed), (ROWS, COLUMNS), form, f"keep(format={form.name})"
+    )
 
 
 def ordinary(form: BlockFormat) -> BlockWeight:

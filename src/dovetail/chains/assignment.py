@@ -77,7 +77,7 @@ class Assignment:
             had = held(name)
             key = str(links), had
             if key not in made:
-                made[key] = links if had == links.held else check(links, had)
+                made[key] = links if had == links.held else _check_at(name, links, had)
             if made[key] is not self.chain:
                 resolved[name] = made[key]
         return Assignment(self.chain, self.layers, resolved)
@@ -100,6 +100,15 @@ def assign(common: str | Chain | Link, layers: Layers | None = None, held: Held 
     """
     checked = check(common, held)
     return Assignment(checked, {pattern: _alike(pattern, text, checked) for pattern, text in (layers or {}).items()})
+
+
+def _check_at(layer: str, links: CheckedChain, had: Held) -> CheckedChain:
+    """Check a chain on what a layer has from an earlier round; an error names the layer."""
+    try:
+        return check(links, had)
+    except ChainError as error:
+        where = f"{error.where} at {layer}"
+        raise ChainError(where, found=error.found, rule=error.rule, fix=error.fix) from None
 
 
 def _alike(pattern: str, text: str | Chain | Link, common: CheckedChain) -> CheckedChain:

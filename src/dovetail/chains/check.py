@@ -1,7 +1,7 @@
 """Legality of a chain, checked before anything runs, and whether it can be merged without loss.
 
 Rules (CLAM §3.1, A.7, A.10; DESIGN.md §1):
-1. at most one quantizer;
+1. at most one quantizer; `keep` stands for the one that the base has, and needs it;
 2. a quantizer after a pruner keeps an exact zero, and one before a pruner has one to prune to;
 3. remask needs a pruner before it, regrid a quantizer;
 4. a link without an effective weight (bottleneck) is followed only by links of the same kind;
@@ -49,8 +49,12 @@ def _check_order(chain: CheckedChain) -> None:
             found = f"{link.name} after {last.name}"
             rule = f"{last.name} is a function of the layer's output: links that change the weight must come before it"
             fix = f"put {last.name} last"
-        elif link.kind == "quantizer" and quantizer in chain.kept and quantizer not in chain.links[:place]:
-            if link != quantizer:
+        elif isinstance(link, Quantizer) and link.continues and quantizer is None:
+            found = "a model without a grid"
+            rule = f"{link.name} keeps the grid of a quantized model"
+            fix = 'load a quantized file with grid="keep", or use a quantizer such as int(bits=4)'
+        elif link.kind == "quantizer" and quantizer in chain.kept and not _names_quantizer(chain.links[:place]):
+            if link != quantizer and not (isinstance(link, Quantizer) and link.continues and link == type(link)()):
                 found = f"a model that was merged on the grid of {quantizer}"
                 rule = "a model is quantized at most once: a second grid would round rounded weights"
                 fix = f"start from the base model, or remove {link.name} to continue on the grid of {quantizer}"
@@ -63,7 +67,7 @@ def _check_order(chain: CheckedChain) -> None:
             rule = "a quantizer after a pruner must represent zero exactly"
             fix = f"put {link.name} first" if link.has_zero else _OTHER_GRID
         elif link.kind == "pruner" and isinstance(quantizer, Quantizer) and not quantizer.has_zero:
-            found = f"{quantizer.name} before it, whose grid has no exact zero"
+            found = f"{quantizer} before it, whose grid has no exact zero"
             rule = "a quantizer before a pruner must represent zero exactly"
             fix = _OTHER_GRID
         elif isinstance(link, Constraint) and MADE_BY[link.restores] not in seen:
@@ -84,7 +88,12 @@ def _check_order(chain: CheckedChain) -> None:
             raise ChainError(f"{link.name}, link {place + 1} of {chain}", found=found, rule=rule, fix=fix)
         if isinstance(link, OutputAdapter):
             last = link
-        seen[link.kind] = link
+        if link.kind != "quantizer" or quantizer is None:  # one that is kept is the base's own
+            seen[link.kind] = link
+
+
+def _names_quantizer(links: tuple[Link, ...]) -> bool:
+    return any(link.kind == "quantizer" for link in links)
 
 
 def _check_start(chain: CheckedChain, number: int, stage: Stage) -> None:

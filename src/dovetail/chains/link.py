@@ -147,6 +147,8 @@ class Quantizer(Link):
     kind: ClassVar[Kind] = "quantizer"
     keeps_zeros: ClassVar[bool] = True
     """A zero is rounded to zero wherever the grid has one, so that a pruned weight stays zero (CLAM §3.1)."""
+    continues: ClassVar[bool] = False
+    """It names the grid that the base has already, whatever it is, and is never applied to a dense weight."""
 
     @property
     def has_zero(self) -> bool:

@@ -122,7 +122,8 @@ class CheckedChain(Chain):
     @cached_property
     def quantizer(self) -> Quantizer | None:
         """The quantizer whose grid it ends on; a legal chain has at most one."""
-        return next((link for link in (*self, *self.kept) if isinstance(link, Quantizer)), None)
+        named = (link for link in (*self, *self.kept) if isinstance(link, Quantizer))
+        return next((link for link in named if link in self.kept or not link.continues), None)
 
     @cached_property
     def pruner(self) -> Link | None:
@@ -146,7 +147,7 @@ def stages(chain: Chain, kept: Sequence[Link] = ()) -> tuple[Stage, ...]:
     """
     split: list[tuple[list[Link], list[Link]]] = [([], [])]
     for link in chain:
-        if link in kept and link.kind == "quantizer":
+        if isinstance(link, Quantizer) and (link in kept or link.continues):
             continue
         if split[-1][1] and not link.differentiable:
             split.append(([], []))

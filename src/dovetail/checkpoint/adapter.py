@@ -31,12 +31,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dovetail.chains.assignment import Assignment, assign
-from dovetail.chains.layer.applied import applied
+from dovetail.chains.layer.applied import applied, carries_chain
+from dovetail.chains.layer.attach import stock_in_place
 from dovetail.chains.layer.bits import pack_bits, unpack_bits
 from dovetail.chains.layer.elastic import check_saved, load_ranks, saved_ranks, shapes_at
 from dovetail.chains.layer.fingerprint import base_fingerprint
 from dovetail.chains.layer.held import guard_saving, held
-from dovetail.chains.layer.linear import ChainLinear, chain_layers
+from dovetail.chains.layer.linear import ChainLinear, chain_layers, packed_layers
 from dovetail.chains.link import Adapter
 from dovetail.chains.terms import LowRank
 from dovetail.compression.apply import apply, restore
@@ -206,8 +207,7 @@ def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], w
     errors   LoadError for another base, quantizer or chain, shared projections of another seed, and for masks and
              bases that are missing
     """
-    layers = chain_layers(model)
-    if not layers:
+    if not carries_chain(model):
         found = model_fingerprint(model)
         if found != file.base_fingerprint:
             raise LoadError(
@@ -217,7 +217,6 @@ def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], w
                 fix="load the checkpoint that it was trained on, in the same dtype",
             )
         _apply_again(model, file, tensors, where)
-        layers = chain_layers(model)
         _round_again(model, file, tensors)
     elif not same_chain(model, file):
         raise LoadError(
@@ -227,6 +226,7 @@ def put_chain(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor], w
             fix="load the adapter onto the base model",
         )
     check_constants(model, file.seed, where)
+    layers = chain_layers(model)
     identity = _identity(layers)
     if identity != file.quantizer:
         rule = f"the base must be the one that the adapter was trained over, {file.quantizer}"
@@ -265,7 +265,13 @@ def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor]
         rule = f"{file.chain} has {stages} stages, numbered from 0"
         raise LoadError(where, found=f"stage={file.stage}", rule=rule, fix="copy the folder again")
     bases: dict[str, dict[str, Tensor]] = {}
-    masks, stock = {}, {layer.name: layer.module for layer in all_layers(model)}
+    masks, packed = {}, packed_layers(model)
+    with stock_in_place(model):
+        stock = {layer.name: layer.module for layer in all_layers(model)}
+
+    def device_of(name: str, module: nn.Module) -> torch.device:
+        return packed[name].base.device if name in packed else module.get_parameter("weight").device
+
     taken: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         kind, name, *rest = key.split("/")
@@ -276,11 +282,11 @@ def _apply_again(model: nn.Module, file: AdapterFile, tensors: dict[str, Tensor]
             if kind == "mask":
                 _expect(key, tensor, bits)
                 kept = unpack_bits(tensor.to(torch.uint8), layout.in_features, torch.int8).bool()
-                masks[name] = kept.to(module.get_parameter("weight").device)
+                masks[name] = kept.to(device_of(name, module))
                 continue
             if kind == "taken":
                 _check_taken(key, tensor, layout)
-                taken.setdefault(name, {})[rest[0]] = tensor.to(module.get_parameter("weight").device)
+                taken.setdefault(name, {})[rest[0]] = tensor.to(device_of(name, module))
                 continue
             weight, what = module.get_parameter("weight"), rest[0]
             shapes = {"mask_bits": bits, "bias": bits[:1], "start": tuple(weight.shape)}
@@ -420,7 +426,7 @@ class Before:
         self._parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
         self._states = [(layer, layer.states, [state.rank for state in layer.states]) for layer in layers.values()]
         self._values = [(t, t.detach().clone()) for t in parameters_of(model).values()] if layers else []
-        self._record = applied(model) if layers else None
+        self._record = applied(model) if carries_chain(model) else None
         self._seed = self._record.seed if self._record is not None else 0
 
     def put_back(self) -> None:

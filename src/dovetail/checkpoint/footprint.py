@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.chains.layer.coverage import coverage
-from dovetail.chains.layer.linear import ChainLinear, chain_layers
+from dovetail.chains.layer.linear import ChainLinear, chain_layers, packed_layers
 from dovetail.errors import DovetailError
 from dovetail.models.targets import select
 
@@ -86,7 +86,7 @@ def _nonzero(name: str, weight: Tensor) -> int:
 
 def count_weights(model: nn.Module) -> int:
     """Count a model's parameters without adapters, shared ones once, and quantized weights one by one."""
-    layers = chain_layers(model).values()
+    layers = {**packed_layers(model), **chain_layers(model)}.values()
     inside = {id(p) for layer in layers for part in (layer.base, layer.links) for p in part.parameters()}
     rest = sum(p.numel() for p in model.parameters() if id(p) not in inside)
     return rest + sum(layer.base.shape[0] * layer.base.shape[1] for layer in layers)

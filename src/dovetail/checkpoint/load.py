@@ -13,14 +13,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 import torch
 
 from dovetail.chains.layer.held import held, read_grids
-from dovetail.chains.link import Link
-from dovetail.checkpoint.formats.gguf import checked_header, forget_gguf, gguf_config, gguf_tokenizer, warn_of_unread
+from dovetail.chains.link import Chain, Link, Quantizer
+from dovetail.chains.notation import chain
+from dovetail.checkpoint.formats.gguf import (
+    checked_header,
+    forget_gguf,
+    gguf_config,
+    gguf_tokenizer,
+    keep_note,
+    kept_tensors,
+    load_kept,
+    warn_of_unread,
+)
 from dovetail.checkpoint.packed import PACKED, load_packed
 from dovetail.errors import DovetailError, LoadError
 from dovetail.files import open_tensors, read_json
@@ -51,6 +61,7 @@ def load(
     task_kind: str = "generation",
     num_labels: int | None = None,
     dtype: str | torch.dtype | None = None,
+    grid: Literal["keep"] | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -63,6 +74,8 @@ def load(
                        causal or an encoder-decoder language model
     num_labels         outputs of a classification head; None: as the config says. Regression has one
     dtype              a key of FLOATS or such a torch.dtype; None: as stored, and float32 for blocks of GGUF
+    grid               "keep": the linear layers of a GGUF file keep the file's codes and scales, and a chain such as
+                       `keep >> lora(r=16) >> regrid` changes codes alone. None: they are dense
     trust_remote_code  run the checkpoint's own Python code
     seed               draws the weights of a new head, the only ones that may be missing from the checkpoint
 
@@ -73,6 +86,7 @@ def load(
     Raises LoadError.
     """
     source, cast = resolve(name_or_dir), _dtype(dtype)
+    _check_grid(name_or_dir, grid)
     config = load_config(name_or_dir, trust_remote_code=trust_remote_code)
     config, auto = _for_task(config, task_kind, num_labels)
     packed = isinstance(source, Path) and (source / PACKED).is_file()
@@ -86,6 +100,11 @@ def load(
     elif isinstance(source, Path) and not packed:
         _check_sizes(f"model {name_or_dir}", *_stored(_weight_files(source)), config, auto, trust_remote_code)
     tokenizer = load_tokenizer(name_or_dir, trust_remote_code=trust_remote_code)
+    if header is not None and grid == "keep":
+        with _unreadable(f"model {name_or_dir}"), torch.random.fork_rng(devices=[]):
+            model = load_kept(header, config, auto, cast or torch.float32)
+        _set_padding(name_or_dir, model, tokenizer)
+        return model, tokenizer
     if packed:
         with _unreadable(f"model {name_or_dir}"), torch.random.fork_rng(devices=[]):
             model = load_packed(Path(source), config, auto, cast)
@@ -113,6 +132,8 @@ def load(
         drop_stale_note(f"model {name_or_dir}", model)
     if isinstance(source, Path) and any(link.kind == "quantizer" for link in held(model)):
         read_grids(source, model)
+    if grid == "keep" and not any(link.kind == "quantizer" for link in held(model)):
+        raise _no_grid(name_or_dir)
     _set_padding(name_or_dir, model, tokenizer)
     return model.eval(), tokenizer
 
@@ -137,8 +158,13 @@ def load_like(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> tuple
     return loaded, info
 
 
-def load_config(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Load the model's configuration, found as `load` finds it; needs no weights. Raises LoadError."""
+def load_config(
+    name_or_dir: str | Path, *, trust_remote_code: bool = False, grid: Literal["keep"] | None = None
+) -> PreTrainedConfig:
+    """Load the model's configuration, found as `load` finds it; needs no weights. Raises LoadError.
+
+    grid  as for `load`: with "keep", the configuration says which grid each layer has
+    """
     from transformers import AutoConfig
 
     source = resolve(name_or_dir)
@@ -149,6 +175,10 @@ def load_config(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> 
         with _unreadable(f"model {name_or_dir}"):
             config = gguf_config(header)
         _check_counts(f"model {name_or_dir}", config.to_dict())
+        if grid == "keep":
+            empty = empty_model(config)
+            with _unreadable(f"model {name_or_dir}"):
+                config.dovetail = keep_note(header, kept_tensors(header, empty), empty)
         return config
     elif not (source / "config.json").is_file():
         found, fix = "no config.json in the folder", "name the folder that save_pretrained wrote"
@@ -166,17 +196,42 @@ def load_config(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> 
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
-def held_in(name_or_dir: str | Path) -> tuple[Link, ...]:
+def held_in(name_or_dir: str | Path, grid: Literal["keep"] | None = None) -> tuple[Link, ...]:
     """Return the pruner and the quantizer of a merged model's folder (`dovetail.chains.layer.held`).
 
-    Nothing is raised, and nothing known of a model on the hub: `load` and `apply` find out.
+    Nothing is raised without `grid`, and nothing known of a model on the hub: `load` and `apply` find out.
+
+    grid  as for `load`. Raises LoadError for a GGUF file that has no grid
     """
+    if grid == "keep" and isinstance(path := resolve(name_or_dir), Path) and path.is_file():
+        return held(load_config(name_or_dir, grid=grid))
     try:
         path = Path(resolve(name_or_dir)) / "config.json"
         said = read_json(path, dict[str, Any], rule="config.json must be a JSON object") if path.is_file() else {}
     except LoadError:
         return ()
     return held(SimpleNamespace(dovetail=said.get("dovetail")))
+
+
+def grid_of(*chains: str | Chain | Link) -> Literal["keep"] | None:
+    """Return the `grid` with which `load` gives the model that these chains need: that of a chain with `keep`."""
+    links = [link for text in chains if text for link in chain(text)]
+    return "keep" if any(isinstance(link, Quantizer) and link.continues for link in links) else None
+
+
+def _check_grid(name: str | Path, grid: str | None) -> None:
+    if grid not in (None, "keep"):
+        rule, fix = "grid must be keep or none", "pass grid='keep', or leave it out"
+        raise LoadError(f"model {name}", found=f"grid={str(grid)[:60]}", rule=rule, fix=fix)
+
+
+def _no_grid(name: str | Path) -> LoadError:
+    return LoadError(
+        f"model {name}",
+        found="a dense model",
+        rule="grid=keep keeps the grid of a GGUF file, or of a model that Dovetail merged",
+        fix="leave grid out, and use a quantizer such as int(bits=4) in place of keep",
+    )
 
 
 def load_tokenizer(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

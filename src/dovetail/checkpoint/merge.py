@@ -121,6 +121,7 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
         "chain": str(record.chain),
         **_from_now(record.chain, others if base.quantized is None else base.identity),
         "base_fingerprint": record.base_fingerprint,
+        **_source(model),
     }
     now = {name: _from_now(record.assignment.at(name), layer.base.identity) for name, layer in layers.items()}
     earlier = {name: had for name, had in held_by_layers(model).items() if name not in layers}
@@ -197,6 +198,13 @@ def to_stock(model: nn.Module) -> nn.Module:
 def _from_now(links: CheckedChain, identity: str) -> dict[str, str | None]:
     """Return what a merged layer holds for a later round (`dovetail.chains.layer.held`), as config.json names it."""
     return {"pruner": None if links.pruner is None else str(links.pruner), "quantizer": identity}
+
+
+def _source(model: nn.Module) -> dict[str, str]:
+    """Return the file whose grid the model keeps, as its config names it."""
+    said = getattr(getattr(model, "config", None), "dovetail", None)
+    source = said.get("source") if isinstance(said, dict) else None
+    return {"source": source} if isinstance(source, str) else {}
 
 
 def _require_finite(where: str, what: str, *tensors: Tensor | None) -> None:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dovetail.chains.check import check
+from dovetail.chains.layer.applied import carries_chain
 from dovetail.chains.layer.elastic import load_ranks
 from dovetail.chains.layer.held import held
-from dovetail.chains.layer.linear import chain_layers
 from dovetail.checkpoint.adapter import Before, put_chain, save_adapter
 from dovetail.checkpoint.formats.peft.write import write_adapter
 from dovetail.checkpoint.load import load_tokenizer
@@ -117,7 +117,7 @@ def begin_chain(model: nn.Module, origin: Origin) -> None:
         rule = 'an expert with initial="chain" must hold its adapter.json'
         raise LoadError("expert", found="no adapter", rule=rule, fix="pack the adapter again")
     fitted = [str(link) for link in check(file.chain, held(model)).stages[0].applied if link.statistics]
-    fresh = not chain_layers(model)
+    fresh = not carries_chain(model)
     if fresh and (fitted or file.stage):
         raise ChainError(
             f"{file.chain} from an expert",

@@ -26,7 +26,7 @@ from dovetail.chains.notation import chain
 from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.export import check_format, fits
 from dovetail.checkpoint.footprint import count_weights, stored_nbytes, weight_nbytes
-from dovetail.checkpoint.load import HEAD_KINDS, empty_model, held_in, load_config, load_tokenizer
+from dovetail.checkpoint.load import HEAD_KINDS, empty_model, grid_of, held_in, load_config, load_tokenizer
 from dovetail.compression.apply import apply_on_meta
 from dovetail.compression.blocks import unreached
 from dovetail.errors import CannotMerge, ChainError, DovetailError, LoadError
@@ -156,13 +156,19 @@ def plan(
     texts = {pattern: str(text) for pattern, text in (layers or {}).items()}
     nothing = Plan(str(chain_), False, "", False, "", texts, 0, 0, [], 0.0, 0, 0, 0, batch_size, length)
     try:
-        found = assign(chain(chain_), layers, held_in(model) if isinstance(model, str | Path) else held(model))
+        grid = grid_of(chain_)
+        had = held_in(model, grid) if isinstance(model, str | Path) else held(model)
+        found = assign(chain(chain_), layers, had)
         nothing = replace(nothing, chain=str(found.chain), layers=found.texts)
     except ChainError as error:  # before transformers is imported, which takes seconds
         return replace(nothing, problem=f"{type(error).__name__}: {error}")
     from transformers import PreTrainedConfig
 
-    config = model if isinstance(model, PreTrainedConfig) else load_config(model, trust_remote_code=trust_remote_code)
+    config = (
+        model
+        if isinstance(model, PreTrainedConfig)
+        else load_config(model, trust_remote_code=trust_remote_code, grid=grid)
+    )
     kind = task.kind if task is not None else task_kind
     make = partial(
         empty_model, config, task_kind=kind, num_labels=num_labels, dtype=dtype, trust_remote_code=trust_remote_code

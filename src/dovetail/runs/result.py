@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dovetail.checkpoint.adapter import load_adapter
 from dovetail.checkpoint.formats.peft import import_peft
-from dovetail.checkpoint.load import load
+from dovetail.checkpoint.load import grid_of, load
 from dovetail.errors import LoadError
 from dovetail.files import read_json
 from dovetail.runs.folder import ADAPTER, MODEL, RECIPE
@@ -71,6 +71,7 @@ def _based(
     outputs = recipe.data.num_labels or task.num_labels
     model, tokenizer = load(
         recipe.model, task_kind=kind, num_labels=outputs if kind == task.kind else None, dtype=recipe.dtype,
+        grid=grid_of(recipe.chain),
         trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
     )  # fmt: skip
     name_labels(model.config, task.labels)

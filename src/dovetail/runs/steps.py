@@ -15,7 +15,7 @@ from dovetail.chains.assignment import assign
 from dovetail.chains.check import check_merge
 from dovetail.chains.layer.elastic import set_ranks
 from dovetail.chains.stages import CheckedChain
-from dovetail.checkpoint.load import HEAD_KINDS, empty_model, held_in, load, load_config
+from dovetail.checkpoint.load import HEAD_KINDS, empty_model, grid_of, held_in, load, load_config
 from dovetail.checkpoint.merge import logit_difference, to_stock
 from dovetail.checkpoint.packed import save_packed
 from dovetail.compression.apply import apply_on_meta
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 def checked_chain(recipe: Recipe) -> CheckedChain:
     """Return the chain of a recipe, checked on what its model holds from earlier rounds. Raises ChainError."""
-    return assign(recipe.chain, recipe.layers, held_in(recipe.model)).chain
+    return assign(recipe.chain, recipe.layers, held_in(recipe.model, grid_of(recipe.chain))).chain
 
 
 def legal_chain(recipe: Recipe) -> CheckedChain:
@@ -81,7 +81,8 @@ def load_tasks(recipe: Recipe) -> list[Task]:
 
 def check_layers(recipe: Recipe, task: Task, links: CheckedChain) -> None:
     """Raise a DovetailError where the chain or the training does not fit the model; only its config is read."""
-    config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    grid = grid_of(recipe.chain)
+    config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code, grid=grid)
     labels = number_of_labels(task, recipe.data.num_labels)
     empty = empty_model(config, task_kind=task.kind, num_labels=labels, trust_remote_code=recipe.trust_remote_code)
     check_checkpointing(empty, recipe.train.gradient_checkpointing)
@@ -89,12 +90,17 @@ def check_layers(recipe: Recipe, task: Task, links: CheckedChain) -> None:
 
 
 def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model of a recipe as stock modules, and its tokenizer. Raises TrainError where it cannot be packed."""
+    """Load the model of a recipe, and its tokenizer. Raises TrainError where its rows cannot be packed.
+
+    The model is made of stock modules, except where the chain keeps the grid of a file.
+    """
+    grid = grid_of(recipe.chain)
     model, tokenizer = load(
         recipe.model, task_kind=task.kind, num_labels=number_of_labels(task, recipe.data.num_labels),
-        dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
+        dtype=recipe.dtype, grid=grid, trust_remote_code=recipe.trust_remote_code, seed=recipe.seed,
     )  # fmt: skip
-    to_stock(model)
+    if grid is None:
+        to_stock(model)
     name_labels(model.config, task.labels)
     if recipe.train.packing:
         rows, _ = training_rows(model, tokenizer, task, "train", recipe.train, limit=3)

@@ -24,7 +24,7 @@ from dovetail.chains.link import Adapter, Chain, Quantizer, arguments, format_va
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.footprint import stored_nbytes
-from dovetail.checkpoint.load import held_in
+from dovetail.checkpoint.load import grid_of, held_in
 from dovetail.compression.apply import apply_on_meta
 from dovetail.errors import ChainError, SearchError
 from dovetail.models.targets import find_targets, matches
@@ -74,7 +74,7 @@ class AssignmentSpace(TaskSpace):
         super().__init__(recipe)
         assert isinstance(recipe.search, LayerSettings)
         self.settings = recipe.search
-        assignment = assign(recipe.chain, recipe.layers, held_in(recipe.model))
+        assignment = assign(recipe.chain, recipe.layers, held_in(recipe.model, grid_of(recipe.chain)))
         self.chain = assignment.chain
         check_one_stage(assignment)
         if recipe.merge == "exact":

@@ -36,7 +36,7 @@ from dovetail.chains.layer.linear import adapter_dtype
 from dovetail.chains.link import Adapter, Chain, Constraint, Link
 from dovetail.chains.notation import chain
 from dovetail.checkpoint.footprint import footprint, stored_nbytes, weight_nbytes
-from dovetail.checkpoint.load import best_device, held_in
+from dovetail.checkpoint.load import best_device, grid_of, held_in
 from dovetail.compression.apply import apply, apply_on_meta
 from dovetail.display.format import format_score, metric_name
 from dovetail.display.html import html_table, section
@@ -98,7 +98,7 @@ class ChainSpace(TaskSpace):
         self._suffix = _links("search.suffix", self.settings.suffix, "a constraint", _is_constraint)
         self.task = TaskInfo.of(self.search_task, "validation", recipe.train.evaluate_limit)
         self._links = _labelled([_adapter(text) for text in self.settings.links])
-        self._held = held_in(recipe.model)
+        self._held = held_in(recipe.model, grid_of(self.settings.prefix))
         self._sequences = self._legal_sequences()
         self._empty = self._smallest_model()
         self.options = self._legal_options()

@@ -7,10 +7,11 @@ from math import ceil
 from random import Random
 from typing import TYPE_CHECKING
 
-from dovetail.checkpoint.load import empty_model, load_config
+from dovetail.checkpoint.load import empty_model, grid_of, load_config
 from dovetail.errors import SearchError
 from dovetail.runs.plan import plan
 from dovetail.runs.recipe import Recipe
+from dovetail.runs.search_settings import ChainSettings
 from dovetail.searches.space import SearchSpace
 from dovetail.tasks.find import load_task, number_of_labels
 from dovetail.tasks.stored import select
@@ -57,7 +58,9 @@ class TaskSpace(SearchSpace):
     def empty_model(self) -> PreTrainedModel:
         """Return the model without weights; raise TrainError where it cannot be trained as the recipe asks."""
         recipe = self.recipe
-        config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
+        prefix = recipe.search.prefix if isinstance(recipe.search, ChainSettings) else ""
+        grid = grid_of(recipe.chain, prefix)
+        config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code, grid=grid)
         empty = empty_model(
             config, task_kind=self.whole_task.kind, num_labels=self._num_labels, dtype=recipe.dtype,
             trust_remote_code=recipe.trust_remote_code,

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from dovetail.chains.layer.applied import applied
-from dovetail.chains.layer.linear import chain_layers
+from dovetail.chains.layer.applied import applied, carries_chain
 from dovetail.models.fingerprint import model_fingerprint, tensors_fingerprint
 from dovetail.tasks.task import Record
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 def model_identity(model: nn.Module) -> dict[str, str]:
     """Return the base of a model and its chain, with the seed and the targets that it was applied with."""
-    if not chain_layers(model):
+    if not carries_chain(model):
         return {"chain": "none", "model": model_fingerprint(model)}
     record = applied(model)
     targets = record.targets if isinstance(record.targets, str) else ", ".join(record.targets)

@@ -68,6 +68,11 @@ class AppliedChain:
         return len(self.chain.stages) - self.number - 1
 
 
+def carries_chain(model: nn.Module) -> bool:
+    """Return whether layers of the model are under a chain that is not merged."""
+    return any(layer.record is not None for layer in chain_layers(model).values())
+
+
 def applied(model: nn.Module) -> AppliedChain:
     """Return the record of the model's chain; raise ChainError for a model that carries none."""
     layer = next(iter(chain_layers(model).values()), None)
@@ -76,7 +81,7 @@ def applied(model: nn.Module) -> AppliedChain:
         fix = "call dovetail.apply(model, chain)"
         raise ChainError("model", found="no layer with a chain", rule=rule, fix=fix)
     if layer.record is None:
-        fix = "call dovetail.to_stock(model), then apply another chain"
+        fix = "call dovetail.to_stock(model), then apply another chain; or apply one that continues on its grid"
         raise ChainError("model", found="a packed model, whose chain is merged", rule=rule, fix=fix)
     assert isinstance(layer.record, AppliedChain)
     if layer.record.broken:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from dovetail.chains.assignment import Assignment
-from dovetail.chains.layer.applied import AppliedChain, applied
+from dovetail.chains.layer.applied import AppliedChain, applied, carries_chain
 from dovetail.chains.layer.base import Base, Scratch
 from dovetail.chains.layer.bits import pack_bits
 from dovetail.chains.layer.held import Grid, grid_of, grids, guard_saving, held, put_grids
-from dovetail.chains.layer.linear import ChainLinear, chain_layers
+from dovetail.chains.layer.linear import ChainLinear, packed_layers
 from dovetail.chains.link import Adapter, Site, arguments
 from dovetail.chains.stages import CheckedChain
 from dovetail.errors import ChainError, HistoryWarning
@@ -32,7 +33,7 @@ def attach(
 
     Return what the model remembers of the chain, and the replaced layers.
     """
-    if chain_layers(model):
+    if carries_chain(model):
         found = f"a model with the chain {applied(model).chain}"
         fix = "write both as one chain, or merge the first one"
         raise ChainError("apply", found=found, rule="a model has at most one chain", fix=fix)
@@ -43,25 +44,53 @@ def attach(
             rule="a forward pass must leave the weights as they are, because they are trained, merged and saved",
             fix="turn it off in config.json before the model is loaded (RWKV: rescale_every=0)",
         )
-    layers = find_targets(model, targets)
-    assignment = assignment.on(layers, lambda name: held(model, name))
-    sites = {target.name: _checked_site(target, assignment.at(target.name)) for target in layers}
-    record = AppliedChain(
-        assignment, targets if isinstance(targets, str) else tuple(targets), seed, model_fingerprint(model)
-    )
-    scratch = Scratch()
-    modules = {target.name: target.module for target in layers}
-    for target in layers:
-        module = target.module
-        weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
-        base = Base(layout_of(target.name, module), weight.detach(), scratch)
-        layer = ChainLinear(sites[target.name], base, None if bias is None else bias.detach(), record)
-        record.layers[target.name] = layer.train(module.training)
-    _continue(record, modules, grids(model))  # the last check: nothing is replaced before it
+    before = model_fingerprint(model)
+    packed = packed_layers(model)
+    if packed and (lost := assignment.chain.given_up):
+        raise ChainError(
+            f"{assignment.chain} on a packed model",
+            found=f"a chain that gives up the {' and the '.join(lost)} of the base",
+            rule="a chain on a packed model must continue on its zeros and its grid",
+            fix=f"{assignment.chain.keeping}, or call dovetail.to_stock(model) first",
+        )
+    with stock_in_place(model):
+        layers = find_targets(model, targets)
+        assignment = assignment.on(layers, lambda name: held(model, name))
+        sites = {target.name: _checked_site(target, assignment.at(target.name)) for target in layers}
+        record = AppliedChain(assignment, targets if isinstance(targets, str) else tuple(targets), seed, before)
+        scratch = Scratch()
+        modules = {target.name: target.module for target in layers}
+        for target in layers:
+            module = target.module
+            bias = getattr(module, "bias", None)
+            if target.name in packed:
+                base = packed[target.name].base.sharing(scratch)
+            else:
+                base = Base(layout_of(target.name, module), module.get_parameter("weight").detach(), scratch)
+            layer = ChainLinear(sites[target.name], base, None if bias is None else bias.detach(), record)
+            record.layers[target.name] = layer.train(module.training)
+        _continue(record, modules, grids(model))  # the last check: nothing is replaced before it
+    layers = [replace(target, module=packed.get(target.name, target.module)) for target in layers]
     open_experts(model, layers)
-    replace_modules(model, ((modules[name], layer) for name, layer in record.layers.items()))
+    replace_modules(model, [(target.module, record.layers[target.name]) for target in layers])
     guard_saving(model)
     return record, layers
+
+
+@contextmanager
+def stock_in_place(model: nn.Module) -> Iterator[None]:
+    """While entered, put stock modules without storage in the place of packed layers: they are found, and never run."""
+    pairs = [(layer, _stand_in(layer)) for layer in packed_layers(model).values()]
+    replace_modules(model, pairs)
+    try:
+        yield
+    finally:
+        replace_modules(model, [(module, layer) for layer, module in pairs])
+
+
+def _stand_in(layer: ChainLinear) -> nn.Module:
+    weight = layer.layout.empty(layer.base.dtype, torch.device("meta"))
+    return layer.layout.build(weight, None if layer.bias is None else layer.bias.detach()).train(layer.training)
 
 
 def open_experts(model: nn.Module, layers: Iterable[Target]) -> None:
@@ -95,11 +124,13 @@ def _continue(record: AppliedChain, modules: Mapping[str, nn.Module], found_grid
     if any(base.device.type == "meta" for base in bases.values()):
         return  # `apply_on_meta` allocates them, without values
     for name, base in bases.items():
-        matrix, own = base.matrix(), record.assignment.at(name)
+        own = record.assignment.at(name)
         if any(link.kind == "pruner" for link in own.kept) and own.stages[0].keep_mask:
-            base.mask_bits = pack_bits(matrix != 0)
+            base.mask_bits = pack_bits(base.matrix() != 0)
         grid = next((link for link in own.kept if link.kind == "quantizer"), None)
         if grid is not None:
+            if base.quantized is not None:
+                continue
             found = found_grids.get(name)
             if found is None:
                 raise ChainError(
@@ -108,7 +139,7 @@ def _continue(record: AppliedChain, modules: Mapping[str, nn.Module], found_grid
                     rule="a chain continues on the grid that was saved with the weights, in dovetail/grid.safetensors",
                     fix="load the packed model of that run, or a folder saved with this version",
                 )
-            base.set_quantized(found.encode(name, matrix))
+            base.set_quantized(found.encode(name, base.matrix()))
     lost: list[tuple[str, str]] = []
     if "zeros" in links.given_up:
         weights = sum(base.shape[0] * base.shape[1] for base in bases.values())

@@ -174,6 +174,15 @@ class Base(nn.Module):
 
     # What pruners, quantizers and merging do to the base.
 
+    def sharing(self, scratch: Scratch) -> Base:
+        """Return a base of the same weight, mask and codes, which are not copied, with these shared buffers."""
+        weight = torch.empty(0, dtype=self.dtype) if self.dense is None else self.dense.detach()
+        other = Base(self.layout, weight, scratch)
+        other.mask_bits = self.mask_bits
+        if self.quantized is not None:
+            other.set_quantized(self.quantized)
+        return other
+
     def set_dense(self, weight_oi: Tensor) -> None:
         """Replace a dense base by another weight (o, i)."""
         self.dense = nn.Parameter(self.layout.native(weight_oi.to(self.dtype)), requires_grad=False)

@@ -333,8 +333,19 @@ class _Stored(torch.autograd.Function):
 
 
 def chain_layers(model: nn.Module) -> dict[str, ChainLinear]:
-    """Return module path -> layer for every layer of the model that carries a chain, each once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, ChainLinear)}
+    """Return module path -> layer for every layer of the model that carries a chain, each once.
+
+    Where none carries one, they are the packed layers (merged, or kept on the grid of a file). Packed layers beside
+    the targets of a chain are not returned: `packed_layers` returns them.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ChainLinear)}
+    return {name: layer for name, layer in layers.items() if layer.record is not None} or layers
+
+
+def packed_layers(model: nn.Module) -> dict[str, ChainLinear]:
+    """Return module path -> layer for every layer that runs from its base without a chain, each once."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ChainLinear)}
+    return {name: layer for name, layer in layers.items() if layer.record is None}
 
 
 def adapter_dtype(base_dtype: torch.dtype) -> torch.dtype:

@@ -43,6 +43,7 @@ class Header:
     entries    key -> its bytes in the file, without the arrays of the tokenizer
     shapes     name of a tensor -> its shape, in torch's order
     types      name of a tensor -> its ggml type
+    places     name of a tensor -> where its bytes begin in the file, and their number
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Header:
     types: Mapping[str, int]
     version: int
     entries: Mapping[str, bytes]
+    places: Mapping[str, tuple[int, int]]
 
     @property
     def architecture(self) -> str:
@@ -180,24 +182,27 @@ class _Reader:
         if (count := metadata.get("split.count", 1)) != 1:
             rule, fix = "a model must be one file", "join them: llama-gguf-split --merge FIRST_FILE OUTPUT"
             raise LoadError(f"model {self.path}", found=f"one of {count} files", rule=rule, fix=fix)
-        shapes, types, ends = self.tensors(tensors)
+        shapes, types, offsets = self.tensors(tensors)
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise _refused(self.path, f"general.alignment={alignment}", "the alignment must be a power of two")
         start = -(-self.at // alignment) * alignment
-        for name, end in ends.items():
-            if start + end > len(self.content):
-                found = f"{name[:100]} up to byte {start + end:,} of {len(self.content):,}"
+        places: dict[str, tuple[int, int]] = {}
+        for name, (offset, nbytes) in offsets.items():
+            if start + offset + nbytes > len(self.content):
+                found = f"{name[:100]} up to byte {start + offset + nbytes:,} of {len(self.content):,}"
                 raise _refused(self.path, found, "the file must hold the tensors that it lists")
-        return Header(self.path, metadata, shapes, types, version, {key: e for key, e in entries.items() if e})
+            places[name] = start + offset, nbytes
+        kept = {key: entry for key, entry in entries.items() if entry}
+        return Header(self.path, metadata, shapes, types, version, kept, places)
 
-    def tensors(self, count: int) -> tuple[dict[str, tuple[int, ...]], dict[str, int], dict[str, int]]:
-        """Return shapes, types, and the end of each tensor after the start of the data."""
+    def tensors(self, count: int) -> tuple[dict[str, tuple[int, ...]], dict[str, int], dict[str, tuple[int, int]]]:
+        """Return shapes, types, and the place of each tensor after the start of the data, with its number of bytes."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         shapes: dict[str, tuple[int, ...]] = {}
         types: dict[str, int] = {}
-        ends: dict[str, int] = {}
+        offsets: dict[str, tuple[int, int]] = {}
         for _ in range(count):
             name = self.text()
             (dimensions,) = self.take("I")
@@ -212,5 +217,5 @@ class _Reader:
             if math.prod(sizes) == 0 or (sizes[:1] and sizes[0] % block):
                 raise _refused(self.path, f"{name[:100]} of {list(sizes)}", f"a row must have a multiple of {block}")
             shapes[name], types[name] = tuple(reversed(sizes)), kind
-            ends[name] = offset + math.prod(sizes) // block * nbytes
-        return shapes, types, ends
+            offsets[name] = offset, math.prod(sizes) // block * nbytes
+        return shapes, types, offsets
