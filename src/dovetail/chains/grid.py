@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 CPU_CHUNK = 2**18
-"""Weights in a chunk for one thread: 1 MiB of float32, a second-level cache; smaller chunks cost more in calls."""
+"""Weights in a chunk for one thread: 1 MiB of float32, a second-level cache. A chunk is made for at least four threads:
+smaller ones cost more in calls than a nearer cache saves."""
 DEVICE_CHUNK = 2**24
 """Weights in a chunk elsewhere: enough to keep an accelerator busy, small against the model."""
 
@@ -124,7 +125,8 @@ class QuantizedWeight(nn.Module, ABC):
         """Rows in a cache-sized chunk that starts and ends with whole blocks; all rows where blocks straddle many."""
         o, i = self.shape
         step = self._alignment // math.gcd(self._alignment, i)
-        size = CPU_CHUNK * torch.get_num_threads() if self.codes.device.type == "cpu" else DEVICE_CHUNK
+        threads = max(4, torch.get_num_threads())
+        size = CPU_CHUNK * threads if self.codes.device.type == "cpu" else DEVICE_CHUNK
         return min(o, max(1, size // (i * step)) * step)
 
     @torch.no_grad()

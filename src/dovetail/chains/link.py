@@ -364,6 +364,8 @@ class Constraint(Link):
     """Computed in float32 whatever the weight's dtype."""
     lists_blocked: ClassVar[bool] = False
     """Whether the gradient passes at nearly all weights, so that the others are worth a list (`project_listing_`)."""
+    masks_by_base: ClassVar[bool] = False
+    """Whether the base alone says where the gradient passes, whatever the weight (`mask_gradient_`)."""
 
     @property
     def from_codes(self) -> bool:
@@ -387,6 +389,13 @@ class Constraint(Link):
         returns  places in rows_ni, flat, int64; None where the gradient passes everywhere
         """
         raise NotImplementedError(f"{self.name} lists no places without a gradient")
+
+    def mask_gradient_(self, grad_ni: Tensor, start: int, base: Base) -> None:
+        """Set the gradient of projected rows to zero where none passes, in place; of those with `masks_by_base`.
+
+        grad_ni  any float dtype
+        """
+        raise NotImplementedError(f"{self.name} needs the weight to mask a gradient")
 
 
 def always_print(default: Any) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from dovetail.chains.notation import chain
 from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.export import check_format, fits
 from dovetail.checkpoint.footprint import count_weights, stored_nbytes, weight_nbytes
-from dovetail.checkpoint.load import HEAD_KINDS, empty_model, grid_of, held_in, load_config, load_tokenizer
+from dovetail.checkpoint.load import HEAD_KINDS, best_device, empty_model, grid_of, held_in, load_config, load_tokenizer
 from dovetail.compression.apply import apply_on_meta
 from dovetail.compression.blocks import unreached
 from dovetail.errors import CannotMerge, ChainError, DovetailError, LoadError
@@ -126,6 +126,7 @@ def plan(
     packing: bool = False,
     bf16: bool = False,
     gradient_checkpointing: bool = False,
+    keep_weights: Literal["auto"] | bool = "auto",
     trust_remote_code: bool = False,
     memory: bool = True,
     gpu: str | int | None = None,
@@ -140,7 +141,8 @@ def plan(
     task_kind   where no task is given
     batch_size, length   rows and tokens of the widest batch; length is the longest record's with a task. With packing,
                 a row has max_length tokens, of texts of this length
-    max_length, packing, bf16, gradient_checkpointing   as in `dovetail.train`
+    max_length, packing, bf16, gradient_checkpointing, keep_weights   as in `dovetail.train`; keep_weights="auto" keeps
+                none with `gpu`, or on a machine that has one
     memory      predict the peak, which takes seconds (`dovetail.training.predict`); else it is None
     gpu         memory of a GPU, such as "24GB" or "80GiB", or bytes: says whether the training fits, and if not, what
                 to change. What the allocator holds back and CUDA's own memory are not counted
@@ -203,7 +205,11 @@ def plan(
     except CannotMerge as error:
         mergeable, advice = False, error.fix
     check_checkpointing(empty, gradient_checkpointing)
-    settings = TrainSettings(batch_size=batch_size, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
+    if keep_weights == "auto" and (gpu_nbytes is not None or best_device().type != "cpu"):
+        keep_weights = False
+    settings = TrainSettings(
+        batch_size=batch_size, bf16=bf16, gradient_checkpointing=gradient_checkpointing, keep_weights=keep_weights
+    )
     models: list[PreTrainedModel] = []
     parts, rounded, highest = [], False, 0
     for number, stage in enumerate(the_chain.stages):
@@ -269,7 +275,7 @@ def plan(
     def predict(setting: Setting) -> int | None:
         rows, checkpointing = setting.batch_size, setting.gradient_checkpointing
         on_step(f"{setting.chain}, batch_size={rows}")
-        other = TrainSettings(batch_size=rows, bf16=bf16, gradient_checkpointing=checkpointing)
+        other = settings.model_copy(update={"batch_size": rows, "gradient_checkpointing": checkpointing})
         try:
             models = models_of(setting.chain)
             peak = max(_peak(each, batch_of(batch_size=rows), other) for each in models)

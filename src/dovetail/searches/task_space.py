@@ -76,6 +76,7 @@ class TaskSpace(SearchSpace):
             dtype=recipe.dtype, num_labels=self._num_labels, batch_size=settings.batch_size,
             max_length=settings.max_length, packing=settings.packing, bf16=settings.bf16,
             gradient_checkpointing=settings.gradient_checkpointing, trust_remote_code=recipe.trust_remote_code,
+            keep_weights=settings.keep_weights is True,  # "auto" would depend on the memory that is free just now
         ).predicted_peak_memory_nbytes  # fmt: skip
 
     def peak_memory(self, recipe: Recipe) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 from pydantic import Field
@@ -26,7 +26,8 @@ class Part(pydantic.BaseModel):
     @classmethod
     def _no_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         """YAML reads `yes` and `on` as true, which pydantic would take for the number 1."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
             raise ValueError(f"true and false (yes, no, on, off) are no value of {info.field_name}")
         return value
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dovetail.chains.layer.elastic import Group, draw_ranks, use_reference
+from dovetail.chains.layer.keeping import forget
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.chains.link import Adapter
 from dovetail.errors import TrainError
@@ -99,6 +100,20 @@ class BeforeSteps(TrainerCallback):
             key, _, own = name.rpartition("|")
             device = next(iter(next(iter(self._links[key][1].values())).values())).device
             self.kept.setdefault(key, {})[own] = tensor.to(device)
+
+
+class Forgetting(TrainerCallback):
+    """Let kept weights be made again after each step of the optimizer, whatever it tells torch of its changes."""
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        forget(kwargs["model"])
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        forget(kwargs["model"])
 
 
 class StopAfter(TrainerCallback):

@@ -18,8 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dovetail.chains import packing
 from dovetail.chains.layer import bits
 from dovetail.chains.layer.attach import open_experts
+from dovetail.chains.layer.keeping import keeping_layers, kept_nbytes
 from dovetail.links.quantize import nearest
 from dovetail.models.targets import all_layers
+from dovetail.tasks.holding import free_memory
 from dovetail.training.optimizer import TrainSettings, autocast, cast_frozen, make_optimizer, trained_parts
 from dovetail.training.peak_memory import PeakMemory
 from dovetail.training.repeats import HELD, Repeat, Trace, find_repeats
@@ -27,11 +29,16 @@ from dovetail.training.repeats import HELD, Repeat, Trace, find_repeats
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_SMALL = 16
+"""Kept weights that take up to one part in so many of the free memory need no prediction."""
+
 
 def predict_peak_memory(
     model: PreTrainedModel, batch: Mapping[str, Tensor], settings: TrainSettings, *, device: str = "cpu"
 ) -> int:
     """Return the peak in bytes of a training on `device`, without weights and without computing.
+
+    With keep_weights=auto, it is the one with kept weights where these fit into the free memory of this machine.
 
     model     on the device "meta" (`dovetail.checkpoint.load.empty_model`), with its chain; it is unchanged
     batch     the widest batch of the run: only its shapes count
@@ -42,11 +49,43 @@ def predict_peak_memory(
     """
     if not trained_parts(model):
         return 0
+    if settings.keep_weights == "auto":
+        kept, less = (settings.model_copy(update={"keep_weights": asked}) for asked in (True, False))
+        if device != "cpu" or not kept_nbytes(model):
+            return predict_peak_memory(model, batch, less, device=device)
+        peak = predict_peak_memory(model, batch, kept)
+        enough = peak <= free_memory(torch.device(device))
+        return peak if enough else predict_peak_memory(model, batch, less)
     with suppress(Exception):  # whatever the code of a model does without some of its blocks; it may need them all
         return simulate(model, batch, settings, device=device, whole=False)
     model = copy.deepcopy(model)
     open_experts(model, all_layers(model))  # the stock ones may ask for the values of the routing
     return simulate(model, batch, settings, device=device)
+
+
+def worth_keeping(model: PreTrainedModel, batch: Mapping[str, Tensor], settings: TrainSettings) -> bool:
+    """Return whether a training keeps weights (`chains/layer/keeping.py`): as set, or where memory is left ("auto").
+
+    model   with its weights
+    batch   the widest batch of the run: only its shapes count
+
+    "auto" keeps none on an accelerator, where making a weight costs little beside the products, and none where the
+    predicted peak is above the free memory and the model's own. Without a prediction, a small part of it is enough.
+    """
+    if settings.keep_weights != "auto":
+        return settings.keep_weights
+    needed = kept_nbytes(model)
+    if needed == 0 or model.device.type != "cpu":
+        return False
+    free = free_memory(model.device)
+    if needed * _SMALL <= free:
+        return True
+    own = sum({id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}.values())
+    kept = settings.model_copy(update={"keep_weights": True})
+    for whole in (False, True) if needed <= free else ():
+        with suppress(Exception):  # whatever the code of a model does without values, or without some of its blocks
+            return simulate(model, batch, kept, whole=whole) <= free + own
+    return False
 
 
 def simulate(
@@ -67,6 +106,8 @@ def simulate(
     config.use_cache = False  # as in training
     if settings.bf16:
         cast_frozen(model)
+    for layer in keeping_layers(model):
+        layer.base.keep(settings.keep_weights is True)
     repeats = [] if whole else find_repeats(model)
     with _faked(model, batch, device, repeats) as fake:
         if settings.gradient_checkpointing:

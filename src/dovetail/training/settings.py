@@ -38,6 +38,9 @@ class Training(Part):
     packing                 put several short rows into one of max_length; batch_size counts these
     bf16                    round the frozen base to bfloat16 permanently, and run the forward pass under autocast
     gradient_checkpointing  compute the activations of each block again in the backward pass: less memory, slower
+    keep_weights            keep the weights that chains with remask or regrid make, from the forward to the backward
+                            pass and between the batches of a step: faster, for a copy of these weights in memory;
+                            auto: on a processor, if the predicted peak with them is within the free memory
     group_by_length         put rows of similar length into a batch; the longest row is in the second step
     evaluate_every          steps between evaluations on the validation split; None: no evaluation
     evaluate_limit          evaluate only this many records
@@ -62,6 +65,7 @@ class Training(Part):
     packing: bool = False
     bf16: bool = False
     gradient_checkpointing: bool = False
+    keep_weights: Literal["auto"] | bool = "auto"
     group_by_length: bool = True
     evaluate_every: Positive | None = None
     evaluate_limit: Positive | None = None
@@ -98,7 +102,8 @@ class TrainSettings(Training):
 
     def fixed(self) -> dict[str, Any]:
         """Return the settings that a resumed run must share with the run that it continues."""
-        return self.model_dump(exclude={"evaluate_every", "evaluate_limit", "checkpoint_every", "report_to"})
+        free = {"keep_weights", "evaluate_every", "evaluate_limit", "checkpoint_every", "report_to"}
+        return self.model_dump(exclude=free)
 
 
 def _has_cuda() -> bool:

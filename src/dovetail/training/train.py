@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dovetail.chains.layer.applied import applied
+from dovetail.chains.layer.keeping import keeping
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.compression.apply import advance
 from dovetail.compression.calibration import calibration_batches, checked
@@ -132,8 +133,8 @@ def train(
                   gradient_accumulation=1, lr_scale=1.0, learning_rate=1e-4, link_learning_rate,
                   head_learning_rate=1e-3, schedule="linear", warmup=0.0, weight_decay=0.0, optimizer="adamw",
                   max_grad_norm=1.0, max_length=512, packing=False, bf16=False, gradient_checkpointing=False,
-                  group_by_length=True, evaluate_every, evaluate_limit, checkpoint_every=200, report_to="none", preset,
-                  seed=0. Two runs with the same seed give the same bits
+                  keep_weights="auto", group_by_length=True, evaluate_every, evaluate_limit, checkpoint_every=200,
+                  report_to="none", preset, seed=0. Two runs with the same seed give the same bits
     calibration   batches for pruning and quantizing in later stages; by default drawn from the train split
     output_dir    directory of checkpoints; nothing is written without one
     resume        continue a killed run, to the same bits; the model must be as it was at the start of that run
@@ -153,6 +154,7 @@ def train(
     """
     # Imported here: the Trainer takes seconds to import.
     from dovetail.training.callbacks import StopAfter, Watch
+    from dovetail.training.predict import worth_keeping
     from dovetail.training.trainer import StageTrainer, trackers, trainer_arguments
 
     asked = TrainSettings(**settings)
@@ -236,7 +238,8 @@ def train(
                     *([] if stop_after is None else [StopAfter(stop_after)]),
                 ],
             )
-            report = _train_stage(model, trainer, checkpoints.last_checkpoint(here) if resume else None)
+            with keeping(model, worth_keeping(model, trainer.widest_batch(), asked)):
+                report = _train_stage(model, trainer, checkpoints.last_checkpoint(here) if resume else None)
             reports.append(report)
             if trainer.state.global_step < trainer.state.max_steps:
                 break

@@ -29,7 +29,7 @@ from dovetail.errors import DovetailError, TrainError
 from dovetail.tasks.finite import check_finite, not_finite
 from dovetail.tasks.lengths import in_evaluation
 from dovetail.tasks.tokens import IGNORED, Collator, Example
-from dovetail.training.callbacks import BeforeSteps, RankDraws, Watch
+from dovetail.training.callbacks import BeforeSteps, Forgetting, RankDraws, Watch
 from dovetail.training.checkpoints import KEPT, TRAINED, load_trained, mark_complete, save_trained
 from dovetail.training.optimizer import autocast, make_optimizer
 from dovetail.training.settings import TrainSettings
@@ -101,7 +101,7 @@ class StageTrainer(Trainer):
         draws = [RankDraws(self.elastic, seed)] if self.elastic else []
         self.between = BeforeSteps(model)
         # Draws are first, so that the reference ranks are restored at the end of a step before the watch evaluates.
-        callbacks = [*draws, self.between, watch, *trackers]
+        callbacks = [*draws, self.between, Forgetting(), watch, *trackers]
         super().__init__(model, arguments, collator, rows, callbacks=callbacks)  # pyright: ignore[reportArgumentType]
         self.remove_callback(PrinterCallback)
         watch.handler = self.callback_handler
@@ -124,6 +124,12 @@ class StageTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             use_reference(self.elastic)
+
+    def widest_batch(self) -> dict[str, Tensor]:
+        """Return the batch that needs most memory: full, with the longest rows."""
+        lengths, rows = self.order.lengths, cast("Sequence[Example]", self.train_dataset)
+        widest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[: self.settings.batch_size]
+        return cast("Collator", self.data_collator)([rows[row] for row in widest])
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

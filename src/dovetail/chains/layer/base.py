@@ -5,6 +5,7 @@
     mask_bits  one bit a weight: where the pruner left a weight; kept when a later link needs it
     start      the weight before quantizing, in full precision; kept while training for
                `regrid(start=weights)`
+    kept       room for the weight that a closed chain makes, while training (`chains/layer/keeping.py`)
 
 The planner asks three things of it: the matrix (o, i) in a dtype, its row norms, and the mask's rows.
 """
@@ -12,7 +13,7 @@ The planner asks three things of it: the matrix (o, i) in a dtype, its row norms
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from dovetail.chains.link import Quantizer
 from dovetail.chains.statistics import InputStatistics
 from dovetail.models.layouts import Layout
 
-CHUNK_BYTES = 1 << 21
+CHUNK_BYTES = 1 << 22
 """Rows are worked on in chunks that stay in the processor's caches; on other devices than the CPU all at once."""
 
 
@@ -55,6 +56,7 @@ class Base(nn.Module):
 
     mask_bits: Tensor | None
     start: Tensor | None
+    kept: Tensor | None
 
     def __init__(self, layout: Layout, weight: Tensor, scratch: Scratch) -> None:
         super().__init__()
@@ -65,7 +67,10 @@ class Base(nn.Module):
         self.quantized: QuantizedWeight | None = None
         self.register_buffer("mask_bits", None)
         self.register_buffer("start", None, persistent=False)
+        self.register_buffer("kept", None, persistent=False)
         self._row_square: dict[bool, Tensor] = {}
+        self.kept_key: Hashable = None
+        self.blocked: list[Tensor] = []
         self._held: Tensor | None = None
 
     @property
@@ -76,12 +81,17 @@ class Base(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Base:
         super()._apply(fn, recurse)
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype  # codes follow `model.to(dtype)` when dequantized
-        self._row_square = {}
+        self._changed()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._changed()
+
+    def _changed(self) -> None:
+        """Give up what was computed from the base as it was."""
         self._row_square = {}
+        self.forget()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -125,6 +135,19 @@ class Base(nn.Module):
     def release(self) -> None:
         """Give the dequantized weight up."""
         self._held = None
+
+    def keep(self, asked: bool) -> None:
+        """Make room for the weight of a closed chain, in the base's dtype, or give it up."""
+        self.kept = self.layout.empty(self.dtype, self.device) if asked else None
+        self.forget()
+
+    def forget(self) -> None:
+        """Let the weight of a closed chain be made again where it is used next.
+
+        kept_key  of what the weight in `kept` was made from; None: of nothing
+        blocked   the places in the weight (o, i), flat, where its constraints that list them pass no gradient
+        """
+        self.kept_key, self.blocked = None, []
 
     def buffer(self, dtype: torch.dtype, slot: str) -> Tensor:
         """Return the shared buffer in the layer's own layout, uninitialised."""
@@ -187,13 +210,13 @@ class Base(nn.Module):
         """Replace a dense base by another weight (o, i)."""
         self.dense = nn.Parameter(self.layout.native(weight_oi.to(self.dtype)), requires_grad=False)
         self.quantized = None
-        self._row_square = {}
+        self._changed()
 
     def set_quantized(self, quantized: QuantizedWeight) -> None:
         """Replace the base by codes on a grid."""
         self.quantized = quantized
         self.dense = None
-        self._row_square = {}
+        self._changed()
 
     def quantize(
         self,
@@ -260,6 +283,7 @@ class Base(nn.Module):
             start = self.layout.matrix(self.start) if weight_oi is None else weight_oi.to(self.start.dtype)
             self.start = self.layout.native(torch.where(keep_oi, start, 0))
         self.mask_bits = pack_bits(keep_oi)
+        self.forget()
 
     def mask_rows(self, rows: slice) -> Tensor:
         return self.mask_words(rows, torch.int8).bool()

@@ -8,7 +8,7 @@ Shapes: t o i r = token, out, in, rank. Thin products have r as their first axis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -121,11 +121,17 @@ class _Open(torch.autograd.Function):
 # -------------------------------------------------------------------------------------------------------------- closed
 
 
-def run_closed(x: Tensor, form: Form, base: Base, constraints: Sequence[Constraint], from_codes: bool) -> Tensor:
-    """y = x W'ᵀ + b' for W' = constraints(diag(s) W diag(t) + B A). x (..., i) in the weight's dtype."""
+def run_closed(
+    x: Tensor, form: Form, base: Base, constraints: Sequence[Constraint], from_codes: bool, key: Hashable = None
+) -> Tensor:
+    """y = x W'ᵀ + b' for W' = constraints(diag(s) W diag(t) + B A). x (..., i) in the weight's dtype.
+
+    key  of what W' is made from: W' is kept in `base.kept`, and made again only where the key is another one. None:
+         it is not kept
+    """
     bias_o = None if form.bias_o is None else form.bias_o.to(x.dtype)
     factors = casts(form, work_dtype(x.dtype, constraints))
-    return _Closed.apply(x, base, constraints, from_codes, bias_o, *factors)  # type: ignore[no-any-return]
+    return _Closed.apply(x, base, constraints, from_codes, key, bias_o, *factors)  # type: ignore[no-any-return]
 
 
 def work_dtype(dtype: torch.dtype, constraints: Sequence[Constraint]) -> torch.dtype:
@@ -145,6 +151,27 @@ def materialise(
     return _materialise(base, constraints, from_codes, dtype, casts(form, work_dtype(dtype, constraints)))
 
 
+def lists_gradient(constraints: Sequence[Constraint]) -> bool:
+    """Return whether the gradient's way back through the constraints is known without projecting the weight again."""
+    return all(constraint.lists_blocked or constraint.masks_by_base for constraint in constraints)
+
+
+def kept(
+    base: Base,
+    constraints: Sequence[Constraint],
+    from_codes: bool,
+    factors: Factors,
+    key: Hashable,
+) -> Tensor:
+    """Return W' in the layer's own layout from `base.kept`, made first where it is of another key."""
+    assert base.kept is not None
+    if base.kept_key != key:
+        base.forget()
+        _materialise(base, constraints, from_codes, base.kept.dtype, factors, blocked=base.blocked, native=base.kept)
+        base.kept_key = key
+    return base.kept
+
+
 @torch.no_grad()
 def _materialise(
     base: Base,
@@ -154,17 +181,19 @@ def _materialise(
     factors: Factors,
     grad_oi: Tensor | None = None,
     blocked: list[Tensor] | None = None,
+    native: Tensor | None = None,
 ) -> Tensor:
-    """Compute W' in the shared buffer, one chunk of rows after the other.
+    """Compute W' in the shared buffer, or in `native`, one chunk of rows after the other.
 
     A gradient of W', where given, is pulled back through the constraints, in place: each is a mask that depends on the
     values it projects, so their order does not matter. `blocked`, where given, receives the places in W' (o, i), flat,
-    where the only constraint passes no gradient.
+    where the constraints that list them pass no gradient.
     """
     out_o, in_i, a_ri, b_or = factors
     work = work_dtype(dtype, constraints)
     begin_oi = base.start_weight(from_codes, work)
-    native = base.buffer(dtype, "weight")
+    if native is None:
+        native = base.buffer(dtype, "weight")
     target_oi = base.layout.matrix(native)
     direct = work == dtype and begin_oi.dtype == dtype and target_oi.is_contiguous() and out_o is None and in_i is None
     for rows in base.row_chunks(work):
@@ -175,7 +204,7 @@ def _materialise(
             part_ni.copy_(begin_oi[rows])
             affine_(part_ni, rows, factors)
         for constraint in constraints:
-            if blocked is None:
+            if blocked is None or not constraint.lists_blocked:
                 constraint.project_rows_(part_ni, rows.start, base, None if grad_oi is None else grad_oi[rows])
             elif (places := constraint.project_listing_(part_ni, rows.start, base)) is not None:
                 blocked.append(places + rows.start * base.shape[1])
@@ -185,7 +214,10 @@ def _materialise(
 
 
 class _Closed(torch.autograd.Function):
-    """The Function of the closed path. It makes W' in forward and in backward, and saves x and the factors only."""
+    """The Function of the closed path. It saves x and the factors, and makes W' in forward and in backward.
+
+    Where W' is kept, it is made once for both, and for all batches until something that it is made from changes.
+    """
 
     @staticmethod
     def forward(
@@ -194,11 +226,15 @@ class _Closed(torch.autograd.Function):
         base: Base,
         constraints: Sequence[Constraint],
         from_codes: bool,
+        key: Hashable,
         bias_o: Tensor | None,
         *factors: Tensor | None,
     ) -> Tensor:
-        native = _materialise(base, constraints, from_codes, x.dtype, factors)
-        ctx.base, ctx.constraints, ctx.from_codes = base, constraints, from_codes
+        if key is None:
+            native = _materialise(base, constraints, from_codes, x.dtype, factors)
+        else:
+            native = kept(base, constraints, from_codes, factors, key)
+        ctx.base, ctx.constraints, ctx.from_codes, ctx.key = base, constraints, from_codes, key
         ctx.save_for_backward(x, *factors)
         return _no_view(base.layout.call(x, native, bias_o))
 
@@ -208,32 +244,46 @@ class _Closed(torch.autograd.Function):
         x, *factors = ctx.saved_tensors
         base: Base = ctx.base
         g_to, x_ti = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        needs = ctx.needs_input_grad[5:]
-        weight_grad_oi = None
-        grads: tuple[Tensor | None, ...] = (None, None, None, None)
-        blocked: list[Tensor] | None = None
-        if len(ctx.constraints) == 1 and ctx.constraints[0].lists_blocked and not (needs[0] or needs[1]):
-            blocked = []
-        elif any(needs):
-            # gᵀ contiguous: on some processors the product that follows is a third faster.
-            weight_grad_oi = base.take("gradient", base.shape, x.dtype)
-            torch.mm(g_to.t().contiguous(), x_ti, out=weight_grad_oi)
-        native = _materialise(base, ctx.constraints, ctx.from_codes, x.dtype, factors, weight_grad_oi, blocked)
+        needs = ctx.needs_input_grad[6:]
+        listed = any(needs) and lists_gradient(ctx.constraints)
+        weight_grad_oi = _weight_grad(g_to, x_ti, base) if any(needs) and not listed else None
+        blocked: list[Tensor] = []
+        if ctx.key is not None and base.kept is not None and base.kept_key == ctx.key:
+            native, blocked = base.kept, base.blocked
+        else:
+            into = blocked if listed else None
+            native = _materialise(base, ctx.constraints, ctx.from_codes, x.dtype, factors, weight_grad_oi, into)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (g_to @ base.layout.matrix(native)).view(x.shape)
-        if blocked is not None and any(needs):
-            if sum(map(len, blocked)) * _FEW < native.numel():
-                grads = _low_rank_grads(g_to, x_ti, factors, blocked)
-            else:
-                weight_grad_oi = torch.mm(g_to.t().contiguous(), x_ti, out=base.take("gradient", base.shape, x.dtype))
-                for places in blocked:
-                    weight_grad_oi.view(-1)[places] = 0
-        if weight_grad_oi is not None:
+        grads: tuple[Tensor | None, ...] = (None, None, None, None)
+        few = sum(map(len, blocked)) * _FEW < native.numel()
+        if listed and few and not (needs[0] or needs[1]) and all(each.lists_blocked for each in ctx.constraints):
+            grads = _low_rank_grads(g_to, x_ti, factors, blocked)
+        elif any(needs):
+            if weight_grad_oi is None:
+                weight_grad_oi = _masked(_weight_grad(g_to, x_ti, base), base, ctx.constraints, blocked)
             begin_oi = base.start_weight(ctx.from_codes, x.dtype) if needs[0] or needs[1] else None
             grads = _factor_grads(weight_grad_oi, begin_oi, base.row_chunks(x.dtype), needs, factors)
-        grad_bias = g_to.sum(0) if ctx.needs_input_grad[4] else None
-        return grad_x, None, None, None, grad_bias, *grads
+        grad_bias = g_to.sum(0) if ctx.needs_input_grad[5] else None
+        return grad_x, None, None, None, None, grad_bias, *grads
+
+
+def _weight_grad(g_to: Tensor, x_ti: Tensor, base: Base) -> Tensor:
+    """Return the gradient of W', (o, i), in a shared buffer."""
+    # gᵀ contiguous: on some processors the product that follows is a third faster.
+    return torch.mm(g_to.t().contiguous(), x_ti, out=base.take("gradient", base.shape, x_ti.dtype))
+
+
+def _masked(grad_oi: Tensor, base: Base, constraints: Sequence[Constraint], blocked: Sequence[Tensor]) -> Tensor:
+    """Pull a gradient of W' back through the constraints, in place, and return it."""
+    for constraint in constraints:
+        if constraint.masks_by_base:
+            for rows in base.row_chunks(grad_oi.dtype):
+                constraint.mask_gradient_(grad_oi[rows], rows.start, base)
+    for places in blocked:
+        grad_oi.view(-1)[places] = 0
+    return grad_oi
 
 
 def _no_view(y: Tensor) -> Tensor:

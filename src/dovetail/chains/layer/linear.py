@@ -9,7 +9,7 @@ Whatever layer it stands for (`models/layouts.py`), the chain sees a matrix (out
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.layer.base import Base
-from dovetail.chains.layer.execute import materialise, run_closed, run_open, run_recomputed
+from dovetail.chains.layer.execute import lists_gradient, materialise, run_closed, run_open, run_recomputed
 from dovetail.chains.layer.planner import Path, choose_path, compose
 from dovetail.chains.link import Adapter, Constraint, Link, OutputAdapter, Site
 from dovetail.chains.terms import Form, Term
@@ -179,6 +179,21 @@ class ChainLinear(Holder):
         # A moved grid has its own numbers, rounded as they are stored: the weight is that of the definition.
         moves = any(s.link.moves is not None for s in self.states if isinstance(s.link, Adapter))
         self.path: Path = path or ("recomputed" if moves else choose_path(closes, self._terms(whole=True), self.layout))
+        self.base.forget()
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the weight can be kept between forward and backward passes (`Base.keep`)."""
+        return self.path == "closed" and lists_gradient(self.constraints)
+
+    def _key(self, dtype: torch.dtype) -> Hashable:
+        """Return what the weight of a closed chain is made from, by identity and version; None: it is not kept."""
+        if self.base.kept is None or self.base.kept.dtype != dtype or not self.keeps:
+            return None
+        parameters = [parameter for state in self.adapters for parameter in state.parameters()]
+        if any(parameter.is_inference() for parameter in parameters):
+            return None  # these have no version
+        return tuple((id(p), p._version) for p in parameters), tuple(state.rank for state in self.adapters)
 
     def extract(self) -> None:
         """Replace elastic adapters, in place, by plain ones of their current ranks; W' is unchanged bit for bit."""
@@ -286,7 +301,7 @@ class ChainLinear(Holder):
 
     @property
     def held_nbytes(self) -> int:
-        if self.path == "open" and self.base.quantized is None:
+        if (self.path == "open" and self.base.quantized is None) or self._key(self.base.dtype) is not None:
             return 0
         return math.prod(self.base.shape) * self.base.dtype.itemsize
 
@@ -307,7 +322,7 @@ class ChainLinear(Holder):
         elif self.path == "open":
             y = run_open(x, self.form(), self.base)
         elif self.path == "closed":
-            y = run_closed(x, self.form(), self.base, self.constraints, self.from_codes)
+            y = run_closed(x, self.form(), self.base, self.constraints, self.from_codes, self._key(x.dtype))
         else:
             parameters = [parameter for state in self.adapters for parameter in state.parameters()]
             y = run_recomputed(x, self._native_fold, self.base, parameters)

@@ -24,6 +24,7 @@ class Remask(Constraint):
     """Zero wherever the pruner put a zero."""
 
     restores: ClassVar[Literal["zeros", "grid"]] = "zeros"
+    masks_by_base: ClassVar[bool] = True
     summary: ClassVar[str] = "keeps the pruner's zeros, so that merging loses no sparsity"
     source: ClassVar[str] = "SQFT §2.3"
 
@@ -32,11 +33,14 @@ class Remask(Constraint):
         return torch.where(base.mask_rows(slice(None)), weight_oi, 0)
 
     def project_rows_(self, rows_ni: Tensor, start: int, base: Base, grad_ni: Tensor | None = None) -> None:
-        # A bitwise AND with all ones or zeros: several times faster than `where`, and NaN cannot survive it.
-        rows = slice(start, start + rows_ni.shape[0])
-        words = base.mask_words(rows, rows_ni.dtype)
-        rows_ni.view(words.dtype).bitwise_and_(words)
+        self._mask_(rows_ni, start, base)
         if grad_ni is not None:
-            if grad_ni.dtype.itemsize != rows_ni.dtype.itemsize:
-                words = base.mask_words(rows, grad_ni.dtype)
-            grad_ni.view(words.dtype).bitwise_and_(words)
+            self._mask_(grad_ni, start, base)
+
+    def mask_gradient_(self, grad_ni: Tensor, start: int, base: Base) -> None:
+        self._mask_(grad_ni, start, base)
+
+    def _mask_(self, rows_ni: Tensor, start: int, base: Base) -> None:
+        # A bitwise AND with all ones or zeros: several times faster than `where`, and NaN cannot survive it.
+        words = base.mask_words(slice(start, start + rows_ni.shape[0]), rows_ni.dtype)
+        rows_ni.view(words.dtype).bitwise_and_(words)
