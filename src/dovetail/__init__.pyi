@@ -18,6 +18,8 @@ from .checkpoint.merge import to_stock as to_stock
 from .checkpoint.packed import PackedSize as PackedSize
 from .checkpoint.packed import packed_size as packed_size
 from .checkpoint.packed import save_packed as save_packed
+from .checkpoint.verify import VerifyReport as VerifyReport
+from .checkpoint.verify import verify as verify
 from .compression.apply import advance as advance
 from .compression.apply import apply as apply
 from .errors import DovetailError as DovetailError

@@ -8,11 +8,13 @@ that is served, the weights that differ are counted.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import pydantic
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from dovetail.chains.layer.held import grids
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.checkpoint.formats.bitsandbytes import BitsAndBytes
 from dovetail.checkpoint.formats.compressed_tensors import CompressedTensors
-from dovetail.checkpoint.formats.contract import Format
+from dovetail.checkpoint.formats.contract import WEIGHTS, Format
 from dovetail.checkpoint.formats.engines import LORA_RANKS, check_engine, command_line
 from dovetail.checkpoint.formats.gptq import GPTQFormat
 from dovetail.checkpoint.formats.mlx import MLX
@@ -32,7 +34,7 @@ from dovetail.checkpoint.formats.peft.write import export_peft, kind_of
 from dovetail.checkpoint.load import load
 from dovetail.checkpoint.packed import stored
 from dovetail.errors import ChainError, ExportError
-from dovetail.files import atomic, check_folder
+from dovetail.files import atomic, check_folder, write_bytes
 from dovetail.models.dtypes import FLOATS
 from dovetail.models.layouts import Layout, LinearLayout, layout_of
 
@@ -43,6 +45,22 @@ _FORMATS = (CompressedTensors(), BitsAndBytes(), GPTQFormat(1), GPTQFormat(2), M
 FORMATS: Mapping[str, Format] = {each.name: each for each in _FORMATS}
 ADAPTER = "peft"
 """The format of an adapter beside its base; the others hold whole models."""
+
+
+CARD = "README.md"
+RECORD = "dovetail_export.json"
+"""The file in an exported folder that says what it is."""
+
+
+class ExportRecord(pydantic.BaseModel, extra="forbid"):
+    """What RECORD holds: fields of ExportReport, without paths."""
+
+    format: str
+    dtype: str
+    decoder: str
+    claim: Literal["values", "codes"]
+    weights: int
+    differing: int
 
 
 @dataclass(frozen=True)
@@ -137,24 +155,11 @@ def export(
     weights = sum(each.weights for each in said.values())
     if dry_run:
         return ExportReport(to, str(folder), shown, form.decoder, "fits", said, weights, 0, 0, notes)
-    tensors = _others(model, layers, served)
+    tensors = other_tensors(model, layers, served)
     for name, quantized in layers.items():
         encoded, differing = proved(form, name, quantized, served)
         said[name] = ExportedLayer(quantized.identity, kinds[name], said[name].weights, differing)
         tensors |= {f"{name}.{part}": tensor for part, tensor in encoded.items()}
-    config: Any = copy.deepcopy(model.config)
-    config.dtype, config.architectures = served, [type(model).__name__]
-    vars(config).update(form.config(layers, outside, served))
-    vars(config).pop("dovetail", None)
-    with atomic(folder) as part:
-        part.mkdir(parents=True)
-        save_file({k: t.contiguous().clone() for k, t in tensors.items()}, part / "model.safetensors", {"format": "pt"})
-        nbytes = (part / "model.safetensors").stat().st_size
-        if tokenizer is not None:
-            tokenizer.save_pretrained(part)
-        if model.can_generate():
-            model.generation_config.save_pretrained(part)
-        config.save_pretrained(part)
     differing = sum(each.differing for each in said.values())
     if differing:
         notes.append(
@@ -162,7 +167,50 @@ def export(
             "use scale_bits=4, or serve in float32"
         )
     claim = "codes" if differing else "values"
+    record = ExportRecord(
+        format=to, dtype=shown, decoder=form.decoder, claim=claim, weights=weights, differing=differing
+    )
+    config: Any = copy.deepcopy(model.config)
+    config.dtype, config.architectures = served, [type(model).__name__]
+    vars(config).update(form.config(layers, outside, served))
+    vars(config).pop("dovetail", None)
+    with atomic(folder) as part:
+        part.mkdir(parents=True)
+        save_file({k: t.contiguous().clone() for k, t in tensors.items()}, part / WEIGHTS, {"format": "pt"})
+        nbytes = (part / WEIGHTS).stat().st_size
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        if model.can_generate():
+            model.generation_config.save_pretrained(part)
+        config.save_pretrained(part)
+        write_bytes(part / RECORD, record.model_dump_json(indent=2) + "\n")
+        write_bytes(part / CARD, _card(record, kinds.values()))
     return ExportReport(to, str(folder), shown, form.decoder, claim, said, weights, differing, nbytes, notes)
+
+
+def _card(record: ExportRecord, kinds: Iterable[str]) -> str:
+    """Return the model card, README.md: the layers and the three claims, as Markdown."""
+    counts = "\n".join(f"- {count} layers: {kind}" for kind, count in Counter(kinds).items())
+    equal = "all equal" if record.claim == "values" else f"{record.differing:,} differ"
+    return f"""---
+library_name: transformers
+tags: [{record.format}, dovetail]
+---
+
+# Served as {record.format} in {record.dtype}
+
+Written by Dovetail with the codes and scales of the model that it was made from; nothing was quantized anew.
+
+{counts}
+
+| claim | result |
+|---|---|
+| same codes and scales | {record.weights:,} weights equal in float32 |
+| same values in {record.dtype} | {equal} |
+| same logits | depends on the engine; `dovetail verify` measures it in transformers |
+
+Decoder: {record.decoder}. Check it: `dovetail verify FOLDER --against MODEL`.
+"""
 
 
 def _export_adapter(
@@ -310,7 +358,9 @@ def proved(form: Format, name: str, quantized: QuantizedWeight, served: torch.dt
     return encoded, differing
 
 
-def _others(model: PreTrainedModel, layers: Mapping[str, QuantizedWeight], served: torch.dtype) -> dict[str, Tensor]:
+def other_tensors(
+    model: PreTrainedModel, layers: Mapping[str, QuantizedWeight], served: torch.dtype
+) -> dict[str, Tensor]:
     """Return the tensors that are not quantized, by name, in the served dtype; tied ones once."""
 
     def found() -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dovetail.cli.terminal import Json, print_json, quiet
+from dovetail.cli.terminal import Json, console, print_json, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from dovetail.checkpoint.export import ExportReport
 
 
+CLAIMS = {"codes": "same codes and scales", "values": "same values in {}", "logits": "same logits in transformers"}
+
+
 def register(app: typer.Typer) -> None:
     """Add this command to the program."""
     app.command(epilog="Example: dovetail export runs/first --to compressed-tensors --output served")(export)
+    app.command(epilog="Example: dovetail verify served --against runs/first")(verify)
 
 
 def export(
@@ -57,6 +61,34 @@ def export(
         print_json(asdict(report))
     else:
         print(summary(report))
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What dovetail export wrote.")],
+    against: Annotated[
+        str, typer.Option("--against", metavar="MODEL", help="The model that was exported: a run, packed or merged.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Check an exported folder against its model: codes and scales, values in the served dtype, logits.
+
+    Exit code 1 where a claim fails.
+    """
+    quiet()
+    from dataclasses import asdict
+
+    from dovetail.checkpoint.verify import verify as check
+    from dovetail.display.tables import print_table
+
+    report = check(folder, against)
+    if as_json:
+        print_json({**asdict(report), "holds": report.holds})
+    else:
+        rows = [(CLAIMS[claim.name].format(report.dtype), claim.outcome, claim.detail) for claim in report.claims]
+        print_table(console(), ("claim", "result", "found"), rows, words=3)
+        print(f"{report.format}, decoded by {report.decoder}")
+    if not report.holds:
+        raise typer.Exit(1)
 
 
 def summary(report: ExportReport) -> str:

@@ -64,6 +64,9 @@ class BitsAndBytes(Format):
         }
         return {"quantization_config": fields}
 
+    def stock_arguments(self, layers: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
+        return {}
+
     def notes(self, layers: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> list[str]:
         return ["vLLM no longer reads bitsandbytes: compressed-tensors is its format"]
 

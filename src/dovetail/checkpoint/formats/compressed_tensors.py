@@ -36,6 +36,7 @@ class CompressedTensors(Format):
     name = "compressed-tensors"
     package = "compressed-tensors"
     decoder = "compressed_tensors BaseCompressor.decompress"
+    dense = True
 
     def kind(self, where: str, quantized: QuantizedWeight) -> str:
         if isinstance(quantized, Float8Weight):
@@ -102,6 +103,13 @@ class CompressedTensors(Format):
             "ignore": list(outside),
         }
         return {"quantization_config": fields}
+
+    def stock_arguments(self, layers: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
+        from transformers import CompressedTensorsConfig
+
+        if any(isinstance(q, AffineWeight) and q.zero_og is not None for q in layers.values()):
+            return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+        return {}
 
     def notes(self, layers: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> list[str]:
         asymmetric = any(isinstance(q, AffineWeight) and q.zero_og is not None for q in layers.values())

@@ -2,15 +2,17 @@
 
 A format says which grids it holds (`kind`), writes the codes and scales of one in its own layout (`encode`), and reads
 them with the decoder of the format's owner (`decode`): its values must equal those of `QuantizedWeight.dequantize`.
-`export` compares while it writes. `verify` calls `decode` again on the tensors of the folder, found under the names of
-`parts`: a format with these methods needs nothing else to be verified.
+`export` compares while it writes. `dovetail.checkpoint.verify` does it again on the written folder: it reads a layer
+with `written`, compares it with what `encode` gives, decodes it with `decode`, and loads the folder in transformers
+with `stock_arguments`. A format of other files than a Hugging Face folder's overrides `written` and `others`.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +20,11 @@ from torch import Tensor
 
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.errors import ExportError
+from dovetail.files import open_tensors
 from dovetail.links.quantize.affine import AffineWeight
 from dovetail.models.dtypes import FLOATS
+
+WEIGHTS = "model.safetensors"
 
 
 class Format(ABC):
@@ -32,6 +37,8 @@ class Format(ABC):
     """The function of that package."""
     dtypes: tuple[str, ...] = tuple(FLOATS)
     """The dtypes that a model can be served in."""
+    dense: bool = False
+    """Whether transformers computes with the decoded weights themselves, so that equal values give equal logits."""
 
     def check_package(self) -> None:
         """Raise ExportError where the owner's package is not installed."""
@@ -71,6 +78,22 @@ class Format(ABC):
         outside  paths of the linear layers that are not quantized
         """
 
+    def written(self, folder: Path, name: str) -> dict[str, Tensor]:
+        """Return the tensors of a layer in a written folder, by name as `encode` returns them."""
+        with open_tensors(folder / WEIGHTS, owner="an exported folder") as file:
+            keys = [key for key in file.keys() if _is_part(key, {name})]  # noqa: SIM118 (not a dict)
+            return {key.removeprefix(f"{name}."): file.get_tensor(key) for key in keys}
+
+    def others(self, folder: Path, layers: Collection[str]) -> dict[str, Tensor]:
+        """Return the tensors of a written folder that belong to none of these quantized layers, by name."""
+        with open_tensors(folder / WEIGHTS, owner="an exported folder") as file:
+            keys = [key for key in file.keys() if not _is_part(key, layers)]  # noqa: SIM118 (not a dict)
+            return {key: file.get_tensor(key) for key in keys}
+
+    def stock_arguments(self, layers: Mapping[str, QuantizedWeight]) -> dict[str, Any] | None:
+        """Return the arguments of `from_pretrained` with which transformers loads the folder; None if it does not."""
+        return None
+
     def notes(self, layers: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> list[str]:
         """Return what a reader of the report must know."""
         return []
@@ -87,3 +110,9 @@ class Format(ABC):
     def refused(self, where: str, quantized: QuantizedWeight, rule: str, fix: str) -> ExportError:
         """Return the error for a grid that the format does not hold."""
         return ExportError(f"export to {self.name}: {where}", found=quantized.identity, rule=rule, fix=fix)
+
+
+def _is_part(key: str, layers: Collection[str]) -> bool:
+    """Return whether a tensor is a part of the quantized weight of one of these layers."""
+    parts = key.split(".")
+    return parts[-1] != "bias" and any(".".join(parts[:end]) in layers for end in range(1, len(parts)))

@@ -118,6 +118,18 @@ class GPTQFormat(Format):
         }
         return {"quantization_config": fields}
 
+    def stock_arguments(self, layers: Mapping[str, QuantizedWeight]) -> dict[str, Any] | None:
+        if not _installed() or importlib.util.find_spec("optimum") is None:
+            return None
+        from transformers import GPTQConfig
+
+        # Other kernels than the plain one are compiled when they are chosen, and round in an order of their own.
+        said = self.config(layers, [], torch.float16)["quantization_config"]
+        if any(name.startswith("+:") for name in said["dynamic"] or ()):
+            return None  # optimum reads one setting
+        fields = {key: said[key] for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format")}
+        return {"quantization_config": GPTQConfig(**fields, backend="gptq_torch")}
+
     def notes(self, layers: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> list[str]:
         found = []
         if not _installed():

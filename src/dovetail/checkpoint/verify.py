@@ -1,0 +1,199 @@
+"""Verification of an exported folder against the model that it was made from, with every runtime that is installed.
+
+Three claims, each checked on its own:
+
+    codes   the written tensors are those of the model's grid, and the format owner's decoder gives its values in
+            float32
+    values  the same decoder gives the model's values in the served dtype, and all other tensors are equal
+    logits  transformers computes the same logits from the folder as from the same values in a stock checkpoint
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dovetail.chains.grid import QuantizedWeight
+from dovetail.checkpoint.export import FORMATS, RECORD, ExportRecord, check_format, other_tensors, quantized_layers
+from dovetail.checkpoint.formats.contract import WEIGHTS, Format
+from dovetail.checkpoint.load import load
+from dovetail.errors import ExportError
+from dovetail.files import read_json
+from dovetail.models.dtypes import FLOATS
+
+Outcome = Literal["holds", "fails", "not claimed", "not checked"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One of the three claims about a folder.
+
+    name     "codes", "values" or "logits"
+    outcome  "fails" where the export claimed it; "not claimed": it does not hold and nobody said so
+    detail   the numbers, or why it was not checked
+    """
+
+    name: str
+    outcome: Outcome
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was found of an exported folder.
+
+    dtype    that it is served in
+    decoder  the function that read every tensor
+    """
+
+    folder: str
+    against: str
+    format: str
+    dtype: str
+    decoder: str
+    claims: list[Claim]
+
+    @property
+    def holds(self) -> bool:
+        return all(claim.outcome != "fails" for claim in self.claims)
+
+
+@torch.no_grad()
+def verify(folder: str | Path, against: str | Path | PreTrainedModel) -> VerifyReport:
+    """Check the three claims about a folder that `dovetail.export` wrote.
+
+    against  the model that was exported: in memory, or the folder of a run, of a packed or of a merged model
+    errors   LoadError for a folder that `export` did not write; ExportError where the model does not fit the format
+    """
+    path = Path(folder).absolute()
+    rule, fix = "the folder must contain what dovetail export wrote", "export the model again"
+    record = read_json(path / RECORD, ExportRecord, rule=rule, fix=fix)
+    check_format(record.format)
+    if record.format not in FORMATS or record.dtype not in FLOATS:
+        raise ExportError(f"verify {path}", found=f"{record.format}, {record.dtype}", rule=rule, fix=fix)
+    form, served = FORMATS[record.format], FLOATS[record.dtype]
+    form.check_package()
+    model = against if isinstance(against, PreTrainedModel) else _loaded(Path(against))
+    layers, _ = quantized_layers(form, model)
+    codes, values = _decoded(form, path, model, layers, served, record)
+    logits = _logits(form, path, model, layers, served, values.outcome == "holds")
+    source = type(model).__name__ if isinstance(against, PreTrainedModel) else str(against)
+    return VerifyReport(str(path), source, form.name, record.dtype, form.decoder, [codes, values, logits])
+
+
+def _loaded(path: Path) -> PreTrainedModel:
+    model, _ = load(path / "model" if (path / "report.json").is_file() else path)
+    return model
+
+
+def _decoded(
+    form: Format,
+    folder: Path,
+    model: PreTrainedModel,
+    layers: Mapping[str, QuantizedWeight],
+    served: torch.dtype,
+    record: ExportRecord,
+) -> tuple[Claim, Claim]:
+    """Return the claims about codes and values, layer by layer."""
+    weights, wrong, differing, changed = 0, 0, 0, []
+    for name, quantized in layers.items():
+        weights += quantized.shape[0] * quantized.shape[1]
+        tensors, expected = form.written(folder, name), form.encode(quantized, served)
+        if not _equal(tensors, expected):
+            changed.append(name)
+        if not _same_form(tensors, expected):
+            wrong += quantized.shape[0] * quantized.shape[1]
+            differing += quantized.shape[0] * quantized.shape[1]
+            continue
+        wrong += _unequal(form, tensors, quantized, torch.float32)
+        differing += _unequal(form, tensors, quantized, served)
+    others, expected = form.others(folder, layers), other_tensors(model, layers, served)
+    apart = sorted(name for name in others.keys() | expected if not _equal_one(others.get(name), expected.get(name)))
+    shown = str(served).removeprefix("torch.")
+    said = f"{weights - wrong:,} of {weights:,} weights equal in float32, {len(layers)} layers"
+    said += f"; {len(changed)} have other bytes, first {changed[0]}" if changed else ""
+    codes = Claim("codes", "fails" if wrong or changed else "holds", said)
+    said = f"{weights - differing:,} of {weights:,} weights equal in {shown}, {len(expected)} other tensors"
+    said += f"; {len(apart)} of them differ, first {apart[0]}" if apart else ""
+    outcome: Outcome = "holds"
+    if differing or apart:
+        outcome = "not claimed" if record.claim == "codes" and not apart and not wrong else "fails"
+    return codes, Claim("values", outcome, said)
+
+
+def _unequal(form: Format, tensors: Mapping[str, Tensor], quantized: QuantizedWeight, dtype: torch.dtype) -> int:
+    values = form.decode(tensors, quantized, dtype)
+    return values.numel() - int((values == quantized.dequantize(torch.empty_like(values))).sum())
+
+
+def _same_form(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Return whether names, shapes and dtypes are as expected, so that the decoder can be run."""
+    if tensors.keys() != expected.keys():
+        return False
+    return all((t.shape, t.dtype) == (expected[key].shape, expected[key].dtype) for key, t in tensors.items())
+
+
+def _equal(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    return _same_form(tensors, expected) and all(_equal_one(t, expected[key]) for key, t in tensors.items())
+
+
+def _equal_one(one: Tensor | None, other: Tensor | None) -> bool:
+    """Return whether two tensors have the same bytes."""
+    if one is None or other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    first, second = (t.contiguous().view(-1).view(torch.uint8) if t.numel() else t for t in (one, other))
+    return torch.equal(first, second)
+
+
+def _logits(
+    form: Format,
+    folder: Path,
+    model: PreTrainedModel,
+    layers: Mapping[str, QuantizedWeight],
+    served: torch.dtype,
+    same_values: bool,
+) -> Claim:
+    """Return the claim about logits: transformers on the folder beside transformers on a stock checkpoint."""
+    arguments = form.stock_arguments(layers)
+    if arguments is None:
+        return Claim("logits", "not checked", f"transformers does not load {form.name} here")
+    if model.main_input_name != "input_ids":
+        return Claim("logits", "not checked", f"the model reads {model.main_input_name}")
+    auto: Any = type(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        dense = {f"{name}.weight": q.dequantize(torch.empty(q.shape, dtype=served)) for name, q in layers.items()}
+        save_file(other_tensors(model, layers, served) | dense, Path(scratch) / WEIGHTS, {"format": "pt"})
+        config: Any = type(model.config).from_dict(model.config.to_dict())
+        config.dtype, config.architectures = served, [auto.__name__]
+        for key in ("quantization_config", "dovetail"):
+            vars(config).pop(key, None)
+        config.save_pretrained(scratch)
+        expected = _answer(auto.from_pretrained(scratch, dtype=served))
+    try:
+        found = _answer(auto.from_pretrained(folder, dtype=served, **arguments))
+    except (AttributeError, RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return Claim("logits", "fails", f"transformers does not run the folder: {said}")
+    largest, span = float((found - expected).abs().max()), float(expected.max() - expected.min())
+    if not largest:
+        return Claim("logits", "holds", f"equal in transformers, {expected.numel():,} numbers")
+    outcome: Outcome = "fails" if same_values and form.dense else "not claimed"
+    return Claim("logits", outcome, f"differ by up to {largest:.2g} of a span of {span:.2g} in transformers")
+
+
+def _answer(model: PreTrainedModel) -> Tensor:
+    """Return the logits, float32, of 2 x 16 tokens drawn from a seed."""
+    vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
+    ids_bt = torch.randint(0, vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids_bt, "attention_mask": torch.ones_like(ids_bt)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids_bt
+    return model.eval()(**inputs).logits.float()
