@@ -27,6 +27,7 @@ from dovetail.runs.rows import row_names
 from dovetail.tasks.find import load_task
 from dovetail.tasks.playground import task
 from dovetail.tasks.scoring import evaluate
+from dovetail.tasks.task import Task
 from small_models import training_killed_at
 from small_runs import MAIN, save_labels, save_model, small_recipe
 
@@ -255,9 +256,11 @@ def test_examples_are_the_outputs_that_are_scored(tmp_path):
         right = sum(getattr(shown, side) == shown.expected for shown in report.examples)
         assert row.metrics["labels"]["accuracy"] == pytest.approx(right / 6)
     assert "\n" in report.examples[0].prompt  # text and pair
-    long = Example.of("choice", {"prompt": "x" * 9999, "choices": ["one", "two"], "label": 1}, "one", "two")
+    record = {"prompt": "x" * 9999, "choices": ["one", "two"], "label": 1}
+    long = Example.of(Task("long", "choice", "accuracy", {"test": [record]}), record, "one", "two")
     assert (len(long.prompt), long.expected) == (500, "two")
-    assert Example.of("pairs", {"good": "a", "bad": "b"}, "a", "b").expected == "a"
+    record = {"good": "a", "bad": "b"}
+    assert Example.of(Task("pairs", "pairs", "accuracy", {"test": [record]}), record, "a", "b").expected == "a"
 
 
 def test_an_experiment_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):

@@ -370,8 +370,6 @@ def _check_counts(where: str, said: Mapping[str, Any]) -> None:
 
 def _for_task(config: PreTrainedConfig, task_kind: str, num_labels: int | None) -> tuple[PreTrainedConfig, Any]:
     """Return a copy of the config with the head of the task kind, and the auto class that makes the model."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
-
     where = f"task kind {task_kind}"
     if task_kind not in FIELDS:
         rule = "the kind must be one of " + ", ".join(FIELDS)
@@ -381,12 +379,34 @@ def _for_task(config: PreTrainedConfig, task_kind: str, num_labels: int | None) 
         raise LoadError(where, found=f"num_labels={num_labels}", rule=rule, fix="leave num_labels out")
     config = copy.deepcopy(config)
     if task_kind not in HEAD_KINDS:
-        return config, AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return config, auto_class(config, task_kind)
     config.problem_type = "regression" if task_kind == "regression" else "single_label_classification"
     labels = 1 if task_kind == "regression" else num_labels
     if labels is not None:
         config.num_labels = labels
-    return config, AutoModelForSequenceClassification
+    return config, auto_class(config, task_kind)
+
+
+def auto_class(config: PreTrainedConfig, task_kind: str) -> Any:
+    """Return the auto class of transformers that makes the model of a configuration for tasks of this kind.
+
+    A model of images and texts that has no class for texts alone (Mistral 3, Qwen2.5-VL) is made whole.
+    """
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+    )
+    from transformers.models.auto import modeling_auto as known
+
+    if task_kind in HEAD_KINDS:
+        return AutoModelForSequenceClassification
+    if config.model_type not in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
+        config.model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    ):
+        return AutoModelForImageTextToText
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def _check_complete(name: str | Path, model: PreTrainedModel, info: dict[str, Any], *, new_head: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 from dovetail.chains.layer.applied import applied
 from dovetail.checkpoint.adapter import save_adapter
 from dovetail.checkpoint.footprint import footprint
-from dovetail.checkpoint.load import HEAD_KINDS, best_device
+from dovetail.checkpoint.load import HEAD_KINDS, auto_class, best_device
 from dovetail.checkpoint.merge import merge, to_stock
 from dovetail.compression.apply import apply
 from dovetail.files import check_folder, write_whole
@@ -127,7 +127,7 @@ def run(
         report.save(folder.path)
         write_whole(folder.path / PAGE, page(report, recipe))
         if checkpoint is not None:
-            both = bool(model.config.is_encoder_decoder)
-            write_whole(folder.path / MODEL / CARD, card(report, recipe, encoder_decoder=both))
+            auto = auto_class(model.config, task.kind).__name__
+            write_whole(folder.path / MODEL / CARD, card(report, recipe, auto=auto))
         folder.log("done", seconds=report.seconds)
     return report

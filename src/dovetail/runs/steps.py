@@ -40,6 +40,9 @@ from dovetail.training.train import training_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files of a model of images and texts, beside its tokenizer, which say how images become inputs."""
+
 
 def checked_chain(recipe: Recipe) -> CheckedChain:
     """Return the chain of a recipe, checked on what its model holds from earlier rounds. Raises ChainError."""
@@ -193,8 +196,24 @@ def write_stock(
     shutil.rmtree(directory, ignore_errors=True)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    _copy_processor(model, directory)
     again = type(model).from_pretrained(directory, dtype="auto").eval()
     return Checkpoint(nbytes=stored_nbytes(directory), max_abs_logit_diff=_difference(again, model, probe))
+
+
+def _copy_processor(model: PreTrainedModel, directory: Path) -> None:
+    """Copy the files that say how images become inputs, where the model was loaded with such files beside it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    source = model.name_or_path or ""
+    for name in _PROCESSOR:
+        local = Path(source) / name
+        if local.is_file():
+            shutil.copyfile(local, directory / name)
+        elif source.count("/") == 1 and not Path(source).exists():
+            cached = try_to_load_from_cache(source, name)
+            if isinstance(cached, str):
+                shutil.copyfile(cached, directory / name)
 
 
 def _difference(one: PreTrainedModel, other: PreTrainedModel, probe: dict[str, Tensor]) -> float:

@@ -16,14 +16,13 @@ from dovetail.tasks.task import COUNTS, HEAD_KINDS
 CARD = "README.md"
 
 
-def card(report: Report, recipe: Recipe, *, encoder_decoder: bool) -> str:
+def card(report: Report, recipe: Recipe, *, auto: str) -> str:
     """Return the model card as Markdown with the hub's metadata: scores, sizes, the verdict of merging, the recipe.
+
+    auto   name of the auto class of transformers that loads the model
 
     Of paths on this machine, only the names of files are shown.
     """
-    head = report.task.kind in HEAD_KINDS
-    auto = "AutoModelForSequenceClassification" if head else "AutoModelForCausalLM"
-    auto = "AutoModelForSeq2SeqLM" if encoder_decoder and not head else auto
     name = _name(report.model)
     warning = learned_nothing(report)
     parts = [
