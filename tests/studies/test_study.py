@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -23,7 +21,7 @@ from dovetail.display.plots import spaced_ticks
 from dovetail.errors import CannotMerge, ChainError, DovetailError, RecipeError, TrainError
 from dovetail.runs.report.record import Report
 from dovetail.runs.yaml import read_yaml
-from dovetail.studies import cost, runner, verify
+from dovetail.studies import cells, cost, runner, verify
 from dovetail.studies.matrix import Study, expand, unique_runs
 from dovetail.studies.report import Result, Spread, StudyReport
 from dovetail.studies.tables import curve, score_axis, spread
@@ -319,7 +317,7 @@ def test_a_bad_study_is_one_message(tmp_path, changes, told):
     ],
 )  # fmt: skip
 def test_no_row_runs_when_one_is_bad(tmp_path, monkeypatch, row, error, told):
-    monkeypatch.setattr(runner, "run", lambda *args, **kwargs: pytest.fail("it ran"))
+    monkeypatch.setattr(cells, "run", lambda *args, **kwargs: pytest.fail("it ran"))
     with pytest.raises(error, match=told):
         done(plain(tmp_path, ROW, {"name": "bad", **row}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -402,7 +400,7 @@ def test_costs_are_there_and_kept(finished, monkeypatch):
     assert packed.storage_nbytes < stock.storage_nbytes == checkpoint.stat().st_size
     assert packed.inference_nbytes < stock.inference_nbytes
     assert packed.step_seconds == stock.step_seconds
-    monkeypatch.setattr(runner, "run", lambda *args, **kwargs: pytest.fail("it ran again"))
+    monkeypatch.setattr(cells, "run", lambda *args, **kwargs: pytest.fail("it ran again"))
     monkeypatch.setattr(cost, "_medians", lambda *args: pytest.fail("it measured again"))
     monkeypatch.setattr(verify, "_verify", lambda *args: pytest.fail("it merged again"))
     events = []
@@ -457,6 +455,17 @@ def test_a_killed_study_goes_on(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "out" / "runs").iterdir()] == ["one-s0"]
 
 
+def test_the_folder_of_an_older_study_is_told(tmp_path):
+    for text in ('{"chain": "lora"}', "no json"):
+        place = tmp_path / "out" / "runs" / "a-s0"
+        place.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / "study.yaml").write_text("rows: []")
+        (place / "recipe.yaml").write_text(json.dumps(small_recipe(tmp_path) | {"chain": "lora(r=2)"}))
+        (place / "report.json").write_text(text)
+        with pytest.raises(RecipeError, match=r"a-s0, which cannot be read(.|\n)*--no-resume"):
+            done(plain(tmp_path, ROW), tmp_path / "out")
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").touch()
@@ -467,7 +476,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 def test_a_failed_run_is_told_and_tried_again(tmp_path, monkeypatch):
     asked = small_study(tmp_path, vary={}, rows=[{"name": "weak", "chain": "ia3"}, ROW], cost=["weak", "a"])
-    real, measured = runner.run, []
+    real, measured = cells.run, []
 
     def measures(lines, folder, **arguments):
         measured.append([line.row for line, _ in lines])
@@ -481,7 +490,7 @@ def test_a_failed_run_is_told_and_tried_again(tmp_path, monkeypatch):
         return real(recipe, **arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "run", diverges)
+        patch.setattr(cells, "run", diverges)
         events = []
         report = done(asked, tmp_path / "out", on_run=events.append)
     weak, fine = report.results
@@ -494,29 +503,6 @@ def test_a_failed_run_is_told_and_tried_again(tmp_path, monkeypatch):
     assert again.results[0].figure.n == 2
     assert not again.results[0].failed
     assert measured == [["a"], ["weak", "a"]]
-
-
-def test_runs_at_a_time_give_the_same(tmp_path, monkeypatch):
-    """In threads here: starting processes takes longer than all other tests together."""
-    asked = plain(tmp_path, {"name": "one", "chain": "lora(r=2)"}, {"name": "two", "chain": "ia3"})
-    made = {}
-
-    class Threads(ThreadPoolExecutor):
-        def __init__(self, workers, *, mp_context, initializer):
-            made.update(workers=workers, start=mp_context.get_start_method())
-            pickle.dumps(initializer)
-            super().__init__(1)
-
-        def submit(self, function, *arguments):
-            return super().submit(*pickle.loads(pickle.dumps((function, *arguments))))
-
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", Threads)
-    here, events = done(asked, tmp_path / "1"), []
-    there = done(asked, tmp_path / "2", jobs=4, on_run=events.append)
-    assert here.results == there.results
-    assert made == {"workers": 2, "start": "spawn"}
-    assert sorted((event.state, event.name) for event in events) == [("done", "one-s0"), ("done", "two-s0")]
-    assert done(asked, tmp_path / "2", jobs=4) == there
 
 
 def test_spread():

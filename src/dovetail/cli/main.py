@@ -88,7 +88,8 @@ def study(
         bool, typer.Option("--resume/--no-resume", help="Keep the finished runs of an earlier start; else delete them.")
     ] = True,
     jobs: Annotated[
-        int, typer.Option("--jobs", min=1, metavar="N", help="Runs at a time, each in a process of one thread.")
+        int,
+        typer.Option("--jobs", min=1, metavar="N", help="Runs at a time, each in a process of one thread."),
     ] = 1,
     quick: Annotated[
         bool, typer.Option("--quick", help="Run the part of the study that its key `quick` keeps.")
@@ -97,19 +98,17 @@ def study(
 ) -> None:
     """Run many recipes with several seeds and write tables of quality and measured cost, and curves."""
     quiet()
-    from time import perf_counter
-
+    from dovetail.cli.study_progress import printed_events
     from dovetail.studies import Study
     from dovetail.studies import study as run_study
-    from dovetail.studies.tables import event_line, print_study
+    from dovetail.studies.tables import print_study
 
-    started = perf_counter()
     options = [*(["--jobs", str(jobs)] if jobs > 1 else []), *(["--quick"] if quick else [])]
-    with resumable(["study", str(recipe), "--output", str(output), *options]):
+    with resumable(["study", str(recipe), "--output", str(output), *options]), printed_events() as show:
         asked = Study.load(recipe)
         found = run_study(
-            asked.quickly() if quick else asked, output=output, resume=resume, jobs=jobs,
-            on_run=lambda event: print(event_line(event, perf_counter() - started), file=sys.stderr, flush=True),
+            asked.quickly() if quick else asked, output=output, resume=resume, jobs=jobs, on_run=show,
+            progress=not sys.stderr.isatty(),
         )  # fmt: skip
     if as_json:
         print_json(found.model_dump(mode="json"))

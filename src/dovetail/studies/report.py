@@ -28,6 +28,7 @@ class Event:
     score          of the finished run, in the metric of its task
     seconds        of the run
     problem        of a failed run
+    left_seconds   until all runs are done, estimated from the finished ones; None before one is
     """
 
     state: Literal["begins", "done", "kept", "failed", "measures"]
@@ -38,6 +39,7 @@ class Event:
     score: float | None = None
     seconds: float = 0.0
     problem: str = ""
+    left_seconds: float | None = None
 
 
 class Spread(ReportPart):

@@ -11,26 +11,20 @@ DIR/study.json       everything that the files of `dovetail.studies.output` show
 from __future__ import annotations
 
 import math
-import multiprocessing
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, suppress
 from itertools import product
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, Literal
 
 from dovetail.errors import DovetailError, RecipeError
 from dovetail.files import check_folder, only_writer
-from dovetail.runs.flow import run
 from dovetail.runs.folder import RECIPE
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import REPORT, Report
 from dovetail.runs.steps import data_of
+from dovetail.studies.cells import MERGING, RUNS, SHARED, Job, Outcome, run_cells, threads_of
 from dovetail.studies.cost import KEPT, measure
 from dovetail.studies.matrix import Line, Matrix, Run, Study, expand, unique_runs
 from dovetail.studies.measures import Cell, cell, diverged_at
@@ -59,7 +53,7 @@ def study(
     recipe    a Study, its path, or a mapping with its keys
     output    folder for everything; finished runs of an earlier start are kept, an unfinished run is resumed
     resume    False deletes the runs of an earlier start
-    jobs      number of concurrent runs, each in its own process with one thread; 1 runs them in this process
+    jobs      number of concurrent runs. Each is a process of its own, with one thread if there are several
     progress  whether to show progress bars
     on_run    called when a run begins and when it ends
 
@@ -80,16 +74,23 @@ def _study(
     """Do the runs that are left, and write the tables."""
     lines = matrix.lines
     runs = list(unique_runs(lines))
-    todo = [run for run in runs if not _finished(run, folder)]
+    todo = [one for one in runs if not _finished(one, folder)]
     for one in todo:  # results of an earlier run of that name
-        (folder / "merging" / f"{one.slug}.json").unlink(missing_ok=True)
+        (folder / MERGING / f"{one.slug}.json").unlink(missing_ok=True)
     asked.dump(folder / STUDY)
-    failed: dict[str, str] = {}
-    for event in _events(runs, todo, folder, jobs, progress):
-        if event.state == "failed":
-            failed[event.name] = event.problem
-        if on_run is not None:
-            on_run(event)
+    shown = {one.slug for line in lines if line.stage is None for one in line.runs}
+    cells = [
+        Job(
+            slug=one.slug, recipe=one.recipe, study=folder.absolute(), verify=one.slug in shown,
+            threads=threads_of(jobs), progress=progress and jobs == 1,
+        )
+        for one in todo
+    ]  # fmt: skip
+    failed: dict[str, Outcome] = {}
+    with closing(_events(runs, cells, folder, jobs, failed)) as events:
+        for event in events:
+            if on_run is not None:
+                on_run(event)
     results = [_result(line, folder, failed) for line in lines]
     if on_run is not None and asked.cost:
         on_run(Event("measures", "storage, tuning and inference", len(runs), len(runs)))
@@ -106,7 +107,7 @@ def _claim(folder: Path, resume: bool) -> None:
     if not (folder / STUDY).is_file():
         check_folder(folder)
     if not resume:
-        for name in ("runs", "merging"):
+        for name in (RUNS, MERGING, SHARED):
             shutil.rmtree(folder / name, ignore_errors=True)
         (folder / KEPT).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,90 +115,70 @@ def _claim(folder: Path, resume: bool) -> None:
 
 def _finished(run: Run, folder: Path) -> bool:
     """Return whether the run is finished; raise RecipeError where it was made with another recipe."""
-    place = folder / "runs" / run.slug
+    place = folder / RUNS / run.slug
     if not (place / REPORT).is_file():
         return False
-    differing = run.recipe.difference(Recipe.load(place / RECIPE))
+    try:
+        differing = run.recipe.difference(Recipe.load(place / RECIPE))
+        identity = Report.load(place).identity
+    except DovetailError as error:
+        rule = "a resumed study must have the runs of this version of Dovetail"
+        found = f"{run.slug}, which cannot be read: {error.where}: {error.found}"[:500]
+        raise RecipeError(f"output {folder}", found=found, rule=rule, fix=_OTHER) from None
     if differing is not None:
         key, mine, made = differing
         found = f"{run.slug}, made with {key}: {str(made)[:200]}, now {str(mine)[:200]}"
         rule = "a resumed study must have the recipes that it was started with"
         raise RecipeError(f"output {folder}", found=found, rule=rule, fix=_OTHER)
     task = load_task(run.recipe.data)
-    made, now = Report.load(place).identity.get(data_of(task)), records_identity(task.splits)
+    made, now = identity.get(data_of(task)), records_identity(task.splits)
     if made not in (None, now):
         rule = "a resumed study must have the data that it was started with"
         raise RecipeError(f"output {folder}", found=f"{run.slug}, made with other data", rule=rule, fix=_OTHER)
     return True
 
 
-def _events(runs: list[Run], todo: list[Run], folder: Path, jobs: int, progress: bool) -> Iterator[Event]:
-    """Do the runs that are left, and yield how each ends."""
-    total, number = len(runs), {run.slug: place for place, run in enumerate(runs, 1)}
-    waiting = {run.slug for run in todo}
+def _events(
+    runs: Sequence[Run], cells: Sequence[Job], folder: Path, jobs: int, failed: dict[str, Outcome]
+) -> Generator[Event, None, None]:
+    """Do the cells that are left, and yield how each begins and ends; `failed` is filled."""
+    number = {run.slug: place for place, run in enumerate(runs, 1)}
+    waiting = {cell.slug for cell in cells}
+    seconds: list[float] = []
 
-    def ended(slug: str, problem: str) -> Event:
-        if problem:
-            return Event("failed", slug, number[slug], total, problem=problem)
-        report = Report.load(folder / "runs" / slug)
+    def ended(slug: str, state: Literal["done", "kept"]) -> Event:
+        report = Report.load(folder / RUNS / slug)
+        seconds.append(report.seconds)
         score = report.score(report.row(last_stage(report)))
-        state = "done" if slug in waiting else "kept"
-        return Event(state, slug, number[slug], total, report.task.metric, score, report.seconds)
+        return Event(
+            state, slug, number[slug], len(runs), report.task.metric, score, report.seconds, left_seconds=left()
+        )
+
+    def left() -> float | None:
+        return sum(seconds) / len(seconds) * len(waiting) / jobs if seconds else None
 
     for one in runs:
         if one.slug not in waiting:
-            yield ended(one.slug, "")
-    if jobs == 1:
-        for one in todo:
-            yield Event("begins", one.slug, number[one.slug], total)
-            yield ended(one.slug, _run(one, folder, progress))
-        return
-    # Fresh processes: a forked one would share the state of torch's threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(todo)) or 1, mp_context=context, initializer=_begin_process) as pool:
-        futures = {pool.submit(_run, one, folder, False): one.slug for one in todo}
-        try:
-            for future in as_completed(futures):
-                yield ended(futures[future], _problem(future))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+            yield ended(one.slug, "kept")
+    with closing(run_cells(cells, jobs)) as outcomes:
+        for found in outcomes:
+            if isinstance(found, str):
+                yield Event("begins", found, number[found], len(runs), left_seconds=left())
+                continue
+            found.check()
+            waiting.discard(found.slug)
+            if found.problem:
+                failed[found.slug] = found
+                place = number[found.slug], len(runs)
+                yield Event("failed", found.slug, *place, problem=found.problem, left_seconds=left())
+            else:
+                yield ended(found.slug, "done")
 
 
-def _problem(future: Future[str]) -> str:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        return (
-            "its process or a concurrent one was killed, perhaps for lack of memory; start the study again to resume it"
-        )
-
-
-def _begin_process() -> None:
-    """Use one thread, and silence other libraries: several processes share the terminal."""
-    from transformers.utils import logging as transformers_logging
-
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    warnings.filterwarnings("ignore")
-
-
-def _run(one: Run, folder: Path, progress: bool) -> str:
-    """Do one run; return the error as text, or ""."""
-    try:
-        run(one.recipe, output=folder / "runs" / one.slug, progress=progress)
-    except RecipeError:  # the folder holds something else than this study
-        raise
-    except (DovetailError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError where memory is full
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def _result(line: Line, folder: Path, failed: Mapping[str, str]) -> Result:
+def _result(line: Line, folder: Path, failed: Mapping[str, Outcome]) -> Result:
     """Make a line of the table from the folders of its runs."""
     done = [one for one in line.runs if one.slug not in failed]
-    reports = {one.slug: Report.load(folder / "runs" / one.slug) for one in done}
+    reports = {one.slug: Report.load(folder / RUNS / one.slug) for one in done}
     tried = done if line.stage is None else []
     verdicts = [_verdict(one, folder) for one in tried]
     mergeable = None
@@ -208,7 +189,7 @@ def _result(line: Line, folder: Path, failed: Mapping[str, str]) -> Result:
         first = reports[done[0].slug]
         merged = any(row.name == MERGED for row in first.stages)
         stage = line.stage or (MERGED if merged and mergeable is not False else last_stage(first))
-        stored = precision(folder / "runs" / done[0].slug, first, stage)
+        stored = precision(folder / RUNS / done[0].slug, first, stage)
         if merged and mergeable is False:
             lossy = Spread.of(_scores(reports, MERGED))
     stable = {slug: report for slug, report in reports.items() if not diverged_at(report, stage)}
@@ -226,7 +207,11 @@ def _result(line: Line, folder: Path, failed: Mapping[str, str]) -> Result:
         figure=Spread.of(_scores(reports, stage)),
         merged_lossy=lossy,
         failed=[
-            *(Failure(seed=one.recipe.seed, problem=failed[one.slug]) for one in line.runs if one.slug in failed),
+            *(
+                Failure(seed=one.recipe.seed, problem=failed[one.slug].problem, kind=failed[one.slug].kind)
+                for one in line.runs
+                if one.slug in failed
+            ),
             *(
                 Failure(seed=one.recipe.seed, problem=f"its score at the stage {stage} is not finite")
                 for one in done
@@ -261,7 +246,7 @@ def _report(
     seconds, around = 0.0, {}
     for one in unique_runs(lines):
         with suppress(DovetailError):  # a failed run has no report
-            found = Report.load(folder / "runs" / one.slug)
+            found = Report.load(folder / RUNS / one.slug)
             seconds, around = seconds + found.seconds, found.environment
     return StudyReport(
         title=asked.title,

@@ -158,10 +158,11 @@ def event_line(event: Event, elapsed: float) -> str:
         return f"{place} ..."
     if event.state == "measures":
         return f"{'':<12} {duration(elapsed):>12}  measures {event.name} ..."
+    left = f", about {duration(event.left_seconds)} left" if event.left_seconds and event.state != "kept" else ""
     if event.state == "failed":
-        return f"{place} failed: {event.problem}"
+        return f"{place} failed: {event.problem}{left}"
     was = ", from an earlier start" if event.state == "kept" else f" in {duration(event.seconds)}"
-    return f"{place}: {metric_name(event.metric)} {format_score(event.metric, event.score)}{was}"
+    return f"{place}: {metric_name(event.metric)} {format_score(event.metric, event.score)}{was}{left}"
 
 
 def print_study(console: Console, report: StudyReport) -> None:
