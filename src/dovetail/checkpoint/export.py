@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dovetail.chains.grid import QuantizedWeight
-from dovetail.chains.layer.applied import AppliedChain, applied
+from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.held import grids
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.checkpoint.formats.bitsandbytes import BitsAndBytes
@@ -29,11 +29,11 @@ from dovetail.checkpoint.formats.contract import WEIGHTS, Format
 from dovetail.checkpoint.formats.engines import LORA_RANKS, check_engine, command_line
 from dovetail.checkpoint.formats.gptq import GPTQFormat
 from dovetail.checkpoint.formats.mlx import MLX
-from dovetail.checkpoint.formats.peft.plain_lora import export_plain_lora
+from dovetail.checkpoint.formats.peft.plain_lora import check_plain_lora, export_plain_lora
 from dovetail.checkpoint.formats.peft.write import export_peft, kind_of
 from dovetail.checkpoint.load import load
 from dovetail.checkpoint.packed import stored
-from dovetail.errors import ChainError, ExportError
+from dovetail.errors import ChainError, DovetailError, ExportError
 from dovetail.files import atomic, check_folder, write_bytes
 from dovetail.models.dtypes import FLOATS
 from dovetail.models.layouts import Layout, LinearLayout, layout_of
@@ -225,10 +225,9 @@ def _export_adapter(
     if not layers or any(layer.record is None for layer in layers.values()):
         rule, fix = "the model must be under a chain that is not merged", "export the merged model to another format"
         raise ExportError(where, found="no adapter", rule=rule, fix=fix)
-    kind, notes = kind_of(applied(model)).name if engine != "vllm" else "lora", []
-    ranks: dict[str, tuple[int, float]] = {}
-    if engine == "vllm":
-        ranks = export_plain_lora(model, None if dry_run else folder)
+    kinds, notes, ranks = _adapter_kinds(model, engine), [], {}
+    if engine == "vllm" and not dry_run:
+        ranks = export_plain_lora(model, folder)
         rank = next(size for size in LORA_RANKS if size >= max(rank for rank, _ in ranks.values()))
         largest = max(difference for _, difference in ranks.values())
         notes.append(f"start it: vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules NAME={folder}")
@@ -238,12 +237,7 @@ def _export_adapter(
     if any(layer.base.quantized is not None or layer.base.mask_bits is not None for layer in layers.values()):
         notes.append("the adapter belongs to the base that the chain made (docs/peft.md), not to the original model")
     said = {
-        name: ExportedLayer(
-            layer.base.identity,
-            f"{kind}, rank {ranks[name][0]}" if ranks else kind,
-            layer.base.shape[0] * layer.base.shape[1],
-            0,
-        )
+        name: ExportedLayer(layer.base.identity, kinds[name], layer.base.shape[0] * layer.base.shape[1], 0)
         for name, layer in layers.items()
     }
     dtype, claim = str(model.dtype).removeprefix("torch."), "fits" if dry_run else "adapter"
@@ -255,6 +249,14 @@ def _export_adapter(
     return ExportReport(ADAPTER, str(folder), dtype, decoder, claim, said, weights, 0, nbytes, notes)
 
 
+def _adapter_kinds(model: nn.Module, engine: str | None) -> dict[str, str]:
+    """Return what the adapter of each layer becomes. Raises ChainError where peft, or vLLM, does not read it."""
+    if engine == "vllm":
+        return {name: f"lora, rank {len(a_ri)}" for name, (a_ri, _) in check_plain_lora(model).items()}
+    record = applied(model)
+    return dict.fromkeys(record.layers, f"peft's {kind_of(record).name}")
+
+
 def _served(form: Format, dtype: str | torch.dtype) -> torch.dtype:
     """Return the dtype that a model is served in. Raises ExportError for one that the format does not have."""
     name = str(dtype).removeprefix("torch.")
@@ -264,38 +266,52 @@ def _served(form: Format, dtype: str | torch.dtype) -> torch.dtype:
     return FLOATS[name]
 
 
-def fits(to: str, layers: Mapping[str, ChainLinear]) -> tuple[dict[str, int], list[str]]:
-    """Return how a format takes the layers of a chain, whose values are not read.
+def check_export(model: nn.Module, to: str, *, dtype: str | None, engine: str | None) -> None:
+    """Raise ExportError or ChainError where an export after training would be refused for what is known before it.
+
+    model  under the last stage of its chain; its values are not read
+    dtype  that it is to be served in; None: the model's own
+    """
+    check_format(to)
+    check_engine(engine, to)
+    layers = chain_layers(model)
+    if to == ADAPTER:
+        _adapter_kinds(model, engine)
+        return
+    FORMATS[to].check_package()
+    _served(FORMATS[to], next(iter(layers.values())).base.dtype if dtype is None else dtype)
+    for name, layer in layers.items():
+        _kind_of_layer(FORMATS[to], name, layer)
+
+
+def fits(to: str, model: nn.Module) -> tuple[dict[str, int], list[str]]:
+    """Return how a format takes the layers of a model under a chain, whose values are not read.
 
     returns  kind in the format -> number of layers; and for the layers that do not fit, a text for each quantizer
     errors   ExportError for an unknown format
     """
     check_format(to)
+    layers = chain_layers(model)
+    kinds: Counter[str] = Counter()
+    refused: dict[str, DovetailError] = {}
     if to == ADAPTER:
-        return _adapter_fits(layers)
-    form = FORMATS[to]
-    kinds: dict[str, int] = {}
-    refused: dict[str, ExportError] = {}
-    for name, layer in layers.items():
-        quantized = layer.base.quantized
-        if quantized is None:
-            refused.setdefault("", _no_grid(f"export to {to}: {name}"))
-            continue
         try:
-            kind = _kind(form, name, quantized, layer.layout)
-            kinds[kind] = kinds.get(kind, 0) + 1
+            kinds.update(_adapter_kinds(model, None).values())
+        except ChainError as error:
+            refused[""] = error
+        layers = {}
+    for name, layer in layers.items():
+        try:
+            kinds[_kind_of_layer(FORMATS[to], name, layer)] += 1
         except ExportError as error:
-            refused.setdefault(quantized.identity, error)
-    return kinds, [f"{error.where}: {error.found}: {error.rule}. Fix: {error.fix}" for error in refused.values()]
+            refused.setdefault("" if layer.base.quantized is None else layer.base.quantized.identity, error)
+    return dict(kinds), [f"{error.where}: {error.found}: {error.rule}. Fix: {error.fix}" for error in refused.values()]
 
 
-def _adapter_fits(layers: Mapping[str, ChainLinear]) -> tuple[dict[str, int], list[str]]:
-    record = next(iter(layers.values())).record
-    assert isinstance(record, AppliedChain)
-    try:
-        return {f"peft's {kind_of(record).name}": len(layers)}, []
-    except ChainError as error:
-        return {}, [f"{error.where}: {error.found}: {error.rule}. Fix: {error.fix}"]
+def _kind_of_layer(form: Format, name: str, layer: ChainLinear) -> str:
+    if layer.base.quantized is None:
+        raise _no_grid(f"export to {form.name}: {name}")
+    return _kind(form, name, layer.base.quantized, layer.layout)
 
 
 def _kind(form: Format, name: str, quantized: QuantizedWeight, layout: Layout) -> str:

@@ -19,7 +19,7 @@ from dovetail.compression.apply import apply
 from dovetail.files import check_folder, write_whole
 from dovetail.progress import Bar
 from dovetail.runs import steps
-from dovetail.runs.folder import ADAPTER, MODEL, PACKED, PAGE, TENSORBOARD, choose_output, run_folder
+from dovetail.runs.folder import ADAPTER, EXPORT, MODEL, PACKED, PAGE, TENSORBOARD, choose_output, run_folder
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.card import CARD, card
 from dovetail.runs.report.page import page
@@ -98,6 +98,8 @@ def run(
         if recipe.merge != "none":
             with Bar("merge", shown=progress):
                 merged = merge(model, lossy=recipe.merge == "lossy", probe=probe, packed=True)
+        exports = steps.write_exports(folder.path / EXPORT, model, tokenizer, recipe)
+        if merged is not None:
             if links.kept or any(stage.applied for stage in links.stages):
                 packed = steps.write_packed(folder.path / PACKED, model, tokenizer, probe, task.kind)
             to_stock(model)
@@ -118,6 +120,7 @@ def run(
             training=[Losses.of(stage, task.metric) for stage in (trained.stages if trained else [])],
             checkpoint=checkpoint,
             packed=packed,
+            exports=exports,
             environment=environment(model),
             identity=identity,
             search=searched,

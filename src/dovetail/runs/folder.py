@@ -28,7 +28,7 @@ from dovetail.training.identity import difference
 from dovetail.training.train import StageReport
 
 RECIPE, LOG, PAGE = "recipe.yaml", "log.jsonl", "report.html"
-MODEL, PACKED, ADAPTER, TENSORBOARD = "model", "packed", "adapter", "tensorboard"
+MODEL, PACKED, ADAPTER, EXPORT, TENSORBOARD = "model", "packed", "adapter", "export", "tensorboard"
 _PROGRESS, _TRAINING, _IDENTITY = "progress.jsonl", "training", "identity.json"
 
 

@@ -244,7 +244,7 @@ def plan(
         nothing = replace(nothing, layer_count=len(planned), weights=weights, target_fraction=share)
         nothing = replace(nothing, covered_fraction=covered, left_out=left)
         if to is not None:
-            kinds, refused = fits(to, planned)
+            kinds, refused = fits(to, model_here)
             nothing = replace(nothing, export_kinds=kinds, export_refused=refused)
     found = replace(
         nothing,

@@ -44,6 +44,26 @@ class Calibration(Part):
     inputs: Literal["compressed", "original"] = "compressed"
 
 
+class ExportSettings(Part):
+    """An export at the end of the run (`dovetail.export`).
+
+    to      the format
+    output  name of the folder in the run's folder export/; by default the format
+    dtype   that the model is served in; by default the model's
+    engine  vllm, transformers, ollama or openvino: refuse what it does not read
+    """
+
+    to: Annotated[str, Field(min_length=1)]
+    output: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] | None = None
+    dtype: str | None = None
+    engine: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.to if self.output is None else self.output
+
+
 class Evaluation(Part):
     """The evaluation after each stage.
 
@@ -130,6 +150,7 @@ class Recipe(YamlFile):
     search  what to search; None: no search
     merge   exact: CannotMerge before training starts if the chain cannot be merged without loss; lossy: merge anyway
             and measure the loss; none: keep the adapter apart
+    export  formats to write at the end, which are checked before training: one mapping, or several
     output  folder of the run, relative to where the command is given
     """
 
@@ -146,7 +167,20 @@ class Recipe(YamlFile):
     evaluate: Evaluation = Evaluation()
     search: Search | None = None
     merge: Literal["exact", "lossy", "none"] = "exact"
+    export: tuple[ExportSettings, ...] = ()
     output: Path | None = None
+
+    @pydantic.field_validator("export", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
+
+    @pydantic.field_validator("export")
+    @classmethod
+    def _names(cls, value: tuple[ExportSettings, ...]) -> tuple[ExportSettings, ...]:
+        if len({each.name for each in value}) < len(value):
+            raise ValueError("exports must have names of their own: set output")
+        return value
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -208,6 +242,7 @@ class Recipe(YamlFile):
         parts: dict[int | str, type[pydantic.BaseModel]] = {
             "data": Data, "tasks": Data, "limit": Limit, "scoring": Scoring, "train": Training,
             "calibration": Calibration, "evaluate": Evaluation, "search": RankSettings, "budget": Budget, **SEARCHES,
+            "export": ExportSettings,
         }  # fmt: skip
         names = [part for part in place if part in parts]
         if not names:

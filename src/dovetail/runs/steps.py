@@ -15,6 +15,8 @@ from dovetail.chains.assignment import assign
 from dovetail.chains.check import check_merge
 from dovetail.chains.layer.elastic import set_ranks
 from dovetail.chains.stages import CheckedChain
+from dovetail.checkpoint.export import ADAPTER as ADAPTER_FORMAT
+from dovetail.checkpoint.export import check_export, export
 from dovetail.checkpoint.load import HEAD_KINDS, empty_model, grid_of, held_in, load, load_config
 from dovetail.checkpoint.merge import logit_difference, to_stock
 from dovetail.checkpoint.packed import save_packed
@@ -24,7 +26,7 @@ from dovetail.errors import RecipeError
 from dovetail.files import read_json, write_whole
 from dovetail.runs.folder import RunFolder
 from dovetail.runs.recipe import Recipe
-from dovetail.runs.report.record import Checkpoint, Packed, Searched, finite
+from dovetail.runs.report.record import Checkpoint, Exported, Packed, Searched, finite
 from dovetail.runs.search_settings import RankSettings
 from dovetail.tasks.find import load_task, number_of_labels
 from dovetail.tasks.labels import name_labels
@@ -90,6 +92,24 @@ def check_layers(recipe: Recipe, task: Task, links: CheckedChain) -> None:
     empty = empty_model(config, task_kind=task.kind, num_labels=labels, trust_remote_code=recipe.trust_remote_code)
     check_checkpointing(empty, recipe.train.gradient_checkpointing)
     apply_on_meta(empty, links, recipe.targets, layers=recipe.layers)
+    if recipe.export:
+        last = empty_model(
+            config, task_kind=task.kind, num_labels=labels, dtype=recipe.dtype,
+            trust_remote_code=recipe.trust_remote_code,
+        )  # fmt: skip
+        apply_on_meta(last, links, recipe.targets, len(links.stages) - 1, layers=recipe.layers)
+        check_exports(recipe, last)
+
+
+def check_exports(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Raise a DovetailError where an export at the end would be refused; the model is on the meta device."""
+    for each in recipe.export:
+        if (each.to == ADAPTER_FORMAT) != (recipe.merge == "none"):
+            found = f"{each.to} with merge: {recipe.merge}"
+            rule = "peft holds an adapter that was not merged; the other formats hold merged models"
+            fix = f"set merge: none, or remove {each.to}" if each.to == ADAPTER_FORMAT else "set merge: exact"
+            raise RecipeError("export", found=found, rule=rule, fix=fix)
+        check_export(model, each.to, dtype=each.dtype, engine=each.engine)
 
 
 def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -187,6 +207,31 @@ def write_packed(
     return Packed(
         nbytes=size.nbytes, bits_per_weight=size.bits_per_weight, max_abs_logit_diff=_difference(again, model, probe)
     )
+
+
+def write_exports(
+    directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+) -> list[Exported]:
+    """Write what the recipe exports: the merged model while it is packed, or the adapter of a model under its chain."""
+    shutil.rmtree(directory, ignore_errors=True)
+    written = []
+    for each in recipe.export:
+        report = export(
+            model, each.to, directory / each.name, tokenizer=tokenizer, dtype=each.dtype, engine=each.engine
+        )
+        written.append(
+            Exported(
+                name=each.name,
+                format=report.format,
+                dtype=report.dtype,
+                decoder=report.decoder,
+                claim=report.claim,
+                weights=report.weights,
+                differing=report.differing,
+                nbytes=report.nbytes,
+            )
+        )
+    return written
 
 
 def write_stock(

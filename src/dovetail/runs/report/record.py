@@ -219,6 +219,23 @@ class Packed(ReportPart):
     max_abs_logit_diff: float
 
 
+class Exported(ReportPart):
+    """An export in export/NAME (`dovetail.ExportReport`).
+
+    claim      "values": same values in `dtype`; "codes": same codes and scales; "adapter": the same change
+    differing  of `weights`, the values that differ in `dtype`
+    """
+
+    name: str
+    format: str
+    dtype: str
+    decoder: str
+    claim: str
+    weights: int
+    differing: int
+    nbytes: int
+
+
 class Report(ReportPart):
     """The report of a whole run.
 
@@ -250,6 +267,7 @@ class Report(ReportPart):
     training: list[Losses]
     checkpoint: Checkpoint | None
     packed: Packed | None = None
+    exports: list[Exported] = []
     environment: dict[str, str]
     search: Searched | None = None
     rendered: list[tuple[str, bool]] = []

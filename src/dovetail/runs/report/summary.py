@@ -173,3 +173,7 @@ def print_summary(console: Console, report: Report, directory: Path) -> None:
             f"Packed model for Dovetail: {escape(str(directory / 'packed'))} ({taken}, {bits:.2f} bits per weight on "
             "disk)", soft_wrap=True,
         )  # fmt: skip
+    for each in report.exports:
+        claims = {"values": f"the same values in {each.dtype}", "codes": "the same codes and scales"}
+        said = claims.get(each.claim, "the same adapter")
+        console.print(f"{each.format}: {escape(str(directory / 'export' / each.name))} ({said})", soft_wrap=True)

@@ -35,12 +35,9 @@ TOLERANCE = 1e-5
 """Of the largest change of a layer: how far the written factors may be from the chain, in float32."""
 
 
-def export_plain_lora(model: nn.Module, directory: Path | None) -> dict[str, tuple[int, float]]:
-    """Write what the current stage trains as one LoRA of scale 1 for all layers.
+def check_plain_lora(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return layer -> A (r, i) and B (o, r), float32, of what the current stage trains; values are not read.
 
-    directory  created if needed; None: only check
-
-    returns  layer -> the rank of its change, and the largest difference to the chain's change over its largest change
     errors   ChainError for links that are no low rank, for modules trained beside them, and above vLLM's largest rank
     """
     record = applied(model)
@@ -56,11 +53,21 @@ def export_plain_lora(model: nn.Module, directory: Path | None) -> dict[str, tup
     found = {name: _factors(layer) for name, layer in record.layers.items()}
     rank = max(len(a_ri) for a_ri, _ in found.values())
     if rank > LORA_RANKS[-1]:
-        rule, fix = (
-            f"vLLM reads ranks up to {LORA_RANKS[-1]}",
-            "merge the chain and export the model, or use a smaller r",
+        rule = f"vLLM reads ranks up to {LORA_RANKS[-1]}"
+        raise refused(
+            record, f"a change of rank {rank}", rule, "use a smaller r, or merge the chain and export the model"
         )
-        raise refused(record, f"a change of rank {rank}", rule, fix)
+    return found
+
+
+def export_plain_lora(model: nn.Module, directory: Path) -> dict[str, tuple[int, float]]:
+    """Write what the current stage trains as one LoRA of scale 1 for all layers, in a directory, created if needed.
+
+    returns  layer -> the rank of its change, and the largest difference to the chain's change over its largest change
+    errors   those of `check_plain_lora`
+    """
+    record, found = applied(model), check_plain_lora(model)
+    rank = max(len(a_ri) for a_ri, _ in found.values())
     said, tensors = {}, {}
     for name, (a_ri, b_or) in found.items():
         said[name] = (len(a_ri), _difference(record.layers[name], a_ri, b_or))
@@ -70,10 +77,9 @@ def export_plain_lora(model: nn.Module, directory: Path | None) -> dict[str, tup
         missing = rank - len(a_ri)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.cat([a_ri, a_ri.new_zeros(missing, a_ri.shape[1])])
         tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.cat([b_or, b_or.new_zeros(len(b_or), missing)], dim=1)
-    if directory is not None:
-        fields: dict[str, Any] = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
-        config = adapter_config(model, record, LoRA, fields) | {"task_type": task_of(model), "modules_to_save": None}
-        write_adapter(directory, config, tensors)
+    fields: dict[str, Any] = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
+    config = adapter_config(model, record, LoRA, fields) | {"task_type": task_of(model), "modules_to_save": None}
+    write_adapter(directory, config, tensors)
     return said
 
 
