@@ -227,6 +227,20 @@ def test_a_closed_chain_merges_bit_for_bit_on_other_layers(layer: str) -> None:
         merge_bit_for_bit(text, layer, DTYPES[place % 3])
 
 
+@pytest.mark.parametrize(
+    "text", ["magnitude(0.5) >> lora(r=3) >> remask", "int(bits=4, group=8) >> lora(r=3) >> regrid"]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_closed_chain_merges_bit_for_bit_on_transposed_inputs(text: str, dtype: torch.dtype) -> None:
+    """FSMT and fairseq's other models call their layers with (tokens, batch, features), transposed."""
+    model = chained(text, "linear", dtype)
+    x = torch.randn(3, 12, IN, generator=torch.Generator().manual_seed(3)).to(dtype).transpose(0, 1)
+    with torch.no_grad():
+        before = model(x)
+        dovetail.merge(model)
+        assert torch.equal(model(x), before)
+
+
 def merge_bit_for_bit(text: str, layer: str, dtype: torch.dtype) -> None:
     model, x = chained(text, layer, dtype), input_of(layer, dtype)
     before, base = model(x), model.layer.base

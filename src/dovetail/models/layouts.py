@@ -71,6 +71,10 @@ class LinearLayout(Layout):
         return weight_oi.contiguous()
 
     def call(self, x: Tensor, weight: Tensor, bias_o: Tensor | None) -> Tensor:
+        if x.ndim > 2 and not x.is_contiguous() and not weight.requires_grad:
+            # Of an x that cannot be flattened without a copy, torch makes one product or several, which differ in the
+            # last digits, by whether the weight takes a gradient. That of a stock layer does.
+            weight = weight.detach().requires_grad_()
         return functional.linear(x, weight, bias_o)
 
     def build(self, weight: Tensor, bias_o: Tensor | None) -> nn.Module:
