@@ -29,6 +29,7 @@ COLUMNS = (
     ("gptq", "bfloat16"),
     ("mlx", "float16"),
     ("mlx", "float32"),
+    ("gguf", "float32"),
 )
 """Format and the dtype in which values are compared."""
 

@@ -266,11 +266,11 @@ def test_names_are_those_of_transformers(mixed: Path, tmp_path: Path) -> None:
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
     from dovetail.checkpoint.formats.gguf.header import read_header
-    from dovetail.checkpoint.formats.gguf.keep import _Names
+    from dovetail.checkpoint.formats.gguf.names import Names
     from dovetail.checkpoint.load import empty_model
 
     for family in ARCHITECTURES:
         path = write_gguf(make_plain(family), tmp_path / f"{family}.gguf", family)
         model = empty_model(load_config(path))
-        names = _Names(read_header(path), model)
+        names = Names(read_header(path), model)
         assert names.names == get_gguf_hf_weights_map(model, names.processor)

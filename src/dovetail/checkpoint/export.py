@@ -8,6 +8,7 @@ that is served, the weights that differ are counted.
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ from dovetail.checkpoint.formats.bitsandbytes import BitsAndBytes
 from dovetail.checkpoint.formats.compressed_tensors import CompressedTensors
 from dovetail.checkpoint.formats.contract import WEIGHTS, Format
 from dovetail.checkpoint.formats.engines import LORA_RANKS, check_engine, command_line
+from dovetail.checkpoint.formats.gguf import checked_header
+from dovetail.checkpoint.formats.gguf.blocks import GGUFBlocks
+from dovetail.checkpoint.formats.gguf.write import placed
 from dovetail.checkpoint.formats.gptq import GPTQFormat
 from dovetail.checkpoint.formats.mlx import MLX
 from dovetail.checkpoint.formats.peft.plain_lora import check_plain_lora, export_plain_lora
@@ -34,14 +38,15 @@ from dovetail.checkpoint.formats.peft.write import export_peft, kind_of
 from dovetail.checkpoint.load import load
 from dovetail.checkpoint.packed import stored
 from dovetail.errors import ChainError, DovetailError, ExportError
-from dovetail.files import atomic, check_folder, write_bytes
+from dovetail.files import atomic, check_file, check_folder, write_bytes
 from dovetail.models.dtypes import FLOATS
-from dovetail.models.layouts import Layout, LinearLayout, layout_of
+from dovetail.models.layouts import Layout, layout_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_FORMATS = (CompressedTensors(), BitsAndBytes(), GPTQFormat(1), GPTQFormat(2), MLX())
+_GGUF = GGUFBlocks()
+_FORMATS = (CompressedTensors(), BitsAndBytes(), GPTQFormat(1), GPTQFormat(2), MLX(), _GGUF)
 FORMATS: Mapping[str, Format] = {each.name: each for each in _FORMATS}
 ADAPTER = "peft"
 """The format of an adapter beside its base; the others hold whole models."""
@@ -120,17 +125,20 @@ def export(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str | torch.dtype | None = None,
     engine: str | None = None,
+    like: str | Path | None = None,
     dry_run: bool = False,
 ) -> ExportReport:
     """Write a merged model, or an adapter, in another format, in a new or empty folder, atomically.
 
     model      merged with `dovetail.merge`, packed or stock; or the folder of a run, of a packed or of a merged model;
                for "peft" a model under a chain
-    to         a key of FORMATS: "compressed-tensors", "bitsandbytes", "gptq", "gptq_v2" or "mlx"; or "peft"
-    output     the folder
+    to         a key of FORMATS: "compressed-tensors", "bitsandbytes", "gptq", "gptq_v2", "mlx" or "gguf"; or "peft"
+    output     the folder; for "gguf" the file
     tokenizer  saved beside it; of a folder, its own
     dtype      that the model is served in; None: the model's own
     engine     "vllm", "transformers", "ollama" or "openvino": refuse what it does not read; None: any
+    like       for "gguf" a file of the same model, whose metadata, tokenizer and other tensors are copied; None: the
+               file whose grid the model keeps (`load(..., grid="keep")`)
     dry_run    only check whether all layers fit; nothing is written
     errors     ExportError naming the layer, the reason and a quantizer to use instead, before anything is written
     """
@@ -138,14 +146,19 @@ def export(
     check_format(to)
     check_engine(engine, to)
     if not dry_run:
-        check_folder(folder)
+        (check_file if to == _GGUF.name else check_folder)(folder)
     if to == ADAPTER:
         return _export_adapter(model, folder, engine, dry_run)
     form = FORMATS[to]
     form.check_package()
     if not isinstance(model, nn.Module):
         path = Path(model)
-        model, tokenizer = load(path / "model" if (path / "report.json").is_file() else model)
+        run = (path / "report.json").is_file()
+        # A packed model has its codes; a stock one's are those nearest to its values.
+        kept = "packed" if to == _GGUF.name and (path / "packed").is_dir() else "model"
+        model, tokenizer = load(path / kept if run else model)
+    if form is _GGUF:
+        return _export_gguf(model, folder, engine, like, dry_run)
     served = _served(form, model.dtype if dtype is None else dtype)
     layers, outside = quantized_layers(form, model)
     kinds = {name: form.kind(name, quantized) for name, quantized in layers.items()}
@@ -211,6 +224,44 @@ Written by Dovetail with the codes and scales of the model that it was made from
 
 Decoder: {record.decoder}. Check it: `dovetail verify FOLDER --against MODEL`.
 """
+
+
+def _export_gguf(
+    model: PreTrainedModel, path: Path, engine: str | None, like: str | Path | None, dry_run: bool
+) -> ExportReport:
+    """Write a GGUF file like another one."""
+    form, where = _GGUF, f"export to {_GGUF.name}"
+    layers, _ = quantized_layers(form, model)
+    said = {name: ExportedLayer(q.identity, form.kind(name, q), math.prod(q.shape), 0) for name, q in layers.items()}
+    weights, notes = sum(each.weights for each in said.values()), form.notes(layers, torch.float32)
+    note = getattr(model.config, "dovetail", None)
+    source = like or (note.get("source") if isinstance(note, dict) else None)
+    if source is None or not Path(source).is_file():
+        found = "no GGUF file to be like" if source is None else f"no file {source}"
+        rule = "the metadata, the tokenizer and the tensors that are not quantized are copied from a file of the model"
+        fix = "name one with --like FILE (like=), such as one that llama.cpp's convert_hf_to_gguf.py wrote in F16"
+        raise ExportError(where, found=found, rule=rule, fix=fix)
+    if path.exists() and path.samefile(source):
+        rule, fix = "the file that is copied must not be overwritten", "choose another --output"
+        raise ExportError(where, found=f"{path} as output and source", rule=rule, fix=fix)
+    places = placed(form, checked_header(Path(source)), model, layers)
+    places.check_others(form, other_tensors(model, layers, None))
+    if dry_run:
+        return ExportReport(form.name, str(path), "float32", form.decoder, "fits", said, weights, 0, 0, notes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as part:
+        written = places.write(part, layers, form, lambda name, q: proved(form, name, q, torch.float32)[0]["weight"])
+        nbytes = part.stat().st_size
+    only = "; only codes differ" if written.codes_only and written.changed else ""
+    notes += [f"{written.changed} of {len(places.header.shapes)} tensors differ from {source}{only}"]
+    notes += [f"start it: {line}" for line in _runs(engine, path)]
+    return ExportReport(form.name, str(path), "float32", form.decoder, "values", said, weights, 0, nbytes, notes)
+
+
+def _runs(engine: str | None, path: Path) -> list[str]:
+    if engine == "ollama":
+        return [f'write "FROM {path}" into a file Modelfile, then ollama create NAME -f Modelfile']
+    return [f"llama-cli -m {path}"] if engine is None else []
 
 
 def _export_adapter(
@@ -315,7 +366,7 @@ def _kind_of_layer(form: Format, name: str, layer: ChainLinear) -> str:
 
 
 def _kind(form: Format, name: str, quantized: QuantizedWeight, layout: Layout) -> str:
-    if not isinstance(layout, LinearLayout):
+    if not isinstance(layout, form.layouts):
         raise form.refused(name, quantized, "the format holds layers of nn.Linear", "exclude the layer from targets")
     return form.kind(name, quantized)
 
@@ -375,9 +426,9 @@ def proved(form: Format, name: str, quantized: QuantizedWeight, served: torch.dt
 
 
 def other_tensors(
-    model: PreTrainedModel, layers: Mapping[str, QuantizedWeight], served: torch.dtype
+    model: PreTrainedModel, layers: Mapping[str, QuantizedWeight], served: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Return the tensors that are not quantized, by name, in the served dtype; tied ones once."""
+    """Return the tensors that are not quantized, by name, in the served dtype or as they are; tied ones once."""
 
     def found() -> Iterator[tuple[str, Tensor]]:
         for names, tensor in stored(model):
@@ -387,6 +438,6 @@ def other_tensors(
                 continue
             name = f"{layer}.weight" if part == "dense" else names[0]
             detached = tensor.detach().cpu()
-            yield name, detached.to(served) if detached.is_floating_point() else detached
+            yield name, detached.to(served) if served is not None and detached.is_floating_point() else detached
 
     return dict(found())

@@ -30,14 +30,22 @@ def export(
     ],
     to: Annotated[
         str,
-        typer.Option("--to", metavar="FORMAT", help="compressed-tensors, bitsandbytes, gptq, gptq_v2, mlx, or peft."),
+        typer.Option(
+            "--to", metavar="FORMAT", help="compressed-tensors, bitsandbytes, gptq, gptq_v2, mlx, gguf, or peft."
+        ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write, new or empty.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="PATH", help="Folder to write, new or empty; for gguf a file.")
+    ],
     dtype: Annotated[
         str | None, typer.Option("--dtype", metavar="DTYPE", help="Served dtype. \\[default: the model's]")
     ] = None,
     engine: Annotated[
         str | None, typer.Option("--for", metavar="ENGINE", help="vllm, transformers, ollama or openvino.")
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option("--like", metavar="FILE", help="For gguf: a file of the same model, for what is copied."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check whether all layers fit.")] = False,
     as_json: Json = False,
@@ -56,7 +64,7 @@ def export(
 
     source: str | PreTrainedModel = load_result(model)[0] if to == ADAPTER else model
     with writing(output):
-        report = write(source, to, output, dtype=dtype, engine=engine, dry_run=dry_run)
+        report = write(source, to, output, dtype=dtype, engine=engine, like=like, dry_run=dry_run)
     if as_json:
         print_json(asdict(report))
     else:

@@ -23,6 +23,7 @@ from dovetail.errors import ExportError
 from dovetail.files import open_tensors
 from dovetail.links.quantize.affine import AffineWeight
 from dovetail.models.dtypes import FLOATS
+from dovetail.models.layouts import Layout, LinearLayout
 
 WEIGHTS = "model.safetensors"
 
@@ -39,6 +40,8 @@ class Format(ABC):
     """The dtypes that a model can be served in."""
     dense: bool = False
     """Whether transformers computes with the decoded weights themselves, so that equal values give equal logits."""
+    layouts: tuple[type[Layout], ...] = (LinearLayout,)
+    """The kinds of layers that it holds."""
 
     def check_package(self) -> None:
         """Raise ExportError where the owner's package is not installed."""

@@ -44,6 +44,7 @@ class Header:
     shapes     name of a tensor -> its shape, in torch's order
     types      name of a tensor -> its ggml type
     places     name of a tensor -> where its bytes begin in the file, and their number
+    table      where the table of tensors begins in the file
     """
 
     path: Path
@@ -53,6 +54,7 @@ class Header:
     version: int
     entries: Mapping[str, bytes]
     places: Mapping[str, tuple[int, int]]
+    table: int
 
     @property
     def architecture(self) -> str:
@@ -69,6 +71,29 @@ class Header:
         """The dtype that holds all values: the half type of a file without blocks, else float32."""
         matrices = {self.types[name] for name, shape in self.shapes.items() if len(shape) > 1}
         return _FLOATS.get(matrices.pop(), "float32") if len(matrices) == 1 else "float32"
+
+    @property
+    def alignment(self) -> int:
+        """The number of bytes of which each tensor's offset is a multiple."""
+        return self.metadata.get("general.alignment", 32)
+
+    def retyped(self, types: Mapping[str, int]) -> tuple[bytes, dict[str, int]]:
+        """Return the bytes up to the tensors of a file with other types, and where each tensor begins in it.
+
+        types  name of a tensor -> its ggml type, of all tensors; the metadata is the same
+        """
+        with self.path.open("rb") as file:
+            parts = [file.read(self.table)]
+        offsets: dict[str, int] = {}
+        end = 0
+        for name, shape in self.shapes.items():
+            offsets[name] = -(-end // self.alignment) * self.alignment
+            end = offsets[name] + tensor_nbytes(shape, types[name])
+            parts.append(_text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape)))
+            parts.append(struct.pack("<IQ", types[name], offsets[name]))
+        head = b"".join(parts)
+        start = -(-len(head) // self.alignment) * self.alignment
+        return head.ljust(start, b"\0"), {name: start + offset for name, offset in offsets.items()}
 
     def without_data(self) -> bytes:
         """Return a GGUF file of the same metadata and names of tensors, without vocabulary and weights.
@@ -95,6 +120,14 @@ def read_header(path: Path) -> Header:
         raise _refused(path, f"{type(error).__name__}: {error}"[:200]) from None
     except struct.error:
         raise _refused(path, "a header that goes beyond the end of the file") from None
+
+
+def tensor_nbytes(shape: tuple[int, ...], number: int) -> int:
+    """Return the bytes of a tensor of a ggml type."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(number)]
+    return math.prod(shape) // block * nbytes
 
 
 def _refused(path: Path, found: str, rule: str = _FILES) -> LoadError:
@@ -182,6 +215,7 @@ class _Reader:
         if (count := metadata.get("split.count", 1)) != 1:
             rule, fix = "a model must be one file", "join them: llama-gguf-split --merge FIRST_FILE OUTPUT"
             raise LoadError(f"model {self.path}", found=f"one of {count} files", rule=rule, fix=fix)
+        table = self.at
         shapes, types, offsets = self.tensors(tensors)
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
@@ -194,7 +228,7 @@ class _Reader:
                 raise _refused(self.path, found, "the file must hold the tensors that it lists")
             places[name] = start + offset, nbytes
         kept = {key: entry for key, entry in entries.items() if entry}
-        return Header(self.path, metadata, shapes, types, version, kept, places)
+        return Header(self.path, metadata, shapes, types, version, kept, places, table)
 
     def tensors(self, count: int) -> tuple[dict[str, tuple[int, ...]], dict[str, int], dict[str, tuple[int, int]]]:
         """Return shapes, types, and the place of each tensor after the start of the data, with its number of bytes."""

@@ -1,0 +1,174 @@
+"""A merged model written as a GGUF file like another one: its metadata, and its tensors except the quantized layers.
+
+Where every layer keeps the format of its tensor, the file is copied and the bytes of these tensors are replaced: for a
+kept model, codes alone change, and without training not a byte. Otherwise the table of tensors is written anew, with
+the same names, shapes and order. Tensors of the file that no layer replaces must be those of the model.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dovetail.chains.grid import QuantizedWeight
+from dovetail.chains.layer.attach import stock_in_place
+from dovetail.checkpoint.formats.gguf.blocks import GGUFBlocks
+from dovetail.checkpoint.formats.gguf.header import Header, tensor_nbytes
+from dovetail.checkpoint.formats.gguf.names import LayerTensor, Names, linear_tensors, read_bytes, read_dense
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "MXFP4": 38}
+"""llama.cpp's number of a file whose matrices have this format, under "general.file_type"."""
+_PIECE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Written:
+    """The difference of a file to the one that it is like.
+
+    changed     tensors whose bytes differ
+    codes_only  whether these bytes are codes alone
+    """
+
+    changed: int
+    codes_only: bool
+
+
+@dataclass(frozen=True)
+class Places:
+    """The tensors of a file: those of quantized layers by the paths of the layers, and all names."""
+
+    header: Header
+    names: Names
+    layers: Mapping[str, LayerTensor]
+
+    def check_others(self, form: GGUFBlocks, others: Mapping[str, Tensor]) -> None:
+        """Raise ExportError where a tensor that is copied is not the model's.
+
+        others  path -> tensor of the model, without the quantized layers
+        """
+        mine = {each.name for each in self.layers.values()}
+        for name in self.header.shapes:
+            if name not in mine:
+                self._compare(form, name, others)
+        for path, tensor in self.names.gathered.items():
+            self._same(form, path, tensor, others)
+
+    def _compare(self, form: GGUFBlocks, name: str, others: Mapping[str, Tensor]) -> None:
+        path = self.names.names.get(name, "")
+        dtype = others[path].dtype if path in others else torch.float32
+        for path, tensor in read_dense(self.header, name, self.names, dtype).items():
+            self._same(form, path, tensor, others)
+
+    def _same(self, form: GGUFBlocks, path: str, tensor: Tensor, others: Mapping[str, Tensor]) -> None:
+        if path in others and not torch.equal(tensor.to(others[path].dtype), others[path]):
+            differing = int((tensor.to(others[path].dtype) != others[path]).sum())
+            raise form.no_tensor(
+                path,
+                f"{differing:,} of {tensor.numel():,} weights that are not those of {self.header.path}",
+                "tensors that are not quantized are copied from the file, and must be the model's",
+                "name the file that the model was loaded from, or a file of it in F32, F16 or BF16",
+            )
+
+    def write(
+        self,
+        part: Path,
+        layers: Mapping[str, QuantizedWeight],
+        form: GGUFBlocks,
+        encode: Callable[[str, QuantizedWeight], Tensor],
+    ) -> Written:
+        """Write the file. `encode` returns the bytes of a layer, uint8 (rows, bytes of a row), and proves them."""
+        header = self.header
+        formats = {path: form.form(path, quantized) for path, quantized in layers.items()}
+        types = {**header.types, **{self.layers[path].name: each.number for path, each in formats.items()}}
+        if types == dict(header.types):
+            shutil.copyfile(header.path, part)
+            starts = {name: start for name, (start, _) in header.places.items()}
+        else:
+            starts = _lay_out(part, header, types, {each.name for each in formats.values()})
+        changed, codes_only = 0, True
+        with part.open("r+b") as file:
+            for path, quantized in layers.items():
+                place = self.layers[path]
+                content = _in_order(encode(path, quantized), place.rows)
+                if types[place.name] == header.types[place.name]:
+                    differs = (content != read_bytes(header, place.name)).reshape(-1, formats[path].nbytes).any(axis=0)
+                    if not differs.any():
+                        continue
+                    codes_only &= not any(differs[a:b].any() for a, b in formats[path].scale_places)
+                else:
+                    codes_only = False
+                changed += 1
+                file.seek(starts[place.name])
+                file.write(content.data)
+            file.flush()
+            os.fsync(file.fileno())
+        return Written(changed, codes_only)
+
+
+def placed(form: GGUFBlocks, header: Header, model: PreTrainedModel, layers: Mapping[str, QuantizedWeight]) -> Places:
+    """Return where each quantized layer belongs in a file like this one, and the names of its other tensors.
+
+    Raises ExportError for a layer that the file lacks, or has in another shape.
+    """
+    with stock_in_place(model):
+        names = Names(header, model)
+        tensors = linear_tensors(header, model, names)
+    for path, quantized in layers.items():
+        fix = "name a GGUF file of this very model"
+        if path not in tensors:
+            rule = "the file must have a tensor for each quantized layer, with whole rows"
+            raise form.no_tensor(path, f"no such tensor in {header.path}", rule, fix)
+        shape = header.shapes[tensors[path].name]
+        if shape != quantized.shape:
+            found = f"{tensors[path].name} of {list(shape)} in {header.path}, a layer of {list(quantized.shape)}"
+            raise form.no_tensor(path, found, "the tensor must have the shape of the layer", fix)
+    return Places(header, names, {path: tensors[path] for path in layers})
+
+
+def _in_order(rows: Tensor, order: Tensor | None) -> np.ndarray:
+    """Return the bytes of a layer in the order of the tensor's rows."""
+    if order is not None:
+        moved = torch.empty_like(rows)
+        moved[order] = rows
+        rows = moved
+    return rows.contiguous().view(-1).numpy()
+
+
+def _lay_out(part: Path, header: Header, types: Mapping[str, int], formats: set[str]) -> dict[str, int]:
+    """Write a file with tensors of other types, empty, and copies of the others; return where each tensor begins.
+
+    formats  of the other types
+    """
+    head, starts = header.retyped(types)
+    end = 0
+    with header.path.open("rb") as source, part.open("wb") as file:
+        file.write(_with_file_type(header, head, formats))
+        for name, (start, nbytes) in header.places.items():
+            end = max(end, starts[name] + tensor_nbytes(header.shapes[name], types[name]))
+            if types[name] == header.types[name]:
+                source.seek(start)
+                file.seek(starts[name])
+                for at in range(0, nbytes, _PIECE):
+                    file.write(source.read(min(_PIECE, nbytes - at)))
+        file.truncate(-(-end // header.alignment) * header.alignment)
+    return starts
+
+
+def _with_file_type(header: Header, head: bytes, formats: set[str]) -> bytes:
+    """Return the head with the "general.file_type" of the layers, where they have one format and the file says one."""
+    entry = header.entries.get("general.file_type")
+    if entry is None or len(formats) != 1 or (number := _FILE_TYPES.get(next(iter(formats)))) is None:
+        return head
+    return head.replace(entry, entry[:-4] + struct.pack("<I", number), 1)
