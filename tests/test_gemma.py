@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import importlib.util
 import json
 import os
@@ -17,7 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dovetail
-from dovetail.checkpoint.load import load, load_config
+from dovetail.chains.layer.linear import chain_layers
+from dovetail.checkpoint.load import load, load_config, resolve
 from dovetail.runs.plan import plan
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.steps import check_layers, legal_chain, load_tasks
@@ -86,6 +88,35 @@ def test_the_recipes_fit_the_model(tmp_path: Path) -> None:
         recipe = Recipe.load(tmp_path / path.name)
         tasks = load_tasks(recipe)
         check_layers(recipe, tasks[0], legal_chain(recipe))
+
+
+def test_its_own_file_is_written_again(tmp_path: Path) -> None:
+    source = resolve(MODEL)
+    assert isinstance(source, Path)
+    model, _ = load(MODEL, grid="keep")
+    out = tmp_path / "out.gguf"
+    dovetail.export(model, "gguf", out, like=source)
+    assert same_file(out, source)
+    dovetail.apply(model, "keep >> lora(r=4) >> regrid")
+    assert dovetail.merge(model, packed=True).exact
+    dovetail.export(model, "gguf", out)
+    assert same_file(out, source)
+    dovetail.apply(model, "keep >> lora(r=4) >> regrid")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.02, generator=torch.Generator().manual_seed(parameter.numel()))
+    assert dovetail.merge(model, packed=True).exact
+    report = dovetail.export(model, "gguf", out)
+    assert "126 of 236 tensors differ" in report.notes[0]
+    assert report.notes[0].endswith("only codes differ")
+    again, _ = load(out)  # dequantized by transformers
+    for name, layer in chain_layers(model).items():
+        assert torch.equal(again.get_submodule(name).get_parameter("weight"), layer.base.matrix())
+
+
+def same_file(one: Path, other: Path) -> bool:
+    return filecmp.cmp(one, other, shallow=False)
 
 
 def test_a_sparse_int4_model_merges_with_no_difference(tmp_path: Path) -> None:
