@@ -103,9 +103,8 @@ def test_its_own_file_is_written_again(tmp_path: Path) -> None:
     assert same_file(out, source)
     dovetail.apply(model, "keep >> lora(r=4) >> regrid")
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.02, generator=torch.Generator().manual_seed(parameter.numel()))
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.normal_(0, 0.02, generator=torch.Generator().manual_seed(parameter.numel()))
     assert dovetail.merge(model, packed=True).exact
     report = dovetail.export(model, "gguf", out)
     assert "126 of 236 tensors differ" in report.notes[0]
