@@ -154,9 +154,7 @@ def test_axes_are_links_and_keys_of_the_recipe(tmp_path):
     vary = {**grid_study(tmp_path)["vary"], "train.max_steps": [2, 3]}
     asked = grid_study(tmp_path, rows=rows, vary=vary, skip=[{"quantizer": "none", "adapter": "loftq"}])
     for study in (Study.parse(asked), Study.parse(read_yaml(dumped(Study.parse(asked), tmp_path)))):
-        with pytest.raises(RecipeError, match="stages of grid: base, tuned"):  # without a quantizer
-            expand(study)
-        matrix = expand(study.model_copy(update={"rows": study.rows[:3]}))
+        matrix = expand(study)
         lines = [line for line in matrix.lines if line.row == "grid"]
         assert [(*line.point.values(), line.task) for line in lines[:4]] == [
             ("none", "lora", "words", 2, "word_problems"), ("none", "lora", "words", 3, "word_problems"),
@@ -172,6 +170,9 @@ def test_axes_are_links_and_keys_of_the_recipe(tmp_path):
         assert (one.point, one.task, one.runs[0].recipe.train.max_steps) == ({}, "perplexity", 1)
         untuned = [(line.point, line.task) for line in matrix.lines if line.row == "untuned"]
         assert untuned == [({"data": "words"}, "word_problems"), ({"data": "pairs"}, "acceptability")]
+        quantized = [line.point for line in matrix.lines if line.row == "quantized"]  # at points with a quantizer
+        assert quantized[0] == {"quantizer": "nf4", "adapter": "lora", "data": "words"}
+        assert len(quantized) == 4
         assert not matrix.refused
 
 
@@ -331,7 +332,8 @@ def test_no_job_at_all_is_refused(tmp_path):
 def test_the_files(finished):
     folder, report, _ = finished
     assert sorted(path.name for path in folder.iterdir()) == [
-        "cost.json", "curve.png", "merging", "planned", "runs", "study.html", "study.json", "study.yaml", "table.md"
+        "cost.json", "curve.png", "merging", "planned", "runs", "shared", "study.html", "study.json",
+        "study.yaml", "table.md",
     ]  # fmt: skip
     assert StudyReport.model_validate_json((folder / "study.json").read_bytes()) == report
     assert len(list((folder / "runs").iterdir())) == 6

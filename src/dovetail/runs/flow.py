@@ -26,6 +26,7 @@ from dovetail.runs.report.page import page
 from dovetail.runs.report.record import Losses, Merge, Report, Row, TaskInfo, environment
 from dovetail.runs.report.summary import verdict
 from dovetail.runs.rows import Rows, row_names
+from dovetail.runs.shared import SharedScores, scoring_identity
 from dovetail.training.optimizer import trained_parts
 from dovetail.training.settings import check_environment
 from dovetail.training.train import train
@@ -41,6 +42,7 @@ def run(
     resume: bool = True,
     progress: bool = True,
     on_row: Callable[[Row], None] | None = None,
+    shared: Path | None = None,
 ) -> Report:
     """Run a recipe, and write a run directory (`docs/recipes.md`).
 
@@ -49,6 +51,7 @@ def run(
     resume    continue a killed run with the same recipe and output
     progress  show bars for long work
     on_row    called with each row of the report as it is finished
+    shared    folder of the scores of untuned models, which runs with the same folder compute once
 
     Raises a DovetailError for bad input, as early as possible; nothing is left behind then. A chain that cannot be
     merged as the recipe asks is refused before anything is loaded.
@@ -74,7 +77,10 @@ def run(
     trained, searched, merged, checkpoint, packed = None, None, None, None, None
 
     with Bar(f"run {recipe.chain}", shown=progress), run_folder(output, recipe, resume, identity) as folder:
-        rows = Rows(folder, model, tokenizer, tasks, recipe, progress=progress, on_row=on_row)
+        rows = Rows(
+            folder, model, tokenizer, tasks, recipe, progress=progress, on_row=on_row,
+            shared=None if shared is None else SharedScores(shared, scoring_identity(identity, recipe)),
+        )  # fmt: skip
         rows.add("base")
         apply(
             model, links, layers=recipe.layers, targets=recipe.targets, calibration=batches,

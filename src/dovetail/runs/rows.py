@@ -12,6 +12,7 @@ from dovetail.checkpoint.footprint import Footprint, footprint
 from dovetail.runs.folder import FinishedRow, RunFolder
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Example, Row
+from dovetail.runs.shared import Scored, SharedScores
 from dovetail.tasks.scoring import evaluate
 from dovetail.tasks.task import Task
 
@@ -45,8 +46,9 @@ class Rows:
 
     def __init__(
         self, folder: RunFolder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task],
-        recipe: Recipe, *, progress: bool, on_row: Callable[[Row], None] | None,
+        recipe: Recipe, *, progress: bool, on_row: Callable[[Row], None] | None, shared: SharedScores | None,
     ) -> None:  # fmt: skip
+        self.shared = shared
         self.folder, self.model, self.tokenizer, self.tasks = folder, model, tokenizer, tasks
         self.settings, self.progress, self.on_row = recipe.evaluate, progress, on_row
         self.split = recipe.evaluate.split or "test"
@@ -73,6 +75,13 @@ class Rows:
         self._started = time.perf_counter()
 
     def _score(self, name: str, taken: Footprint | None) -> FinishedRow:
+        untuned = name == "base" or name.startswith(("pruned", "quantized"))
+        found = self.shared.of(self.model, self._scored) if self.shared is not None and untuned else self._scored()
+        seconds = time.perf_counter() - self._started
+        row = Row(name=name, metrics=found.metrics, footprint=taken or footprint(self.model), seconds=seconds)
+        return FinishedRow(row=row, outputs=found.outputs)
+
+    def _scored(self) -> Scored:
         outputs: dict[str, list[str]] = {}
         scores: dict[str, Any] = dict(evaluate(
             self.model, self.tokenizer, self.tasks, split=self.split, limit=self.settings.limit,
@@ -81,10 +90,8 @@ class Rows:
         ))  # fmt: skip
         for task in self.tasks:  # the primary metric of a task comes first
             scores[task.name] = {task.metric: scores[task.name][task.metric], **scores[task.name]}
-        seconds = time.perf_counter() - self._started
-        row = Row(name=name, metrics=scores, footprint=taken or footprint(self.model), seconds=seconds)
         said = [Example.shorten(text) for text in outputs[self.tasks[0].name][:EXAMPLES]]
-        return FinishedRow(row=row, outputs=said)
+        return Scored(metrics=scores, outputs=said)
 
     def examples(self) -> list[Example]:
         """Return the first records of the first task with the outputs of the base row and of the last row."""

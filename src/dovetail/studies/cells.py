@@ -27,10 +27,11 @@ from dovetail.chains.notation import chain
 from dovetail.errors import DovetailError, OutputError, RecipeError
 from dovetail.runs.flow import run
 from dovetail.runs.recipe import Recipe
+from dovetail.studies.measures import planned
 from dovetail.studies.verify import check_mergeable
 
-RUNS, MERGING, SHARED = "runs", "merging", "shared"
-"""Folders of a study: run directories, whether each run is mergeable, and the scores that runs share."""
+RUNS, MERGING, SHARED, PLANNED = "runs", "merging", "shared", "planned"
+"""Folders of a study: run directories, whether each run is mergeable, the scores that runs share, and counts."""
 COMMAND = [sys.executable, "-m", "dovetail.studies.server"]
 _END_SECONDS = 20
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
@@ -61,6 +62,7 @@ class Job(pydantic.BaseModel, extra="forbid"):
 
     study     folder of the study
     verify    verify by merging whether the run merges without loss
+    count     count what the configuration determines, which holds for all seeds
     threads   that torch may use
     progress  show bars
     """
@@ -69,6 +71,7 @@ class Job(pydantic.BaseModel, extra="forbid"):
     recipe: Recipe
     study: Path
     verify: bool
+    count: bool = False
     threads: int = 1
     progress: bool = False
 
@@ -81,7 +84,9 @@ class Job(pydantic.BaseModel, extra="forbid"):
         """Do the run in this process. It continues where an earlier start of it stopped."""
         place = self.study / RUNS / self.slug
         try:
-            run(self.recipe, output=place, progress=self.progress)
+            run(self.recipe, output=place, progress=self.progress, shared=self.study / SHARED)
+            if self.count:
+                planned(self.recipe, self.study / PLANNED)
             if self.verify:
                 check_mergeable(place, self.study / MERGING / f"{self.slug}.json")
         except (RecipeError, OutputError) as error:

@@ -253,7 +253,7 @@ def expand(study: Study) -> Matrix:
             refused += bad
     for row in study.rows:
         if row.of is not None and row.stage is not None:
-            found[row.name] = [replace(line, row=row.name) for line in _at(row.stage, found[row.of])]
+            found[row.name] = _at(row.name, row.stage, found[row.of])
     return Matrix([line for row in study.rows for line in found[row.name]], refused)
 
 
@@ -288,29 +288,29 @@ class _Checks:
         return self._answers[key]
 
 
-def _at(stage: str, lines: list[Line]) -> list[Line]:
-    """Return lines that show a stage of the runs of other lines; those that show the same scores are one.
+def _at(row: str, stage: str, lines: list[Line]) -> list[Line]:
+    """Return lines of a row that show a stage of the runs of other lines; those that show the same scores are one.
 
     Scores of the base, and those after pruning and quantizing, do not depend on the rest of the chain. The line keeps
-    the axes on which all lines that show these scores agree.
+    the axes on which all lines that show these scores agree. A line whose chain has no such stage is left out.
     """
     alike: dict[str, list[Line]] = {}
     for line in lines:
         recipe = line.runs[0].recipe
         stages = _stages(recipe)
-        if stage not in stages:
-            rule = f"stage must be one of the stages of {line.row}: " + ", ".join(stages)
-            raise RecipeError(
-                f"row {label(line.row, line.point)}", found=f"stage: {stage}", rule=rule, fix="name one of these"
-            )
-        alike.setdefault(_scores_key(recipe, stages, stage), []).append(line)
+        if stage in stages:
+            alike.setdefault(_scores_key(recipe, stages, stage), []).append(line)
+    if not alike:
+        name = lines[0].row
+        rule = f"stage must be one of the stages of {name}: " + ", ".join(_stages(lines[0].runs[0].recipe))
+        raise RecipeError(f"row {row}", found=f"stage: {stage}", rule=rule, fix="name one of these")
     found = []
     for same in alike.values():
         first = same[0]
         point = {axis: at for axis, at in first.point.items() if all(line.point.get(axis) == at for line in same)}
         if stage == "base" and len(alike) == 1:
             point = {}
-        found.append(replace(first, point=point, stage=stage))
+        found.append(replace(first, row=row, point=point, stage=stage))
     return found
 
 
@@ -321,9 +321,11 @@ def _scores_key(recipe: Recipe, stages: list[str], stage: str) -> str:
         return recipe.model_dump_json(include=set(_OF_THE_BASE))
     first = checked_chain(recipe).stages[0]
     trained = any(name.startswith(("tuned", "searched", "merged")) for name in before)
-    if trained or recipe.layers or first.decomposing is not None:
+    if trained or recipe.layers:
         return recipe.model_dump_json()
-    applied = " >> ".join(map(str, first.applied[: len(before) - 1]))
+    # An adapter that decomposes the weight changes what is quantized.
+    links = first.applied[: len(before) - 1] if first.decomposing is None else [recipe.chain]
+    applied = " >> ".join(map(str, links))
     length = str(recipe.train.max_length)
     return applied + length + recipe.model_dump_json(exclude={"chain", "train", "merge", "search", "output"})
 

@@ -82,6 +82,7 @@ def _study(
     cells = [
         Job(
             slug=one.slug, recipe=one.recipe, study=folder.absolute(), verify=one.slug in shown,
+            count=one.recipe.seed == runs[0].recipe.seed,
             threads=threads_of(jobs), progress=progress and jobs == 1,
         )
         for one in todo

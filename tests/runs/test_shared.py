@@ -1,0 +1,62 @@
+"""Scores that runs share: computed once, and the very scores that each run would have computed."""
+
+from __future__ import annotations
+
+from threading import Thread
+
+import pytest
+
+from dovetail.chains.notation import chain
+from dovetail.compression.apply import apply
+from dovetail.runs import rows
+from dovetail.runs.flow import run
+from dovetail.runs.shared import Scored, SharedScores
+from small_models import llama
+from small_runs import small_recipe
+
+
+def test_runs_of_one_folder_score_an_untuned_model_once(tmp_path, monkeypatch):
+    recipe, scored, real = small_recipe(tmp_path, merge="none", train={"max_steps": 1}), [], rows.evaluate
+
+    def counted(model, *args, **kwargs):
+        scored.append(model)
+        return real(model, *args, **kwargs)
+
+    monkeypatch.setattr(rows, "evaluate", counted)
+
+    def scores(name, chain_text, count, **more):
+        scored.clear()
+        made = run({**recipe, "chain": chain_text, **more}, output=tmp_path / name, progress=False, shared=shared)
+        assert len(scored) == count
+        return [(row.name, row.metrics, row.footprint) for row in made.stages]
+
+    shared = tmp_path / "shared"
+    scores("a", "nf4 >> lora(r=2)", 3)
+    found = scores("b", "nf4 >> ia3", 1)  # tuned
+    assert scores("c", "nf4(double=true) >> ia3", 2)[0] == found[0]
+    scores("d", "nf4 >> ia3", 1, seed=1)
+    scores("e", "nf4 >> ia3", 3, evaluate={"limit": 4})
+    shared = None
+    assert scores("alone", "nf4 >> ia3", 3) == found
+
+
+def test_one_process_computes_and_others_wait(tmp_path):
+    model = llama()
+    shared, made = SharedScores(tmp_path / "x", {"data": "1"}), []
+
+    def score():
+        made.append(1)
+        return Scored(metrics={"t": {"m": 0.5}}, outputs=["x"])
+
+    threads = [Thread(target=shared.of, args=(model, score)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [1]
+    with pytest.raises(ZeroDivisionError):
+        SharedScores(tmp_path / "x", {"data": "2"}).of(model, lambda: 1 / 0)
+    SharedScores(tmp_path / "x", {"data": "2"}).of(model, score)
+    apply(model, chain("nf4"))
+    shared.of(model, score)
+    assert len(made) == 3
