@@ -21,6 +21,7 @@ import torch
 from dovetail.chains.layer.held import held, read_grids
 from dovetail.chains.link import Chain, Link, Quantizer
 from dovetail.chains.notation import chain
+from dovetail.checkpoint.formats.contract import Format
 from dovetail.checkpoint.formats.gguf import (
     checked_header,
     forget_gguf,
@@ -31,6 +32,7 @@ from dovetail.checkpoint.formats.gguf import (
     load_kept,
     warn_of_unread,
 )
+from dovetail.checkpoint.formats.kept import folder_note, forget_format, format_of, load_kept_folder
 from dovetail.checkpoint.packed import PACKED, load_packed
 from dovetail.errors import DovetailError, LoadError
 from dovetail.files import open_tensors, read_json
@@ -74,8 +76,9 @@ def load(
                        causal or an encoder-decoder language model
     num_labels         outputs of a classification head; None: as the config says. Regression has one
     dtype              a key of FLOATS or such a torch.dtype; None: as stored, and float32 for blocks of GGUF
-    grid               "keep": the linear layers of a GGUF file keep the file's codes and scales, and a chain such as
-                       `keep >> lora(r=16) >> regrid` changes codes alone. None: they are dense
+    grid               "keep": the linear layers of a GGUF file, or of a folder in compressed-tensors, bitsandbytes,
+                       GPTQ or MLX, keep its codes and scales, and a chain such as `keep >> lora(r=16) >> regrid`
+                       changes codes alone. None: they are dense, or transformers decides
     trust_remote_code  run the checkpoint's own Python code
     seed               draws the weights of a new head, the only ones that may be missing from the checkpoint
 
@@ -100,6 +103,13 @@ def load(
     elif isinstance(source, Path) and not packed:
         _check_sizes(f"model {name_or_dir}", *_stored(_weight_files(source)), config, auto, trust_remote_code)
     tokenizer = load_tokenizer(name_or_dir, trust_remote_code=trust_remote_code)
+    form = _format(f"model {name_or_dir}", source, config) if grid == "keep" and header is None and not packed else None
+    if form is not None:
+        where, files, made = f"model {name_or_dir}", _weight_files(Path(source)), cast or config.dtype or torch.float32
+        with _unreadable(where), torch.random.fork_rng(devices=[]):
+            model = load_kept_folder(where, Path(source), files, form, config, auto, made)
+        _set_padding(name_or_dir, model, tokenizer)
+        return model, tokenizer
     if header is not None and grid == "keep":
         with _unreadable(f"model {name_or_dir}"), torch.random.fork_rng(devices=[]):
             model = load_kept(header, config, auto, cast or torch.float32)
@@ -193,7 +203,12 @@ def load_config(
         said = read_json(source / "config.json", dict[str, Any], rule=rule, fix=fix, limit=CONFIG_NBYTES)
         _check_counts(f"model {name_or_dir}, config.json", said)
     with _unreadable(f"model {name_or_dir}, config.json"):
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    where = f"model {name_or_dir}"
+    if grid == "keep" and isinstance(source, Path) and (form := _format(where, source, config)) is not None:
+        forget_format(config)
+        config.dovetail = folder_note(where, source, _weight_files(source), form, empty_model(config))
+    return config
 
 
 def held_in(name_or_dir: str | Path, grid: Literal["keep"] | None = None) -> tuple[Link, ...]:
@@ -210,6 +225,8 @@ def held_in(name_or_dir: str | Path, grid: Literal["keep"] | None = None) -> tup
         said = read_json(path, dict[str, Any], rule="config.json must be a JSON object") if path.is_file() else {}
     except LoadError:
         return ()
+    if grid == "keep" and "quantization_config" in said:
+        return held(load_config(name_or_dir, grid=grid))
     return held(SimpleNamespace(dovetail=said.get("dovetail")))
 
 
@@ -217,6 +234,13 @@ def grid_of(*chains: str | Chain | Link) -> Literal["keep"] | None:
     """Return the `grid` with which `load` gives the model that these chains need: that of a chain with `keep`."""
     links = [link for text in chains if text for link in chain(text)]
     return "keep" if any(isinstance(link, Quantizer) and link.continues for link in links) else None
+
+
+def _format(where: str, source: str | Path, config: PreTrainedConfig) -> Format | None:
+    """Return the format of a quantized folder; None for other models. Raises LoadError."""
+    if not isinstance(source, Path) or source.is_file() or (source / PACKED).is_file():
+        return None
+    return format_of(where, getattr(config, "quantization_config", None))
 
 
 def _check_grid(name: str | Path, grid: str | None) -> None:
@@ -229,7 +253,7 @@ def _no_grid(name: str | Path) -> LoadError:
     return LoadError(
         f"model {name}",
         found="a dense model",
-        rule="grid=keep keeps the grid of a GGUF file, or of a model that Dovetail merged",
+        rule="grid=keep keeps the grid of a GGUF file, of a quantized folder, or of a model that Dovetail merged",
         fix="leave grid out, and use a quantizer such as int(bits=4) in place of keep",
     )
 

@@ -7,16 +7,20 @@ bytes), as `bitsandbytes.functional.QuantState.as_dict` gives them and transform
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dovetail.chains.grid import QuantizedWeight
+from dovetail.chains.link import Quantizer
 from dovetail.checkpoint.formats.contract import Format
+from dovetail.errors import LoadError
 from dovetail.links.quantize import dynamic8
 from dovetail.links.quantize.codebook import CodeBookWeight
+from dovetail.links.quantize.nf import Float4, NormalFloat4
 
 
 class BitsAndBytes(Format):
@@ -64,11 +68,54 @@ class BitsAndBytes(Format):
         }
         return {"quantization_config": fields}
 
+    def grid(
+        self, parts: Mapping[str, Tensor], get: Callable[[str], Tensor], shape: tuple[int, int]
+    ) -> Quantizer | None:
+        said = _read_state(parts, get)
+        if said["shape"] != list(shape) or said["quant_type"] not in ("nf4", "fp4"):
+            rule, fix = f"the layer must be nf4 or fp4 of shape {list(shape)}", "load it without grid"
+            found = f"{said['quant_type']} of shape {said['shape']}"
+            raise LoadError("weight.quant_state", found=found[:200], rule=rule, fix=fix)
+        kind = {"nf4": NormalFloat4, "fp4": Float4}[said["quant_type"]]
+        return kind(block=said["blocksize"], double="weight.nested_absmax" in parts)
+
+    def read(self, tensors: Mapping[str, Tensor], empty: QuantizedWeight) -> QuantizedWeight:
+        said = _read_state(tensors, tensors.__getitem__)
+        stored = {"codes": tensors["weight"].view(-1)}
+        if "weight.nested_absmax" in tensors:
+            stored |= {
+                "scale_codes": tensors["weight.absmax"],
+                "scale_absmax": tensors["weight.nested_absmax"],
+                "scale_offset": torch.tensor(said["nested_offset"], dtype=torch.float32),
+            }
+            if said["nested_blocksize"] != dynamic8.BLOCK:
+                rule, fix = f"scales must be nested in blocks of {dynamic8.BLOCK}", "load it without grid"
+                raise LoadError("weight.quant_state", found=str(said["nested_blocksize"]), rule=rule, fix=fix)
+        else:
+            stored["scale"] = tensors["weight.absmax"]
+        if any(not bool(torch.isfinite(tensor).all()) for tensor in stored.values()):
+            rule, fix = "scales must be finite", "download the files again"
+            raise LoadError("weight.absmax", found="NaN or infinity", rule=rule, fix=fix)
+        empty.load_state_dict(stored)
+        return empty
+
     def stock_arguments(self, layers: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
         return {}
 
     def notes(self, layers: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> list[str]:
         return ["vLLM no longer reads bitsandbytes: compressed-tensors is its format"]
+
+
+def _read_state(parts: Mapping[str, Tensor], get: Callable[[str], Tensor]) -> dict[str, Any]:
+    """Return the JSON of the one quant_state among the tensors of a layer, with the entries that are read."""
+    keys = [part for part in parts if part.startswith("weight.quant_state.bitsandbytes__")]
+    if len(keys) != 1:
+        rule, fix = "a layer must have one weight.quant_state", "load it without grid"
+        raise LoadError("weight.quant_state", found=f"{len(keys)} of them", rule=rule, fix=fix)
+    said = json.loads(bytes(get(keys[0]).tolist()))
+    wanted = ["shape", "quant_type", "blocksize"]
+    wanted += ["nested_offset", "nested_blocksize"] if "weight.nested_absmax" in parts else []
+    return {key: said[key] for key in wanted}
 
 
 def _nested(quantized: CodeBookWeight) -> bool:

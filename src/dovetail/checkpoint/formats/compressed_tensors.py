@@ -13,16 +13,19 @@ ours where a scale has at most 8 significant bits (`scale_bits`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dovetail.chains.grid import QuantizedWeight
+from dovetail.chains.link import Quantizer
 from dovetail.checkpoint.formats.contract import Format
+from dovetail.checkpoint.formats.integers import integer_grid, integers
+from dovetail.errors import LoadError
 from dovetail.links.quantize.affine import AffineWeight
-from dovetail.links.quantize.fp8 import Float8Weight
+from dovetail.links.quantize.fp8 import Float8, Float8Weight
 
 _ASYMMETRIC = (
     "asymmetric layers: the default loader of transformers 5.23 refuses the shape of their zero points; load with "
@@ -103,6 +106,42 @@ class CompressedTensors(Format):
             "ignore": list(outside),
         }
         return {"quantization_config": fields}
+
+    def grid(
+        self, parts: Mapping[str, Tensor], get: Callable[[str], Tensor], shape: tuple[int, int]
+    ) -> Quantizer | None:
+        if unknown := set(parts) - {"weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"}:
+            rule, fix = "layers must be pack-quantized integers or float-quantized", "load it without grid"
+            raise LoadError("a quantized layer", found=", ".join(sorted(unknown))[:200], rule=rule, fix=fix)
+        if "weight_packed" in parts:
+            bits = parts["weight_packed"].shape[1] * 32 / shape[1]
+            return integer_grid(bits, shape[1], parts["weight_scale"].shape[1], "weight_zero_point" not in parts)
+        if parts["weight"].dtype != torch.float8_e4m3fn:
+            rule, fix = "layers must be pack-quantized integers or float-quantized", "load it without grid"
+            raise LoadError("a quantized layer", found=f"weight of {parts['weight'].dtype}", rule=rule, fix=fix)
+        return Float8(scale="tensor" if parts["weight_scale"].numel() == 1 else "row")
+
+    def read(self, tensors: Mapping[str, Tensor], empty: QuantizedWeight) -> QuantizedWeight:
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+        scale, (o, i) = tensors["weight_scale"], empty.shape
+        if isinstance(empty, Float8Weight):
+            empty.load_state_dict({"codes": tensors["weight"], "scale": scale.float().view(-1)})
+            values = empty.dequantize(torch.empty(o, i))
+            if not bool(torch.isfinite(values).all()):
+                rule, fix = "weights must be finite", "download the files again"
+                raise LoadError("weight", found="NaN or infinity", rule=rule, fix=fix)
+            return empty
+        assert isinstance(empty, AffineWeight)
+        half = 2 ** (empty.bits - 1)
+        codes = unpack_from_int32(tensors["weight_packed"], empty.bits, torch.Size((o, i))).to(torch.int16) + half
+        zero_og = None
+        if (packed := tensors.get("weight_zero_point")) is not None:
+            zeros = torch.Size((o, i // empty.block))
+            zero_og = (unpack_from_int32(packed, empty.bits, zeros, packed_dim=0).to(torch.int16) + half).to(
+                torch.uint8
+            )
+        return integers(empty, codes.to(torch.uint8), scale, zero_og)
 
     def stock_arguments(self, layers: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
         from transformers import CompressedTensorsConfig

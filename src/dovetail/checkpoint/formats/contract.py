@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dovetail.chains.grid import QuantizedWeight
+from dovetail.chains.link import Quantizer
 from dovetail.errors import ExportError
 from dovetail.files import open_tensors
 from dovetail.links.quantize.affine import AffineWeight
@@ -92,6 +93,26 @@ class Format(ABC):
         with open_tensors(folder / WEIGHTS, owner="an exported folder") as file:
             keys = [key for key in file.keys() if not _is_part(key, layers)]  # noqa: SIM118 (not a dict)
             return {key: file.get_tensor(key) for key in keys}
+
+    def grid(
+        self, parts: Mapping[str, Tensor], get: Callable[[str], Tensor], shape: tuple[int, int]
+    ) -> Quantizer | None:
+        """Return the quantizer whose grid a layer of a checkpoint in this format has; None for a dense layer.
+
+        parts   the stored tensors of the layer by name, without values (device "meta")
+        get     reads one of them
+        shape   (out, in) of the layer
+        errors  LoadError for a grid that no quantizer of Dovetail has
+        """
+        return None
+
+    def read(self, tensors: Mapping[str, Tensor], empty: QuantizedWeight) -> QuantizedWeight:
+        """Return the weight that `encode` wrote as these tensors.
+
+        empty   the storage of `grid`'s quantizer; the caller compares what `encode` makes of the result
+        errors  LoadError for tensors that do not describe it
+        """
+        raise NotImplementedError(f"{self.name} is not read")
 
     def stock_arguments(self, layers: Mapping[str, QuantizedWeight]) -> dict[str, Any] | None:
         """Return the arguments of `from_pretrained` with which transformers loads the folder; None if it does not."""

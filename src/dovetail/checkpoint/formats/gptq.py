@@ -21,7 +21,8 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -29,8 +30,11 @@ from torch import Tensor
 
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.checkpoint.formats.contract import Format
+from dovetail.checkpoint.formats.integers import integer_grid, integers
 from dovetail.checkpoint.formats.words import WORD, from_words, to_words
+from dovetail.errors import LoadError
 from dovetail.links.quantize.affine import AffineWeight
+from dovetail.links.quantize.integer import Int
 
 GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 """The group sizes that gptqmodel reads, beside one group per row."""
@@ -117,6 +121,37 @@ class GPTQFormat(Format):
             "meta": {"quantizer": ["dovetail"]},
         }
         return {"quantization_config": fields}
+
+    def grid(self, parts: Mapping[str, Tensor], get: Callable[[str], Tensor], shape: tuple[int, int]) -> Int | None:
+        if "qweight" not in parts:
+            return None
+        o, i = shape
+        link = integer_grid(parts["qweight"].shape[0] * WORD / i, i, len(parts["scales"]), False)
+        if parts["qzeros"].shape != (len(parts["scales"]), o * link.bits // WORD):
+            raise ValueError(f"qzeros of shape {tuple(parts['qzeros'].shape)}")
+        symmetric = bool((self._zero_points(get("qzeros"), link.bits) == 2 ** (link.bits - 1)).all())
+        return replace(link, symmetric=symmetric)
+
+    def read(self, tensors: Mapping[str, Tensor], empty: QuantizedWeight) -> AffineWeight:
+        assert isinstance(empty, AffineWeight)
+        i, group_i = empty.shape[1], tensors["g_idx"]
+        if not torch.equal(group_i.long(), torch.arange(i) // empty.block):
+            rule = "the inputs of a group must lie beside each other (desc_act: false)"
+            raise LoadError("g_idx", found="groups in the order of activations", rule=rule, fix="load it without grid")
+        codes = from_words(tensors["qweight"].t().contiguous(), empty.bits)
+        zero_go = self._zero_points(tensors["qzeros"], empty.bits)
+        zero_og = None if empty.zero_og is None else zero_go.t().contiguous()
+        return integers(empty, codes, tensors["scales"].t(), zero_og)
+
+    def _zero_points(self, words: Tensor, bits: int) -> Tensor:
+        """Return the zero points, uint8 (groups, out). Raises LoadError for one that the codes do not have."""
+        zero_go = from_words(words, bits)
+        if self.version == 1:
+            if bool((zero_go == 2**bits - 1).any()):
+                found, rule = f"a zero point of {2**bits}", "zero points must be codes"
+                raise LoadError("qzeros", found=found, rule=rule, fix="load it without grid")
+            zero_go += 1
+        return zero_go
 
     def stock_arguments(self, layers: Mapping[str, QuantizedWeight]) -> dict[str, Any] | None:
         if not _installed() or importlib.util.find_spec("optimum") is None:

@@ -14,7 +14,7 @@ a bias loses bits of almost any scale: MLX models of Dovetail are served in floa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,14 @@ import torch
 from torch import Tensor
 
 from dovetail.chains.grid import QuantizedWeight
+from dovetail.chains.link import Quantizer
+from dovetail.chains.packing import pack
 from dovetail.checkpoint.formats.contract import Format
-from dovetail.checkpoint.formats.words import to_words
+from dovetail.checkpoint.formats.integers import integer_grid, integers
+from dovetail.checkpoint.formats.words import from_words, to_words
+from dovetail.errors import LoadError
 from dovetail.links.quantize.affine import AffineWeight
-from dovetail.links.quantize.block_float4 import E2M1
+from dovetail.links.quantize.block_float4 import E2M1, MXFP4
 from dovetail.links.quantize.codebook import CodeBookWeight
 
 GROUPS = (128, 64, 32)
@@ -85,6 +89,36 @@ class MLX(Format):
         fields: dict[str, Any] = dict(most)
         fields |= {name: dict(each) for name, each in said.items() if each != most}
         return {"quantization": fields, "quantization_config": fields}
+
+    def grid(
+        self, parts: Mapping[str, Tensor], get: Callable[[str], Tensor], shape: tuple[int, int]
+    ) -> Quantizer | None:
+        if "scales" not in parts:
+            return None
+        bits, groups = parts["weight"].shape[1] * 32 / shape[1], parts["scales"].shape[1]
+        if parts["scales"].dtype != torch.uint8:
+            return integer_grid(bits, shape[1], groups, False)
+        if bits != 4 or groups * 32 != shape[1]:
+            rule = "of the formats with scales of 8 bits, mxfp4 is read"
+            raise LoadError("scales", found=f"{bits:g} bits in {groups} groups", rule=rule, fix="load it without grid")
+        return MXFP4()
+
+    def read(self, tensors: Mapping[str, Tensor], empty: QuantizedWeight) -> QuantizedWeight:
+        codes = from_words(tensors["weight"], empty.bits)
+        if not isinstance(empty, AffineWeight):
+            scale = tensors["scales"].view(torch.float8_e8m0fnu).view(-1)
+            if bool((tensors["scales"] == 255).any()):
+                rule, fix = "scales must be numbers", "download the files again"
+                raise LoadError("scales", found="a scale that is NaN", rule=rule, fix=fix)
+            buffers = {"codes": pack(codes, empty.bits), "scale": scale}
+            empty.load_state_dict(buffers)
+            return empty
+        scale_og, bias_og = tensors["scales"].float(), tensors["biases"].float()
+        zero_og = torch.where(scale_og == 0, torch.zeros_like(scale_og), -bias_og / scale_og).round()
+        if not bool(((zero_og >= 0) & (zero_og < 2**empty.bits)).all()):
+            rule = "biases must be -scale times a code"
+            raise LoadError("biases", found="others", rule=rule, fix="load it without grid")
+        return integers(empty, codes, scale_og, zero_og.to(torch.uint8))
 
     def notes(self, layers: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> list[str]:
         return ["layers without scales are not quantized; mlx-lm finds them by their tensors"]
