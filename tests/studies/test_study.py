@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import sys
@@ -22,9 +24,10 @@ from dovetail.errors import CannotMerge, ChainError, DovetailError, RecipeError,
 from dovetail.runs.report.record import Report
 from dovetail.runs.yaml import read_yaml
 from dovetail.studies import cells, cost, runner, verify
+from dovetail.studies.drawings import curve, score_axis
 from dovetail.studies.matrix import Study, expand, unique_runs
 from dovetail.studies.report import Result, Spread, StudyReport
-from dovetail.studies.tables import curve, score_axis, spread
+from dovetail.studies.tables import spread
 from dovetail.training.trainer import StageTrainer
 from places import ROOT
 from small_models import training_killed_at
@@ -294,7 +297,8 @@ ROW = {"name": "a", "chain": "lora(r=2)"}
         ({"quick": {"sedes": [1]}}, "did you mean seeds"),
         ({"compare": [["a", "z"]]}, "'z'"),
         ({"compare": "z"}, "'z'"),
-        ({"compare": ["a"]}, "the name of a row, or pairs of names"),
+        ({"compare": ["a"]}, "the name of a row, or {axis: value}, or pairs of names"),
+        ({"compare": {"x": 1}}, "this must be an axis under vary"),
         ({"cost": ["z"]}, "'z'"),
         ({"common": {"output": "x"}}, "key 'output'"),
         ({"rows": [{"name": "a", "recipe": "gone.yaml"}]}, "gone.yaml"),
@@ -333,7 +337,7 @@ def test_the_files(finished):
     folder, report, _ = finished
     assert sorted(path.name for path in folder.iterdir()) == [
         "cost.json", "curve.png", "merging", "planned", "runs", "shared", "study.html", "study.json",
-        "study.yaml", "table.md",
+        "study.yaml", "table.csv", "table.md", "table.tex",
     ]  # fmt: skip
     assert StudyReport.model_validate_json((folder / "study.json").read_bytes()) == report
     assert len(list((folder / "runs").iterdir())) == 6
@@ -414,7 +418,10 @@ def test_the_page_needs_nothing_from_outside(finished):
     folder, report, _ = finished
     page = (folder / "study.html").read_text()
     assert "http" not in page.replace("http-equiv", "")
-    assert "<script" not in page
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    assert page.count("<script") == 1
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'\">" in page  # no other script runs
     assert "A &lt;small&gt; study" in page
     assert [source[:22] for source in re.findall(r'src="([^"]*)"', page)] == ["data:image/png;base64,"]
     assert "default-src 'none'" in page

@@ -23,12 +23,14 @@ class Point:
 
     title  shown when the pointer rests on it
     style  "", "chosen" or "reference"
+    label  drawn beside it
     """
 
     x: float
     y: float
     title: str
     style: str = ""
+    label: str = ""
 
 
 def scatter(points: Sequence[Point], lines: Sequence[Sequence[tuple[float, float]]], x_title: str, y_title: str) -> str:
@@ -66,6 +68,8 @@ def scatter(points: Sequence[Point], lines: Sequence[Sequence[tuple[float, float
             f'<circle class="{style}" cx="{x(point.x):.1f}" cy="{y(point.y):.1f}" r="5">'
             f"<title>{escape(point.title)}</title></circle>"
         )
+        if point.label:
+            parts.append(text(x(point.x) + 8, y(point.y) - 8, "start", point.label))
     legend = f'<div class="legend">{escape(y_title)}</div>\n'
     return legend + "\n".join([*parts, "</svg>"])
 

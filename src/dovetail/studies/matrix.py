@@ -97,8 +97,8 @@ class Study(YamlFile):
              its `with` does not set
     skip     points that are left out: axis -> a value or a list of values
     rows     the lines of the table, in order
-    compare  a row name: every other row is compared with it; or pairs of row names: the score of the first row minus
-             the score of the second
+    compare  a row name: every other row is compared with it; or {axis: value}: every other value of the axis is
+             compared with that one; or pairs of row names: the score of the first row minus the score of the second
     cost     names of the rows whose storage, tuning and inference are measured
     quick    the part of the study that `quickly` keeps
     """
@@ -109,21 +109,25 @@ class Study(YamlFile):
     vary: dict[str, Axis] = Field(default={})
     skip: tuple[Pattern, ...] = ()
     rows: Annotated[tuple[Row, ...], Field(min_length=1)]
-    compare: str | tuple[tuple[str, str], ...] = ()
+    compare: str | dict[str, Value] | tuple[tuple[str, str], ...] = ()
     cost: tuple[str, ...] = ()
     quick: Quick | None = None
 
     @pydantic.field_validator("compare", mode="before")
     @classmethod
     def _row_or_pairs(cls, value: Any) -> Any:
-        pairs = value if isinstance(value, list | tuple) else []
-        if not isinstance(value, str) and not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-            raise ValueError("compare must be the name of a row, or pairs of names such as [[LoRA, DoRA]]")
+        pairs = value if isinstance(value, list | tuple) else [value]
+        named = isinstance(value, str) or (isinstance(value, Mapping) and len(value) == 1)
+        if not named and not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+            rule = "compare must be the name of a row, or {axis: value}, or pairs of names such as [[LoRA, DoRA]]"
+            raise ValueError(rule)
         return value
 
     @property
-    def compared(self) -> list[tuple[str, str]]:
-        """The pairs of rows under `compare`, with every other row where it names one."""
+    def compared(self) -> list[tuple[str, str]] | dict[str, Value]:
+        """The pairs of rows under `compare`, with every other row where it names one; or the axis and its value."""
+        if isinstance(self.compare, dict):
+            return self.compare
         if isinstance(self.compare, str):
             return [(row.name, self.compare) for row in self.rows if row.name != self.compare]
         return list(self.compare)
@@ -389,7 +393,8 @@ def _check_names(study: Study, where: str) -> None:
                 rule, fix = f"{place} must be unique", f"change or remove one of the two {place}"
                 raise RecipeError(f"{where}, {place}", found=f"two {place} {value!r}", rule=rule, fix=fix)
     asked = [(f"rows, {row.name}, of", row.of, own) for row in study.rows if row.of is not None]
-    asked += [("compare", name, names) for pair in study.compared for name in pair]
+    pairs = [] if isinstance(study.compare, dict) else study.compared
+    asked += [("compare", name, names) for pair in pairs for name in pair]
     asked += [("cost", name, own) for name in study.cost]
     for place, name, known in asked:
         if name not in known:
@@ -429,6 +434,8 @@ def _check_axes(study: Study, where: str) -> None:
     patterns: list[tuple[str, Mapping[str, Any]]] = [("skip", pattern) for pattern in study.skip]
     if study.quick is not None:
         patterns.append(("quick, vary", study.quick.vary))
+    if isinstance(study.compare, dict):
+        patterns.append(("compare", study.compare))
     for part, pattern in patterns:
         for axis, values in pattern.items():
             if axis not in study.vary:

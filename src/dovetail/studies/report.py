@@ -140,18 +140,31 @@ class Cost(ReportPart):
 
 
 class Difference(ReportPart):
-    """The score of one row minus the score of another row at the same point, seed by seed."""
+    """The score of one line minus the score of another at the same point, seed by seed (`dovetail.studies.comparison`).
+
+    minus     name of the row that is subtracted, or the axis and its value
+    point     "all" on the axes whose points are taken together
+    p         of the paired test; None with one seed
+    p_holm    corrected for all tests of the study
+    interval  of the mean difference, with a confidence of 95 %
+    """
 
     row: str
     minus: str
+    task: str
     point: dict[str, Value]
     figure: Spread
+    p: float | None = None
+    p_holm: float | None = None
+    interval: tuple[float, float] | None = None
 
 
 class StudyReport(ReportPart):
     """The report of a whole study.
 
-    metric   of `figure`
+    task, metric  of the first line
+    metrics  task -> its metric
+    summary  what won under which constraint, and what cannot be told apart, in words
     vary     axis -> its values
     illegal  points of rows that were not run
     seconds  of all runs together
@@ -161,6 +174,7 @@ class StudyReport(ReportPart):
     title: str
     task: str
     metric: str
+    metrics: dict[str, str] = Field(default={})
     split: str
     model: str
     seeds: list[int]
@@ -168,6 +182,7 @@ class StudyReport(ReportPart):
     results: list[Result]
     cost: list[Cost]
     compare: list[Difference]
+    summary: list[str] = Field(default=[])
     illegal: list[Illegal] = Field(default=[])
     seconds: float
     environment: dict[str, str]

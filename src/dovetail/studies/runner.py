@@ -14,7 +14,6 @@ import math
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +24,13 @@ from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import REPORT, Report
 from dovetail.runs.steps import data_of
 from dovetail.studies.cells import MERGING, RUNS, SHARED, Job, Outcome, run_cells, threads_of
+from dovetail.studies.comparison import compare
 from dovetail.studies.cost import KEPT, measure
 from dovetail.studies.matrix import Line, Matrix, Run, Study, expand, unique_runs
 from dovetail.studies.measures import Cell, cell, diverged_at
 from dovetail.studies.output import write_tables
-from dovetail.studies.report import Cost, Difference, Event, Failure, Illegal, Result, Spread, StudyReport
+from dovetail.studies.report import Cost, Event, Failure, Illegal, Result, Spread, StudyReport
+from dovetail.studies.summary import summary
 from dovetail.studies.verify import MERGED, Judgement, check_mergeable, last_stage, precision
 from dovetail.tasks.find import load_task
 from dovetail.training.identity import records_identity
@@ -249,21 +250,24 @@ def _report(
         with suppress(DovetailError):  # a failed run has no report
             found = Report.load(folder / RUNS / one.slug)
             seconds, around = seconds + found.seconds, found.environment
-    return StudyReport(
+    cells = [found for line, result in zip(lines, results, strict=True) for found in _cells(line, result, folder)]
+    report = StudyReport(
         title=asked.title,
         task=task.name,
         metric=task.metric,
+        metrics={line.task: load_task(line.runs[0].recipe.data).metric for line in lines},
         split=recipe.evaluate.split or "test",
         model=", ".join(dict.fromkeys(line.runs[0].recipe.model for line in lines)),
         seeds=list(asked.seeds),
         vary={axis: list(values) for axis, values in asked.vary.items()},
         results=results,
         cost=cost,
-        compare=_differences(asked, results),
+        compare=compare(results, asked.compared),
         seconds=seconds,
         environment=around,
-        cells=[found for line, result in zip(lines, results, strict=True) for found in _cells(line, result, folder)],
+        cells=cells,
     )
+    return report.model_copy(update={"summary": summary(report)})
 
 
 def _cells(line: Line, result: Result, folder: Path) -> list[Cell]:
@@ -278,17 +282,3 @@ def _cells(line: Line, result: Result, folder: Path) -> list[Cell]:
 
 def _verdict(one: Run, folder: Path) -> Judgement:
     return check_mergeable(folder / "runs" / one.slug, folder / "merging" / f"{one.slug}.json")
-
-
-def _differences(asked: Study, results: list[Result]) -> list[Difference]:
-    """Return row minus row, point by point, with paired seeds, where all runs have a score."""
-    found = []
-    for first, second in asked.compared:
-        for ours, theirs in product(results, results):
-            same = all(ours.point.get(axis, value) == value for axis, value in theirs.point.items())
-            a, b = ours.figure, theirs.figure
-            scored = a.n == b.n > 0 and not ours.failed and not theirs.failed
-            if (ours.row, theirs.row) == (first, second) and same and scored:
-                figure = Spread.of([x - y for x, y in zip(a.values, b.values, strict=True)])
-                found.append(Difference(row=first, minus=second, point=ours.point | theirs.point, figure=figure))
-    return found

@@ -1,64 +1,84 @@
-"""The tables and the curve of a study: as Markdown, on a terminal, as a page and as PNG."""
+"""The tables of a study, as texts with the numbers behind them; and on a terminal."""
 
 from __future__ import annotations
 
-import base64
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape as html
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
 from dovetail.display.format import SHARES, duration, format_score, metric_name, percent, size
-from dovetail.display.html import definitions, html_page, html_table, section
-from dovetail.display.plots import empty, frame_lines, png, score_limits, spaced_ticks
-from dovetail.display.style import COLOURS
 from dovetail.display.tables import print_table
 from dovetail.studies.axes import Value
 from dovetail.studies.matrix import label
 from dovetail.studies.report import Event, Result, Spread, StudyReport
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from dovetail.studies.standing import AVERAGE, Board, Standing, boards
 
 NOTES = {
     "quality": "Mean ± sample standard deviation over n seeds. Zeros: measured sparsity of the weights of the target "
-    "layers. Mergeable: the merge was run, and it changed no weight, no logit, no zero and no score. Merged anyway: "
-    "the score after a lossy merge, which re-imposes zeros and grid.",
+    "layers. Mergeable: the merge was run, and it changed no weight, no logit, no zero and no score.",
+    "lossy": " Merged anyway: the score after a lossy merge, which re-imposes zeros and grid.",
+    "stable": " Without diverged: the same without the runs whose loss rose or was not finite.",
+    "average": "Scores are averaged over the tasks seed by seed: mean ± sample standard deviation over n seeds.",
+    "sizes": "Means over the seeds. Sizes of the whole model in memory: before anything, pruned and quantized but not "
+    "tuned, and as shown. Bits per weight: of the target layers. Bit reduction: nonzero bits of the target layers and "
+    "their adapters against 16 bits per weight. Share: of all parameters, adapters included. Adapter: its file, and "
+    "the trained parameters at 16 bits.",
+    "training": "Means over the seeds. Peak memory: live tensors of the first training steps, or allocated memory on a "
+    "GPU; planned: predicted from the configuration alone. Time: wall time of training, and of a step on average. "
+    "Diverged: runs whose loss was not finite, or higher at the end than at the start.",
     "cost": "First seed. Storage: weights on disk, as shipped. Step: processor seconds of a training step. Speeds: "
     "tokens per second of processor time with one thread, medians of interleaved rounds. Memory: peak of live "
     "tensors, including the model.",
-    "compare": "Seeds are paired: mean ± standard deviation of the differences.",
+    "compare": "Seeds are paired: mean ± standard deviation of the differences, and the 95 % confidence interval of "
+    "their mean. p: paired t-test, and corrected for all tests of this table (Holm); none with one seed.",
 }
-_STYLE = """
-main { max-width: 76rem; }
-img { display: block; width: 100%; min-width: 36rem; height: auto; border-radius: 6px; }
-@media (prefers-color-scheme: dark) { img { filter: invert(.88) hue-rotate(180deg); } }
-td.yes { color: var(--accent); font-weight: 600; } td.no { color: var(--constraint); }
-ul { margin: .6rem 0 0; padding-left: 1.1rem; color: var(--soft); font-size: .87rem; overflow-wrap: anywhere; }
-"""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A cell of a table: its text, and the number behind it, by which a page sorts."""
+
+    text: str
+    value: float | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts. The first `words` columns hold text, the others numbers. A head may have two lines."""
+    """A table. The first `words` columns hold text, the others numbers. A head may have two lines."""
 
     title: str
     heads: list[str]
-    rows: list[list[str]]
+    rows: list[list[Shown]]
     words: int
     note: str
     remarks: list[str] = field(default_factory=list)
 
+    @property
+    def texts(self) -> list[list[str]]:
+        """The rows as texts."""
+        return [[cell.text for cell in row] for row in self.rows]
+
 
 def tables(report: StudyReport) -> list[Table]:
-    """Return the tables of a study: quality, and cost and differences where the study file asks for them."""
-    found = [_quality(report)]
+    """Return the tables of a study.
+
+    Quality on each task and on average, cost and differences where the study asks for them, sizes, and training.
+    """
+    every = boards(report)
+    found = [_quality(report, board, number == 0) for number, board in enumerate(every) if board.task != AVERAGE]
+    found += [_average(report, board) for board in every if board.task == AVERAGE]
     if report.cost:
         found.append(_cost(report))
     if report.compare:
         found.append(_compare(report))
+    measured = [board for board in every if board.task == AVERAGE] or every
+    if report.cells:
+        found.append(_sizes(report, measured))
+    if any(line.means["training_seconds"] is not None for board in measured for line in board.lines):
+        found.append(_training(report, measured))
     return found
 
 
@@ -74,40 +94,132 @@ def spread(metric: str, value: Spread, *, signed: bool = False) -> str:
     return text + ((" points" if signed else " %") if share else "")
 
 
-def _axes(report: StudyReport, points: list[dict[str, Value]]) -> tuple[list[str], list[list[str]]]:
+def _text(*texts: str) -> list[Shown]:
+    return [Shown(text) for text in texts]
+
+
+def _number(value: float | None, text: str) -> Shown:
+    """Return a cell of a number; a number that is not finite is shown as missing."""
+    return Shown("–") if value is None or not math.isfinite(value) else Shown(text, value)
+
+
+def _bytes(value: float | None) -> Shown:
+    return _number(value, size(value or 0))
+
+
+def _axes(report: StudyReport, points: Sequence[dict[str, Value]]) -> tuple[list[str], list[list[Shown]]]:
     """Return the titles of the axes, and the values of each line on them."""
     axes = [axis for axis in report.vary if any(axis in point for point in points)]
-    return axes, [[str(point.get(axis, "–")) for axis in axes] for point in points]
+    return axes, [[_axis_value(point.get(axis)) for axis in axes] for point in points]
 
 
-def _quality(report: StudyReport) -> Table:
-    axes, values = _axes(report, [result.point for result in report.results])
-    lossy = any(result.merged_lossy for result in report.results)
-    heads = ["row", *axes, "mergeable", "final\nprecision", "zeros", metric_name(report.metric), "n"]
+def _axis_value(value: Value | None) -> Shown:
+    return Shown("–" if value is None else str(value), None if isinstance(value, str) else value)
+
+
+def _quality(report: StudyReport, board: Board, first: bool) -> Table:
+    """Return the table of one task; that of the first one lists the points that were not run."""
+    metric, results = board.metric, [line.results[0] for line in board.lines]
+    axes, values = _axes(report, [result.point for result in results])
+    lossy, unstable = any(result.merged_lossy for result in results), any(result.stable for result in results)
+    heads = ["row", *axes, "mergeable", "final\nprecision", "zeros", metric_name(metric), "n"]
+    heads += [*(["merged\nanyway"] if lossy else []), *(["without\ndiverged"] if unstable else [])]
     rows = []
-    for result, at in zip(report.results, values, strict=True):
+    for result, at in zip(results, values, strict=True):
         mergeable = {True: "yes", False: "no", None: "–"}[result.mergeable]
-        zeros = "–" if result.sparsity is None else percent(result.sparsity)
-        told = spread(report.metric, result.figure) if result.figure.n or not result.failed else "failed"
-        cells = [result.row, *at, mergeable, result.precision or "–", zeros, told, str(result.figure.n)]
-        anyway = "" if result.merged_lossy is None else spread(report.metric, result.merged_lossy)
-        rows.append([*cells, *([anyway] if lossy else [])])
-    return Table(
-        f"{metric_name(report.metric)} on {report.task}", [*heads, *(["merged\nanyway"] if lossy else [])], rows,
-        3 + len(axes), NOTES["quality"],
-        [*(remark for result in report.results for remark in _remarks(result)), *_illegal(report)],
-    )  # fmt: skip
+        told = spread(metric, result.figure) if result.figure.n or not result.failed else "failed"
+        more = [*([result.merged_lossy] if lossy else []), *([result.stable or result.figure] if unstable else [])]
+        rows.append([
+            Shown(result.row), *at, *_text(mergeable, result.precision or "–"),
+            _number(result.sparsity, percent(result.sparsity or 0)), Shown(told, result.figure.mean),
+            Shown(str(result.figure.n), result.figure.n),
+            *(Shown("") if one is None else Shown(spread(metric, one), one.mean) for one in more),
+        ])  # fmt: skip
+    task = board.task if len({result.task for result in report.results}) > 1 else report.task
+    note = NOTES["quality"] + (NOTES["lossy"] if lossy else "") + (NOTES["stable"] if unstable else "")
+    remarks = [remark for result in results for remark in _remarks(report, result)]
+    illegal = [f"{label(one.row, one.point)} was not run, because it is illegal: {one.why}" for one in report.illegal]
+    title = f"{metric_name(metric)} on {task}"
+    return Table(title, heads, rows, 3 + len(axes), note, [*remarks, *(illegal if first else [])])
 
 
-def _illegal(report: StudyReport) -> list[str]:
-    """Return a line for each point that was not run."""
-    return [f"{label(one.row, one.point)} was not run, because it is illegal: {one.why}" for one in report.illegal]
-
-
-def _remarks(result: Result) -> list[str]:
+def _remarks(report: StudyReport, result: Result) -> list[str]:
     name = label(result.row, result.point)
     remarks = [f"{name}, seed {one.seed} failed: {' '.join(one.problem.split())}" for one in result.failed]
+    remarks += [
+        f"{name}, seed {cell.seed} diverged: {cell.diverged}"
+        for cell in report.cells
+        if cell.diverged and (cell.row, cell.point, cell.task) == (result.row, result.point, result.task)
+    ]
     return [*remarks, *([f"{name} is not mergeable: {result.why}."] if result.why else [])]
+
+
+def _average(report: StudyReport, board: Board) -> Table:
+    axes, values = _axes(report, [line.point for line in board.lines])
+    rows = [
+        [
+            Shown(line.row), *at, Shown(spread(board.metric, line.figure), line.score),
+            Shown(str(line.figure.n), line.figure.n),
+        ]
+        for line, at in zip(board.lines, values, strict=True)
+    ]  # fmt: skip
+    heads = ["row", *axes, metric_name(board.metric), "n"]
+    return Table(f"average over {len(report.metrics)} tasks", heads, rows, 1 + len(axes), NOTES["average"])
+
+
+def _lines(
+    report: StudyReport, every: Sequence[Board]
+) -> tuple[list[str], list[list[Shown]], list[tuple[Board, Standing]]]:
+    """Return the heads and the cells that name each line, with the task where the boards are several; and the lines."""
+    lines = [(board, line) for board in every for line in board.lines]
+    axes, values = _axes(report, [line.point for _, line in lines])
+    task = ["task"] if len(every) > 1 else []
+    names = [
+        [Shown(line.row), *at, *(_text(board.task) if task else [])]
+        for (board, line), at in zip(lines, values, strict=True)
+    ]
+    return ["row", *axes, *task], names, lines
+
+
+def _sizes(report: StudyReport, every: Sequence[Board]) -> Table:
+    heads, names, lines = _lines(report, every)
+    rows = []
+    for (board, line), name in zip(lines, names, strict=True):
+        means = line.means
+        untuned = Spread.of([math.nan if cell.score_untuned is None else cell.score_untuned for cell in line.cells])
+        reduction, share = means["bit_reduction"], means["trained_share"]
+        rows.append([
+            *name, _bytes(means["nbytes_base"]), _bytes(means["nbytes_untuned"]), _bytes(means["nbytes"]),
+            _number(means["bits_per_weight"], f"{means['bits_per_weight'] or 0:.2f}"),
+            _number(reduction, percent(reduction or 0)),
+            Shown(spread(board.metric, untuned), untuned.mean),
+            _number(means["trained_parameters"], f"{means['trained_parameters'] or 0:,.0f}"),
+            _number(share, percent(share or 0, 2)), _bytes(means["adapter_nbytes"]),
+            _bytes(means["adapter_nbytes_16_bit"]),
+        ])  # fmt: skip
+    heads += ["size\nbefore", "size\nuntuned", "size", "bits per\nweight", "bit\nreduction", "score\nuntuned",
+              "trained\nparameters", "share", "adapter\non disk", "adapter\n16 bits"]  # fmt: skip
+    return Table("Sizes and parameters", heads, rows, len(names[0]) if names else 1, NOTES["sizes"])
+
+
+def _training(report: StudyReport, every: Sequence[Board]) -> Table:
+    heads, names, lines = _lines(report, every)
+    rows = []
+    for (_, line), name in zip(lines, names, strict=True):
+        means, trained = line.means, [cell for cell in line.cells if cell.steps]
+        peak, planned = means["peak_memory_nbytes"], means["planned_memory_nbytes"]
+        if not trained:
+            continue
+        steps, bad = trained[0].steps, sum(bool(cell.diverged) for cell in trained)
+        rows.append([
+            *name, Shown(f"{steps:,}", steps), _bytes(peak), _bytes(planned),
+            _number(planned, f"{(planned or 0) / (peak or 1):.2f}") if peak else Shown("–"),
+            _number(means["training_seconds"], duration(means["training_seconds"] or 0)),
+            _number(means["step_seconds"], f"{1000 * (means['step_seconds'] or 0):.0f} ms"),
+            Shown(f"{bad} of {len(trained)}", bad),
+        ])  # fmt: skip
+    heads += ["steps", "peak\nmemory", "planned\nmemory", "planned /\npeak", "time", "step", "diverged"]
+    return Table("Memory and time of training", heads, rows, len(names[0]) if names else 1, NOTES["training"])
 
 
 def _cost(report: StudyReport) -> Table:
@@ -116,10 +228,11 @@ def _cost(report: StudyReport) -> Table:
              "decoding\ntokens/s", "inference\nmemory"]  # fmt: skip
     rows = [
         [
-            cost.row, *at, cost.shipped, size(cost.storage_nbytes), f"{1000 * cost.step_seconds:.0f} ms",
-            size(cost.tuning_nbytes), f"{cost.prefill_tokens_a_second:,.0f}",
-            f"{cost.decode_tokens_a_second:,.0f}" if cost.decode_tokens_a_second is not None else "–",
-            size(cost.inference_nbytes),
+            Shown(cost.row), *at, Shown(cost.shipped), _bytes(cost.storage_nbytes),
+            Shown(f"{1000 * cost.step_seconds:.0f} ms", cost.step_seconds), _bytes(cost.tuning_nbytes),
+            Shown(f"{cost.prefill_tokens_a_second:,.0f}", cost.prefill_tokens_a_second),
+            _number(cost.decode_tokens_a_second, f"{cost.decode_tokens_a_second or 0:,.0f}"),
+            _bytes(cost.inference_nbytes),
         ]
         for cost, at in zip(report.cost, values, strict=True)
     ]  # fmt: skip
@@ -128,27 +241,31 @@ def _cost(report: StudyReport) -> Table:
 
 def _compare(report: StudyReport) -> Table:
     axes, values = _axes(report, [found.point for found in report.compare])
-    heads = ["row", "minus", *axes, "difference", "n"]
-    rows = [
-        [found.row, found.minus, *at, spread(report.metric, found.figure, signed=True), str(found.figure.n)]
-        for found, at in zip(report.compare, values, strict=True)
+    several = len(report.metrics) > 1
+    heads = [
+        "row",
+        "minus",
+        *axes,
+        *(["task"] if several else []),
+        "difference",
+        "95 %\ninterval",
+        "p",
+        "p\n(Holm)",
+        "n",
     ]
-    return Table("Differences", heads, rows, 2 + len(axes), NOTES["compare"])
-
-
-def markdown(report: StudyReport) -> str:
-    """Return table.md: every table with its note."""
-    seeds = ", ".join(map(str, report.seeds))
-    parts = [f"# {report.title}", f"{report.model} on {report.task}, {report.split} split; seeds {seeds}."]
-    for table in tables(report):
-        kinds = ["---"] * table.words + ["---:"] * (len(table.heads) - table.words)
-        lines = [f"## {table.title}", "", *map(_line, [table.heads, kinds, *table.rows]), "", table.note]
-        parts.append("\n".join([*lines, *(f"- {remark}" for remark in table.remarks)]))
-    return "\n\n".join(parts) + "\n"
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    rows = []
+    for found, at in zip(report.compare, values, strict=True):
+        metric = report.metrics.get(found.task, report.metric)
+        scale, digits = (100, 1) if metric in SHARES else (1, 3)
+        low, high = found.interval or (math.nan, math.nan)
+        rows.append([
+            *_text(found.row, found.minus), *at, *(_text(found.task) if several else []),
+            Shown(spread(metric, found.figure, signed=True), found.figure.mean),
+            _number(low, f"{scale * low:+.{digits}f} to {scale * high:+.{digits}f}"),
+            *(_number(p, "< 0.001" if (p or 0) < 0.001 else f"{p or 0:.3f}") for p in (found.p, found.p_holm)),
+            Shown(str(found.figure.n), found.figure.n),
+        ])  # fmt: skip
+    return Table("Differences", heads, rows, 2 + len(axes) + several, NOTES["compare"])
 
 
 def event_line(event: Event, elapsed: float) -> str:
@@ -166,125 +283,11 @@ def event_line(event: Event, elapsed: float) -> str:
 
 
 def print_study(console: Console, report: StudyReport) -> None:
-    """Print the tables of a study."""
+    """Print the summary and the tables of a study."""
+    for sentence in report.summary:
+        console.print(escape(sentence), soft_wrap=True)
     for table in tables(report):
         console.print(f"\n[bold]{escape(table.title)}[/bold]")
-        print_table(console, table.heads, table.rows, words=table.words)
+        print_table(console, table.heads, table.texts, words=table.words)
         for remark in table.remarks:
             console.print(escape(remark), style="dim", soft_wrap=True)
-
-
-def page(report: StudyReport, drawn: bytes | None) -> str:
-    """Return study.html as text; `drawn` is the curve as PNG."""
-    seeds = f"{len(report.seeds)} seeds" if len(report.seeds) > 1 else f"seed {report.seeds[0]}"
-    what = html(f"{report.model} on {report.task}, {report.split} split, {seeds}")
-    quality, *others = tables(report)
-    parts = [
-        f'<header>\n<p class="kind">Dovetail study</p>\n<h1>{html(report.title)}</h1>\n<p class="what">{what}</p>\n'
-        "</header>",
-        _table_section(quality),
-    ]
-    if drawn is not None:
-        text = base64.b64encode(drawn).decode()
-        picture = f'<img src="data:image/png;base64,{text}" alt="{html(quality.title)} against the axis">'
-        note = '<p class="note">Mean over the seeds. The band is one standard deviation to each side.</p>'
-        parts.append(section("Curve", f'<div class="wide">{picture}</div>\n{note}'))
-    parts += [_table_section(table) for table in others]
-    parts.append(section("Chains", _chains(report)))
-    parts.append(section("Runs", definitions({"time of all runs": duration(report.seconds), **report.environment})))
-    return html_page(report.title, parts, style=_STYLE)
-
-
-def _table_section(table: Table) -> str:
-    heads = "".join(
-        f"<th{_number(table, at)}>{html(head).replace(chr(10), '<br>')}</th>" for at, head in enumerate(table.heads)
-    )
-    rows = ["".join(_cell(table, at, text) for at, text in enumerate(row)) for row in table.rows]
-    remarks = "".join(f"<li>{html(remark)}</li>" for remark in table.remarks)
-    inside = f'{html_table(heads, rows)}\n<p class="note">{html(table.note)}</p>\n'
-    return section(table.title[0].upper() + table.title[1:], inside + (f"<ul>{remarks}</ul>\n" if remarks else ""))
-
-
-def _cell(table: Table, at: int, text: str) -> str:
-    if at == 0:
-        return f"<th>{html(text)}</th>"
-    answer = f' class="{text}"' if table.heads[at] == "mergeable" and text in ("yes", "no") else _number(table, at)
-    return f"<td{answer}>{html(text)}</td>"
-
-
-def _number(table: Table, at: int) -> str:
-    return ' class="number"' if at >= table.words else ""
-
-
-def _chains(report: StudyReport) -> str:
-    """Return a table of the chain of each row, at its first point of the axes."""
-    chains = {result.row: (result.chain, result.stage) for result in reversed(report.results)}
-    rows = [
-        f"<th>{html(row)}</th><td>{html(chains[row][1])}</td><td><code>{html(chains[row][0])}</code></td>"
-        for row in dict.fromkeys(result.row for result in report.results)
-    ]
-    return html_table("<th>row</th><th>shown after</th><th>chain</th>", rows)
-
-
-def curve(report: StudyReport) -> bytes | None:
-    """Draw the score against the first axis that has two numbers, as PNG; None where no axis has.
-
-    Rows that do not name the axis are dotted horizontal lines. Points of further axes are lines of their own.
-    """
-    texts = {name: any(isinstance(value, str) for value in values) for name, values in report.vary.items()}
-    axis = next((name for name, values in report.vary.items() if len(values) > 1 and not texts[name]), None)
-    if axis is None:
-        return None
-    lines: dict[str, list[Result]] = {}
-    for result in report.results:
-        rest = {name: value for name, value in result.point.items() if name != axis}
-        lines.setdefault(label(result.row, rest), []).append(result)
-    drawing, axes = empty()
-    share = report.metric in SHARES
-    for number, (name, results) in enumerate(lines.items()):
-        _draw(axes, name, axis, results, number, 100 if share else 1)
-    values = {float(value): str(value) for value in report.vary[axis]}
-    log = min(values) > 0 and max(values) >= 10 * min(values)
-    if log:
-        axes.set_xscale("log")
-    shown = spaced_ticks(list(values), log=log)
-    axes.set_xticks(shown, [values[value] for value in shown])
-    axes.set_xticks([], minor=True)
-    if (limits := score_axis(report)) is not None:
-        axes.set_ylim(*limits)
-    frame_lines(axes, axis, metric_name(report.metric) + (" (%)" if share else ""))
-    return png(drawing)
-
-
-def score_axis(report: StudyReport) -> tuple[float, float] | None:
-    """Return the limits of the axis of scores, as they are drawn; None where no run has a score.
-
-    The axis spans at least 10 points of a share, 0.1 of a correlation, and a tenth of the value of another metric.
-    """
-    share = report.metric in SHARES
-    scale = 100 if share else 1
-    spreads = [result.figure for result in report.results]
-    told = [(scale * s.mean, scale * (s.sd or 0)) for s in spreads if s.mean is not None]
-    if not told:
-        return None
-    low, high = min(mean - sd for mean, sd in told), max(mean + sd for mean, sd in told)
-    if share:
-        return score_limits(low, high, least=10, floor=0, ceiling=100)
-    if report.metric in ("matthews", "pearson", "spearman"):
-        return score_limits(low, high, least=0.1, floor=-1, ceiling=1)
-    return score_limits(low, high, least=0.1 * abs(high), floor=0, ceiling=None)
-
-
-def _draw(axes: Axes, name: str, axis: str, results: list[Result], number: int, scale: int) -> None:
-    colour, dash = COLOURS[number % len(COLOURS)], "--" if number >= len(COLOURS) else "-"
-    flat = [result for result in results if axis not in result.point and result.figure.mean is not None]
-    if flat:
-        axes.axhline(scale * (flat[0].figure.mean or 0), color=colour, linestyle=":", linewidth=1.6, label=name)
-        return
-    told = sorted((r for r in results if r.figure.mean is not None), key=lambda r: float(r.point[axis]))
-    x = [float(result.point[axis]) for result in told]
-    y = [scale * (result.figure.mean or 0) for result in told]
-    sd = [scale * (result.figure.sd or 0) for result in told]
-    axes.plot(x, y, dash, color=colour, marker="o", markersize=4, linewidth=1.8, label=name)
-    low, high = [a - b for a, b in zip(y, sd, strict=True)], [a + b for a, b in zip(y, sd, strict=True)]
-    axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
