@@ -191,6 +191,15 @@ def test_grids_that_are_not_held_are_refused(tmp_path: Path) -> None:
         kept(folder)
 
 
+def test_an_fp8_code_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    folder = written("compressed-tensors", "fp8", "bfloat16", tmp_path / "out")
+    tensors, name = load_file(folder / WEIGHTS), "model.layers.0.mlp.up_proj.weight"
+    tensors[name].view(torch.uint8)[0, 0] = 0xFF
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(LoadError, match="NaN or infinity"):
+        kept(folder)
+
+
 def mutate(path: Path, content: bytes, rng: random.Random) -> None:
     """Write the file with one to three bytes changed, cut short, or with bytes put in."""
     changed = bytearray(content)

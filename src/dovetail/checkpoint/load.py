@@ -105,9 +105,9 @@ def load(
     tokenizer = load_tokenizer(name_or_dir, trust_remote_code=trust_remote_code)
     form = _format(f"model {name_or_dir}", source, config) if grid == "keep" and header is None and not packed else None
     if form is not None:
-        where, files, made = f"model {name_or_dir}", _weight_files(Path(source)), cast or config.dtype or torch.float32
+        where, files, made = f"model {name_or_dir}", _weight_files(Path(source)), cast or _dtype(config.dtype)
         with _unreadable(where), torch.random.fork_rng(devices=[]):
-            model = load_kept_folder(where, Path(source), files, form, config, auto, made)
+            model = load_kept_folder(where, Path(source), files, form, config, auto, made or torch.float32)
         _set_padding(name_or_dir, model, tokenizer)
         return model, tokenizer
     if header is not None and grid == "keep":
