@@ -274,3 +274,12 @@ def test_names_are_those_of_transformers(mixed: Path, tmp_path: Path) -> None:
         model = empty_model(load_config(path))
         names = Names(read_header(path), model)
         assert names.names == get_gguf_hf_weights_map(model, names.processor)
+
+
+def test_attacks_find_nothing() -> None:
+    """A short run; `tests/attacks/gguf_keep.py` makes a long one."""
+    from attacks.gguf_keep import attack
+
+    found = attack(40, seed=1)
+    assert found["LoadError"] > 10
+    assert found["the file's own values"] > 0

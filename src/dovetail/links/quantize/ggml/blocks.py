@@ -45,7 +45,7 @@ def _scale_and_offset(scales: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 Q4_0 = BlockFormat("Q4_0", 2, 32, 32, (_LOW,), ((2, 18),), 18, _scale, lowest=-8)
-Q4_1 = BlockFormat("Q4_1", 3, 32, 32, (_LOW,), ((4, 20),), 20, _scale_and_offset, has_zero=False)
+Q4_1 = BlockFormat("Q4_1", 3, 32, 32, (_LOW,), ((4, 20),), 20, _scale_and_offset, has_zero=False, halves=(0, 2))
 Q5_0 = BlockFormat("Q5_0", 6, 32, 32, (_FIFTH, _LOW), ((2, 22),), 22, _scale, lowest=-16)
-Q5_1 = BlockFormat("Q5_1", 7, 32, 32, (_FIFTH, _LOW), ((4, 24),), 24, _scale_and_offset, has_zero=False)
+Q5_1 = BlockFormat("Q5_1", 7, 32, 32, (_FIFTH, _LOW), ((4, 24),), 24, _scale_and_offset, has_zero=False, halves=(0, 2))
 Q8_0 = BlockFormat("Q8_0", 8, 32, 32, (_Signed(nbytes=32, bits=8, run=32),), ((2, 34),), 34, _scale, lowest=-128)

@@ -46,4 +46,4 @@ IQ4_NL = BlockFormat("IQ4_NL", 20, 32, 32, (_HALVES,), ((2, 18),), 18, _nl, book
 IQ4_XS = BlockFormat(
     "IQ4_XS", 23, 256, 32, (Plane(nbytes=128, bits=4, run=16),), ((8, 136),), 136, _xs, book=_NONLINEAR, has_zero=False
 )
-MXFP4 = BlockFormat("MXFP4", 39, 32, 32, (_HALVES,), ((1, 17),), 17, _mx, book=_E2M1_TWICE)
+MXFP4 = BlockFormat("MXFP4", 39, 32, 32, (_HALVES,), ((1, 17),), 17, _mx, book=_E2M1_TWICE, halves=())

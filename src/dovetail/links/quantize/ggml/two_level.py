@@ -20,9 +20,6 @@ from torch import Tensor
 
 from dovetail.links.quantize.ggml.weight import BlockFormat, Plane, float16_at
 
-_TWO = Plane(nbytes=64, bits=2, run=32)
-_FOUR = Plane(nbytes=128, bits=4, run=32)
-
 
 def _q2(scales: Tensor) -> tuple[Tensor, Tensor | None]:
     """16 bytes of a scale and an offset of 4 bits each, d, dmin."""
@@ -50,16 +47,13 @@ def _q6(scales: Tensor) -> tuple[Tensor, Tensor | None]:
     return float16_at(scales, 16) * scales[:, :16].contiguous().view(torch.int8).float(), None
 
 
-Q2_K = BlockFormat("Q2_K", 10, 256, 16, (_TWO,), ((16, 80),), 84, _q2, has_zero=False)
-Q3_K = BlockFormat(
-    "Q3_K", 11, 256, 16, (Plane(nbytes=32, bits=1, run=32, shift=2), _TWO), ((0, 96),), 110, _q3, lowest=-4
-)
-Q4_K = BlockFormat("Q4_K", 12, 256, 32, (_FOUR,), ((16, 144),), 144, _q4, has_zero=False)
-Q5_K = BlockFormat(
-    "Q5_K", 13, 256, 32, (Plane(nbytes=32, bits=1, run=32, shift=4), _FOUR), ((16, 176),), 176, _q4, has_zero=False
-)
-Q6_K = BlockFormat(
-    "Q6_K", 14, 256, 16,
-    (Plane(nbytes=128, bits=4, run=64), Plane(nbytes=64, bits=2, run=32, shift=4)),
-    ((0, 192),), 210, _q6, lowest=-32,
-)  # fmt: skip
+_BOTH = (0, 2)  # d and dmin before the factors of Q4_K and Q5_K
+_LOW_2, _HIGH_4 = Plane(nbytes=64, bits=2, run=32), Plane(nbytes=64, bits=2, run=32, shift=4)
+_THIRD, _FIFTH = (Plane(nbytes=32, bits=1, run=32, shift=shift) for shift in (2, 4))
+_LOW_4, _LOW_4_OF_64 = (Plane(nbytes=128, bits=4, run=run) for run in (32, 64))
+
+Q2_K = BlockFormat("Q2_K", 10, 256, 16, (_LOW_2,), ((16, 80),), 84, _q2, has_zero=False, halves=(16, 18))
+Q3_K = BlockFormat("Q3_K", 11, 256, 16, (_THIRD, _LOW_2), ((0, 96),), 110, _q3, lowest=-4, halves=(12,))
+Q4_K = BlockFormat("Q4_K", 12, 256, 32, (_LOW_4,), ((16, 144),), 144, _q4, has_zero=False, halves=_BOTH)
+Q5_K = BlockFormat("Q5_K", 13, 256, 32, (_FIFTH, _LOW_4), ((16, 176),), 176, _q4, has_zero=False, halves=_BOTH)
+Q6_K = BlockFormat("Q6_K", 14, 256, 16, (_LOW_4_OF_64, _HIGH_4), ((0, 192),), 210, _q6, lowest=-32, halves=(16,))

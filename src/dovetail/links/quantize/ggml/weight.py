@@ -81,6 +81,7 @@ class BlockFormat:
     lowest    level of code 0, where the levels are consecutive integers
     book      the levels, where they are not
     has_zero  whether zero is a value for every scale
+    halves    where the float16 numbers lie among the bytes of scales; none for scales of another form
     """
 
     name: str
@@ -94,6 +95,7 @@ class BlockFormat:
     lowest: int = 0
     book: Book | None = field(default=None, repr=False)
     has_zero: bool = True
+    halves: tuple[int, ...] = (0,)
 
     @property
     def bits(self) -> int:
@@ -176,19 +178,19 @@ class BlockWeight(QuantizedWeight):
 
     def check_scales(self, where: str) -> None:
         """Raise LoadError for scales that are NaN or infinite, and for values beyond float32."""
-        ends = self._ends()
-        for start, stop in self._chunks(self.shape[0]):
-            scale, offset = self._grid(start, stop - start)
-            bad = ~(scale * max(map(abs, ends))).isfinite()
-            if offset is not None:
-                bad |= ~offset.isfinite()
-            if bool(bad.any()):
-                raise LoadError(
-                    where,
-                    found=f"{int(bad.sum())} groups of {self.form.name} whose scales are NaN, infinite or too large",
-                    rule="scales, and scales times codes, must be finite",
-                    fix="download or convert the file again",
-                )
+        if self.form.halves:  # a finite float16 number times a factor and a level is far below float32's largest
+            high = torch.stack([self.scales[:, at + 1] & 0x7C for at in self.form.halves])
+            bad = (high == 0x7C).any(dim=0)
+        else:
+            scale, _ = self._grid(0, self.shape[0])
+            bad = ~(scale * max(map(abs, self._ends()))).isfinite()
+        if bool(bad.any()):
+            raise LoadError(
+                where,
+                found=f"{int(bad.sum())} blocks of {self.form.name} whose scales are NaN, infinite or too large",
+                rule="scales, and scales times codes, must be finite",
+                fix="download or convert the file again",
+            )
 
     def _ends(self) -> tuple[float, float]:
         """Return the lowest and the highest level."""
