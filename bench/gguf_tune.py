@@ -11,7 +11,8 @@ formats:
     rounded          the open LoRA added, and rounded to the nearest codes of the file's grid
 
 Each is scored on the first token of the answers, in Dovetail (dequantized weights, float32) and in llama.cpp (package
-xllamacpp): how often it is the likeliest, and its mean loss. Training and every score are kept in OUTPUT, so the script can be killed and started again; it writes OUTPUT/table.md.
+xllamacpp): how often it is the likeliest, and its mean loss. Training and every score are kept in OUTPUT, so the script
+can be killed and started again; it writes OUTPUT/table.md.
 """
 
 from __future__ import annotations
@@ -183,8 +184,9 @@ def score(given: argparse.Namespace, files: dict[str, Path | None]) -> None:
                 assert file is not None
                 found = theirs(file, questions)
             else:
-                loaded: Any = tuned("open", given.file, given.data, given.output, given.steps)
-                found = ours(*(loaded if file is None else dovetail.load(file)), questions)
+                under: Any = tuned("open", given.file, given.data, given.output, given.steps) if file is None else None
+                model, tokenizer = under or dovetail.load(file or given.file)
+                found = ours(model, tokenizer, questions)
             done[f"{name}/{engine}"] = found
             path.write_text(json.dumps(done))
     lines = [
