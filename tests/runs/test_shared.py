@@ -5,6 +5,8 @@ from __future__ import annotations
 from threading import Thread
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dovetail.chains.notation import chain
 from dovetail.compression.apply import apply
@@ -38,6 +40,36 @@ def test_runs_of_one_folder_score_an_untuned_model_once(tmp_path, monkeypatch):
     scores("e", "nf4 >> ia3", 3, evaluate={"limit": 4})
     shared = None
     assert scores("alone", "nf4 >> ia3", 3) == found
+
+
+@pytest.mark.parametrize(
+    ("chain_text", "files"),
+    [
+        ("gptq(bits=4, group=32) >> lora(r=2) >> regrid", 1),
+        ("nf4 >> lora(r=2) >> ia3", 1),
+        ("nf4 >> lora(r=2, init=loftq)", 0),
+        ("wanda(0.5) >> int(bits=4, group=32) >> lora(r=2)", 0),
+        ("ia3 >> nf4 >> lora(r=2)", 0),
+    ],
+)  # fmt: skip
+def test_quantized_layers_are_made_once(tmp_path, monkeypatch, chain_text, files):
+    recipe = small_recipe(tmp_path, merge="none", train={"max_steps": 2}, chain=chain_text)
+
+    def weights(name):
+        made = run(recipe, output=tmp_path / name, progress=False, shared=shared)
+        return load_file(tmp_path / name / "adapter" / "adapter.safetensors"), [row.metrics for row in made.stages]
+
+    shared = None
+    alone, scores = weights("alone")
+    shared = tmp_path / "shared"
+    first = weights("first")
+    assert len(list(shared.glob("*.safetensors"))) == files
+    if files:
+        monkeypatch.setattr("dovetail.compression.apply.compress", lambda *args, **kwargs: pytest.fail("made again"))
+    for found, same in (first, weights("second")):
+        assert same == scores
+        assert found.keys() == alone.keys()
+        assert all(torch.equal(found[name], alone[name]) for name in alone)
 
 
 def test_one_process_computes_and_others_wait(tmp_path):

@@ -43,6 +43,7 @@ def apply(
     calibration_inputs: Inputs = "compressed",
     masks: Mapping[str, Tensor] | None = None,
     taken: Mapping[str, LowRank] | None = None,
+    bases: Mapping[str, Mapping[str, Tensor]] | None = None,
     on_link: Callable[[Link], None] | None = None,
     progress: bool = False,
 ) -> nn.Module:
@@ -62,6 +63,8 @@ def apply(
     masks        layer name -> (o, i) bool, which pruners of the first stage use instead of data
     taken        layer name -> what an adapter of the first stage took from the weight (`Adapter.decompose`), nothing
                  for other layers; its parameters are zeros then, to be loaded. None: it chooses both
+    bases        layer name -> what `quantized_state` returned after the same quantizer was applied to the same model,
+                 where it is all that the first stage applies; None: it is applied
     on_link      called after each pruner and quantizer that was applied, in later stages too, and with the last of a
                  stage's trained links when `advance` has merged them; the model is usable then
     progress     show bars, and a line with the share of the parameters under the chain and what is left out
@@ -73,13 +76,14 @@ def apply(
     if calibration_inputs not in get_args(Inputs):
         found, rule = f"calibration_inputs={calibration_inputs!r}", f"it must be {' or '.join(get_args(Inputs))}"
         raise ChainError("apply", found=found, rule=rule, fix="leave calibration_inputs out")
-    batches = _calibration(model, assignment.chain.stages[0], calibration) if masks is None else None
+    given = masks is not None or bases is not None
+    batches = None if given else _calibration(model, assignment.chain.stages[0], calibration)
     record, replaced = attach(model, assignment, targets, seed)
     record.on_link, record.calibration_inputs = on_link, calibration_inputs
     untouched = {target.name: target.module for target in replaced}
     del replaced  # or the original weights would be held until the end
     try:
-        _start(model, record, batches, masks, progress, untouched, taken)
+        _start(model, record, batches, masks, progress, untouched, taken, bases)
     except BaseException:
         if len(untouched) == len(record.layers):
             replace_modules(model, [(record.layers[name], module) for name, module in untouched.items()])
@@ -193,6 +197,16 @@ def _calibration(model: nn.Module, stage: Stage, calibration: Iterable[Batch] | 
     )
 
 
+def quantized_state(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Return layer name -> its codes and scales, and the weight before quantizing where it is kept, for `apply`."""
+    found = {}
+    for name, layer in applied(model).layers.items():
+        found[name] = dict(layer.base.state_dict())
+        if layer.base.start is not None:
+            found[name]["start"] = layer.base.start
+    return found
+
+
 def freeze(model: nn.Module, record: AppliedChain) -> None:
     """Freeze everything except adapters and task heads, which start untrained; poolers in the body stay frozen."""
     new = {id(p) for path in task_heads(model) for p in model.get_submodule(path).parameters()}
@@ -210,11 +224,12 @@ def _start(
     progress: bool,
     untouched: dict[str, Any],
     taken: Mapping[str, LowRank] | None = None,
+    bases: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Apply the current stage's pruners and quantizers, then put its differentiable links on the layers.
 
     untouched  layer name -> the owner of its original weight; entries are removed as layers are compressed
-    taken      see `apply`
+    taken, bases  see `apply`
     """
     layers = record.layers
     stages = {name: record.stage_at(name) for name in layers}
@@ -240,12 +255,17 @@ def _start(
     if record.stage.applied or decomposing:
         refuse_bad_weights(layers)
     for place, link in enumerate(record.stage.applied):
-        compress(
-            model, layers, {name: stage.applied[place] for name, stage in stages.items()}, batches,
-            inputs=record.calibration_inputs, masks=masks, progress=progress,
-            quantize=quantize,
-            touch=lambda name: untouched.pop(name, None),
-        )  # fmt: skip
+        if bases is not None:
+            for name, layer in layers.items():
+                untouched.pop(name, None)
+                layer.base.restore(stages[name].quantizer, bases[name])
+        else:
+            compress(
+                model, layers, {name: stage.applied[place] for name, stage in stages.items()}, batches,
+                inputs=record.calibration_inputs, masks=masks, progress=progress,
+                quantize=quantize,
+                touch=lambda name: untouched.pop(name, None),
+            )  # fmt: skip
         for name, layer in layers.items():
             if not stages[name].keep_mask:
                 layer.base.mask_bits = None

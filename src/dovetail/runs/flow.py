@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dovetail.chains.layer.applied import applied
+from dovetail.chains.link import Link
 from dovetail.checkpoint.adapter import save_adapter
 from dovetail.checkpoint.footprint import footprint
 from dovetail.checkpoint.load import HEAD_KINDS, auto_class, best_device
@@ -26,7 +27,7 @@ from dovetail.runs.report.page import page
 from dovetail.runs.report.record import Losses, Merge, Report, Row, TaskInfo, environment
 from dovetail.runs.report.summary import verdict
 from dovetail.runs.rows import Rows, row_names
-from dovetail.runs.shared import SharedScores, scoring_identity
+from dovetail.runs.shared import SharedBases, SharedScores, scoring_identity
 from dovetail.training.optimizer import trained_parts
 from dovetail.training.settings import check_environment
 from dovetail.training.train import train
@@ -51,7 +52,7 @@ def run(
     resume    continue a killed run with the same recipe and output
     progress  show bars for long work
     on_row    called with each row of the report as it is finished
-    shared    folder of the scores of untuned models, which runs with the same folder compute once
+    shared    folder of quantized layers and of scores of untuned models, which runs with this folder compute once
 
     Raises a DovetailError for bad input, as early as possible; nothing is left behind then. A chain that cannot be
     merged as the recipe asks is refused before anything is loaded.
@@ -82,11 +83,17 @@ def run(
             shared=None if shared is None else SharedScores(shared, scoring_identity(identity, recipe)),
         )  # fmt: skip
         rows.add("base")
-        apply(
-            model, links, layers=recipe.layers, targets=recipe.targets, calibration=batches,
-            calibration_inputs=recipe.calibration.inputs, seed=recipe.seed, progress=progress,
-            on_link=lambda link: rows.add(next(names)),
-        )  # fmt: skip
+        with SharedBases(shared, recipe, identity) as layers:
+
+            def add_row(link: Link) -> None:
+                layers.made(model)
+                rows.add(next(names))
+
+            apply(
+                model, links, layers=recipe.layers, targets=recipe.targets, calibration=batches,
+                calibration_inputs=recipe.calibration.inputs, seed=recipe.seed, progress=progress, on_link=add_row,
+                bases=layers.bases,
+            )  # fmt: skip
         if applied(model).stages_left or trained_parts(model):
             trained = train(
                 model, tokenizer, task, seed=recipe.seed, calibration=batches, output_dir=folder.training,
