@@ -99,6 +99,33 @@ def test_a_changed_tensor_fails_its_claims(name: str, change: Any, failed: set[s
     assert found["logits"] != "holds"
 
 
+def test_a_gguf_file_and_a_changed_byte_of_it(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    from dovetail.checkpoint.formats.gguf import checked_header
+    from gguf_files import make_plain, write_gguf
+
+    model, out = make_plain("llama"), tmp_path / "out.gguf"
+    like = write_gguf(model, tmp_path / "like.gguf", "llama")
+    dovetail.apply(model, f"{SERVES} >> lora(r=4) >> regrid")
+    move(model)
+    dovetail.merge(model, packed=True)
+    export(model, "gguf", out, like=like)
+    report = verify(out, model)
+    assert (report.format, set(outcomes(report).values())) == ("gguf", {"holds"})
+    start, nbytes = checked_header(out).places["blk.0.attn_q.weight"]
+    content = out.read_bytes()
+    out.write_bytes(
+        content[: start + nbytes - 1] + bytes([content[start + nbytes - 1] ^ 1]) + content[start + nbytes :]
+    )
+    report = verify(out, model)
+    assert not report.holds
+    assert outcomes(report)["codes"] == outcomes(report)["values"] == "fails"
+    start, _ = checked_header(out).places["output_norm.weight"]
+    out.write_bytes(content[:start] + bytes([content[start] ^ 1]) + content[start + 1 :])
+    found = outcomes(verify(out, model))
+    assert (found["codes"], found["values"]) == ("holds", "fails")
+
+
 def test_another_model_is_not_what_the_folder_holds(tmp_path: Path) -> None:
     available("compressed-tensors")
     export(merged(SERVES), "compressed-tensors", tmp_path / "out")

@@ -42,6 +42,13 @@ def installed(to: str) -> bool:
 
 def test_one_run_writes_every_format_and_each_is_verified(tmp_path: Path) -> None:
     exports = [each for each in EVERY if installed(each["to"])]
+    if installed("gguf"):
+        from gguf_files import write_gguf
+
+        like = write_gguf(
+            dovetail.load("playground")[0], tmp_path / "like.gguf", "llama", keys={"llama.vocab_size": 768}
+        )
+        exports.append({"to": "gguf", "like": str(like), "output": "model.gguf"})
     report = dovetail.run({**RECIPE, "export": exports}, output=tmp_path / "run", progress=False)
     assert [each.name for each in report.exports] == [each.get("output", each["to"]) for each in exports]
     assert {each.claim for each in report.exports} == {"values"}
@@ -76,8 +83,10 @@ def test_the_adapter_of_a_run_that_keeps_it_apart(tmp_path: Path) -> None:
         ({"export": {"to": "peft", "engine": "vllm"}, "merge": "none", "chain": "ia3"}, ChainError, "no LoRA does"),
         ({"export": {"to": "gptq", "dtype": "float16"}, "chain": "lora(r=4)"}, ExportError, "no quantized layer"),
         ({"export": [{"to": "mlx"}, {"to": "mlx", "dtype": "float16"}]}, RecipeError, "names of their own"),
+        ({"export": {"to": "gguf"}}, ExportError, "no GGUF file to be like"),
+        ({"export": {"to": "gguf", "like": "none.gguf"}}, ExportError, "no file .*none.gguf"),
         ({"export": {"to": "mlx", "output": "../out"}}, RecipeError, "export"),
-        ({"export": {"to": "mlx", "folder": "out"}}, RecipeError, "to, output, dtype, engine"),
+        ({"export": {"to": "mlx", "folder": "out"}}, RecipeError, "to, output, dtype, engine, like"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(
@@ -87,7 +96,7 @@ def test_what_does_not_fit_is_refused_before_training(
         raise AssertionError("it was trained")
 
     monkeypatch.setattr("dovetail.runs.flow.train", train)
-    if not installed("bitsandbytes") or not installed("mlx"):
+    if not all(map(installed, ("bitsandbytes", "mlx", "gguf"))):
         pytest.skip("not all formats are installed")
     with pytest.raises(error, match=f"(?s){found}"):
         dovetail.run({**RECIPE, **changed}, output=tmp_path / "run", progress=False)

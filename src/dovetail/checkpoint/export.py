@@ -234,17 +234,11 @@ def _export_gguf(
     layers, _ = quantized_layers(form, model)
     said = {name: ExportedLayer(q.identity, form.kind(name, q), math.prod(q.shape), 0) for name, q in layers.items()}
     weights, notes = sum(each.weights for each in said.values()), form.notes(layers, torch.float32)
-    note = getattr(model.config, "dovetail", None)
-    source = like or (note.get("source") if isinstance(note, dict) else None)
-    if source is None or not Path(source).is_file():
-        found = "no GGUF file to be like" if source is None else f"no file {source}"
-        rule = "the metadata, the tokenizer and the tensors that are not quantized are copied from a file of the model"
-        fix = "name one with --like FILE (like=), such as one that llama.cpp's convert_hf_to_gguf.py wrote in F16"
-        raise ExportError(where, found=found, rule=rule, fix=fix)
+    source = _source(model, like)
     if path.exists() and path.samefile(source):
         rule, fix = "the file that is copied must not be overwritten", "choose another --output"
         raise ExportError(where, found=f"{path} as output and source", rule=rule, fix=fix)
-    places = placed(form, checked_header(Path(source)), model, layers)
+    places = placed(form, checked_header(source), model, layers)
     places.check_others(form, other_tensors(model, layers, None))
     if dry_run:
         return ExportReport(form.name, str(path), "float32", form.decoder, "fits", said, weights, 0, 0, notes)
@@ -256,6 +250,18 @@ def _export_gguf(
     notes += [f"{written.changed} of {len(places.header.shapes)} tensors differ from {source}{only}"]
     notes += [f"start it: {line}" for line in _runs(engine, path)]
     return ExportReport(form.name, str(path), "float32", form.decoder, "values", said, weights, 0, nbytes, notes)
+
+
+def _source(model: PreTrainedModel, like: str | Path | None) -> Path:
+    """Return the GGUF file that another one is written like. Raises ExportError where there is none."""
+    note = getattr(model.config, "dovetail", None)
+    source = like or (note.get("source") if isinstance(note, dict) else None)
+    if source is None or not Path(source).is_file():
+        found = "no GGUF file to be like" if source is None else f"no file {source}"
+        rule = "the metadata, the tokenizer and the tensors that are not quantized are copied from a file of the model"
+        fix = "name one with --like FILE (like=), such as one that llama.cpp's convert_hf_to_gguf.py wrote in F16"
+        raise ExportError(f"export to {_GGUF.name}", found=found, rule=rule, fix=fix)
+    return Path(source)
 
 
 def _runs(engine: str | None, path: Path) -> list[str]:
@@ -317,11 +323,14 @@ def _served(form: Format, dtype: str | torch.dtype) -> torch.dtype:
     return FLOATS[name]
 
 
-def check_export(model: nn.Module, to: str, *, dtype: str | None, engine: str | None) -> None:
+def check_export(
+    model: PreTrainedModel, to: str, *, dtype: str | None, engine: str | None, like: str | Path | None
+) -> None:
     """Raise ExportError or ChainError where an export after training would be refused for what is known before it.
 
     model  under the last stage of its chain; its values are not read
     dtype  that it is to be served in; None: the model's own
+    like   for "gguf", as for `export`
     """
     check_format(to)
     check_engine(engine, to)
@@ -330,7 +339,10 @@ def check_export(model: nn.Module, to: str, *, dtype: str | None, engine: str | 
         _adapter_kinds(model, engine)
         return
     FORMATS[to].check_package()
-    _served(FORMATS[to], next(iter(layers.values())).base.dtype if dtype is None else dtype)
+    if to == _GGUF.name:
+        _source(model, like)
+    else:
+        _served(FORMATS[to], next(iter(layers.values())).base.dtype if dtype is None else dtype)
     for name, layer in layers.items():
         _kind_of_layer(FORMATS[to], name, layer)
 

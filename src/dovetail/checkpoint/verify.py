@@ -11,8 +11,9 @@ Three claims, each checked on its own:
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +23,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dovetail.chains.grid import QuantizedWeight
-from dovetail.checkpoint.export import FORMATS, RECORD, ExportRecord, check_format, other_tensors, quantized_layers
+from dovetail.chains.layer.linear import chain_layers
+from dovetail.checkpoint.export import FORMATS, RECORD, ExportRecord, other_tensors, quantized_layers
 from dovetail.checkpoint.formats.contract import WEIGHTS, Format
+from dovetail.checkpoint.formats.gguf import checked_header
+from dovetail.checkpoint.formats.gguf.blocks import GGUFBlocks
+from dovetail.checkpoint.formats.gguf.names import read_bytes
+from dovetail.checkpoint.formats.gguf.write import placed
 from dovetail.checkpoint.load import load
 from dovetail.errors import ExportError
 from dovetail.files import read_json
 from dovetail.models.dtypes import FLOATS
+from dovetail.models.layouts import LinearLayout
 
 Outcome = Literal["holds", "fails", "not claimed", "not checked"]
 
@@ -66,66 +73,111 @@ class VerifyReport:
         return all(claim.outcome != "fails" for claim in self.claims)
 
 
+@dataclass(frozen=True)
+class _Written:
+    """What is on disk, in a folder or in a GGUF file.
+
+    layer      path of a layer -> its tensors, by name as the format's `encode` returns them
+    apart      names of the other tensors that are not the model's
+    folder     that transformers loads, with `arguments`; None where it does not
+    """
+
+    layer: Callable[[str], Mapping[str, Tensor]]
+    apart: list[str]
+    folder: Path
+    arguments: dict[str, Any] | None
+
+
 @torch.no_grad()
 def verify(folder: str | Path, against: str | Path | PreTrainedModel) -> VerifyReport:
-    """Check the three claims about a folder that `dovetail.export` wrote.
+    """Check the three claims about a folder, or a GGUF file, that `dovetail.export` wrote.
 
     against  the model that was exported: in memory, or the folder of a run, of a packed or of a merged model
     errors   LoadError for a folder that `export` did not write; ExportError where the model does not fit the format
     """
     path = Path(folder).absolute()
-    rule, fix = "the folder must contain what dovetail export wrote", "export the model again"
-    record = read_json(path / RECORD, ExportRecord, rule=rule, fix=fix)
-    check_format(record.format)
-    if record.format not in FORMATS or record.dtype not in FLOATS:
-        raise ExportError(f"verify {path}", found=f"{record.format}, {record.dtype}", rule=rule, fix=fix)
+    record = _record(path)
     form, served = FORMATS[record.format], FLOATS[record.dtype]
     form.check_package()
-    model = against if isinstance(against, PreTrainedModel) else _loaded(Path(against))
+    model = against if isinstance(against, PreTrainedModel) else _loaded(Path(against), isinstance(form, GGUFBlocks))
     layers, _ = quantized_layers(form, model)
-    codes, values = _decoded(form, path, model, layers, served, record)
-    logits = _logits(form, path, model, layers, served, values.outcome == "holds")
+    if isinstance(form, GGUFBlocks):
+        written = _in_file(form, path, model, layers)
+    else:
+        others, expected = form.others(path, layers), other_tensors(model, layers, served)
+        apart = [name for name in others.keys() | expected if not _equal_one(others.get(name), expected.get(name))]
+        written = _Written(partial(form.written, path), sorted(apart), path, form.stock_arguments(layers))
+    codes, values = _decoded(form, written, layers, served, record.claim)
+    logits = _logits(form, written, model, layers, served, values.outcome == "holds")
     source = type(model).__name__ if isinstance(against, PreTrainedModel) else str(against)
     return VerifyReport(str(path), source, form.name, record.dtype, form.decoder, [codes, values, logits])
 
 
-def _loaded(path: Path) -> PreTrainedModel:
-    model, _ = load(path / "model" if (path / "report.json").is_file() else path)
+def _record(path: Path) -> ExportRecord:
+    """Return what an export said of its folder; of a GGUF file, what it says of all of them."""
+    if path.is_file():
+        form = GGUFBlocks()
+        return ExportRecord(
+            format=form.name, dtype=form.dtypes[0], decoder=form.decoder, claim="values", weights=0, differing=0
+        )
+    rule, fix = "the folder must contain what dovetail export wrote", "export the model again"
+    record = read_json(path / RECORD, ExportRecord, rule=rule, fix=fix)
+    if record.format not in FORMATS or record.dtype not in FORMATS[record.format].dtypes:
+        raise ExportError(f"verify {path}", found=f"{record.format}, {record.dtype}"[:200], rule=rule, fix=fix)
+    return record
+
+
+def _loaded(path: Path, packed: bool) -> PreTrainedModel:
+    """Return the model of a folder; of a run, the one that it was exported from."""
+    part = "packed" if packed and (path / "packed").is_dir() else "model"
+    model, _ = load(path / part if (path / "report.json").is_file() else path)
     return model
 
 
+def _in_file(form: GGUFBlocks, path: Path, model: PreTrainedModel, layers: Mapping[str, QuantizedWeight]) -> _Written:
+    header = checked_header(path)
+    places = placed(form, header, model, layers)
+
+    def layer(name: str) -> dict[str, Tensor]:
+        place, kind = places.layers[name], form.form(name, layers[name])
+        if header.types[place.name] != kind.number:
+            return {}
+        rows = torch.from_numpy(read_bytes(header, place.name)).view(layers[name].shape[0], -1)
+        return {"weight": rows if place.rows is None else rows[place.rows]}
+
+    apart = []
+    try:
+        places.check_others(form, other_tensors(model, layers, None))
+    except ExportError as error:
+        apart.append(f"{error.where.rpartition(' ')[2]}: {error.found}")
+    return _Written(layer, apart, path.parent, {"gguf_file": path.name})
+
+
 def _decoded(
-    form: Format,
-    folder: Path,
-    model: PreTrainedModel,
-    layers: Mapping[str, QuantizedWeight],
-    served: torch.dtype,
-    record: ExportRecord,
+    form: Format, written: _Written, layers: Mapping[str, QuantizedWeight], served: torch.dtype, claimed: str
 ) -> tuple[Claim, Claim]:
     """Return the claims about codes and values, layer by layer."""
     weights, wrong, differing, changed = 0, 0, 0, []
     for name, quantized in layers.items():
-        weights += quantized.shape[0] * quantized.shape[1]
-        tensors, expected = form.written(folder, name), form.encode(quantized, served)
+        count = quantized.shape[0] * quantized.shape[1]
+        weights += count
+        tensors, expected = written.layer(name), form.encode(quantized, served)
         if not _equal(tensors, expected):
             changed.append(name)
         if not _same_form(tensors, expected):
-            wrong += quantized.shape[0] * quantized.shape[1]
-            differing += quantized.shape[0] * quantized.shape[1]
+            wrong, differing = wrong + count, differing + count
             continue
         wrong += _unequal(form, tensors, quantized, torch.float32)
         differing += _unequal(form, tensors, quantized, served)
-    others, expected = form.others(folder, layers), other_tensors(model, layers, served)
-    apart = sorted(name for name in others.keys() | expected if not _equal_one(others.get(name), expected.get(name)))
     shown = str(served).removeprefix("torch.")
     said = f"{weights - wrong:,} of {weights:,} weights equal in float32, {len(layers)} layers"
     said += f"; {len(changed)} have other bytes, first {changed[0]}" if changed else ""
     codes = Claim("codes", "fails" if wrong or changed else "holds", said)
-    said = f"{weights - differing:,} of {weights:,} weights equal in {shown}, {len(expected)} other tensors"
-    said += f"; {len(apart)} of them differ, first {apart[0]}" if apart else ""
+    said = f"{weights - differing:,} of {weights:,} weights equal in {shown}"
+    said += f"; other tensors differ, first {written.apart[0]}" if written.apart else ", and all other tensors"
     outcome: Outcome = "holds"
-    if differing or apart:
-        outcome = "not claimed" if record.claim == "codes" and not apart and not wrong else "fails"
+    if differing or written.apart:
+        outcome = "not claimed" if claimed == "codes" and not written.apart and not wrong else "fails"
     return codes, Claim("values", outcome, said)
 
 
@@ -155,18 +207,19 @@ def _equal_one(one: Tensor | None, other: Tensor | None) -> bool:
 
 def _logits(
     form: Format,
-    folder: Path,
+    written: _Written,
     model: PreTrainedModel,
     layers: Mapping[str, QuantizedWeight],
     served: torch.dtype,
     same_values: bool,
 ) -> Claim:
     """Return the claim about logits: transformers on the folder beside transformers on a stock checkpoint."""
-    arguments = form.stock_arguments(layers)
-    if arguments is None:
+    if written.arguments is None:
         return Claim("logits", "not checked", f"transformers does not load {form.name} here")
     if model.main_input_name != "input_ids":
         return Claim("logits", "not checked", f"the model reads {model.main_input_name}")
+    if any(not isinstance(layer.layout, LinearLayout) for layer in chain_layers(model).values()):
+        return Claim("logits", "not checked", "the model has transposed weights")
     auto: Any = type(model)
     with tempfile.TemporaryDirectory() as scratch:
         dense = {f"{name}.weight": q.dequantize(torch.empty(q.shape, dtype=served)) for name, q in layers.items()}
@@ -178,7 +231,7 @@ def _logits(
         config.save_pretrained(scratch)
         expected = _answer(auto.from_pretrained(scratch, dtype=served))
     try:
-        found = _answer(auto.from_pretrained(folder, dtype=served, **arguments))
+        found = _answer(auto.from_pretrained(written.folder, dtype=served, **written.arguments))
     except (AttributeError, RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return Claim("logits", "fails", f"transformers does not run the folder: {said}")

@@ -72,7 +72,9 @@ def export(
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What dovetail export wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="What dovetail export wrote: a folder, or a GGUF file.")
+    ],
     against: Annotated[
         str, typer.Option("--against", metavar="MODEL", help="The model that was exported: a run, packed or merged.")
     ],

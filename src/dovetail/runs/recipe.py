@@ -48,20 +48,22 @@ class ExportSettings(Part):
     """An export at the end of the run (`dovetail.export`).
 
     to      the format
-    output  name of the folder in the run's folder export/; by default the format
+    output  name in the run's folder export/; by default the format, and for gguf model.gguf
     dtype   that the model is served in; by default the model's
     engine  vllm, transformers, ollama or openvino: refuse what it does not read
+    like    for gguf, a file of the same model, relative to the recipe (`dovetail.export`)
     """
 
     to: Annotated[str, Field(min_length=1)]
     output: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] | None = None
     dtype: str | None = None
     engine: str | None = None
+    like: Path | None = None
 
     @property
     def name(self) -> str:
-        """The name of the folder."""
-        return self.to if self.output is None else self.output
+        """The name of the folder or file."""
+        return self.output or ("model.gguf" if self.to == "gguf" else self.to)
 
 
 class Evaluation(Part):
@@ -234,7 +236,12 @@ class Recipe(YamlFile):
         layers = dict(self.layers)
         if (source := layers.pop(FROM, None)) is not None:
             layers = {**searched_layers((folder / Path(source).expanduser()).resolve(), self.chain), **layers}
-        changed = {"layers": layers, "model": model, "data": data, "evaluate": evaluate, "calibration": calibration}
+        export = tuple(
+            each if each.like is None else each.model_copy(update={"like": (folder / each.like.expanduser()).resolve()})
+            for each in self.export
+        )
+        changed: dict[str, Any] = {"layers": layers, "model": model, "data": data, "evaluate": evaluate}
+        changed |= {"calibration": calibration, "export": export}
         return self.model_copy(update=changed)
 
     @classmethod

@@ -109,7 +109,7 @@ def check_exports(recipe: Recipe, model: PreTrainedModel) -> None:
             rule = "peft holds an adapter that was not merged; the other formats hold merged models"
             fix = f"set merge: none, or remove {each.to}" if each.to == ADAPTER_FORMAT else "set merge: exact"
             raise RecipeError("export", found=found, rule=rule, fix=fix)
-        check_export(model, each.to, dtype=each.dtype, engine=each.engine)
+        check_export(model, each.to, dtype=each.dtype, engine=each.engine, like=each.like)
 
 
 def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -217,8 +217,9 @@ def write_exports(
     written = []
     for each in recipe.export:
         report = export(
-            model, each.to, directory / each.name, tokenizer=tokenizer, dtype=each.dtype, engine=each.engine
-        )
+            model, each.to, directory / each.name, tokenizer=tokenizer, dtype=each.dtype, engine=each.engine,
+            like=each.like,
+        )  # fmt: skip
         written.append(
             Exported(
                 name=each.name,

@@ -46,6 +46,7 @@ class GGUFBlocks(Format):
     package = "gguf"
     decoder = "gguf.dequantize"
     dtypes = ("float32",)
+    dense = True
     layouts = (LinearLayout, Conv1DLayout)
 
     def kind(self, where: str, quantized: QuantizedWeight) -> str:
