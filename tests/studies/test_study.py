@@ -599,6 +599,28 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert json.loads(out) == json.loads((tmp_path / "out" / "study.json").read_text())
 
 
+def test_the_studies_of_papers_are_whole():
+    """Quantizers with adapters (the study of PEFT on quantized models), and QR-Adaptor's Tables 1 and 6."""
+    study = Study.load(ROOT / "examples" / "qpeft" / "playground.yaml")
+    matrix = expand(study)
+    assert len(list(unique_runs(matrix.lines))) == (6 * 8 - 1) * 2 * 2
+    assert {tuple(one.point.values()) for one in matrix.refused} == {
+        ("none", "loftq", "word problems"), ("none", "loftq", "multiple choice")
+    }  # fmt: skip
+    assert len(list(unique_runs(expand(study.quickly()).lines))) == 3 * 3
+    folder = ROOT / "examples" / "qr_adaptor"
+    found = read_yaml(folder / "best.yaml")
+    for name, count in (("table1", 11), ("table6", 3)):
+        matrix = expand(Study.load(folder / f"{name}.yaml"))
+        assert not matrix.refused
+        assert len(list(unique_runs(matrix.lines))) == count * 3 * 3
+        *_, last = matrix.lines
+        assert last.row == "QR-Adaptor"
+        assert last.runs[0].recipe.layers == found["layers"]
+    quick = expand(Study.load(folder / "table1.yaml").quickly())
+    assert len(list(unique_runs(quick.lines))) == 11
+
+
 def test_the_examples_are_whole():
     folder = ROOT / "examples" / "sqft"
     table = expand(Study.load(folder / "table.yaml")).lines
