@@ -82,6 +82,12 @@ def test_values_of_an_axis_against_one():
     assert found[1].figure.mean == pytest.approx(-0.2)
 
 
+def test_lines_without_the_axis_are_not_compared():
+    results = [line("A", [0.5, 0.6], point=point)[0] for point in ({}, {"q": "a"}, {"q": "b"})]
+    (found,) = compare(results, {"q": "a"})
+    assert found.point == {"q": "b"}
+
+
 def test_a_row_with_a_failure_is_not_compared():
     bad = line("D", [0.9, None, 0.9])
     gone = line("E", [0.9, 0.9], failed=(2,))

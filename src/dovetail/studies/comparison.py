@@ -108,7 +108,9 @@ def _difference(
 
 def _pooled(points: list[dict[str, Value]]) -> dict[str, Value]:
     """Return the point that they share, with `ALL` on the axes along which they differ."""
-    return {axis: value if all(point[axis] == value for point in points) else ALL for axis, value in points[0].items()}
+    axes = dict.fromkeys(axis for point in points for axis in point)
+    values = {axis: [point.get(axis, ALL) for point in points] for axis in axes}
+    return {axis: each[0] if len(set(each)) == 1 else ALL for axis, each in values.items()}
 
 
 def _paired(
@@ -120,7 +122,7 @@ def _paired(
         for ours, theirs in product(results, results):
             rest = {key: at for key, at in ours.point.items() if key != axis}
             same = theirs.point == rest | {axis: value} and ours.row == theirs.row and ours.task == theirs.task
-            if same and ours.point[axis] != value:
+            if same and ours.point.get(axis, value) != value:
                 yield ours, theirs, f"{axis} {value}", str(ours.point[axis])
         return
     for first, second in pairs:
