@@ -27,6 +27,7 @@ COLUMNS = (
     ("bitsandbytes", "bfloat16"),
     ("gptq", "float16"),
     ("gptq", "bfloat16"),
+    ("awq", "float16"),
     ("mlx", "float16"),
     ("mlx", "float32"),
     ("gguf", "float32"),

@@ -242,7 +242,9 @@ def test_what_is_not_merged_or_has_no_grid_is_refused(tmp_path: Path) -> None:
         export(model, CT, tmp_path / "out")
     with pytest.raises(ExportError, match=r"(?s)dtype=int8.*float32, bfloat16"):
         export(model, CT, tmp_path / "out", dtype="int8")
-    with pytest.raises(ExportError, match="formats: compressed-tensors, bitsandbytes, gptq, gptq_v2, mlx, gguf, peft"):
+    with pytest.raises(
+        ExportError, match="formats: compressed-tensors, bitsandbytes, gptq, gptq_v2, awq, mlx, gguf, peft"
+    ):
         export(model, "int4", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")

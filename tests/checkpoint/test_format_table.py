@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import format_table
+from dovetail.chains.packing import pack
 from dovetail.checkpoint.export import FORMATS
 from dovetail.checkpoint.formats.words import from_words, to_words
 from dovetail.errors import ExportError
+from dovetail.links.quantize.affine import AffineWeight
 from golden.gptq_words_reference import layer
 
 torch.set_num_threads(1)
@@ -49,6 +51,18 @@ def test_gptq_words_are_those_of_gptqmodel(bits: int) -> None:
     code_oi, zero_go = layer(bits)
     assert to_words(code_oi, bits).t().tolist() == golden["qweight"]
     assert to_words(zero_go, bits).tolist() == golden["qzeros"]
+
+
+def test_awq_words_are_those_of_gptqmodel() -> None:
+    golden = json.loads((GOLDEN / "gptq_words.json").read_text(encoding="utf-8"))["awq"]
+    code_oi, zero_go = layer(4)
+    grid = AffineWeight(
+        pack(code_oi, 4), {"scale_og": torch.ones(32, 2, dtype=torch.float16)}, pack(zero_go.t().contiguous(), 4),
+        shape=(32, 64), block=32, bits=4, identity="int(bits=4, group=32)",
+    )  # fmt: skip
+    tensors = FORMATS["awq"].encode(grid, torch.float16)
+    assert tensors["qweight"].tolist() == golden["qweight"]
+    assert tensors["qzeros"].tolist() == golden["qzeros"]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])

@@ -37,6 +37,7 @@ FOLDERS = [
     ("gptq", "int(bits=4, group=32, symmetric=signed)", "float16"),
     ("gptq", "int(bits=3, group=32)", "float16"),
     ("gptq_v2", "int(bits=2, group=0)", "bfloat16"),
+    ("awq", "int(bits=4, group=64)", "float16"),
     ("mlx", "int(bits=4, group=32, scale_bits=7)", "float16"),
     ("mlx", "int(bits=8, group=64)", "float32"),
     ("mlx", "mxfp4", "float16"),
@@ -86,7 +87,9 @@ def test_a_folder_comes_back_byte_for_byte_and_a_tuned_one_differs_in_codes(
     export(model, to, tmp_path / "three", dtype=dtype)
     old, new = (load_file(path / WEIGHTS) for path in (folder, tmp_path / "three"))
     changed = {name.rpartition(".")[2] for name, tensor in old.items() if not torch.equal(tensor, new[name])}
-    codes = {"compressed-tensors": "weight_packed", "gptq": "qweight", "gptq_v2": "qweight"}.get(to, "weight")
+    codes = {"compressed-tensors": "weight_packed", "gptq": "qweight", "gptq_v2": "qweight", "awq": "qweight"}.get(
+        to, "weight"
+    )
     assert changed == {"weight" if "fp8" in text else codes}
 
 
@@ -157,7 +160,7 @@ def test_what_mlx_quantized_is_read_exactly_or_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"quant_method": "awq"}, "quant_method 'awq'"),
+        ({"quant_method": "awq", "version": "gemv"}, "awq, gemv"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "marlin"),
         ({"config_groups": {"a": {"input_activations": {"num_bits": 8}}}}, "quantized activations"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "quantized activations, or a cache"),
@@ -232,7 +235,9 @@ def check_mutated(to: str, folder: Path, count: int) -> int:
     return loaded
 
 
-@pytest.mark.parametrize(("to", "text", "dtype"), [FOLDERS[2], FOLDERS[3], FOLDERS[6], FOLDERS[9], FOLDERS[11]])
+@pytest.mark.parametrize(
+    ("to", "text", "dtype"), [FOLDERS[2], FOLDERS[3], FOLDERS[6], FOLDERS[9], FOLDERS[11], FOLDERS[12]]
+)
 def test_changed_files_are_refused_or_read_as_their_owner_reads_them(
     to: str, text: str, dtype: str, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Words of GPTQ checkpoints as gptqmodel packs them. Needs `gptqmodel` (7.7.0 made the file), which tests do not."""
+"""Words of GPTQ and AWQ checkpoints as gptqmodel packs them (7.7.0 made the file; tests do not need it)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def layer(bits: int) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear  # pyright: ignore[reportMissingImports]
+    from gptqmodel.quantization.awq.utils.packing_utils import pack_awq  # pyright: ignore[reportMissingImports]
 
-    found = {}
+    found: dict[str, dict[str, list[list[int]]]] = {}
     for bits in (2, 3, 4, 8):
         code_oi, zero_go = layer(bits)
         linear = nn.Linear(64, 32, bias=False)
@@ -30,7 +31,10 @@ def main() -> None:
         linear.weight.data = (code_oi.int() - zero_go.t().int()[:, group_i]).float()
         packed = TorchLinear(bits, 32, False, False, 64, 32)
         packed.pack_original(linear, torch.ones(32, 2), zero_go.t().float(), group_i.int())
-        found[bits] = {"qweight": packed.qweight.tolist(), "qzeros": packed.qzeros.tolist()}
+        found[str(bits)] = {"qweight": packed.qweight.tolist(), "qzeros": packed.qzeros.tolist()}
+    code_oi, zero_go = layer(4)
+    qweight, qzeros = pack_awq(code_oi.t().int(), zero_go.int(), 4)
+    found["awq"] = {"qweight": qweight.tolist(), "qzeros": qzeros.tolist()}
     FILE.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 

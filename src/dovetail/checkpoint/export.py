@@ -24,6 +24,7 @@ from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.held import grids
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
+from dovetail.checkpoint.formats.awq import AWQ
 from dovetail.checkpoint.formats.bitsandbytes import BitsAndBytes
 from dovetail.checkpoint.formats.compressed_tensors import CompressedTensors
 from dovetail.checkpoint.formats.contract import WEIGHTS, Format
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _GGUF = GGUFBlocks()
-_FORMATS = (CompressedTensors(), BitsAndBytes(), GPTQFormat(1), GPTQFormat(2), MLX(), _GGUF)
+_FORMATS = (CompressedTensors(), BitsAndBytes(), GPTQFormat(1), GPTQFormat(2), AWQ(), MLX(), _GGUF)
 FORMATS: Mapping[str, Format] = {each.name: each for each in _FORMATS}
 ADAPTER = "peft"
 """The format of an adapter beside its base; the others hold whole models."""
@@ -132,7 +133,8 @@ def export(
 
     model      merged with `dovetail.merge`, packed or stock; or the folder of a run, of a packed or of a merged model;
                for "peft" a model under a chain
-    to         a key of FORMATS: "compressed-tensors", "bitsandbytes", "gptq", "gptq_v2", "mlx" or "gguf"; or "peft"
+    to         a key of FORMATS: "compressed-tensors", "bitsandbytes", "gptq", "gptq_v2", "awq", "mlx" or "gguf"; or
+               "peft"
     output     the folder; for "gguf" the file
     tokenizer  saved beside it; of a folder, its own
     dtype      that the model is served in; None: the model's own

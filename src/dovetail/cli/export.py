@@ -31,7 +31,7 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            "--to", metavar="FORMAT", help="compressed-tensors, bitsandbytes, gptq, gptq_v2, mlx, gguf, or peft."
+            "--to", metavar="FORMAT", help="compressed-tensors, bitsandbytes, gptq, gptq_v2, awq, mlx, gguf, or peft."
         ),
     ],
     output: Annotated[

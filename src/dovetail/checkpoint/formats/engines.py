@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dovetail.errors import ExportError
 
 READS: Mapping[str, tuple[str, ...]] = {
-    "vllm": ("compressed-tensors", "gptq", "gptq_v2", "peft"),
-    "transformers": ("compressed-tensors", "bitsandbytes", "gptq", "gptq_v2", "peft"),
+    "vllm": ("compressed-tensors", "gptq", "gptq_v2", "awq", "peft"),
+    "transformers": ("compressed-tensors", "bitsandbytes", "gptq", "gptq_v2", "awq", "peft"),
     "ollama": ("gguf",),
     "openvino": ("gguf",),
 }
-"""Engine -> formats, the best first. GPTQ in transformers needs gptqmodel and optimum."""
+"""Engine -> formats, the best first. GPTQ and AWQ in transformers need gptqmodel and optimum."""
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values of vLLM's `--max-lora-rank`."""

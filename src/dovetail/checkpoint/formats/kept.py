@@ -1,9 +1,9 @@
 """A quantized Hugging Face folder as a model whose layers keep their own grid (`dovetail.load(..., grid="keep")`).
 
-Formats that `dovetail export` writes are read: compressed-tensors, bitsandbytes, GPTQ and MLX. A layer becomes a packed
-layer with the codes, scales and zero points of the file, without a copy in floats. It is the layer of a quantizer:
-`int(bits=4, group=128)` or `nf4(double=true)`. What is read is written again in memory and compared with the file: a
-grid that Dovetail does not hold exactly is refused.
+Formats that `dovetail export` writes are read: compressed-tensors, bitsandbytes, GPTQ, AWQ and MLX. A layer becomes a
+packed layer with the codes, scales and zero points of the file, without a copy in floats. It is the layer of a
+quantizer: `int(bits=4, group=128)` or `nf4(double=true)`. What is read is written again in memory and compared with the
+file: a grid that Dovetail does not hold exactly is refused.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dovetail.chains.layer.base import Base, Scratch
 from dovetail.chains.layer.held import guard_saving
 from dovetail.chains.layer.linear import ChainLinear
 from dovetail.chains.link import Quantizer, Site, identity_of
+from dovetail.checkpoint.formats.awq import AWQ
 from dovetail.checkpoint.formats.bitsandbytes import BitsAndBytes
 from dovetail.checkpoint.formats.compressed_tensors import CompressedTensors
 from dovetail.checkpoint.formats.contract import Format
@@ -65,11 +66,15 @@ def format_of(where: str, said: Any) -> Format | None:
         if version in ("gptq", "gptq_v2", None):
             return GPTQFormat(2 if version == "gptq_v2" else 1)
         method = f"gptq, {version}"
+    if method == "awq":
+        if said.get("version", "gemm") == "gemm" and said.get("bits", 4) == 4:
+            return AWQ()
+        method = f"awq, {said.get('version')}"
     if method is None and {"bits", "group_size"} <= said.keys():
         return MLX()
     found, rule = (
         f"quant_method {method!r}"[:200],
-        "grid=keep reads compressed-tensors, bitsandbytes in 4 bits, gptq and mlx",
+        "grid=keep reads compressed-tensors, bitsandbytes in 4 bits, gptq, awq (gemm) and mlx",
     )
     raise LoadError(where, found=found, rule=rule, fix="load it without grid")
 
