@@ -23,6 +23,7 @@ ROWS: dict[str, Row] = {
     "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "ü"}]},
     "prompt_completion": {"prompt": "a", "completion": "ü"},
     "preference": {"prompt": "a", "chosen": "ü", "rejected": "c"},
+    "segments": {"segments": [{"label": False, "text": "a"}, {"label": True, "text": "ü"}]},
     "generation": {"prompt": "a", "answer": " ü"},
     "choice": {"question": "a", "choices": ["ü", "c"], "label": 1},
     "pairs": {"good": "ü", "bad": "b"},

@@ -17,6 +17,7 @@ from dovetail.errors import DataError, RecipeError
 from dovetail.runs.recipe import Recipe
 from dovetail.tasks.find import load_data, load_task
 from dovetail.tasks.formats import FORMATS, PAIRS
+from dovetail.tasks.tokens import encode
 from small_tokenizers import TOKENIZERS
 
 
@@ -290,6 +291,22 @@ def test_what_nothing_reads_is_named_once(tmp_path: Path, capfd: pytest.CaptureF
     load_data(path)
     lines = [line for line in capfd.readouterr().err.splitlines() if "no field reads" in line]
     assert lines == [f"note: {path}: columns that no field reads: id, source, messages.mood"]
+
+
+def test_segments_are_joined_as_they_are(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(STYLES["ChatML"])
+    parts = [(True, "<|im_start|>Hello\n"), (False, "user: "), (True, "hi ü!<|im_end|>"), (False, " bye")]
+    rows = {"segments": [{"label": label, "text": text} for label, text in parts]}
+    task = load_data(write(tmp_path / "data.jsonl", rows), tokenizer=tokenizer)
+    row = encode("chat", task.split("train"), tokenizer, encoder_decoder=False, max_length=99)[0]
+    assert row["input_ids"] == tokenizer("".join(text for _, text in parts), add_special_tokens=False)["input_ids"]
+    kept = [token for token in row["labels"] if token != -100]
+    assert tokenizer.decode(kept) == "".join(text for label, text in parts if label)
+    for bad in ([{"text": "a"}], [{"label": True}], [{"label": False, "text": "a"}], []):
+        with pytest.raises(DataError, match=r"data\.jsonl, line 1"):
+            load_data(write(tmp_path / "data.jsonl", {"segments": bad}))
+    with pytest.raises(DataError, match="without a template"):
+        load_data(write(tmp_path / "data.jsonl", rows), template="plain")
 
 
 def test_renamed_columns(tmp_path: Path) -> None:

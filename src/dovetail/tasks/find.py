@@ -198,6 +198,9 @@ def _formatted(data: Data) -> tuple[str, dict[str, Sequence[Record]]]:
                 note_once(f"{where}: the columns are those of the format {name} (`format: {name}` names it){more}")
             record, others = read_record(name, row, data.fields)
             unread.update(dict.fromkeys(others))
+            if data.template is not None and "template" in record:
+                rule, fix = "segments are joined as they are, without a template", "remove template"
+                raise DataError(row.where, found=f"template {data.template}", rule=rule, fix=fix)
             if data.template is not None:
                 record = {**record, "template": data.template}
             kind = FORMATS[name].kind

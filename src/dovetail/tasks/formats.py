@@ -12,8 +12,9 @@ the one that reads most of them. The shapes are those that LLaMA-Factory (data/R
 | prompt_completion | a prompt and an answer, by one of the pairs of names in PAIRS; system, context | chat |
 | preference | chosen, rejected; prompt or messages, system, input | chat (chosen is trained) |
 | generation, pairs, text | the fields of the kind | the kind |
+| segments | segments, each with a text and whether it is trained | chat, without a template |
 | choice | prompt, choices, label | choice |
-| labels | text, label; pair | classification if all labels are integers, else regression |
+| labels | text, label; pair | classification of integers or texts, else regression |
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 from dovetail.errors import DataError
 from dovetail.tasks.files import Row, typed
 from dovetail.tasks.task import FIELDS, Record
+from dovetail.tasks.templates import SEGMENTS
 
 Fields = Mapping[str, Any]
 """Field of the format -> value; fields whose column is missing or null are left out."""
@@ -122,6 +124,15 @@ def _transcript(text: Any) -> list[dict[str, Any]]:
         raise ValueError("no prompt, and a chosen answer that is no conversation of Human: and Assistant:")
     roles = {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[role], "content": said.strip()} for role, said in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _segments(fields: Fields) -> Record:
+    messages = []
+    for segment in _parsed(fields["segments"]) or []:
+        if not isinstance(segment, Mapping) or not isinstance(segment.get("label"), bool):
+            raise ValueError(f"segment {segment!r} in place of {{label: true or false, text: ...}}"[:200])
+        messages.append({"role": "assistant" if segment["label"] else "user", "content": segment.get("text")})
+    return {"messages": messages, "template": SEGMENTS}
 
 
 def _choice(fields: Fields) -> Record:
@@ -261,6 +272,7 @@ FORMATS: Mapping[str, Format] = {
             **_SYSTEM, **_TOOLS,
         },
     ),
+    "segments": Format("chat", ("segments",), (("segments",),), _segments),
     "generation": _plain("generation"),
     "choice": Format(
         "choice", ("prompt", "choices", "label"),

@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from dovetail.errors import DataError
@@ -54,6 +55,9 @@ _PLAIN = (
 TEMPLATES: Mapping[str, str] = {"alpaca": _ALPACA, "chatml": _CHATML, "plain": _PLAIN}
 """Named templates. alpaca: Stanford Alpaca's prompts; chatml: `<|im_start|>role ... <|im_end|>`; plain: the texts only,
 each on its own line, and the end token after the assistant's."""
+
+SEGMENTS = "segments"
+"""What a record of the format segments has in the place of a template."""
 
 DEFAULT = "alpaca"
 """The template of a tokenizer that has none."""
@@ -213,6 +217,27 @@ class Template:
             name = call.get("function", call).get("name")
             if str(name) not in turn:
                 raise self._refused(where, f"a call of the tool {name!r} that is not in the text of its turn")
+
+
+class Segments:
+    """What stands in the place of a template for texts that are joined as they are (axolotl's `input_output`).
+
+    The file writes every special token itself, also those at the beginning and at the ends of turns.
+    """
+
+    source = None
+    end_id = None
+
+    def render(self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None, *, prompt: bool) -> str:
+        """Return the texts in a row."""
+        return "".join(message["content"] for message in messages)
+
+    def turns(self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[str, list[Span]]:
+        """Return the texts in a row, and the spans of those that are trained."""
+        ends = list(accumulate(len(message["content"]) for message in messages))
+        spans = zip([0, *ends], ends, messages, strict=False)
+        trained = [(start, end) for start, end, message in spans if message["role"] == "assistant"]
+        return self.render(where, messages, tools, prompt=False), trained
 
 
 def mark_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

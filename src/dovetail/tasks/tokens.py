@@ -21,7 +21,7 @@ from dovetail.errors import DataError
 from dovetail.progress import note, note_once
 from dovetail.tasks.stored import ROW, gathered
 from dovetail.tasks.task import HEAD_KINDS, Record
-from dovetail.tasks.templates import DEFAULT, Template, mark_tokens
+from dovetail.tasks.templates import DEFAULT, SEGMENTS, Segments, Template, mark_tokens
 from dovetail.tasks.vocabulary import Vocabulary, end_id, first_of
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class RowMaker:
         self.vocabulary, self.numbers = vocabulary, numbers
         self.before, self.after = _marks(tokenizer)
         self.cut = self.marked = 0
-        self._templates: dict[str | None, Template] = {}
+        self._templates: dict[str | None, Template | Segments] = {}
         self._before = 0
 
     def rows(self, kind: str, records: Sequence[Record]) -> Sequence[Example]:
@@ -187,9 +187,11 @@ class RowMaker:
             return self._checked(index, {"input_ids": self._prompt(prompt, self.max_length), "labels": labels})
         return self._checked(index, _continued(self._prompt(prompt, room), labels))
 
-    def template(self, record: Record) -> Template:
+    def template(self, record: Record) -> Template | Segments:
         """Return the template of a conversation: the one that it names, or the tokenizer's, or the default one."""
         name = record.get("template")
+        if name == SEGMENTS:
+            return self._templates.setdefault(name, Segments())
         if name not in self._templates:
             begin = "".join(self.tokenizer.convert_ids_to_tokens(self.before))
             self._templates[name] = Template(self.tokenizer, name, begin)
