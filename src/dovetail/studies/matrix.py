@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import Field, StrictInt
 
+from dovetail.checkpoint.load import HEAD_KINDS
 from dovetail.errors import CannotMerge, ChainError, RecipeError
 from dovetail.runs.recipe import FROM, Recipe
 from dovetail.runs.rows import row_names
@@ -280,8 +281,8 @@ class _Checks:
             self._tasks[data] = load_task(recipe.data)
         task = self._tasks[data]
         read = {"chain", "layers", "targets", "model", "trust_remote_code", "merge", "search"}
-        key = f"{recipe.model_dump_json(include=read)} {recipe.train.gradient_checkpointing} {task.kind}"
-        key += f" {number_of_labels(task, recipe.data.num_labels)}"
+        head = f"{task.kind} {number_of_labels(task, recipe.data.num_labels)}" if task.kind in HEAD_KINDS else ""
+        key = f"{recipe.model_dump_json(include=read)} {recipe.train.gradient_checkpointing} {head}"
         if key not in self._answers:
             self._answers[key] = None
             try:
