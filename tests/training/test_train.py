@@ -367,17 +367,6 @@ def test_a_run_is_not_resumed_on_another_base(tmp_path):
         quiet(other, SUMS, output_dir=tmp_path / "run", resume=True, **settings)
 
 
-@pytest.mark.parametrize("processes", ["2", "8"])
-def test_one_of_several_processes_is_refused(processes, monkeypatch, tmp_path):
-    """Losses were divided by the tokens of all processes, and averaged over them again."""
-    monkeypatch.setenv("WORLD_SIZE", processes)
-    with pytest.raises(TrainError, match=f"WORLD_SIZE={processes}"):
-        quiet(llama(), SUMS)
-    with pytest.raises(TrainError, match=f"WORLD_SIZE={processes}"):
-        dovetail.run(small_recipe(tmp_path), output=tmp_path / "out", progress=False)
-    assert not (tmp_path / "out").exists()
-
-
 def test_checkpointing_of_a_model_without_it_is_refused(tmp_path):
     config = JetMoeConfig(
         vocab_size=len(make_tokenizer()), hidden_size=64, num_hidden_layers=1, num_key_value_heads=2, kv_channels=16,

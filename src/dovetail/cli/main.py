@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dovetail import processes
 from dovetail.cli import evaluate as cli_evaluate
 from dovetail.cli import experts as cli_experts
 from dovetail.cli import export as cli_export
@@ -299,6 +300,9 @@ def _run(
     from dovetail.runs.folder import choose_output
     from dovetail.runs.report.summary import print_summary, row_line
 
+    if not processes.first():
+        run_recipe(loaded, output=output, resume=resume, progress=False)
+        return
     output = choose_output(output or loaded.output, name)
     if not as_json:
         print(f"{loaded.chain}  on {loaded.model}, written to {output}", file=sys.stderr)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from dovetail import processes
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.link import Link
 from dovetail.checkpoint.adapter import save_adapter
@@ -17,6 +19,7 @@ from dovetail.checkpoint.footprint import footprint
 from dovetail.checkpoint.load import HEAD_KINDS, auto_class, best_device
 from dovetail.checkpoint.merge import merge, to_stock
 from dovetail.compression.apply import apply
+from dovetail.errors import RecipeError
 from dovetail.files import check_folder, write_whole
 from dovetail.progress import Bar
 from dovetail.runs import steps
@@ -28,9 +31,13 @@ from dovetail.runs.report.record import Losses, Merge, Report, Row, TaskInfo, en
 from dovetail.runs.report.summary import verdict
 from dovetail.runs.rows import Rows, row_names
 from dovetail.runs.shared import SharedBases, SharedScores, scoring_identity
+from dovetail.tasks.task import Task
 from dovetail.training.optimizer import trained_parts
-from dovetail.training.settings import check_environment
+from dovetail.training.settings import check_environment, check_processes
 from dovetail.training.train import train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROBE_ROWS = 16
 """Rows on which the logits before and after merging, and after loading the saved checkpoint, are compared."""
@@ -61,9 +68,15 @@ def run(
     name = Path(recipe).stem if isinstance(recipe, str | Path) else "run"
     recipe = Recipe.read(recipe)
     links = steps.legal_chain(recipe)
-    output = choose_output(output or recipe.output, name)
-    check_folder(output)
     check_environment(recipe.train.report_to, recipe.train.optimizer)
+    check_processes(recipe.train.batch_size)
+    if recipe.search is not None:
+        processes.refuse("run with search", RecipeError)
+    processes.start()
+    progress = progress and processes.first()
+    output = Path(processes.from_first(lambda: str(choose_output(output or recipe.output, name))))
+    if processes.first():
+        check_folder(output)
     tasks = steps.load_tasks(recipe)
     task = tasks[0]
     steps.check_layers(recipe, task, links)
@@ -72,6 +85,8 @@ def run(
     torch.nn.Module.to(model, best_device())
     model.requires_grad_(False)  # the base is frozen; a new head is trained once the chain is applied
     batches = steps.calibration(recipe, task, model, tokenizer)
+    if not processes.first():
+        return _follow(recipe, model, tokenizer, task, batches)
     probe = {name: tensor[:PROBE_ROWS] for name, tensor in batches[0].items()}
     identity = steps.identity(model, tokenizer, tasks, batches)
     names = iter(row_names(links, head=task.kind in HEAD_KINDS))
@@ -146,4 +161,21 @@ def run(
             auto = auto_class(model.config, task.kind).__name__
             write_whole(folder.path / MODEL / CARD, card(report, recipe, auto=auto))
         folder.log("done", seconds=report.seconds)
+    processes.from_first(lambda: report.model_dump(mode="json"))
     return report
+
+
+def _follow(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task,
+    batches: Sequence[dict[str, Tensor]],
+) -> Report:  # fmt: skip
+    """Take part in the training of a run whose first process writes, scores and merges; return its report."""
+    apply(
+        model, steps.checked_chain(recipe), layers=recipe.layers, targets=recipe.targets, calibration=batches,
+        calibration_inputs=recipe.calibration.inputs, seed=recipe.seed,
+    )  # fmt: skip
+    if applied(model).stages_left or trained_parts(model):
+        train(
+            model, tokenizer, task, seed=recipe.seed, calibration=batches, progress=False, **recipe.train.model_dump()
+        )
+    return Report.model_validate(processes.from_first(dict))

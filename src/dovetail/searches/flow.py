@@ -26,6 +26,7 @@ from typing import Any
 import optuna
 import torch
 
+from dovetail import processes
 from dovetail.checkpoint.load import best_device
 from dovetail.errors import DovetailError, OutputError, RecipeError, SearchError
 from dovetail.files import check_folder, on_full_disk, only_writer, write_whole, writing
@@ -75,6 +76,7 @@ def search(
     """
     name = Path(recipe).stem if isinstance(recipe, str | Path) else "search"
     recipe = Recipe.read(recipe)
+    processes.refuse("search", SearchError)
     _check(workers, storage)
     output = choose_output(output or recipe.output, name)
     if done := _done(output, recipe, resume):

@@ -17,6 +17,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from dovetail import processes
 from dovetail.errors import DovetailError, RecipeError
 from dovetail.files import check_folder, only_writer
 from dovetail.runs.folder import RECIPE
@@ -61,6 +62,7 @@ def study(
     Raises a DovetailError for a bad study before anything runs. The table lists the runs that fail later.
     """
     asked = Study.read(recipe)
+    processes.refuse("study", RecipeError)
     if jobs < 1:
         raise RecipeError("study", found=f"jobs={jobs}", rule="jobs must be at least 1", fix="pass --jobs 1")
     matrix, folder = expand(asked), Path(output)

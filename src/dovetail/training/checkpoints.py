@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dovetail import processes
 from dovetail.chains.layer.fingerprint import base_fingerprint
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.errors import TrainError
@@ -57,8 +58,13 @@ def run_directory(output_dir: Path | None, identity: Mapping[str, Any], resume: 
         with tempfile.TemporaryDirectory(prefix="dovetail-") as name:
             yield Path(name)
         return
+    if not processes.first():
+        processes.wait()  # until the first one has claimed it
+        yield output_dir
+        return
     with only_writer(output_dir):
         _claim(output_dir, dict(identity), resume)
+        processes.wait()
         with on_full_disk(output_dir):
             yield output_dir
 

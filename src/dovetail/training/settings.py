@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 
+from dovetail import processes
 from dovetail.errors import TrainError
 from dovetail.files import refusal
 from dovetail.tasks.spec import Part, Positive
@@ -25,7 +25,7 @@ class Training(Part):
 
     preset                  name of settings that a paper reports (`dovetail.training.presets`); others take precedence
     epochs, max_steps       of each stage; max_steps takes precedence over epochs
-    batch_size              rows of a batch; a step takes `gradient_accumulation` batches
+    batch_size              rows of a batch, over all processes; a step takes `gradient_accumulation` batches
     lr_scale                multiplies every learning rate (CLAM's c)
     link_learning_rate      of every link of the chain, in place of its own; lr_scale multiplies it too
     head_learning_rate      of parameters that are trained outside the chain: new heads
@@ -113,15 +113,7 @@ def _has_cuda() -> bool:
 
 
 def check_environment(report_to: str, optimizer: str = "adamw") -> None:
-    """Raise TrainError if a tracker or an optimizer is not there, or if this is one of several training processes."""
-    processes = os.environ.get("WORLD_SIZE", "1")  # set by torchrun and accelerate
-    if processes != "1":
-        raise TrainError(
-            "train",
-            found=f"WORLD_SIZE={processes}: one of several processes",
-            rule="a training must run in one process: with several, losses would be divided twice",
-            fix="start it without torchrun or accelerate launch; dovetail study runs several trainings at a time",
-        )
+    """Raise TrainError if a tracker or an optimizer is not there."""
     if optimizer != "adamw" and find_spec("bitsandbytes") is None:
         raise TrainError(
             f"train, optimizer={optimizer}",
@@ -143,4 +135,15 @@ def check_environment(report_to: str, optimizer: str = "adamw") -> None:
             found=f"the package {packages[0]} is not installed",
             rule="report_to must name an installed experiment tracker",
             fix=f"pip install {packages[0]}",
+        )
+
+
+def check_processes(batch_size: int) -> None:
+    """Raise TrainError where a process of this run would get no row of a batch."""
+    if batch_size < processes.count():
+        raise TrainError(
+            "train",
+            found=f"batch_size={batch_size} and {processes.count()} processes",
+            rule="each process trains on a part of every batch",
+            fix=f"set batch_size to at least {processes.count()}",
         )

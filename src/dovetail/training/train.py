@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dovetail import processes
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.keeping import keeping
 from dovetail.chains.layer.linear import chain_layers
@@ -49,7 +50,7 @@ from dovetail.training.optimizer import (
     learning_rates,
     trained_parts,
 )
-from dovetail.training.settings import Training, TrainSettings, check_environment
+from dovetail.training.settings import Training, TrainSettings, check_environment, check_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -141,9 +142,13 @@ def train(
     stop_after    end after this step of the first stage, with a checkpoint in output_dir, from which the same call with
                   resume goes on
     progress      show a bar if training takes longer than a second
-    on_log        called with (stage from 1, step, {"loss": ...} or {"validation": scores}) as soon as they are known
+    on_log        called with (stage from 1, step, {"loss": ...} or {"validation": scores}) when they are known,
+                  in the first process
 
     logging_dir   directory of TensorBoard's files, if report_to names it; by default ./tensorboard
+
+    Several processes (torchrun, accelerate launch) train the same model on the same data together: each takes a part of
+    every batch, which gives the losses of one process up to rounding. The first one writes and scores.
 
     With bf16, adapters and heads are trained in float32; heads are rounded at the end. Later stages merge into the
     rounded base, which costs precision. A model without a chain keeps float32 parameters. The global random state is
@@ -159,6 +164,10 @@ def train(
 
     asked = TrainSettings(**settings)
     check_environment(asked.report_to, asked.optimizer)
+    check_processes(asked.batch_size)
+    processes.start()
+    output_dir, resume = _agreed(output_dir, resume)
+    progress = progress and processes.first()
     check_checkpointing(model, asked.gradient_checkpointing)
     started = time.perf_counter()
     config: Any = model.config
@@ -211,19 +220,22 @@ def train(
                 with autocast(model.device, asked.bf16):
                     advance(model, calibration=batches, seed=asked.seed, progress=progress)
             here = directory / f"stage-{stage + 1}"
-            checkpoints.check_base(model, here)
+            processes.share([*model.parameters(), *model.buffers()])
+            if processes.first():
+                checkpoints.check_base(model, here)
             if not trained_parts(model):
                 reports.append(StageReport([], 0, 0.0, [], [], 0, {}, 0))
                 continue
-            if resume and (here / REPORT).exists():
+            if processes.from_first(lambda here=here: resume and (here / REPORT).exists()):
                 checkpoints.load_trained(model, here / checkpoints.TRAINED)
                 rule = "the report of a trained stage must be as Dovetail writes it"
                 reports.append(read_json(here / REPORT, StageReport, rule=rule, limit=checkpoints.REPORT_NBYTES))
                 continue
             title = f"train {data.name}" + (f", stage {stage + 1} of {stages}" if stages > 1 else "")
             watch = Watch(
-                title, shown=progress, evaluate_every=asked.evaluate_every, evaluate=validate,
-                log=None if on_log is None else partial(on_log, stage + 1),
+                title, shown=progress, evaluate_every=asked.evaluate_every,
+                evaluate=None if validate is None else partial(processes.from_first, validate),
+                log=None if on_log is None or not processes.first() else partial(on_log, stage + 1),
             )  # fmt: skip
             trainer = StageTrainer(
                 model,
@@ -238,12 +250,13 @@ def train(
                     *([] if stop_after is None else [StopAfter(stop_after)]),
                 ],
             )
+            latest = processes.from_first(lambda here=here: str(checkpoints.last_checkpoint(here) or "") * resume)
             with keeping(model, worth_keeping(model, trainer.widest_batch(), asked)):
-                report = _train_stage(model, trainer, checkpoints.last_checkpoint(here) if resume else None)
+                report = _train_stage(model, trainer, Path(latest) if latest else None)
             reports.append(report)
             if trainer.state.global_step < trainer.state.max_steps:
                 break
-            if output_dir is not None:
+            if output_dir is not None and processes.first():
                 checkpoints.save_trained(model, here / checkpoints.TRAINED)
                 write_whole(here / REPORT, json.dumps(asdict(report)))
                 for path in here.glob("checkpoint-*"):
@@ -255,6 +268,12 @@ def train(
         make.keep_template()
     model.eval()
     return TrainReport(reports, time.perf_counter() - started, cut, shown)
+
+
+def _agreed(output_dir: Path | None, resume: bool) -> tuple[Path | None, bool]:
+    """Return the first process's folder, and whether it continues there."""
+    said, resume = processes.from_first(lambda: (str(output_dir or ""), resume))
+    return Path(said) if said else None, resume
 
 
 def training_rows(

@@ -19,11 +19,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
+from dovetail import processes
 from dovetail.chains.layer.elastic import groups, use_reference
 from dovetail.errors import DovetailError, TrainError
 from dovetail.tasks.finite import check_finite, not_finite
@@ -35,6 +36,8 @@ from dovetail.training.optimizer import autocast, make_optimizer
 from dovetail.training.settings import TrainSettings
 
 _BATCHES_SORTED_TOGETHER = 50
+_COUNTED = "counted labels"
+"""Key of a batch, with several processes: the number of its labels that the loss counts."""
 
 
 class BatchOrder(Sampler[int]):
@@ -75,6 +78,42 @@ class BatchOrder(Sampler[int]):
         early = self.step_rows if self.step_rows < len(order) else 0
         order[early], order[longest] = order[longest], order[early]
         return iter(order)
+
+
+class RankBatches(Sampler[list[int]]):
+    """This process's part of every batch: every count-th row of it, from its own number on.
+
+    A process without a row, where the last batch is short, gets the batch's first row as -1 - row: it is not counted.
+    """
+
+    def __init__(self, order: BatchOrder) -> None:
+        self.order = order
+        self.batch_sampler = self  # the Trainer looks for `set_epoch` there
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.order.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = list(self.order)
+        for at in range(0, len(rows), self.order.batch_size):
+            batch = rows[at : at + self.order.batch_size]
+            yield batch[processes.rank() :: processes.count()] or [-1 - batch[0]]
+
+
+class _Places(Sequence[int]):
+    """Places of rows, by themselves; what a loader passes to `StageTrainer.collate`."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, place: Any) -> Any:
+        return place
 
 
 class StageTrainer(Trainer):
@@ -120,10 +159,15 @@ class StageTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, and restore the reference ranks of elastic adapters, also after an error."""
+        model: Any = self.model
+        # DistributedDataParallel sends the rest with every forward pass; all processes have it already.
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        model._ddp_params_and_buffers_to_ignore = frozen + [name for name, _ in model.named_buffers()]
         try:
             return super().train(*args, **kwargs)
         finally:
             use_reference(self.elastic)
+            del model._ddp_params_and_buffers_to_ignore
 
     def widest_batch(self) -> dict[str, Tensor]:
         """Return the batch that needs most memory: full, with the longest rows."""
@@ -135,6 +179,20 @@ class StageTrainer(Trainer):
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.model, self.settings)  # pyright: ignore[reportArgumentType]
         return self.optimizer
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of the Trainer, or with several processes one of this process's rows."""
+        if processes.count() == 1:
+            return super().get_train_dataloader()
+        return DataLoader(
+            cast("Any", _Places(len(self.order))), batch_sampler=RankBatches(self.order), collate_fn=self._collate
+        )
+
+    def _collate(self, places: Sequence[int]) -> dict[str, Any]:
+        rows, collate = cast("Sequence[Example]", self.train_dataset), cast("Collator", self.data_collator)
+        absent = places[0] < 0
+        batch = collate([rows[-1 - place] if absent else rows[place] for place in places])
+        return {**batch, _COUNTED: torch.zeros((), dtype=torch.int64) if absent else counted(batch["labels"])}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.order
@@ -153,27 +211,41 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the share of the batch in the mean loss over all labels of the step."""
+        """Return the share of the batch in the mean loss over all labels of the step.
+
+        With several processes, multiplied by their number: gradients and losses become the mean over the processes.
+        """
+        number = inputs.pop(_COUNTED, None)
         if not self._looked:
             self._looked = True
             check_finite(
                 f"{self.watch.title}, step {self.state.global_step + 1}",
-                model,
-                partial(_forward, model, inputs),
+                self._own,
+                partial(_forward, self._own, inputs),
                 error=TrainError,
             )
         outputs = model(**inputs)
         loss = outputs.loss
         if not bool(loss.isfinite()):
-            raise self._not_finite(model, inputs)
+            raise self._not_finite(self._own, inputs)
         share = 1.0
-        if self.args.gradient_accumulation_steps > 1:
+        if number is not None:
+            assert num_items_in_batch is not None
+            share = number * processes.count() / num_items_in_batch
+            loss = loss * share
+        elif self.args.gradient_accumulation_steps > 1:
             assert num_items_in_batch is not None
             share = counted(inputs["labels"]) / num_items_in_batch
             loss = loss * share
         said = self._loss_of_labels(outputs, inputs["labels"])
         self._auxiliary += 0.0 if said is outputs.loss else float((outputs.loss.detach() - said) * share)
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _own(self) -> nn.Module:
+        """The model itself, which DistributedDataParallel may wrap."""
+        assert isinstance(self.model, nn.Module)
+        return self.model
 
     def _loss_of_labels(self, outputs: Any, labels: Tensor) -> Tensor:
         config: Any = self.model.config  # pyright: ignore[reportOptionalMemberAccess]
@@ -187,13 +259,16 @@ class StageTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """Return the number of counted labels of a step. The Trainer would take the value -100.0 for no label."""
-        return torch.stack([counted(batch["labels"]) for batch in batch_samples]).sum().to(device)
+        number = torch.stack([batch.get(_COUNTED, counted(batch["labels"])) for batch in batch_samples]).sum()
+        return processes.total(number.to(device))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the loss of the labels as "loss", and what a model adds to it (for MoE routers) as "auxiliary_loss"."""
-        if "loss" in logs and self._auxiliary:
-            logs |= {"loss": logs["loss"] - self._auxiliary, "auxiliary_loss": self._auxiliary}
+        if "loss" in logs:
+            auxiliary = float(processes.total(torch.tensor(self._auxiliary, dtype=torch.float64))) / processes.count()
             self._auxiliary = 0.0
+            if auxiliary:
+                logs |= {"loss": logs["loss"] - auxiliary, "auxiliary_loss": auxiliary}
         super().log(logs, start_time)
 
     # Checkpoints.
@@ -207,7 +282,9 @@ class StageTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        mark_complete(Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}")
+        processes.wait()
+        if processes.first():
+            mark_complete(Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         assert isinstance(self.model, nn.Module)
@@ -277,7 +354,7 @@ def trainer_arguments(
         output_dir=str(directory),
         num_train_epochs=settings.epochs,
         max_steps=-1 if settings.max_steps is None else settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=-(-settings.batch_size // processes.count()),
         gradient_accumulation_steps=settings.gradient_accumulation,
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup,

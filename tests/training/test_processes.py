@@ -1,0 +1,202 @@
+"""Several processes train one model together: one process's losses and weights, equal bits in all, one writer."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from dovetail import merge, processes, run, search
+from dovetail.cli.main import main
+from dovetail.compression.apply import apply
+from dovetail.errors import DovetailError, TrainError
+from dovetail.runs.recipe import Recipe
+from dovetail.runs.report.record import Report
+from dovetail.training.callbacks import Watch
+from dovetail.training.checkpoints import last_checkpoint
+from dovetail.training.train import train
+from dovetail.training.trainer import BatchOrder, RankBatches
+from small_models import SUMS, llama, make_tokenizer, quiet, training_killed_at
+from small_runs import small_recipe
+
+CHAIN = "wanda(0.5) >> int(bits=4, group=32) >> lora(r=2) >> remask >> regrid"
+SETTINGS: dict[str, Any] = {
+    "max_steps": 5,
+    "batch_size": 6,
+    "gradient_accumulation": 2,
+    "lr_scale": 20,
+    "evaluate_every": 3,
+    "evaluate_limit": 6,
+}
+CALIBRATION = [{"input_ids": torch.arange(4, 16).view(2, 6)}]
+
+
+def launched(number: int, work: Callable[[Path], Any], folder: Path) -> list[Any]:
+    """Run the work in processes of this one; return what each returned, or the class of its error."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+
+    def one(rank: int) -> None:
+        os.environ |= {
+            "WORLD_SIZE": str(number), "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }  # fmt: skip
+        torch.set_num_threads(1)
+        torch.save(work(folder), folder / f"{rank}.pt")
+
+    started = [context.Process(target=one, args=(rank,)) for rank in range(number)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(240)
+    assert [process.exitcode for process in started] == [0] * number
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(number)]
+
+
+def trained(folder: Path, *, chain: str | None = CHAIN, resume: bool = False, **settings: Any) -> tuple[Any, ...]:
+    """Train and merge; return losses, scores and the merged weights."""
+    model = llama()
+    if processes.rank():
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)  # as if it had calculated something else: the first process decides
+    if chain is not None:
+        apply(model, chain, calibration=CALIBRATION)
+    output = folder / "run"
+    report = train(
+        model, make_tokenizer(), SUMS, calibration=CALIBRATION, output_dir=output, resume=resume and output.exists(),
+        progress=False, **SETTINGS | settings,
+    )  # fmt: skip
+    if chain is not None:
+        merge(model)
+    losses = [loss for stage in report.stages for _, loss in stage.losses]
+    scores = [scores for stage in report.stages for _, scores in stage.evaluations]
+    return losses, scores, model.state_dict()
+
+
+def close(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
+    assert one[0] == pytest.approx(other[0], rel=1e-5)
+    for mine, theirs in zip(one[1], other[1], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def same_bits(found: list[tuple[Any, ...]]) -> None:
+    for other in found[1:]:
+        assert other[:2] == found[0][:2]
+        assert other[2].keys() == found[0][2].keys()
+        assert all(torch.equal(other[2][name], value) for name, value in found[0][2].items())
+
+
+@pytest.mark.parametrize(
+    ("number", "chain"), [(2, CHAIN), (4, "ia3 >> nf4 >> lora(r=4, elastic=[4, 2]) >> regrid"), (2, None)]
+)
+def test_losses_of_one_process_and_equal_bits(number: int, chain: str | None, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    expected = trained(alone, chain=chain)
+
+    def work(folder: Path) -> Any:
+        return trained(folder, chain=chain)
+
+    found = launched(number, work, tmp_path)
+    same_bits(found)
+    close(found[0], expected)
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.suffix) == ["alone", "run"]
+
+
+def test_a_stopped_run_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
+    expected = launched(2, trained, tmp_path)
+    again = tmp_path / "again"
+    again.mkdir()
+
+    def stopped(folder: Path) -> Any:
+        with training_killed_at(7):  # of 10, after the checkpoint of the second step
+            trained(folder, checkpoint_every=2)
+        return True
+
+    assert launched(2, stopped, again) == [True, True]
+    found = launched(2, lambda folder: trained(folder, resume=True, checkpoint_every=2), again)
+    same_bits(found)
+    same_bits([expected[0], found[0]])
+
+
+def test_every_row_is_in_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = BatchOrder([3, 1, 2, 5, 4, 1, 1], batch_size=3, step_rows=3, grouped=True, seed="a")
+    parts = []
+    for rank in range(2):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", str(rank))
+        parts.append(list(RankBatches(order)))
+    assert [len(part) for part in parts] == [3, 3]
+    assert parts[0][2] == [list(order)[6]]
+    assert parts[1][2] == [-1 - list(order)[6]]  # not counted
+    rows = [row for part in parts for batch in part for row in batch if row >= 0]
+    assert sorted(rows) == list(range(7))
+
+
+def test_what_several_processes_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(TrainError, match="batch_size=2 and 4 processes"):
+        quiet(llama(), SUMS, batch_size=2)
+    searched = small_recipe(tmp_path, chain="lora(r=4, elastic=[4, 2])", search={})
+    with pytest.raises(DovetailError, match="one of several processes"):
+        run(Recipe.read(searched))
+    with pytest.raises(DovetailError, match="one of several processes"):
+        search(searched)
+
+
+def command_line(arguments: list[str], killed: bool) -> None:
+    """Run in each process what `torchrun -m dovetail` runs there."""
+    torch.set_num_threads(1)
+    end = Watch.on_step_end
+
+    def end_or_die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        end(self, args, state, control, **kwargs)
+        if killed and state.global_step == 4 and processes.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Watch.on_step_end = end_or_die
+    sys.argv = ["dovetail", *arguments]
+    with suppress(SystemExit):
+        main()
+
+
+def test_a_killed_process_ends_all_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    settings = {"max_steps": 6, "batch_size": 4, "checkpoint_every": 2}
+    recipe = Recipe.read(small_recipe(tmp_path, chain="nf4 >> lora(r=2) >> regrid", train=settings))
+    recipe.dump(tmp_path / "recipe.yaml")
+    arguments = ["run", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run")]
+    launcher = elastic_launch(  # what torchrun does, with processes that need not import everything again
+        LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="a",
+            max_restarts=0, start_method="fork", monitor_interval=0.1,
+        ),
+        command_line,
+    )  # fmt: skip
+    with pytest.raises(ChildFailedError, match="Signal 9"):
+        launcher(arguments, True)
+    partial = tmp_path / "run.partial"
+    assert last_checkpoint(partial / "training/stage-1") == partial / "training/stage-1/checkpoint-2"
+    launcher(arguments, False)
+    report = Report.load(tmp_path / "run")
+    assert len(report.training[0].losses) == 6
+    assert report.merge is not None
+    assert report.merge.exact
+    assert not partial.exists()
+    alone = run(recipe, output=tmp_path / "alone", progress=False)
+    assert [loss for _, loss in report.training[0].losses] == pytest.approx(
+        [loss for _, loss in alone.training[0].losses], rel=1e-5
+    )
