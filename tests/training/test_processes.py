@@ -186,7 +186,7 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on(tmp_path: Path) 
         ),
         command_line,
     )  # fmt: skip
-    with pytest.raises(ChildFailedError, match="Signal 9"):
+    with pytest.raises(ChildFailedError, match="command_line FAILED"):  # whichever ended first
         launcher(arguments, True)
     partial = tmp_path / "run.partial"
     assert last_checkpoint(partial / "training/stage-1") == partial / "training/stage-1/checkpoint-2"

@@ -276,6 +276,8 @@ class StageTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert output_dir is not None
         assert isinstance(self.model, nn.Module)
+        if not processes.first():
+            return
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         save_trained(self.model, Path(output_dir) / TRAINED)
         self.between.save(Path(output_dir) / KEPT)
