@@ -287,8 +287,9 @@ def test_the_command(tmp_path: Path) -> None:
     model = merged("int(bits=4, group=32, symmetric=signed, scale_bits=4)")
     dovetail.save_packed(model, tmp_path / "packed", tokenizer=make_tokenizer())
     for more, said in ((["--dry-run"], "all layers fit"), ([], "the same values in float32")):
-        command = ["export", str(tmp_path / "packed"), "--to", CT, "-o", str(tmp_path / "out"), *more]
+        command = ["export", str(tmp_path / "packed"), "--to", CT, "-o", str(tmp_path / "out"), "--for", "vllm", *more]
         done = CliRunner().invoke(app, command)
         assert done.exit_code == 0
         assert said in done.output
+        assert "vllm serve" in done.output
     assert (tmp_path / "out" / "tokenizer.json").is_file()

@@ -41,7 +41,7 @@ def export(
         str | None, typer.Option("--dtype", metavar="DTYPE", help="Served dtype. \\[default: the model's]")
     ] = None,
     engine: Annotated[
-        str | None, typer.Option("--for", metavar="ENGINE", help="vllm, transformers, ollama or openvino.")
+        str | None, typer.Option("--engine", "--for", metavar="ENGINE", help="vllm, transformers, ollama or openvino.")
     ] = None,
     like: Annotated[
         Path | None,
