@@ -43,10 +43,10 @@ def rank_classification(task: Task, words: Sequence[str], prompt: str | None = N
     if len(set(words)) < len(words) or not all(words):
         rule, fix = "label words must differ and not be empty", "name one word for each label"
         raise DataError(where, found=", ".join(words), rule=rule, fix=fix)
-    if set(task.labels) <= set(words):
+    if task.labels and set(task.labels) <= set(words):
         numbers = [words.index(label) for label in task.labels]
         splits = {split: renumbered(records, numbers) for split, records in task.splits.items()}
-        task = replace(task, splits=splits if task.labels else task.splits)
+        task = replace(task, splits=splits)
     most = max(record["label"] for records in task.splits.values() for record in records)
     least = min(record["label"] for records in task.splits.values() for record in records)
     if least < 0 or most >= len(words):
