@@ -10,7 +10,7 @@ Each layer keeps the grid that it has. The layers of one file may differ: in a Q
 Q8_0. A layer's identity names its format: `keep(format="Q4_K")`. `dovetail.links.quantize.ggml` describes the formats,
 their bits per weight, and which of them hold zero exactly; a pruner in the chain is refused on the others.
 
-Source: issue 15 of this project; the formats are those of ggml.
+Source: the block formats of ggml, llama.cpp's library.
 Trade-off: a grid that was made without the task's data or a search stays as it is; `gptq` on the original model has the
 smaller error, but needs that model.
 """
