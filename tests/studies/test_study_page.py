@@ -16,27 +16,28 @@ from dovetail.studies.drawings import heat_maps, heat_table
 from dovetail.studies.measures import Cell
 from dovetail.studies.page import page
 from dovetail.studies.standing import boards
-from dovetail.studies.tables import tables
+from dovetail.studies.tables import measure_tables, tables
 from dovetail.studies.texts import comma_separated, latex, markdown
 from study_reports import line, matrix, study_of
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 REPORT = matrix()
+TABLES = [*tables(REPORT), *measure_tables(REPORT)]
 
 
 def test_every_task_has_its_table_and_the_average_follows():
-    assert [table.title for table in tables(REPORT)] == [
+    assert [table.title for table in TABLES] == [
         "accuracy on sums", "accuracy on words", "average over 2 tasks", "Differences", "Sizes and parameters",
         "Memory and time of training",
     ]  # fmt: skip
-    sums, _, average, differences, sizes, training = tables(REPORT)
+    sums, _, average, differences, sizes, training = TABLES
     assert sums.texts[0] == ["tuned", "none", "lora", "x", "yes", "FP32", "0.0 %", "90.3 ± 0.3 %", "3"]
     assert average.texts[0] == ["tuned", "none", "lora", "85.3 ± 0.3 %", "3"]
     assert len(differences.rows) == 2 * (6 + 2)
     assert sizes.texts[0][3:8] == ["400 bytes", "90 bytes", "16 MB", "16.00", "70.0 %"]
     assert training.texts[1][-1] == "2 of 6"
     assert training.texts[1][4:6] == ["11 MB", "1 kB"]
-    for table in tables(REPORT):
+    for table in TABLES:
         assert {len(row) for row in table.rows} == {len(table.heads)}
     assert any("seed 0 diverged: the loss rose" in remark for remark in sums.remarks)
 
@@ -52,7 +53,7 @@ def test_markdown_begins_with_the_outcome():
 def test_latex_compiles_as_far_as_can_be_told_without_latex():
     text = latex(REPORT)
     assert "booktabs" in text.splitlines()[0]
-    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == len(tables(REPORT))
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == len(TABLES)
     assert r"Quantizers \& $<$adapters$>$" in text
     body = re.sub(r"\\[&%$#_{}]", "", text)
     assert re.search(r"\d %", body) is None

@@ -115,7 +115,8 @@ def study(
         print_json(found.model_dump(mode="json"))
     else:
         print_study(console(), found)
-        print(f"\nThe page of this study is {output / 'study.html'}")
+        print(f"\nSizes, memory and time of every run: {output / 'table.csv'}")
+        print(f"The page of this study is {output / 'study.html'}")
 
 
 @app.command(epilog="Example: dovetail search examples/chains.yaml --output runs/chains --workers 2")

@@ -11,7 +11,7 @@ from dovetail.display.html import definitions, html_page, html_table, section
 from dovetail.studies.drawings import AGAINST, against, heat_maps, heat_table
 from dovetail.studies.report import StudyReport
 from dovetail.studies.standing import AVERAGE, Board, boards
-from dovetail.studies.tables import Shown, Table, tables
+from dovetail.studies.tables import Shown, Table, measure_tables, tables
 
 _MOST_MAPS = 12
 """The most heat maps that a page shows."""
@@ -57,7 +57,7 @@ for (const table of document.querySelectorAll("table.sortable"))
 def page(report: StudyReport, drawn: bytes | None) -> str:
     """Return the page as text; `drawn` is the curve as PNG."""
     seeds = f"{len(report.seeds)} seeds" if len(report.seeds) > 1 else f"seed {report.seeds[0]}"
-    every, made = boards(report), tables(report)
+    every, made = boards(report), [*tables(report), *measure_tables(report)]
     tasks = ", ".join(report.metrics) if len(report.metrics) > 1 else report.task
     what = escape(f"{report.model} on {tasks}, {report.split} split, {seeds}")
     parts = [

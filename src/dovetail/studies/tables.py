@@ -63,10 +63,7 @@ class Table:
 
 
 def tables(report: StudyReport) -> list[Table]:
-    """Return the tables of a study.
-
-    Quality on each task and on average, cost and differences where the study asks for them, sizes, and training.
-    """
+    """Return the tables of quality on each task and on average, and of cost and differences where asked for."""
     every = boards(report)
     found = [_quality(report, board, number == 0) for number, board in enumerate(every) if board.task != AVERAGE]
     found += [_average(report, board) for board in every if board.task == AVERAGE]
@@ -74,11 +71,17 @@ def tables(report: StudyReport) -> list[Table]:
         found.append(_cost(report))
     if report.compare:
         found.append(_compare(report))
-    measured = [board for board in every if board.task == AVERAGE] or every
+    return found
+
+
+def measure_tables(report: StudyReport) -> list[Table]:
+    """Return the tables of the measures of every run: sizes and parameters, and memory and time of training."""
+    every = boards(report)
+    shown, found = [board for board in every if board.task == AVERAGE] or every, []
     if report.cells:
-        found.append(_sizes(report, measured))
-    if any(line.means["training_seconds"] is not None for board in measured for line in board.lines):
-        found.append(_training(report, measured))
+        found.append(_sizes(report, shown))
+    if any(cell.steps for cell in report.cells):
+        found.append(_training(report, shown))
     return found
 
 
@@ -283,7 +286,7 @@ def event_line(event: Event, elapsed: float) -> str:
 
 
 def print_study(console: Console, report: StudyReport) -> None:
-    """Print the summary and the tables of a study."""
+    """Print the summary and the tables of a study, without those of the measures of every run, which are wide."""
     for sentence in report.summary:
         console.print(escape(sentence), soft_wrap=True)
     for table in tables(report):

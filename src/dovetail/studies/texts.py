@@ -8,7 +8,7 @@ from typing import Any
 
 from dovetail.studies.measures import Cell
 from dovetail.studies.report import StudyReport
-from dovetail.studies.tables import Table, tables
+from dovetail.studies.tables import Table, measure_tables, tables
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -24,7 +24,7 @@ def markdown(report: StudyReport) -> str:
     parts = [f"# {report.title}", f"{report.model} on {_tasks(report)}, {report.split} split; seeds {seeds}."]
     if report.summary:
         parts.append("\n".join(f"- {sentence}" for sentence in report.summary))
-    for table in tables(report):
+    for table in [*tables(report), *measure_tables(report)]:
         kinds = ["---"] * table.words + ["---:"] * (len(table.heads) - table.words)
         lines = [f"## {table.title}", "", *map(_line, [table.heads, kinds, *table.texts]), "", table.note]
         parts.append("\n".join([*lines, *(f"- {remark}" for remark in table.remarks)]))
@@ -42,7 +42,7 @@ def _line(cells: list[str]) -> str:
 def latex(report: StudyReport) -> str:
     """Return table.tex: every table as a `table` environment in the style of the package booktabs."""
     parts = ["% Needs \\usepackage{booktabs} in the preamble."]
-    for number, table in enumerate(tables(report), 1):
+    for number, table in enumerate([*tables(report), *measure_tables(report)], 1):
         parts.append(_latex_table(table, f"{report.title}: {table.title}", f"tab:study-{number}"))
     return "\n\n".join(parts) + "\n"
 
