@@ -145,7 +145,8 @@ class Study(YamlFile):
         vary = dict(self.vary)
         for axis, kept in self.quick.vary.items():
             values = labelled(vary[axis])
-            vary[axis] = kept if isinstance(vary[axis], tuple) else {str(label): values[label] for label in kept}
+            chosen = {str(label): values[label] for label in kept}
+            vary[axis] = tuple(chosen.values()) if isinstance(vary[axis], tuple) else chosen
         rows = tuple(
             row if row.of is not None else row.model_copy(update={"changes": _over(row.changes, self.quick.common)})
             for row in self.rows
