@@ -153,7 +153,10 @@ class Study(YamlFile):
         )
         seeds = self.quick.seeds or self.seeds
         skip = tuple(kept for pattern in self.skip if (kept := within(pattern, vary)) is not None)
-        return self.model_copy(update={"vary": vary, "rows": rows, "seeds": seeds, "skip": skip, "quick": None})
+        changed: dict[str, Any] = {"vary": vary, "rows": rows, "seeds": seeds, "skip": skip, "quick": None}
+        if isinstance(self.compare, dict) and within(self.compare, vary) is None:
+            changed["compare"] = ()  # with a point that is left out
+        return self.model_copy(update=changed)
 
     def axes(self, row: Row) -> list[str]:
         """Return the axes that a row runs along: those in its chain, and the keys that it does not set itself."""
