@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 import dovetail
+from dovetail.chains.layer.keeping import forget, keeping
 from timing import Row, medians, show
 
 CHAINS = ("lora(r=8)", "nf4 >> lora(r=8)", "int(bits=4, group=64) >> lora(r=8)",
@@ -39,7 +40,8 @@ def models(hidden: int) -> dict[str, Any]:
 
 
 def step(model: Any, ids: torch.Tensor) -> None:
-    """Run a forward and a backward pass."""
+    """Run a forward and a backward pass, with weights that are made anew, as after a step of the optimizer."""
+    forget(model)
     model(input_ids=ids, labels=ids).loss.backward()
     model.zero_grad()
 
@@ -61,7 +63,9 @@ def main() -> None:
             if chain is not None:
                 dovetail.apply(model, chain)
             model.train()
-        took = medians({name: partial(step, model, ids) for name, model in pair.items()}, asked.rounds, warmup=1)
+        with keeping(pair["dense"]), keeping(pair["mixture"]):
+            functions = {name: partial(step, model, ids) for name, model in pair.items()}
+            took = medians(functions, asked.rounds, warmup=1)
         rows.append(Row(chain or "without a chain", took["mixture"], took["dense"], 1.3))
     show(f"mixture beside dense, {asked.hidden} wide, {asked.tokens} tokens", rows, asked.json)
 
