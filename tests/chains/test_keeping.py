@@ -129,7 +129,7 @@ def test_training_gives_the_same_bits_and_makes_a_weight_once_a_step(text: str, 
         if keep:
             assert len(made) <= (2 + 4 + 2) * len(chain_layers(model))  # the longest rows, the steps, the evaluations
     for other in results[1:]:
-        same(other[0], results[0][0])
+        assert same(other[0], results[0][0])
         assert other[1:] == results[0][1:]
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from time import monotonic, sleep
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import dovetail.runs.flow as flow
 import dovetail.runs.rows as rows_of_runs
@@ -24,6 +25,7 @@ from dovetail.runs.plan import plan
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Example, Report
 from dovetail.runs.rows import row_names
+from dovetail.runs.steps import probe_of
 from dovetail.tasks.find import load_task
 from dovetail.tasks.playground import task
 from dovetail.tasks.scoring import evaluate
@@ -34,6 +36,7 @@ from small_runs import MAIN, save_labels, save_model, small_recipe
 FIELDS = {
     "chain", "layers", "model", "seed", "stages", "merge", "footprint", "peak_memory_nbytes", "seconds", "environment",
     "task", "examples", "verdict", "training", "checkpoint", "packed", "search", "identity", "rendered",
+    "exports",
 }  # fmt: skip
 
 
@@ -52,6 +55,19 @@ def finished(tmp_path_factory):
     seen, place = [], tmp_path_factory.mktemp("finished")
     report = quiet(small_recipe(place), place / "new" / "run", on_row=lambda row: seen.append(row.name))
     return place / "new" / "run", report, seen
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "kind", "shape"),
+    [(128, "text", (16, 500)), (1 << 18, "text", (1, 256)), (1 << 20, "classification", (16, 500)),
+     (100_000, "generation", (1, 500)), (50_000, "generation", (2, 500))],
+)  # fmt: skip
+def test_logits_are_compared_on_a_bounded_number(vocabulary: int, kind: str, shape: tuple[int, int]) -> None:
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=32, num_hidden_layers=0))
+    batch = {"input_ids": torch.zeros(32, 500, dtype=torch.int64), "attention_mask": torch.ones(32, 500)}
+    found = probe_of(batch, model, kind)
+    assert {tuple(tensor.shape) for tensor in found.values()} == {shape}
 
 
 def test_a_run_directory(finished):

@@ -39,9 +39,6 @@ from dovetail.training.train import train
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROBE_ROWS = 16
-"""Rows on which the logits before and after merging, and after loading the saved checkpoint, are compared."""
-
 
 def run(
     recipe: Recipe | str | Path | Mapping[str, Any],
@@ -87,7 +84,7 @@ def run(
     batches = steps.calibration(recipe, task, model, tokenizer)
     if not processes.first():
         return _follow(recipe, model, tokenizer, task, batches)
-    probe = {name: tensor[:PROBE_ROWS] for name, tensor in batches[0].items()}
+    probe = steps.probe_of(batches[0], model, task.kind)
     identity = steps.identity(model, tokenizer, tasks, batches)
     names = iter(row_names(links, head=task.kind in HEAD_KINDS))
     trained, searched, merged, checkpoint, packed = None, None, None, None, None

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """Files of a model of images and texts, beside its tokenizer, which say how images become inputs."""
 
+PROBE_ROWS, PROBE_LOGITS = 16, 1 << 26
+"""Rows, and numbers of logits, that are compared before and after merging and after loading the saved checkpoint."""
+
 
 def checked_chain(recipe: Recipe) -> CheckedChain:
     """Return the chain of a recipe, checked on what its model holds from earlier rounds. Raises ChainError."""
@@ -191,6 +194,19 @@ def search(
     searched = Searched.model_validate(found)
     write_whole(path, searched.model_dump_json())
     return searched
+
+
+def probe_of(batch: dict[str, Tensor], model: PreTrainedModel, kind: str) -> dict[str, Tensor]:
+    """Return what logits are compared on: the first rows of a batch (rows, tokens), at most PROBE_ROWS.
+
+    Of a large vocabulary it is fewer rows, and shorter ones, so that their logits are at most PROBE_LOGITS numbers.
+    """
+    rows, tokens = PROBE_ROWS, max(tensor.shape[1] for tensor in batch.values())
+    if kind not in HEAD_KINDS:
+        room = PROBE_LOGITS // model.config.get_text_config(decoder=True).vocab_size
+        tokens = min(tokens, max(1, room))
+        rows = min(rows, max(1, room // tokens))
+    return {name: tensor[:rows, :tokens] for name, tensor in batch.items()}
 
 
 def write_packed(
