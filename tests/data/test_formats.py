@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,12 @@ def test_segments_are_joined_as_they_are(tmp_path: Path) -> None:
     assert row["input_ids"] == tokenizer("".join(text for _, text in parts), add_special_tokens=False)["input_ids"]
     kept = [token for token in row["labels"] if token != -100]
     assert tokenizer.decode(kept) == "".join(text for label, text in parts if label)
+    model, own = dovetail.load("playground")
+    wanted = [{"label": False, "text": "The sum of 2 and 3 is"}, {"label": True, "text": " five."}]
+    whole = load_data(write(tmp_path / "data.jsonl", {"segments": wanted}))
+    for metric in ("perplexity", "exact_match"):
+        scored = replace(whole, metric=metric)
+        assert dovetail.evaluate(model, own, scored, split="train", progress=False)["data"]["perplexity"] > 1
     for bad in ([{"text": "a"}], [{"label": True}], [{"label": False, "text": "a"}], []):
         with pytest.raises(DataError, match=r"data\.jsonl, line 1"):
             load_data(write(tmp_path / "data.jsonl", {"segments": bad}))

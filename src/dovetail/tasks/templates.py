@@ -227,6 +227,7 @@ class Segments:
 
     source = None
     end_id = None
+    closing = ("", "")
 
     def render(self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None, *, prompt: bool) -> str:
         """Return the texts in a row."""
