@@ -116,7 +116,8 @@ def test_losses_of_one_process_and_equal_bits(number: int, chain: str | None, tm
     assert sorted(path.name for path in tmp_path.iterdir() if not path.suffix) == ["alone", "run"]
 
 
-def test_a_stopped_run_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("later", [2, 1])
+def test_a_stopped_run_goes_on_in_another_number_of_processes(later: int, tmp_path: Path) -> None:
     expected = launched(2, trained, tmp_path)
     again = tmp_path / "again"
     again.mkdir()
@@ -127,9 +128,12 @@ def test_a_stopped_run_goes_on_in_another_number_of_processes(tmp_path: Path) ->
         return True
 
     assert launched(2, stopped, again) == [True, True]
-    found = launched(2, lambda folder: trained(folder, resume=True, checkpoint_every=2), again)
+    found = launched(later, lambda folder: trained(folder, resume=True, checkpoint_every=2), again)
     same_bits(found)
-    same_bits([expected[0], found[0]])
+    if later == 2:
+        same_bits([expected[0], found[0]])
+    else:
+        close(found[0], expected[0])
 
 
 def test_every_row_is_in_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
