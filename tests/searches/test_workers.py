@@ -244,3 +244,24 @@ def test_a_storage_that_cannot_be_opened(url, problem, monkeypatch):
     with pytest.raises(SearchError, match=problem) as caught, open_study(url, NAME, QuickSpace(1), IDENTITY):
         pass
     assert "secret" not in str(caught.value)
+
+
+def test_a_trial_that_another_worker_finished_before_it_was_signed_is_left(url, monkeypatch):
+    space = QuickSpace(3)
+    with open_study(url, NAME, space, IDENTITY) as study:
+        pop = optuna.Study._pop_waiting_trial_id
+        stolen = []
+
+        def popped(self):
+            found = pop(self)
+            if found is not None and not stolen:
+                stolen.append(found)
+                self._storage.set_trial_state_values(found, state=TrialState.FAIL)
+            return found
+
+        monkeypatch.setattr(optuna.Study, "_pop_waiting_trial_id", popped)
+        work(study, space)
+        states = [trial.state for trial in study.get_trials()]
+    assert stolen
+    assert states.count(TrialState.COMPLETE) == 3
+    assert TrialState.RUNNING not in states

@@ -277,7 +277,10 @@ def _run(study: optuna.Study, space: SearchSpace) -> int | None:
     trial_id = study._pop_waiting_trial_id()
     if trial_id is None:
         return None
-    trial = optuna.Trial(study, trial_id)
+    try:
+        trial = optuna.Trial(study, trial_id)  # signs it
+    except UpdateFinishedTrialError:  # the worker that enqueued it took it for lost before that, and has finished it
+        return None
     with get_heartbeat_thread(trial._trial_id, study._storage):
         try:
             if _duplicate(study, trial):
