@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import XLMConfig, XLMWithLMHeadModel
 
 import dovetail
 from dovetail.chains.layer.applied import Inputs
@@ -127,6 +128,19 @@ def test_equals_a_naive_walk_on_every_family(name: str, inputs: Inputs) -> None:
     assert_same(found, naive(FAMILIES[name](), batches, inputs))
     assert model.training
     clean(model, threads)
+
+
+def test_a_model_that_caches_whatever_its_config_says() -> None:
+    def xlm() -> Any:
+        torch.manual_seed(0)
+        config = XLMConfig(
+            vocab_size=128, emb_dim=32, n_layers=2, n_heads=2, max_position_embeddings=64, pad_index=0, pad_token_id=0
+        )
+        return XLMWithLMHeadModel(config).eval()
+
+    ids = torch.randint(3, 128, (4, 12), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    assert_same(walked(xlm(), batches, "compressed"), naive(xlm(), batches, "compressed"))
 
 
 def test_without_gram_matrices() -> None:

@@ -78,6 +78,27 @@ def test_a_model_scores_by_its_own_numbers() -> None:
         dovetail.evaluate(bert(3), make_tokenizer(), rows(["poor", "good"]))
 
 
+@pytest.mark.parametrize("names", [NAMES, ["poor", "fair"]], ids=["named", "partly named"])
+def test_an_answer_that_the_data_lack_is_shown_by_its_name(names: list[str]) -> None:
+    model = bert(3)
+    model.config.id2label = dict(enumerate(names)) | ({2: "LABEL_2"} if len(names) == 2 else {})
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([0.0, 0.0, 1e4]))
+    said: dict[str, list[str]] = {}
+    dovetail.evaluate(
+        model, make_tokenizer(), rows(["poor", "fair"]), progress=False, on_outputs=said.__setitem__
+    )  # fmt: skip
+    assert said["data"] == [model.config.id2label[2]] * 2
+
+
+def test_labels_of_a_model_are_not_replaced_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    model = bert(2)
+    model.config.id2label = {0: "spam", 1: "ham"}
+    dovetail.train(model, make_tokenizer(), rows(["good", "poor"] * 4), max_steps=1, batch_size=4, progress=False)
+    assert "the model's labels spam, ham are replaced by good, poor" in capfd.readouterr().err
+    assert model.config.label2id == {"good": 0, "poor": 1}
+
+
 @pytest.mark.parametrize("names", [NAMES, [2, 1, 0]], ids=["names", "numbers"])
 @pytest.mark.parametrize("merge", ["none", "lossy"])
 def test_a_run_of_three_labels_is_loaded_and_scored_again(tmp_path: Path, names: list[Any], merge: str) -> None:

@@ -250,10 +250,17 @@ class Passes:
                 module.forward = own
 
     def _gate(self, name: str) -> Callable[..., Any]:
+        from transformers import Cache
+
+        def kept(argument: Any) -> Any:
+            # XLM makes a cache whatever its config says, and a block that runs twice would read its own keys.
+            return None if isinstance(argument, Cache) else argument
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             if _here.now is None:
                 return self._forward[name](*args, **kwargs)
-            return _here.now.arrive(name, args, kwargs)
+            kwargs = {key: kept(value) for key, value in kwargs.items()}
+            return _here.now.arrive(name, tuple(map(kept, args)), kwargs)
 
         return forward
 

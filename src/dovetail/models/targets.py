@@ -87,11 +87,11 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
     "all-linear" is every nn.Linear and transformers Conv1D outside the heads, without those that cannot be changed
     alone (weights shared with another module, read by the model without calling the layer, or not stored as one
     floating-point parameter), without layers of the model's own classes that compute something else, without the
-    routers of MoE experts, and, in a
-    PreTrainedModel, without layers of fewer than LEAST_WIDTH inputs or outputs, which are gates and mixing
-    coefficients. Convolutions are found only when a glob names them. A model that neither is nor contains
-    a PreTrainedModel has no known head. Each expert that a model keeps in a three-dimensional parameter (Mixtral and
-    others in transformers 5) is a layer called after that parameter, "model.layers.0.mlp.experts.gate_up_proj.3";
+    routers of MoE experts, and, in a PreTrainedModel, without layers of fewer than LEAST_WIDTH inputs or outputs,
+    which are gates and mixing coefficients. Convolutions are found only when a glob names them. A model that neither
+    is nor contains a PreTrainedModel has no known head. Each expert that a model keeps in a three-dimensional
+    parameter (Mixtral and others in transformers 5) is a layer called after that parameter,
+    "model.layers.0.mlp.experts.gate_up_proj.3";
     `fused_experts` lists modules with such parameters that have no known form.
 
     Raises TargetError when a target or an exclusion matches nothing, when a label or glob names a layer that cannot be

@@ -202,8 +202,9 @@ def probe_of(batch: dict[str, Tensor], model: PreTrainedModel, kind: str) -> dic
     Of a large vocabulary it is fewer rows, and shorter ones, so that their logits are at most PROBE_LOGITS numbers.
     """
     rows, tokens = PROBE_ROWS, max(tensor.shape[1] for tensor in batch.values())
-    if kind not in HEAD_KINDS:
-        room = PROBE_LOGITS // model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = vocabulary_of(model)
+    if kind not in HEAD_KINDS and vocabulary is not None:
+        room = PROBE_LOGITS // vocabulary[1]
         tokens = min(tokens, max(1, room))
         rows = min(rows, max(1, room // tokens))
     return {name: tensor[:rows, :tokens] for name, tensor in batch.items()}
@@ -267,8 +268,8 @@ def _copy_processor(model: PreTrainedModel, directory: Path) -> None:
     """Copy the files that say how images become inputs, where the model was loaded with such files beside it."""
     from huggingface_hub import try_to_load_from_cache
 
-    source = model.name_or_path or ""
-    for name in _PROCESSOR:
+    source = model.name_or_path
+    for name in _PROCESSOR if source else ():
         local = Path(source) / name
         if local.is_file():
             shutil.copyfile(local, directory / name)

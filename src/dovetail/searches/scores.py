@@ -49,6 +49,7 @@ from dovetail.errors import NotFinite, SearchError
 from dovetail.models.layouts import ConvLayout
 from dovetail.searches.trial import Applied, Workbench
 from dovetail.tasks.finite import not_finite
+from dovetail.tasks.labels import as_model_labels
 from dovetail.tasks.lengths import in_evaluation, length_limit
 from dovetail.tasks.tokens import IGNORED, Collator, RowMaker
 from dovetail.tasks.vocabulary import pad_id, vocabulary_of
@@ -199,8 +200,9 @@ def entropy(bench: Workbench, samples: int) -> dict[str, float]:
 # --- Batches ---------------------------------------------------------------------------------------------------------
 def _batches(bench: Workbench, samples: int) -> Iterator[Batch]:
     """Yield batches of training records with labels, as training makes them, on the device of the model."""
-    model, task, settings = bench.model, bench.task, bench.recipe.train
+    model, settings = bench.model, bench.recipe.train
     config: Any = model.config
+    task = as_model_labels(bench.task, config)
     records = task.split("train")
     chosen = Random(bench.recipe.seed).sample(range(len(records)), min(samples, len(records)))
     drawn = [records[number] for number in chosen]

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dovetail.errors import DataError
+from dovetail.progress import note_once
 from dovetail.tasks.task import Task, renumbered
 
 if TYPE_CHECKING:
@@ -23,20 +24,23 @@ _NO_NAME = re.compile(r"LABEL_\d+")
 
 def name_labels(config: PreTrainedConfig, labels: Sequence[str]) -> None:
     """Name the outputs of a model that is trained on these labels, unless its own names contain all of them."""
-    if not labels or set(labels) <= set(_names(config)):
+    known = _names(config)
+    if not labels or set(labels) <= set(known):
         return
+    if own := [name for name in known if not _NO_NAME.fullmatch(name)]:
+        note_once(f"the model's labels {', '.join(own)[:200]} are replaced by {', '.join(labels)[:200]}")
     names = dict(enumerate(labels))
     names |= {number: f"LABEL_{number}" for number in range(len(labels), config.num_labels or 0)}
     config.id2label, config.label2id = names, {name: number for number, name in names.items()}
 
 
 def as_model_labels(task: Task, config: PreTrainedConfig) -> Task:
-    """Return the task with its labels numbered as the model numbers them; a task of numbers unchanged.
+    """Return the task with the model's labels and numbers for its records; a task of numbers unchanged.
 
     Raises DataError for a label that the model does not name.
     """
     names = _names(config)
-    if not task.labels or tuple(names[: len(task.labels)]) == task.labels:
+    if not task.labels or tuple(names) == task.labels:
         return task
     if strange := [label for label in task.labels if label not in names]:
         named = [name for name in names if not _NO_NAME.fullmatch(name)]

@@ -66,7 +66,7 @@ COUNTS = ("n", "cut", "windows")
 """Beside the scores: records; prompts and texts that were cut, if any; rows of texts, if some have several."""
 
 MAX_LABELS = 1000
-"""The most labels that are taken from the records: more are rather a mistake, unless num_labels says so."""
+"""The most labels that are counted in the records, and the most names of labels: more are rather a mistake."""
 
 MAX_VALUE = 1e18
 """The largest label in size: its square is a float32 still, and so is a squared error."""
