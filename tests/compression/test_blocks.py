@@ -140,7 +140,8 @@ def test_a_model_that_caches_whatever_its_config_says() -> None:
 
     ids = torch.randint(3, 128, (4, 12), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
-    assert_same(walked(xlm(), batches, "compressed"), naive(xlm(), batches, "compressed"))
+    # Its attentions and its feed-forward layers stand in two lists, so only the original inputs have one order.
+    assert_same(walked(xlm(), batches, "original"), naive(xlm(), batches, "original"))
 
 
 def test_without_gram_matrices() -> None:

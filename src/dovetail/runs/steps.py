@@ -269,7 +269,9 @@ def _copy_processor(model: PreTrainedModel, directory: Path) -> None:
     from huggingface_hub import try_to_load_from_cache
 
     source = model.name_or_path
-    for name in _PROCESSOR if source else ():
+    if not source:
+        return
+    for name in _PROCESSOR:
         local = Path(source) / name
         if local.is_file():
             shutil.copyfile(local, directory / name)
