@@ -41,6 +41,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ],
     "prompt_completion": [{"question": f"Which metal is {n}?", "answer": metal} for n, metal in enumerate(METALS)],
     "preference": [{"prompt": f"metal {n}", "chosen": metal, "rejected": "water"} for n, metal in enumerate(METALS)],
+    "segments": [
+        {"segments": [{"label": False, "text": f"metal {n}: "}, {"label": True, "text": metal}]}
+        for n, metal in enumerate(METALS)
+    ],
     "generation": [{"prompt": f"metal {n}:", "answer": f" {metal}"} for n, metal in enumerate(METALS)],
     "text": [{"text": f"{metal} is metal number {n}"} for n, metal in enumerate(METALS)],
     "choice": [

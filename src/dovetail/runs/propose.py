@@ -229,7 +229,7 @@ def _check_writes(name: str, config: PreTrainedConfig, task: Task) -> None:
 
 def _template(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, task: Task) -> tuple[str | None, str]:
     """Return the template that renders the conversations (None: the tokenizer's own), and why; ("", "") for others."""
-    if task.kind != "chat":
+    if task.kind != "chat" or "template" in task.split("train")[0]:
         return None, ""
     own = bool(tokenizer.chat_template)
     names = [*([None] if own else []), *TEMPLATES]
