@@ -163,7 +163,11 @@ def test_what_mlx_quantized_is_read_exactly_or_refused(tmp_path: Path) -> None:
         ({"quant_method": "awq", "version": "gemv"}, "awq, gemv"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "marlin"),
         ({"config_groups": {"a": {"input_activations": {"num_bits": 8}}}}, "quantized activations"),
-        ({"kv_cache_scheme": {"num_bits": 8}}, "quantized activations, or a cache"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        ({"transform_config": {"config_groups": {"R4": {"type": "hadamard"}}}}, "transform_config"),
+        ({"config_groups": {"FP8_DYNAMIC": ["Linear"]}}, "a preset"),
+        ({"config_groups": {"a": {"weights": {"num_bits": 7}}}}, "num_bits 7"),
+        ({"quant_method": "gptq", "checkpoint_format": None, "format": "marlin"}, "marlin"),
         ({"quant_method": "gptq", "format": "gptq"}, "no layer with a grid"),
     ],
 )
@@ -192,6 +196,17 @@ def test_grids_that_are_not_held_are_refused(tmp_path: Path) -> None:
     save_file({key: t for key, t in tensors.items() if not key.startswith(name)}, folder / WEIGHTS, {"format": "pt"})
     with pytest.raises(LoadError, match="1 weights of LlamaForCausalLM not stored"):
         kept(folder)
+
+
+def test_tensors_that_the_model_would_ignore_are_refused(tmp_path: Path) -> None:
+    folder = written("awq", "int(bits=4, group=32)", "float16", tmp_path / "out")
+    tensors, ones = load_file(folder / WEIGHTS), torch.ones(64, dtype=torch.float16)
+    for name in ("mlp.up_proj.bias", "mlp.act_fn.scales", "mlp.up_proj.lora_A"):
+        save_file(tensors | {f"model.layers.0.{name}": ones}, folder / WEIGHTS, {"format": "pt"})
+        with pytest.raises(LoadError, match=name.rpartition(".")[2]):
+            kept(folder)
+    save_file(tensors | {"model.layers.0.mlp.up_proj.bias": ones * 0}, folder / WEIGHTS, {"format": "pt"})
+    assert kept(folder).config.dovetail["layers"]
 
 
 def test_an_fp8_code_that_is_no_number_is_refused(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def load(
     num_labels         outputs of a classification head; None: as the config says. Regression has one
     dtype              a key of FLOATS or such a torch.dtype; None: as stored, and float32 for blocks of GGUF
     grid               "keep": the linear layers of a GGUF file, or of a folder in compressed-tensors, bitsandbytes,
-                       GPTQ or MLX, keep its codes and scales, and a chain such as `keep >> lora(r=16) >> regrid`
+                       GPTQ, AWQ or MLX, keep its codes and scales, and a chain such as `keep >> lora(r=16) >> regrid`
                        changes codes alone. None: they are dense, or transformers decides
     trust_remote_code  run the checkpoint's own Python code
     seed               draws the weights of a new head, the only ones that may be missing from the checkpoint

@@ -8,6 +8,7 @@ file: a grid that Dovetail does not hold exactly is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -50,19 +51,12 @@ def format_of(where: str, said: Any) -> Format | None:
         return None
     method = said.get("quant_method")
     if method == "compressed-tensors":
-        groups = said.get("config_groups")
-        schemes = groups.values() if isinstance(groups, dict) else ()
-        acts = [
-            g for g in schemes if isinstance(g, dict) and (g.get("input_activations") or g.get("output_activations"))
-        ]
-        if acts or said.get("kv_cache_scheme") or said.get("sparsity_config"):
-            rule = "only the weights must be quantized, by compressed-tensors without sparsity"
-            raise LoadError(where, found="quantized activations, or a cache", rule=rule, fix="load it without grid")
+        _check_compressed_tensors(where, said)
         return CompressedTensors()
     if method == "bitsandbytes" and said.get("load_in_4bit", said.get("_load_in_4bit")):
         return BitsAndBytes()
     if method == "gptq":
-        version = said.get("checkpoint_format", said.get("format"))
+        version = said.get("checkpoint_format") or said.get("format")
         if version in ("gptq", "gptq_v2", None):
             return GPTQFormat(2 if version == "gptq_v2" else 1)
         method = f"gptq, {version}"
@@ -77,6 +71,27 @@ def format_of(where: str, said: Any) -> Format | None:
         "grid=keep reads compressed-tensors, bitsandbytes in 4 bits, gptq, awq (gemm) and mlx",
     )
     raise LoadError(where, found=found, rule=rule, fix="load it without grid")
+
+
+def _check_compressed_tensors(where: str, said: dict[str, Any]) -> None:
+    """Raise LoadError where more than the weights is quantized, or where their codes have another width than stored."""
+    groups = said.get("config_groups")
+    schemes: list[Any] = list(groups.values()) if isinstance(groups, dict) else []
+    found = ""
+    if any(not isinstance(scheme, dict) for scheme in schemes):
+        found = "a preset in config_groups, which may quantize activations"
+    elif any(scheme.get("input_activations") or scheme.get("output_activations") for scheme in schemes):
+        found = "quantized activations"
+    elif other := [key for key in ("kv_cache_scheme", "sparsity_config", "transform_config") if said.get(key)]:
+        found = other[0]
+    else:
+        weights = [scheme.get("weights") for scheme in schemes]
+        bits = {each.get("num_bits") for each in weights if isinstance(each, dict)}
+        if unread := bits - {2, 4, 8}:  # words of 5 codes of 6 bits, or of 4 of 7 bits, look like those of other widths
+            found = f"num_bits {next(iter(unread))}"[:60]
+    if found:
+        rule = "only the weights must be quantized, to 2, 4 or 8 bits, without sparsity and transforms"
+        raise LoadError(where, found=found, rule=rule, fix="load it without grid")
 
 
 def forget_format(config: PreTrainedConfig) -> None:
@@ -221,7 +236,11 @@ def _read(form: Format, stored: _Tensors, name: str, link: Quantizer, shape: tup
     tensors = {part: stored.get(f"{name}.{part}") for part in stored.parts(name)}
     floats = [t.dtype for part, t in tensors.items() if t.dtype in FLOATS.values() and "scale" in part]
     quantized = form.read(tensors, link.empty(shape))
-    for part, tensor in form.encode(quantized, floats[0] if floats else torch.float32).items():
+    encoded = form.encode(quantized, floats[0] if floats else torch.float32)
+    if extra := sorted(tensors.keys() - encoded.keys()):
+        rule = f"a quantized layer must have the tensors of {form.name} alone"
+        raise LoadError(name, found=", ".join(extra)[:200], rule=rule, fix="load it without grid")
+    for part, tensor in encoded.items():
         if part.startswith("weight.quant_state"):
             continue  # text of JSON, whose numbers `read` has checked
         given = tensors.get(part)
@@ -245,18 +264,31 @@ def _fill_dense(stored: _Tensors, model: nn.Module, grids: Mapping[str, Quantize
     """Put the tensors that belong to no quantized layer in their places."""
     for key in stored.owner:
         owner, _, leaf = key.rpartition(".")
-        place, parts = owner, key.split(".")
+        parts = key.split(".")
         if leaf != "bias" and any(".".join(parts[:end]) in grids for end in range(1, len(parts))):
             continue
         try:
-            wanted = model.get_submodule(place)._parameters.get(leaf)
+            module = model.get_submodule(owner)
         except AttributeError:
-            wanted = None
+            continue  # weights of parts that this class lacks
+        wanted = module._parameters.get(leaf)
         if wanted is None:
-            continue  # buffers of older versions, and weights of parts that this class lacks
+            _check_unused(stored, key, model, module)
+            continue
         tensor = stored.get(key)
         if tensor.shape != wanted.shape or not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             found = f"{key} stored as {list(tensor.shape)} of {tensor.dtype}, the model has {list(wanted.shape)}"
             rule = "dense tensors must be finite and have the shapes that config.json asks for"
             raise LoadError(stored.where, found=found, rule=rule, fix="download the files again")
-        model.get_submodule(place)._parameters[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+        module._parameters[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+
+
+def _check_unused(stored: _Tensors, key: str, model: nn.Module, module: nn.Module) -> None:
+    """Raise LoadError for a tensor of a module that has no parameter of its name, unless it changes nothing."""
+    leaf, ignored = key.rpartition(".")[2], getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if leaf in module._buffers or any(re.search(pattern, key) for pattern in ignored):
+        return
+    if leaf == "bias" and not bool(stored.get(key).any()):
+        return  # of older versions of GPTQ's tools, which gave every layer one
+    rule, fix = f"{type(module).__name__} must have a parameter for each of its tensors", "load it without grid"
+    raise LoadError(stored.where, found=f"{key}, which the model does not have", rule=rule, fix=fix)
