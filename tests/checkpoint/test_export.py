@@ -217,6 +217,22 @@ def test_dtypes_and_zero_points_that_a_format_lacks_are_refused(tmp_path: Path) 
         export(model, "mlx", tmp_path / "mlx", dtype="float16")
 
 
+@pytest.mark.parametrize("quantized", [True, False])
+def test_values_beyond_float16_are_refused(quantized: bool, tmp_path: Path) -> None:
+    model = merged("int(bits=4, group=32, symmetric=signed)", dtype=torch.bfloat16)
+    if quantized:
+        layer = model.get_submodule("model.layers.0.mlp.up_proj")
+        assert isinstance(layer, ChainLinear)
+        assert isinstance(layer.base.quantized, AffineWeight)
+        layer.base.quantized.get_buffer("scale_og")[:] = 6e4
+    else:
+        model.get_submodule("model.norm").get_parameter("weight").data[0] = 1e5
+    with pytest.raises(ExportError, match=r"(?s)(up_proj|model\.norm\.weight).*finite in float16.*bfloat16"):
+        export(model, "gptq", tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    assert export(model, "gptq", tmp_path / "out", dtype="bfloat16").weights > 0
+
+
 def test_a_run_of_stock_modules_and_mixed_layers(tmp_path: Path) -> None:
     """From the folder of a merged model; half of its layers have other bits, and one is not in the chain."""
     available(CT)

@@ -435,6 +435,7 @@ def proved(form: Format, name: str, quantized: QuantizedWeight, served: torch.dt
             fix="report it, with the versions of dovetail and of the format's package",
         )
     values = form.decode(encoded, quantized, served)
+    _check_finite(f"export to {form.name}", name, values, served)
     differing = values.numel() - int((values == quantized.dequantize(torch.empty_like(values))).sum())
     return encoded, differing
 
@@ -452,6 +453,19 @@ def other_tensors(
                 continue
             name = f"{layer}.weight" if part == "dense" else names[0]
             detached = tensor.detach().cpu()
-            yield name, detached.to(served) if served is not None and detached.is_floating_point() else detached
+            if served is not None and detached.is_floating_point() and detached.dtype != served:
+                narrow = detached.to(served)
+                if bool(detached.isfinite().all()):
+                    _check_finite("export", name, narrow, served)
+                detached = narrow
+            yield name, detached
 
     return dict(found())
+
+
+def _check_finite(to: str, name: str, values: Tensor, served: torch.dtype) -> None:
+    """Raise ExportError for values that are too large for the served dtype."""
+    if over := values.numel() - int(values.isfinite().sum()):
+        shown = str(served).removeprefix("torch.")
+        rule, fix = f"values must be finite in {shown}", "pass another dtype, such as bfloat16 or float32"
+        raise ExportError(f"{to}: {name}", found=f"{over:,} of {values.numel():,} values", rule=rule, fix=fix)
