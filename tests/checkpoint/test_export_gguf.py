@@ -193,6 +193,20 @@ def test_another_file_or_none_is_refused(mixed: Path, halves: Path, tmp_path: Pa
     assert not out.exists()
 
 
+def test_a_tensor_that_the_file_lacks_is_refused(halves: Path, tmp_path: Path) -> None:
+    model, _ = load(halves)
+    layer = model.get_submodule("model.layers.0.self_attn.o_proj")
+    layer.bias = torch.nn.Parameter(torch.zeros(64, dtype=model.dtype))
+    dovetail.apply(model, "int(bits=4, group=32, symmetric=true) >> lora(r=4) >> regrid", targets=["up"])
+    dovetail.merge(model, packed=True)
+    export(model, "gguf", tmp_path / "zero.gguf", like=halves)
+    with torch.no_grad():
+        layer.bias[3] = 1.0
+    with pytest.raises(ExportError, match=r"(?s)o_proj\.bias.*no such tensor in .*half\.gguf"):
+        export(model, "gguf", tmp_path / "out.gguf", like=halves)
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def test_the_command(mixed: Path, tmp_path: Path) -> None:
     model, tokenizer = load(mixed, grid="keep")
     dovetail.apply(model, CHAIN)

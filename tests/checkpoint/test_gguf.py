@@ -240,6 +240,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "dimensions": (after("token_embd.weight", 0, "<I", 2**31), "dimensions"),
     "a shape": (after("token_embd.weight", 12, "<Q", 2**62), "up to byte"),
     "a ggml type": (after("token_embd.weight", 20, "<I", 9999), "ggml type 9999"),
+    "a shared place": (after("output_norm.weight", 16, "<Q", 0), "where another tensor is"),
     "an offset": (after("token_embd.weight", 24, "<Q", 2**63), "up to byte"),
     "an unknown architecture": (lambda c: c.replace(b"llama", b"zorka"), "zorka"),
     "no architecture": (lambda c: c.replace(b"general.architecture", b"general.architectura"), "architecture"),

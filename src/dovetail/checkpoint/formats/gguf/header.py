@@ -227,6 +227,12 @@ class _Reader:
                 found = f"{name[:100]} up to byte {start + offset + nbytes:,} of {len(self.content):,}"
                 raise _refused(self.path, found, "the file must hold the tensors that it lists")
             places[name] = start + offset, nbytes
+        end = start
+        for name, (first, nbytes) in sorted(places.items(), key=lambda place: place[1]):
+            if first < end:
+                found = f"{name[:100]} at byte {first:,}, where another tensor is"
+                raise _refused(self.path, found, "the tensors must not share bytes")
+            end = first + nbytes
         kept = {key: entry for key, entry in entries.items() if entry}
         return Header(self.path, metadata, shapes, types, version, kept, places, table)
 

@@ -24,6 +24,7 @@ from dovetail.chains.layer.attach import stock_in_place
 from dovetail.checkpoint.formats.gguf.blocks import GGUFBlocks
 from dovetail.checkpoint.formats.gguf.header import Header, tensor_nbytes
 from dovetail.checkpoint.formats.gguf.names import LayerTensor, Names, linear_tensors, read_bytes, read_dense
+from dovetail.checkpoint.packed import stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "MXFP4": 38}
 """llama.cpp's number of a file whose matrices have this format, under "general.file_type"."""
 _PIECE = 1 << 24
+_UINT32 = struct.pack("<I", 4)
+"""The type of a value."""
 
 
 @dataclass(frozen=True)
@@ -47,31 +50,46 @@ class Written:
 
 @dataclass(frozen=True)
 class Places:
-    """The tensors of a file: those of quantized layers by the paths of the layers, and all names."""
+    """The tensors of a file.
+
+    layers  path of a quantized layer -> its tensor
+    first   path of a tensor of the model -> the first of the paths that tied tensors have, under which it is stored
+    """
 
     header: Header
     names: Names
     layers: Mapping[str, LayerTensor]
+    first: Mapping[str, str]
 
     def check_others(self, form: GGUFBlocks, others: Mapping[str, Tensor]) -> None:
-        """Raise ExportError where a tensor that is copied is not the model's.
+        """Raise ExportError where a tensor that is copied is not the model's, or the file lacks one of the model.
 
         others  path -> tensor of the model, without the quantized layers
         """
-        mine = {each.name for each in self.layers.values()}
+        mine, compared = {each.name for each in self.layers.values()}, set[str]()
         for name in self.header.shapes:
             if name not in mine:
-                self._compare(form, name, others)
-        for path, tensor in self.names.gathered.items():
-            self._same(form, path, tensor, others)
+                path = self._path(self.names.names.get(name, ""))
+                dtype = others[path].dtype if path in others else torch.float32
+                for found, tensor in read_dense(self.header, name, self.names, dtype).items():
+                    self._same(form, found, tensor, others)
+                    compared.add(self._path(found))
+        for found, tensor in self.names.gathered.items():
+            self._same(form, found, tensor, others)
+            compared.add(self._path(found))
+        for path in sorted(others.keys() - compared):
+            # A bias that is absent is zero to llama.cpp.
+            if others[path].is_floating_point() and not (path.endswith(".bias") and not bool(others[path].any())):
+                rule = "the file must have all tensors of the model that are not quantized"
+                fix = "name a file of this model; one without output.weight is of a model with a tied head"
+                raise form.no_tensor(path, f"no such tensor in {self.header.path}", rule, fix)
 
-    def _compare(self, form: GGUFBlocks, name: str, others: Mapping[str, Tensor]) -> None:
-        path = self.names.names.get(name, "")
-        dtype = others[path].dtype if path in others else torch.float32
-        for path, tensor in read_dense(self.header, name, self.names, dtype).items():
-            self._same(form, path, tensor, others)
+    def _path(self, path: str) -> str:
+        """Return the name under which the model's tensors are stored."""
+        return self.first.get(path, path)
 
     def _same(self, form: GGUFBlocks, path: str, tensor: Tensor, others: Mapping[str, Tensor]) -> None:
+        path = self._path(path)
         if path in others and not torch.equal(tensor.to(others[path].dtype), others[path]):
             differing = int((tensor.to(others[path].dtype) != others[path]).sum())
             raise form.no_tensor(
@@ -134,7 +152,8 @@ def placed(form: GGUFBlocks, header: Header, model: PreTrainedModel, layers: Map
         if shape != quantized.shape:
             found = f"{tensors[path].name} of {list(shape)} in {header.path}, a layer of {list(quantized.shape)}"
             raise form.no_tensor(path, found, "the tensor must have the shape of the layer", fix)
-    return Places(header, names, {path: tensors[path] for path in layers})
+    first = {path: paths[0] for paths, _ in stored(model) for path in paths}
+    return Places(header, names, {path: tensors[path] for path in layers}, first)
 
 
 def _in_order(rows: Tensor, order: Tensor | None) -> np.ndarray:
@@ -169,6 +188,8 @@ def _lay_out(part: Path, header: Header, types: Mapping[str, int], formats: set[
 def _with_file_type(header: Header, head: bytes, formats: set[str]) -> bytes:
     """Return the head with the "general.file_type" of the layers, where they have one format and the file says one."""
     entry = header.entries.get("general.file_type")
-    if entry is None or len(formats) != 1 or (number := _FILE_TYPES.get(next(iter(formats)))) is None:
+    if entry is None or entry[-8:-4] != _UINT32 or len(formats) != 1:
+        return head
+    if (number := _FILE_TYPES.get(next(iter(formats)))) is None:
         return head
     return head.replace(entry, entry[:-4] + struct.pack("<I", number), 1)
