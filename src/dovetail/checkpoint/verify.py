@@ -235,6 +235,10 @@ def _logits(
     except (AttributeError, RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return Claim("logits", "fails", f"transformers does not run the folder: {said}")
+    if not bool(expected.isfinite().all()):
+        return Claim("logits", "not checked", f"the logits of the same values are not finite in {served}")
+    if wrong := found.numel() - int(found.isfinite().sum()):
+        return Claim("logits", "fails", f"{wrong:,} of {found.numel():,} are not finite in transformers")
     largest, span = float((found - expected).abs().max()), float(expected.max() - expected.min())
     if not largest:
         return Claim("logits", "holds", f"equal in transformers, {expected.numel():,} numbers")
