@@ -1,8 +1,9 @@
 """Export of a merged model in the format in which it is served: the same codes and scales, or a refusal.
 
-Nothing is quantized anew. Each tensor that is written is decoded by the format owner's own code and compared with
-`QuantizedWeight.dequantize`: in float32 they must be equal, which says that codes and scales are the same; in the dtype
-that is served, the weights that differ are counted.
+Nothing is quantized anew. Each tensor that is written is decoded by the format owner's own code (for GPTQ and AWQ where
+gptqmodel is installed, else by Dovetail, as the report says) and compared with `QuantizedWeight.dequantize`: in float32
+they must be equal, which says that codes and scales are the same; in the dtype that is served, the weights that differ
+are counted.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class ExportReport:
     """What an export wrote.
 
     dtype       that the model is served in
-    decoder     the function of the format's owner that read every tensor
+    decoder     the function that read every tensor, of the format's owner where it is installed
     claim       "values": same values in `dtype`; "codes": same codes and scales, `differing` values in `dtype`;
                 "adapter": the same change of the weights; "fits" of a dry run, in which nothing was compared
     weights, differing   over all quantized layers

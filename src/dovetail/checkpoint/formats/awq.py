@@ -9,12 +9,11 @@
 value = (code - zero point) * scale in the dtype of the scales (gptqmodel 7.7, `quantization/awq`). A zero point of 0
 fits, and vLLM reads groups with zero points.
 
-gptqmodel decodes what is written where it is installed (`dovetail.checkpoint.formats.gptq` says why it may not be).
+gptqmodel decodes what is written where it is installed (`dovetail.checkpoint.formats.gptqmodel`).
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dovetail.chains.grid import QuantizedWeight
-from dovetail.checkpoint.formats.contract import Format
+from dovetail.checkpoint.formats.gptqmodel import GPTQModelFormat, installed
 from dovetail.checkpoint.formats.integers import integer_grid, integers
 from dovetail.checkpoint.formats.words import WORD, from_words, to_words
 from dovetail.errors import ExportError
@@ -35,20 +34,11 @@ BITS = 4
 GROUPS = (128, 64, 32)
 
 
-class AWQ(Format):
+class AWQ(GPTQModelFormat):
     """int and gptq of 4 bits."""
 
-    name = "awq"
-    package = "gptqmodel"
-    dtypes = ("float16", "bfloat16")
-
     def __init__(self) -> None:
-        self.decoder = "gptqmodel dequantize_gemm"
-        if not _installed():
-            self.decoder = "dovetail, which reads its own bytes back (gptqmodel is not installed)"
-
-    def check_package(self) -> None:
-        """Accept an environment without gptqmodel: `decoder` says who read the bytes."""
+        super().__init__("awq", "gptqmodel dequantize_gemm")
 
     def kind(self, where: str, quantized: QuantizedWeight) -> str:
         affine = self.affine(where, quantized)
@@ -63,23 +53,17 @@ class AWQ(Format):
 
     def encode(self, quantized: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         assert isinstance(quantized, AffineWeight)
-        o, repeats = quantized.shape[0], quantized.block // _group(quantized)
-        scale_og = quantized.block_scales().view(o, -1).repeat_interleave(repeats, dim=1)
-        zero_og = quantized.zero_points().repeat_interleave(repeats, dim=1)
-        narrow = scale_og.to(torch.float16)
-        if not torch.equal(narrow.float(), scale_og):
-            rule, fix = "scales must be float16 numbers", "use a quantizer with float16 scales, such as int(bits=4)"
-            raise self.refused(self.name, quantized, rule, fix)
+        scale_og, zero_og = self.scales_and_zeros(quantized, _group(quantized))
         return {
-            "qweight": _packed(quantized.codes_of(0, o)[0]),
+            "qweight": _packed(quantized.codes_of(0, quantized.shape[0])[0]),
             "qzeros": _packed(zero_og),
-            "scales": narrow.t().contiguous(),
+            "scales": scale_og.t().contiguous(),
         }
 
     def decode(self, tensors: Mapping[str, Tensor], quantized: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         scale_go = tensors["scales"].to(dtype)
         group = quantized.shape[1] // len(scale_go)
-        if _installed():
+        if installed():
             from gptqmodel.quantization.awq.utils.packing_utils import (  # pyright: ignore[reportMissingImports]
                 dequantize_gemm,
             )
@@ -118,15 +102,6 @@ class AWQ(Format):
         assert isinstance(empty, AffineWeight)
         codes, zero_og = _unpacked(tensors["qweight"]), _unpacked(tensors["qzeros"])
         return integers(empty, codes, tensors["scales"].t(), zero_og)
-
-    def notes(self, layers: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> list[str]:
-        if _installed():
-            return []
-        return ["install gptqmodel and run `dovetail verify` to have its owner decode the folder"]
-
-
-def _installed() -> bool:
-    return importlib.util.find_spec("gptqmodel") is not None
 
 
 def _group(quantized: AffineWeight) -> int:

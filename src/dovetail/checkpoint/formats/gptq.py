@@ -12,8 +12,7 @@ value = scales[g_idx] * (code - zero point), computed in the dtype of the scales
 (`gptq_v2`) can. Dovetail's `gptq` rounds the inputs in the order of their size (`act_order`), but its groups are those
 of the layer's own order: `g_idx` is i // group and "desc_act" is false.
 
-gptqmodel decodes what is written where it is installed. It requires a newer torch than Dovetail does, and changes
-`safetensors` and transformers when it is imported; without it Dovetail reads its own bytes back, and says so.
+gptqmodel decodes what is written where it is installed (`dovetail.checkpoint.formats.gptqmodel`).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from dovetail.chains.grid import QuantizedWeight
-from dovetail.checkpoint.formats.contract import Format
+from dovetail.checkpoint.formats.gptqmodel import GPTQModelFormat, installed
 from dovetail.checkpoint.formats.integers import integer_grid, integers
 from dovetail.checkpoint.formats.words import WORD, from_words, to_words
 from dovetail.errors import LoadError
@@ -40,22 +39,13 @@ GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 """The group sizes that gptqmodel reads, beside one group per row."""
 
 
-class GPTQFormat(Format):
+class GPTQFormat(GPTQModelFormat):
     """int and gptq of 2, 3, 4 and 8 bits."""
-
-    package = "gptqmodel"
-    dtypes = ("float16", "bfloat16")
 
     def __init__(self, version: Literal[1, 2]) -> None:
         """Version 1 stores zero points minus 1, version 2 zero points."""
+        super().__init__("gptq" if version == 1 else "gptq_v2", "gptqmodel TorchLinear.dequantize_weight")
         self.version = version
-        self.name = "gptq" if version == 1 else "gptq_v2"
-        self.decoder = "gptqmodel TorchLinear.dequantize_weight"
-        if not _installed():
-            self.decoder = "dovetail, which reads its own bytes back (gptqmodel is not installed)"
-
-    def check_package(self) -> None:
-        """Accept an environment without gptqmodel: `decoder` says who read the bytes."""
 
     def kind(self, where: str, quantized: QuantizedWeight) -> str:
         affine = self.affine(where, quantized)
@@ -73,13 +63,7 @@ class GPTQFormat(Format):
         assert isinstance(quantized, AffineWeight)
         (o, i), bits = quantized.shape, quantized.bits
         group = _group(quantized)
-        repeats = quantized.block // group
-        scale_og = quantized.block_scales().view(o, -1).repeat_interleave(repeats, dim=1)
-        zero_og = quantized.zero_points().repeat_interleave(repeats, dim=1)
-        narrow = scale_og.to(torch.float16)
-        if not torch.equal(narrow.float(), scale_og):
-            rule, fix = "scales must be float16 numbers", "use a quantizer with float16 scales, such as int(bits=4)"
-            raise self.refused(self.name, quantized, rule, fix)
+        scale_og, zero_og = self.scales_and_zeros(quantized, group)
         if self.version == 1:
             if not bool(zero_og.all()):
                 rule = "version 1 stores zero points minus 1, and some are 0"
@@ -88,13 +72,13 @@ class GPTQFormat(Format):
         return {
             "qweight": to_words(quantized.codes_of(0, o)[0], bits).t().contiguous(),
             "qzeros": to_words(zero_og.t().contiguous(), bits),
-            "scales": narrow.t().contiguous(),
+            "scales": scale_og.t().contiguous(),
             "g_idx": torch.arange(i, dtype=torch.int32) // group,
         }
 
     def decode(self, tensors: Mapping[str, Tensor], quantized: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         assert isinstance(quantized, AffineWeight)
-        if _installed():
+        if installed():
             return _by_gptqmodel(tensors, quantized.bits, self.version, dtype)
         code_io = from_words(tensors["qweight"].t().contiguous(), quantized.bits).t().to(torch.int32)
         zero_go = from_words(tensors["qzeros"], quantized.bits).to(torch.int32) + (2 - self.version)
@@ -154,7 +138,7 @@ class GPTQFormat(Format):
         return zero_go
 
     def stock_arguments(self, layers: Mapping[str, QuantizedWeight]) -> dict[str, Any] | None:
-        if not _installed() or importlib.util.find_spec("optimum") is None:
+        if not installed() or importlib.util.find_spec("optimum") is None:
             return None
         from transformers import GPTQConfig
 
@@ -166,16 +150,10 @@ class GPTQFormat(Format):
         return {"quantization_config": GPTQConfig(**fields, backend="gptq_torch")}
 
     def notes(self, layers: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> list[str]:
-        found = []
-        if not _installed():
-            found.append("install gptqmodel and run `dovetail verify` to have its owner decode the folder")
+        found = super().notes(layers, dtype)
         if self.version == 2:
             found.append("version 2 is read by gptqmodel and vLLM; optimum and older engines read version 1")
         return found
-
-
-def _installed() -> bool:
-    return importlib.util.find_spec("gptqmodel") is not None
 
 
 def _is_rows(quantized: QuantizedWeight) -> bool:
