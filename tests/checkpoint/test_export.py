@@ -20,7 +20,8 @@ from dovetail.cli.main import app
 from dovetail.errors import DovetailError, ExportError
 from dovetail.links.quantize.affine import AffineWeight
 from dovetail.models.dtypes import FLOATS
-from families import batch, logits, make, move
+from exported import available, merged
+from families import batch, logits, make
 from small_models import make_tokenizer
 
 torch.set_num_threads(1)
@@ -48,23 +49,6 @@ TABLE: dict[str, dict[str, str]] = {
     "nvfp4": {},
 }
 """Quantizer -> format -> the claim in bfloat16; refused where it is missing."""
-
-
-def merged(text: str, *, packed: bool = True, dtype: torch.dtype = torch.float32, **given: Any) -> PreTrainedModel:
-    """A tiny Llama, quantized, tuned on the grid and merged."""
-    model = make("llama").to(dtype)
-    closed = "remask >> regrid" if "wanda" in text else "regrid"
-    dovetail.apply(model, f"{text} >> lora(r=4) >> {closed}", calibration=[batch(model, seed=4)], **given)
-    move(model)
-    dovetail.merge(model, packed=packed)
-    return model
-
-
-def available(name: str) -> None:
-    try:
-        FORMATS[name].check_package()
-    except ExportError as error:
-        pytest.skip(error.found)
 
 
 @pytest.mark.parametrize("to", [CT, BNB])

@@ -12,8 +12,8 @@ import format_table
 from dovetail.chains.packing import pack
 from dovetail.checkpoint.export import FORMATS
 from dovetail.checkpoint.formats.words import from_words, to_words
-from dovetail.errors import ExportError
 from dovetail.links.quantize.affine import AffineWeight
+from exported import available
 from golden.gptq_words_reference import layer
 
 torch.set_num_threads(1)
@@ -23,10 +23,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 @pytest.mark.parametrize("to", sorted({to for to, _ in format_table.COLUMNS}))
 def test_the_table_of_the_page_is_what_the_owners_decode(to: str) -> None:
     """Cell by cell, for a half-pruned matrix whose zeros stay zero; the reasons below the table are numbered."""
-    try:
-        FORMATS[to].check_package()
-    except ExportError as error:
-        pytest.skip(error.found)
+    available(to)
     written = format_table.written()
     rows = [line.strip("|\n ").split(" | ") for line in written.splitlines() if line.startswith("| `")]
     reasons = [line.partition(". ")[2] for line in written.splitlines() if line[:1].isdigit()]

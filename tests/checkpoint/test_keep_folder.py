@@ -19,7 +19,8 @@ from dovetail.chains.layer.linear import chain_layers
 from dovetail.checkpoint.export import FORMATS, export
 from dovetail.checkpoint.formats.contract import WEIGHTS
 from dovetail.checkpoint.load import load
-from dovetail.errors import DovetailError, ExportError, LoadError
+from dovetail.errors import DovetailError, LoadError
+from exported import available
 from families import batch, logits, make, move
 from small_models import make_tokenizer
 
@@ -42,13 +43,6 @@ FOLDERS = [
     ("mlx", "int(bits=8, group=64)", "float32"),
     ("mlx", "mxfp4", "float16"),
 ]
-
-
-def available(name: str) -> None:
-    try:
-        FORMATS[name].check_package()
-    except ExportError as error:
-        pytest.skip(error.found)
 
 
 def written(to: str, text: str, dtype: str, folder: Path) -> Path:

@@ -11,35 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import dovetail
 from dovetail.checkpoint import verify as verify_module
-from dovetail.checkpoint.export import FORMATS, export
+from dovetail.checkpoint.export import export
 from dovetail.checkpoint.verify import VerifyReport, verify
 from dovetail.cli.main import app
 from dovetail.errors import ExportError, LoadError
-from families import batch, make, move
+from exported import available, merged
+from families import make, move
 from small_models import make_tokenizer
 
 torch.set_num_threads(1)
 SERVES = "int(bits=4, group=32, symmetric=signed, scale_bits=4)"
-
-
-def merged(text: str, family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    model = make(family).to(dtype)
-    dovetail.apply(model, f"{text} >> lora(r=4) >> regrid", calibration=[batch(model, seed=4)])
-    move(model)
-    dovetail.merge(model, packed=True)
-    return model
-
-
-def available(name: str) -> None:
-    try:
-        FORMATS[name].check_package()
-    except ExportError as error:
-        pytest.skip(error.found)
 
 
 def outcomes(report: VerifyReport) -> dict[str, str]:
