@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from threading import Thread
 
 import pytest
@@ -70,6 +71,22 @@ def test_quantized_layers_are_made_once(tmp_path, monkeypatch, chain_text, files
         assert same == scores
         assert found.keys() == alone.keys()
         assert all(torch.equal(found[name], alone[name]) for name in alone)
+
+
+def test_another_configuration_or_version_shares_nothing(tmp_path, monkeypatch):
+    chain_text = "gptq(bits=4, group=32) >> lora(r=2) >> regrid"
+    recipe = small_recipe(tmp_path, merge="none", train={"max_steps": 1}, chain=chain_text)
+
+    def shared_files(name):
+        run(recipe, output=tmp_path / name, progress=False, shared=tmp_path / "shared")
+        return [len(list((tmp_path / "shared").glob(f"*.{kind}"))) for kind in ("json", "safetensors")]
+
+    assert shared_files("first") == shared_files("second") == [2, 1]
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.1}))
+    assert shared_files("configuration") == [4, 2]
+    monkeypatch.setattr("dovetail.runs.report.record.version", lambda name: "0.0")
+    assert shared_files("version") == [6, 3]
 
 
 def test_one_process_computes_and_others_wait(tmp_path):

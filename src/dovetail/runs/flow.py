@@ -92,10 +92,10 @@ def run(
     with Bar(f"run {recipe.chain}", shown=progress), run_folder(output, recipe, resume, identity) as folder:
         rows = Rows(
             folder, model, tokenizer, tasks, recipe, progress=progress, on_row=on_row,
-            shared=None if shared is None else SharedScores(shared, scoring_identity(identity, recipe)),
+            shared=None if shared is None else SharedScores(shared, scoring_identity(identity, recipe, model)),
         )  # fmt: skip
         rows.add("base")
-        with SharedBases(shared, recipe, identity) as layers:
+        with SharedBases(shared, recipe, identity, model) as layers:
 
             def add_row(link: Link) -> None:
                 layers.made(model)

@@ -4,8 +4,9 @@
     FOLDER/KEY.safetensors   quantized layers; KEY is a digest of the base, the quantizer of each layer, and the
                              calibration batches where the quantizer reads them
 
-Equal keys mean equal inputs, bit for bit, so that a shared result is what the run would have computed. Where several
-processes ask for the same result at the same time, one computes it and the others wait.
+Both keys also cover the configuration of the model, the versions of the libraries, the device and the number of
+threads. Equal keys mean equal inputs, bit for bit, so that a shared result is what the run would have computed. Where
+several processes ask for the same result at the same time, one computes it and the others wait.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pydantic
 from safetensors.torch import save_file
@@ -27,7 +29,10 @@ from dovetail.checkpoint.load import held_in
 from dovetail.compression.apply import quantized_state
 from dovetail.files import atomic, open_tensors, read_json, write_whole
 from dovetail.runs.recipe import Recipe
-from dovetail.runs.report.record import Score
+from dovetail.runs.report.record import Score, environment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Scored(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -41,7 +46,7 @@ class SharedScores:
     """The scores that the runs of one folder share.
 
     folder    made when the first score is written
-    identity  what the scores depend on beside the weights: names of parts -> digests
+    identity  what the scores depend on beside the weights: names of parts -> digests or texts
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
@@ -50,7 +55,7 @@ class SharedScores:
 
     def of(self, model: nn.Module, score: Callable[[], Scored]) -> Scored:
         """Return the scores of the model, from `score` where no run has computed them yet."""
-        text = f"{self._identity}{packed_fingerprint(model)};{next(model.parameters()).device.type}"
+        text = f"{self._identity}{packed_fingerprint(model)}"
         path = _path(self._folder, text, "json")
         with _alone(path):
             if path.exists():
@@ -68,12 +73,15 @@ class SharedBases:
     folder    made when the first layers are written; None: nothing is shared
     recipe    of the run
     identity  of the run: digests of the model and of the calibration batches
+    model     before its chain is applied
     """
 
-    def __init__(self, folder: Path | None, recipe: Recipe, identity: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path | None, recipe: Recipe, identity: Mapping[str, str], model: PreTrainedModel
+    ) -> None:  # fmt: skip
         self.bases: dict[str, dict[str, Tensor]] | None = None
         """What an earlier run made, for `apply`."""
-        self._path = None if folder is None else _path_of_layers(folder, recipe, identity)
+        self._path = None if folder is None else _path_of_layers(folder, recipe, identity, model)
         self._waiting = ExitStack()
 
     def __enter__(self) -> SharedBases:
@@ -96,7 +104,9 @@ class SharedBases:
         self._waiting.close()
 
 
-def _path_of_layers(folder: Path, recipe: Recipe, identity: Mapping[str, str]) -> Path | None:
+def _path_of_layers(
+    folder: Path, recipe: Recipe, identity: Mapping[str, str], model: PreTrainedModel
+) -> Path | None:  # fmt: skip
     """Return the file of the layers that a run quantizes first; None where they are not shared."""
     assignment = assign(recipe.chain, recipe.layers, held_in(recipe.model))
     stages = [links.stages[0] for links in assignment.chains]
@@ -104,6 +114,7 @@ def _path_of_layers(folder: Path, recipe: Recipe, identity: Mapping[str, str]) -
         return None
     reads = any(stage.quantizer is not None and stage.quantizer.statistics for stage in stages)
     known = {
+        **_surroundings(model),
         "model": identity["model"],
         "quantizers": [f"{stage.quantizer} {stage.keep_start}" for stage in stages],
         "calibration": [identity["calibration"], recipe.calibration.inputs] if reads else None,
@@ -135,11 +146,20 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
-def scoring_identity(identity: Mapping[str, str], recipe: Recipe) -> dict[str, str]:
+def scoring_identity(identity: Mapping[str, str], recipe: Recipe, model: PreTrainedModel) -> dict[str, str]:
     """Return what scores depend on beside the weights.
 
     identity  of the run: digests of the tokenizer and of the records
-    recipe    its model, whose config tensors do not tell, its data and its evaluation
+    recipe    its data and its evaluation
+    model     its configuration, which its tensors do not tell
     """
     kept = {name: value for name, value in identity.items() if name == "tokenizer" or name.startswith("data of")}
-    return {**kept, "recipe": recipe.model_dump_json(include={"model", "dtype", "data", "evaluate"})}
+    known = recipe.model_dump_json(include={"model", "dtype", "data", "evaluate"})
+    return {**kept, **_surroundings(model), "recipe": known}
+
+
+def _surroundings(model: PreTrainedModel) -> dict[str, str]:
+    """Return what every result depends on beside tensors and data."""
+    generation = model.generation_config.to_json_string() if model.can_generate() else ""
+    config = model.config.to_json_string(use_diff=False)
+    return {"config": config, "generation": generation, **environment(model)}
