@@ -28,6 +28,7 @@ def test_equal_differences_are_no_certainty():
     assert paired_test([0.1 + 0.2, 0.3, 0.3]) == 0.25  # equal but for rounding
     assert paired_test([0.0, 0.0, 0.0]) == 1.0
     assert interval([0.25, 0.25]) is None
+    assert interval([0.1 + 0.2, 0.3, 0.3]) is None
 
 
 def test_holm():

@@ -34,21 +34,26 @@ def paired_test(differences: Sequence[float]) -> float | None:
     if n < 2:
         return None
     mean, sd = statistics.mean(differences), statistics.stdev(differences)
-    if sd <= 1e-12 * max(map(abs, differences)):
+    if _equal(differences):
         return 2 / 2**n if mean else 1.0
     return float(2 * t.sf(abs(mean) / (sd / math.sqrt(n)), n - 1))
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float] | None:
-    """Return the confidence interval of the mean difference from Student's t; None where the test has none."""
+    """Return the confidence interval of the mean difference from Student's t; None where all are equal."""
     from scipy.stats import t
 
     n = len(differences)
-    if n < 2 or min(differences) == max(differences):
+    if n < 2 or _equal(differences):
         return None
     mean = statistics.mean(differences)
     half = float(t.ppf(1 - LEVEL / 2, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
     return mean - half, mean + half
+
+
+def _equal(differences: Sequence[float]) -> bool:
+    """Return whether two or more differences are equal but for rounding."""
+    return statistics.stdev(differences) <= 1e-12 * max(map(abs, differences))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
