@@ -8,6 +8,7 @@ from torch.nn import Linear
 
 import dovetail
 from dovetail.checkpoint.load import load
+from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Losses, Report
 from dovetail.studies import measures
 from dovetail.studies.matrix import Study, expand
@@ -116,6 +117,16 @@ def test_what_a_configuration_says_is_computed_once(small, monkeypatch):
     assert measures.cell(line, line.runs[0], "tuned", folder / "out", False) == cell_of(report, "nf")
     seeded = line.runs[0].recipe.model_copy(update={"seed": 5})
     assert measures.planned(seeded, kept) == measures.planned(line.runs[0].recipe, kept)
+
+
+def test_the_plan_keeps_weights_as_the_recipe_asks(tmp_path):
+    chain = "wanda(0.5) >> lora(r=2) >> remask"
+    peaks = []
+    for keep in (True, False):
+        train = {"max_steps": 1, "batch_size": 1, "keep_weights": keep}
+        recipe = Recipe.parse(small_recipe(tmp_path, chain=chain, train=train))
+        peaks.append(measures.planned(recipe, tmp_path / "planned").peak_memory_nbytes)
+    assert peaks[0] > peaks[1]
 
 
 def trained(*stages: list[float]) -> Report:

@@ -248,6 +248,12 @@ def test_illegal_points_are_told_and_not_run(tmp_path):
     assert all(reason in one.why for reason, one in zip(reasons, matrix.refused, strict=True))
 
 
+def test_each_export_is_checked(tmp_path):
+    rows = [ROW, {"name": "b", "chain": "lora(r=2)", "with": {"export": {"to": "peft"}}}]
+    with pytest.raises(RecipeError, match="peft with merge: exact"):
+        expand(Study.parse(plain(tmp_path, *rows)))
+
+
 def test_quick_keeps_a_part(tmp_path):
     quick = {"vary": {"adapter": ["lora"], "data": ["pairs"]}, "seeds": [7], "common": {"train": {"max_steps": 1}}}
     skip = [{"quantizer": "nf4", "data": ["words", "pairs"]}, {"adapter": "loftq"}]
@@ -460,7 +466,10 @@ def test_a_killed_study_goes_on(tmp_path, monkeypatch):
     changed = plain(tmp_path, {"name": "one", "chain": "lora(r=3)"})
     with pytest.raises(RecipeError, match="one-s0, made with chain"):
         done(changed, tmp_path / "out")
+    stale = tmp_path / "out" / "planned" / "stale.json"
+    stale.touch()
     assert done(changed, tmp_path / "out", resume=False).results[0].chain == "lora(r=3)"
+    assert not stale.exists()
     assert [path.name for path in (tmp_path / "out" / "runs").iterdir()] == ["one-s0"]
 
 

@@ -284,7 +284,7 @@ class _Checks:
         if data not in self._tasks:
             self._tasks[data] = load_task(recipe.data)
         task = self._tasks[data]
-        read = {"chain", "layers", "targets", "model", "trust_remote_code", "merge", "search"}
+        read = {"chain", "layers", "targets", "model", "dtype", "trust_remote_code", "merge", "search", "export"}
         head = f"{task.kind} {number_of_labels(task, recipe.data.num_labels)}" if task.kind in HEAD_KINDS else ""
         key = f"{recipe.model_dump_json(include=read)} {recipe.train.gradient_checkpointing} {head}"
         if key not in self._answers:

@@ -136,7 +136,7 @@ def _planned(recipe: Recipe) -> Planned:
     made = plan(
         recipe.chain, recipe.model, layers=recipe.layers or None, targets=recipe.targets, task=task, num_labels=labels,
         dtype=recipe.dtype, batch_size=train.batch_size, max_length=train.max_length, packing=train.packing,
-        bf16=train.bf16, gradient_checkpointing=train.gradient_checkpointing,
+        bf16=train.bf16, gradient_checkpointing=train.gradient_checkpointing, keep_weights=train.keep_weights,
         trust_remote_code=recipe.trust_remote_code, memory=train.optimizer == "adamw",
     )  # fmt: skip
     model = empty_model(

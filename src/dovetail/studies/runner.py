@@ -24,7 +24,7 @@ from dovetail.runs.folder import RECIPE
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import REPORT, Report
 from dovetail.runs.steps import data_of
-from dovetail.studies.cells import MERGING, RUNS, SHARED, Job, Outcome, run_cells, threads_of
+from dovetail.studies.cells import MERGING, PLANNED, RUNS, SHARED, Job, Outcome, run_cells, threads_of
 from dovetail.studies.comparison import compare
 from dovetail.studies.cost import KEPT, measure
 from dovetail.studies.matrix import Line, Matrix, Run, Study, expand, unique_runs
@@ -111,7 +111,7 @@ def _claim(folder: Path, resume: bool) -> None:
     if not (folder / STUDY).is_file():
         check_folder(folder)
     if not resume:
-        for name in (RUNS, MERGING, SHARED):
+        for name in (RUNS, MERGING, SHARED, PLANNED):
             shutil.rmtree(folder / name, ignore_errors=True)
         (folder / KEPT).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
