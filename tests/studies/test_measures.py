@@ -129,6 +129,24 @@ def test_the_plan_keeps_weights_as_the_recipe_asks(tmp_path):
     assert peaks[0] > peaks[1]
 
 
+def test_a_study_of_a_quantized_folder(tmp_path):
+    recipe = small_recipe(tmp_path, chain="keep >> lora(r=2) >> regrid", train={"max_steps": 1, "batch_size": 4})
+    model, tokenizer = load(tmp_path / "base")
+    dovetail.apply(model, "int(bits=4, group=32, symmetric=signed)")
+    dovetail.merge(model, packed=True)
+    dovetail.export(model, "gptq", tmp_path / "gptq", dtype="float16", tokenizer=tokenizer)
+    row, base = {"name": "kept", "chain": recipe.pop("chain")}, {"name": "base", "of": "kept", "stage": "base"}
+    asked = {"title": "t", "common": {**recipe, "model": str(tmp_path / "gptq")}, "rows": [row, base]}
+    report = dovetail.study(asked, output=tmp_path / "out", progress=False)
+    assert [(each.failed, each.stage, each.mergeable) for each in report.results] == [
+        ([], "merged", True), ([], "base", None)
+    ]  # fmt: skip
+    assert len(report.cells) == 2
+    for cell in report.cells:
+        assert cell.bits_per_weight < 5
+        assert cell.bit_reduction == pytest.approx(1 - cell.nonzero_fraction * cell.bits_per_weight / 16)
+
+
 def trained(*stages: list[float]) -> Report:
     """A report of stages of training with these losses; nothing else of it is read."""
     training = [

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dovetail.chains.assignment import assign
 from dovetail.chains.layer.fingerprint import packed_fingerprint
-from dovetail.checkpoint.load import held_in
+from dovetail.checkpoint.load import grid_of, held_in
 from dovetail.compression.apply import quantized_state
 from dovetail.files import atomic, open_tensors, read_json, write_whole
 from dovetail.runs.recipe import Recipe
@@ -108,7 +108,7 @@ def _path_of_layers(
     folder: Path, recipe: Recipe, identity: Mapping[str, str], model: PreTrainedModel
 ) -> Path | None:  # fmt: skip
     """Return the file of the layers that a run quantizes first; None where they are not shared."""
-    assignment = assign(recipe.chain, recipe.layers, held_in(recipe.model))
+    assignment = assign(recipe.chain, recipe.layers, held_in(recipe.model, grid_of(recipe.chain)))
     stages = [links.stages[0] for links in assignment.chains]
     if any(len(stage.applied) != 1 or stage.quantizer is None or stage.decomposing for stage in stages):
         return None

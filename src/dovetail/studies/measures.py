@@ -14,16 +14,17 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from dovetail.chains.assignment import assign
 from dovetail.chains.layer.applied import applied
+from dovetail.chains.link import Quantizer
 from dovetail.checkpoint.footprint import count_weights, stored_nbytes
-from dovetail.checkpoint.load import empty_model, held_in, load_config
+from dovetail.checkpoint.load import empty_model, grid_of, load_config
 from dovetail.compression.apply import apply_on_meta
 from dovetail.files import read_json, write_whole
 from dovetail.runs.folder import ADAPTER
 from dovetail.runs.plan import plan
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Report, ReportPart, Row, Score
+from dovetail.runs.steps import checked_chain
 from dovetail.studies.axes import Value
 from dovetail.studies.matrix import Line, Run
 from dovetail.tasks.find import load_task, number_of_labels
@@ -139,11 +140,11 @@ def _planned(recipe: Recipe) -> Planned:
         bf16=train.bf16, gradient_checkpointing=train.gradient_checkpointing, keep_weights=train.keep_weights,
         trust_remote_code=recipe.trust_remote_code, memory=train.optimizer == "adamw",
     )  # fmt: skip
+    config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code, grid=grid_of(recipe.chain))
     model = empty_model(
-        load_config(recipe.model, trust_remote_code=recipe.trust_remote_code), task_kind=task.kind, num_labels=labels,
-        dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code,
-    )  # fmt: skip
-    last = len(assign(recipe.chain, recipe.layers, held_in(recipe.model)).chain.stages) - 1
+        config, task_kind=task.kind, num_labels=labels, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
+    )
+    last = len(checked_chain(recipe).stages) - 1
     apply_on_meta(model, recipe.chain, recipe.targets, last, recipe.layers or None)
     layers = applied(model).layers.values()
     weights = {layer: layer.base.shape[0] * layer.base.shape[1] for layer in layers}
@@ -174,7 +175,7 @@ def cell(line: Line, one: Run, stage: str, folder: Path, mergeable: bool | None)
     past, tuned = _past(report, stage), _tuned(report, stage)
     adapter = here.footprint.trainable_parameters - counts.outside if stage.startswith(TUNED) else 0
     dense = HALF_BITS * counts.weights
-    code_bits = counts.code_bits if any(name.startswith("quantized") for name in past) else HALF_BITS
+    code_bits = counts.code_bits if _has_codes(one.recipe, past) else HALF_BITS
     nonzero = here.footprint.nonzero_fraction * code_bits * counts.weights + HALF_BITS * adapter
     trained = report.footprint.trainable_parameters if tuned else 0
     steps = sum(len(each.losses) for each in report.training) if tuned else 0
@@ -216,6 +217,16 @@ def cell(line: Line, one: Run, stage: str, folder: Path, mergeable: bool | None)
 def _past(report: Report, stage: str) -> list[str]:
     names = [row.name for row in report.stages]
     return names[: names.index(stage) + 1]
+
+
+def _has_codes(recipe: Recipe, past: Sequence[str]) -> bool:
+    """Return whether the base is quantized after these stages: by the chain, or by an earlier round that it keeps.
+
+    A quantized file that the chain keeps has its codes from the start; a merged model has them under the chain.
+    """
+    kept = any(isinstance(link, Quantizer) for link in checked_chain(recipe).kept)
+    under = len(past) > 1 or grid_of(recipe.chain) is not None
+    return (kept and under) or any(name.startswith("quantized") for name in past)
 
 
 def _tuned(report: Report, stage: str) -> bool:
