@@ -3,7 +3,8 @@
 The test is Student's t-test of the differences, whose mean is 0 under the null hypothesis. Where all differences are
 equal, which happens on few records, their variance says nothing: the p-value is then that of the exact sign-flip test,
 2 / 2^n. With one seed there is no p-value and no interval. All p-values of one study are corrected together (Holm
-1979): the i-th smallest of m is multiplied by m - i + 1.
+1979): the i-th smallest of m is multiplied by m - i + 1. Differences at several points that are tested together count
+as independent, also those of one seed.
 """
 
 from __future__ import annotations
