@@ -138,8 +138,8 @@ def test_a_study_of_a_quantized_folder(tmp_path):
     row, base = {"name": "kept", "chain": recipe.pop("chain")}, {"name": "base", "of": "kept", "stage": "base"}
     asked = {"title": "t", "common": {**recipe, "model": str(tmp_path / "gptq")}, "rows": [row, base]}
     report = dovetail.study(asked, output=tmp_path / "out", progress=False)
-    assert [(each.failed, each.stage, each.mergeable) for each in report.results] == [
-        ([], "merged", True), ([], "base", None)
+    assert [(each.failed, each.stage, each.mergeable, each.precision) for each in report.results] == [
+        ([], "merged", True, "KEEP"), ([], "base", None, "KEEP")
     ]  # fmt: skip
     assert len(report.cells) == 2
     for cell in report.cells:

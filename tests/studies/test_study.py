@@ -389,7 +389,9 @@ def test_mergeable_is_the_truth(finished):
         if result.mergeable:
             used = {name: layer.used_weight().clone() for name, layer in chain_layers(model).items()}
             merged = AutoModelForCausalLM.from_pretrained(run / "model")
-            assert all(torch.equal(merged.get_submodule(name).weight, weight) for name, weight in used.items())
+            assert all(
+                torch.equal(merged.get_submodule(name).get_parameter("weight"), weight) for name, weight in used.items()
+            )
             assert not result.why
         else:
             with pytest.raises(CannotMerge):

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dovetail.chains.layer.applied import applied
-from dovetail.chains.link import Quantizer
 from dovetail.checkpoint.footprint import count_weights, stored_nbytes
 from dovetail.checkpoint.load import empty_model, grid_of, load_config
 from dovetail.compression.apply import apply_on_meta
@@ -27,6 +26,7 @@ from dovetail.runs.report.record import Report, ReportPart, Row, Score
 from dovetail.runs.steps import checked_chain
 from dovetail.studies.axes import Value
 from dovetail.studies.matrix import Line, Run
+from dovetail.studies.verify import has_codes
 from dovetail.tasks.find import load_task, number_of_labels
 
 TUNED = ("tuned", "searched")
@@ -175,7 +175,7 @@ def cell(line: Line, one: Run, stage: str, folder: Path, mergeable: bool | None)
     past, tuned = _past(report, stage), _tuned(report, stage)
     adapter = here.footprint.trainable_parameters - counts.outside if stage.startswith(TUNED) else 0
     dense = HALF_BITS * counts.weights
-    code_bits = counts.code_bits if _has_codes(one.recipe, past) else HALF_BITS
+    code_bits = counts.code_bits if has_codes(one.recipe, past) else HALF_BITS
     nonzero = here.footprint.nonzero_fraction * code_bits * counts.weights + HALF_BITS * adapter
     trained = report.footprint.trainable_parameters if tuned else 0
     steps = sum(len(each.losses) for each in report.training) if tuned else 0
@@ -217,16 +217,6 @@ def cell(line: Line, one: Run, stage: str, folder: Path, mergeable: bool | None)
 def _past(report: Report, stage: str) -> list[str]:
     names = [row.name for row in report.stages]
     return names[: names.index(stage) + 1]
-
-
-def _has_codes(recipe: Recipe, past: Sequence[str]) -> bool:
-    """Return whether the base is quantized after these stages: by the chain, or by an earlier round that it keeps.
-
-    A quantized file that the chain keeps has its codes from the start; a merged model has them under the chain.
-    """
-    kept = any(isinstance(link, Quantizer) for link in checked_chain(recipe).kept)
-    under = len(past) > 1 or grid_of(recipe.chain) is not None
-    return (kept and under) or any(name.startswith("quantized") for name in past)
 
 
 def _tuned(report: Report, stage: str) -> bool:

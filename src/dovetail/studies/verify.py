@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,14 @@ from safetensors import safe_open
 from dovetail.chains.link import Quantizer, arguments
 from dovetail.chains.notation import chain
 from dovetail.checkpoint.adapter import load_adapter
+from dovetail.checkpoint.load import grid_of
 from dovetail.checkpoint.merge import MergeReport, merge
 from dovetail.errors import CannotMerge
 from dovetail.files import read_json, write_whole
 from dovetail.runs.folder import ADAPTER, RECIPE
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Merge, Report
-from dovetail.runs.steps import load_base
+from dovetail.runs.steps import checked_chain, load_base
 from dovetail.tasks.find import load_task
 
 if TYPE_CHECKING:
@@ -94,13 +96,27 @@ def last_stage(report: Report) -> str:
     return [row.name for row in report.stages if row.name != MERGED][-1]
 
 
+def has_codes(recipe: Recipe, past: Sequence[str]) -> bool:
+    """Return whether the base is quantized after these stages: by the chain, or by an earlier round that it keeps.
+
+    A quantized file that the chain keeps has its codes from the start; a merged model has them under the chain.
+    """
+    kept = any(isinstance(link, Quantizer) for link in checked_chain(recipe).kept)
+    under = len(past) > 1 or grid_of(recipe.chain) is not None
+    return (kept and under) or any(name.startswith("quantized") for name in past)
+
+
 def precision(folder: Path, report: Report, stage: str) -> str:
-    """Return the precision of the target layers at a stage and of the adapter: FP32 + FP32, INT4 + FP32, INT4."""
+    """Return the precision of the target layers at a stage and of the adapter: FP32 + FP32, INT4 + FP32, INT4.
+
+    KEEP is that of the quantized model that the link `keep` starts from, whose layers may differ.
+    """
     names = [row.name for row in report.stages]
     reached = names[: names.index(stage) + 1]
-    quantizer = next((link for link in chain(report.chain) if isinstance(link, Quantizer)), None)
+    recipe = Recipe.load(folder / RECIPE)
+    quantizer = checked_chain(recipe).quantizer
     base = _PRECISION[report.environment["dtype"]]
-    if quantizer is not None and any(name.startswith("quantized") for name in reached):
+    if quantizer is not None and has_codes(recipe, reached):
         bits = arguments(quantizer).get("bits")
         base = quantizer.name.upper() if bits is None else f"INT{bits}"
     if stage == MERGED or not any(name.startswith("tuned") for name in reached):
