@@ -166,6 +166,17 @@ def test_inputs_and_gradients_that_are_not_contiguous(text: str) -> None:
         close(one, two)
 
 
+def test_a_weight_of_inference_mode_is_used_outside_of_it() -> None:
+    layer, x = layer_of("lora(r=2) >> loha(r=1)"), torch.randn(32, 5, 4, dtype=torch.float64).permute(2, 1, 0)
+    with torch.inference_mode():
+        weight = layer.base.matrix().clone()
+    with torch.no_grad():
+        wanted = layer.layout.call(x.contiguous(), weight, None)
+        close(layer.layout.call(x, weight, None), wanted)
+    with torch.inference_mode():
+        close(layer.layout.call(x, weight, None), wanted)
+
+
 @each_path
 def test_an_input_that_takes_no_gradient_changes_no_other(text: str) -> None:
     layer, x = layer_of(text), torch.randn(4, 32, dtype=torch.float64)

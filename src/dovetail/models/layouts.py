@@ -71,7 +71,8 @@ class LinearLayout(Layout):
         return weight_oi.contiguous()
 
     def call(self, x: Tensor, weight: Tensor, bias_o: Tensor | None) -> Tensor:
-        if x.ndim > 2 and not x.is_contiguous() and not weight.requires_grad:
+        fixed = weight.is_inference() and not torch.is_inference_mode_enabled()  # it can take no gradient
+        if x.ndim > 2 and not x.is_contiguous() and not weight.requires_grad and not fixed:
             # Of an x that cannot be flattened without a copy, torch makes one product or several, which differ in the
             # last digits, by whether the weight takes a gradient. That of a stock layer does.
             weight = weight.detach().requires_grad_()
