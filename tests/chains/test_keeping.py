@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from dovetail.chains.layer.elastic import groups
 from dovetail.chains.layer.keeping import forget, keeping, kept_nbytes
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.checkpoint.load import empty_model
+from dovetail.checkpoint.merge import merge
 from dovetail.compression.apply import apply, apply_on_meta
 from dovetail.tasks.tokens import encode
 from dovetail.training import predict
@@ -178,3 +181,140 @@ def test_auto_keeps_where_the_prediction_fits(monkeypatch: pytest.MonkeyPatch) -
     assert worth_keeping(model, inputs, TrainSettings(keep_weights=True))
     assert not worth_keeping(without, inputs, settings)
     assert all(layer.base.kept is None for layer in chain_layers(model).values())
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch(model)).logits
+
+
+def test_tensors_in_the_place_of_parameters_are_seen() -> None:
+    """The id of a tensor that is gone may be that of the next one; `.data =` leaves the version."""
+    model = chained(REGRID)
+    own = {name: p for name, p in model.named_parameters() if ".links." in name}
+    layers, factors = chain_layers(model).values(), [1.5, 2.0, -1.0, 3.0]
+
+    def in_calls() -> list[torch.Tensor]:
+        found = []
+        for factor in factors:
+            with torch.no_grad():
+                others = {name: p.detach() * factor for name, p in own.items()}
+                found.append(torch.func.functional_call(model, others, (), batch(model)).logits)
+                del others
+        return found
+
+    def in_data() -> list[torch.Tensor]:
+        found, before = [], {name: p.data for name, p in own.items()}
+        for factor in factors:
+            for name, p in own.items():
+                p.data = before[name] * factor
+            found.append(logits(model))
+        for name, p in own.items():
+            p.data = before[name]
+        return found
+
+    def in_dtypes() -> list[torch.Tensor]:
+        found = [logits(model)]
+        for layer in layers:
+            layer.links.half().float()
+        return [*found, logits(model)]
+
+    for change in (in_calls, in_data, in_dtypes):
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        wanted = change()
+        model.load_state_dict(state)
+        with keeping(model):
+            assert all(map(torch.equal, change(), wanted))
+        model.load_state_dict(state)
+
+
+def test_calls_that_torch_repeats_or_leaves(made: list[Any]) -> None:
+    """A layer twice in one pass, checkpointing, two backward passes, an error, inference mode between the passes."""
+    model = chained("wanda(0.5) >> int(bits=2, group=32) >> lora(r=2) >> remask >> regrid")
+    first: Any = next(iter(chain_layers(model).values()))
+
+    def twice() -> list[torch.Tensor]:
+        model.zero_grad()
+        x = torch.randn(3, first.in_features, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        (first(x) * first(2 * x)).sum().backward()
+        return [p.grad.clone() for p in [x, *first.links.parameters()]]
+
+    def checkpointed() -> list[torch.Tensor]:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        found = gradients(model)
+        model.activation_checkpointing_disable()
+        return found
+
+    def again() -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = model(**batch(model), labels=batch(model)["input_ids"]).loss
+        loss.backward(retain_graph=True)
+        forget(model)
+        logits(model)
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    def looked() -> list[torch.Tensor]:
+        model.zero_grad()
+        with torch.inference_mode():
+            model(**batch(model))  # makes the weights
+        loss = model(**batch(model), labels=batch(model)["input_ids"]).loss
+        with torch.inference_mode():
+            model.eval()(**batch(model))
+        loss.backward()
+        model.train()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    calls = twice, checkpointed, again, looked
+    wanted = [call() for call in calls]
+    for call, one in zip(calls, wanted, strict=True):
+        with keeping(model):
+            assert all(map(torch.equal, call(), one))
+    with keeping(model):
+        loss = model(**batch(model), labels=batch(model)["input_ids"]).loss
+        move(model)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        moved = gradients(model)
+    assert all(map(torch.equal, gradients(model), moved))
+
+
+@pytest.mark.parametrize("begun", [0, 1])
+def test_a_weight_that_was_not_finished_is_made_again(begun: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chained(REGRID)
+    wanted, original = logits(model), execute._materialise
+
+    def interrupted(base: Any, *args: Any, **kwargs: Any) -> Any:
+        if begun:
+            original(base, *args, **kwargs).zero_()
+        raise KeyboardInterrupt
+
+    with keeping(model):
+        logits(model)
+        move(model, by=0.0)  # another version
+        with monkeypatch.context() as patched:
+            patched.setattr(execute, "_materialise", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                logits(model)
+        assert torch.equal(logits(model), wanted)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copy_keeps_nothing(way: str) -> None:
+    model = chained(REGRID)
+    with keeping(model):
+        wanted = logits(model)
+        other: Any = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
+        assert all(layer.base.kept is not None for layer in chain_layers(model).values())
+        assert all(layer.base.kept is None for layer in chain_layers(other).values())
+        assert torch.equal(logits(other), wanted)
+
+
+def test_a_chain_is_merged_and_moved_while_weights_are_kept() -> None:
+    model = chained(REGRID)
+    with keeping(model):
+        wanted = logits(model)
+        model.double().float()
+        assert torch.equal(logits(model), wanted)
+        merge(model)
+        assert torch.equal(logits(model), wanted)

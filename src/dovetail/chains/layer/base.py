@@ -93,6 +93,11 @@ class Base(nn.Module):
         self._row_square = {}
         self.forget()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle gets: no kept weight, whose key holds in this process only."""
+        buffers = {**self._buffers, "kept": None}
+        return {**self.__dict__, "_buffers": buffers, "kept_key": None, "blocked": []}
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.layout.out_features, self.layout.in_features

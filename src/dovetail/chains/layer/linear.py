@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.layer.base import Base
@@ -187,13 +188,18 @@ class ChainLinear(Holder):
         return self.path == "closed" and lists_gradient(self.constraints)
 
     def _key(self, dtype: torch.dtype) -> Hashable:
-        """Return what the weight of a closed chain is made from, by identity and version; None: it is not kept."""
+        """Return what the weight of a closed chain is made from, by identity and version; None: it is not kept.
+
+        The identity is that of the storage too, which `parameter.data = other` replaces without another version. A weak
+        reference holds it, as ids and addresses of tensors that are gone are used again.
+        """
         if self.base.kept is None or self.base.kept.dtype != dtype or not self.keeps:
             return None
         parameters = [parameter for state in self.adapters for parameter in state.parameters()]
         if any(parameter.is_inference() for parameter in parameters):
             return None  # these have no version
-        return tuple((id(p), p._version) for p in parameters), tuple(state.rank for state in self.adapters)
+        found = tuple((id(p), p._version, StorageWeakRef(p.untyped_storage()), p.data_ptr()) for p in parameters)
+        return found, tuple(state.rank for state in self.adapters)
 
     def extract(self) -> None:
         """Replace elastic adapters, in place, by plain ones of their current ranks; W' is unchanged bit for bit."""
