@@ -24,8 +24,12 @@ _LONGEST = timedelta(days=7)
 
 
 def count() -> int:
-    """Return the number of processes of this run, from the launcher's WORLD_SIZE."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the number of processes of this run, from the launcher's WORLD_SIZE; DovetailError if it is none."""
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not said.isdecimal() or int(said) == 0:
+        rule, fix = "it must be the number of processes of this run", "unset WORLD_SIZE, or start it with torchrun"
+        raise DovetailError("processes", found=f"WORLD_SIZE={said!r}", rule=rule, fix=fix)
+    return int(said)
 
 
 def rank() -> int:
@@ -56,6 +60,13 @@ def start() -> None:
 
     if count() == 1 or dist.is_initialized():
         return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise DovetailError(
+            "processes",
+            found=f"WORLD_SIZE={count()} without {' and '.join(missing)}",
+            rule="the launcher of several processes says which one this is, and where the first one is",
+            fix="start it with torchrun or accelerate launch, or unset WORLD_SIZE",
+        )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -71,16 +82,28 @@ def wait() -> None:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """Return what the first process makes, which JSON must be able to hold; the others wait for it."""
+    """Return what the first process makes, which JSON must be able to hold; the others wait for it.
+
+    Where it cannot make it, it raises its error, and the others raise a DovetailError: they would wait for days where
+    the first one goes on after an error.
+    """
     if count() == 1:
         return make()
     import torch
     import torch.distributed as dist
 
-    made = make() if first() else None
-    text = json.dumps(made).encode() if first() else b""
+    text = b""
+    try:
+        if first():
+            text = json.dumps(make()).encode()
+    except BaseException:
+        dist.broadcast(torch.tensor([-1]), 0)
+        raise
     size = torch.tensor([len(text)])
     dist.broadcast(size, 0)
+    if size < 0:
+        fix = "see the error of the first process"
+        raise DovetailError(f"process {rank()} of {count()}", found="an error in the first process", fix=fix)
     data = (
         torch.frombuffer(bytearray(text), dtype=torch.uint8) if first() else torch.empty(int(size), dtype=torch.uint8)
     )

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,71 @@ def test_a_stopped_run_goes_on_in_another_number_of_processes(later: int, tmp_pa
         same_bits([expected[0], found[0]])
     else:
         close(found[0], expected[0])
+
+
+def test_an_error_in_the_first_process_ends_the_others(tmp_path: Path) -> None:
+    """Also where the first one goes on after it, so that no connection breaks."""
+
+    def broken() -> None:
+        raise ValueError("no space")
+
+    def work(folder: Path) -> Any:
+        processes.start()
+        try:
+            processes.from_first(broken)
+        except (ValueError, DovetailError) as error:
+            return str(error), processes.from_first(lambda: "goes on")
+
+    first, second = launched(2, work, tmp_path)
+    assert first == ("no space", "goes on")
+    assert "an error in the first process" in second[0]
+    assert second[1] == "goes on"
+
+
+@pytest.mark.parametrize("other", ["seed", "evaluate_every", "data"])
+def test_other_settings_or_records_than_the_first_process_has_are_refused(other: str, tmp_path: Path) -> None:
+    def work(folder: Path) -> Any:
+        model: Any = apply(llama(), "lora(r=2)")
+        number = processes.rank()
+        records = SUMS.split("train")[:: -1 if other == "data" and number else 1]
+        data = replace(SUMS, splits={"train": records, "validation": records})
+        settings: dict[str, Any] = {"max_steps": 1, "batch_size": 2} | ({} if other == "data" else {other: number + 1})
+        with pytest.raises(TrainError) as error:
+            train(model, make_tokenizer(), data, progress=False, **settings)
+        return str(error.value)
+
+    found = launched(2, work, tmp_path)
+    assert "other settings or records in another process" in found[0]
+    assert f"another {other} than in the first process" in found[1]
+
+
+def test_a_folder_that_the_first_process_refuses_is_refused_in_all(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/settings.json").write_text("{}")
+
+    def work(folder: Path) -> Any:
+        with pytest.raises(DovetailError) as error:
+            trained(folder, chain="lora(r=2)")
+        return str(error.value), processes.from_first(lambda: "goes on")
+
+    found = launched(2, work, tmp_path)
+    assert "an earlier run" in found[0][0]
+    assert "an error in the first process" in found[1][0]
+    assert found[0][1] == found[1][1] == "goes on"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+     ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK and MASTER_ADDR and MASTER_PORT")],
+)  # fmt: skip
+def test_half_of_a_launcher_is_refused(given: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DovetailError, match=said):
+        quiet(llama(), SUMS)
 
 
 def test_every_row_is_in_one_part(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,12 +59,11 @@ def run_directory(output_dir: Path | None, identity: Mapping[str, Any], resume: 
             yield Path(name)
         return
     if not processes.first():
-        processes.wait()  # until the first one has claimed it
+        processes.from_first(lambda: None)  # until the first one has claimed it, or could not
         yield output_dir
         return
     with only_writer(output_dir):
-        _claim(output_dir, dict(identity), resume)
-        processes.wait()
+        processes.from_first(lambda: _claim(output_dir, dict(identity), resume))
         with on_full_disk(output_dir):
             yield output_dir
 

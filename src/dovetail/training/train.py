@@ -176,6 +176,7 @@ def train(
     data = as_task(data)
     name_labels(config, data.labels)
     data = as_model_labels(data, config)
+    _check_same({**asked.model_dump(), "stop_after": stop_after}, data, tokenizer)
     rows, make = training_rows(model, tokenizer, data, "train", asked)
     cut = make.say(f"train {data.name}", shown=progress).get("cut", 0)
     shown = rendered(tokenizer, rows[0])
@@ -221,8 +222,7 @@ def train(
                     advance(model, calibration=batches, seed=asked.seed, progress=progress)
             here = directory / f"stage-{stage + 1}"
             processes.share([*model.parameters(), *model.buffers()])
-            if processes.first():
-                checkpoints.check_base(model, here)
+            processes.from_first(lambda here=here: checkpoints.check_base(model, here))
             if not trained_parts(model):
                 reports.append(StageReport([], 0, 0.0, [], [], 0, {}, 0))
                 continue
@@ -274,6 +274,24 @@ def _agreed(output_dir: Path | None, resume: bool) -> tuple[Path | None, bool]:
     """Return the first process's folder, and whether it continues there."""
     said, resume = processes.from_first(lambda: (str(output_dir or ""), resume))
     return Path(said) if said else None, resume
+
+
+def _check_same(settings: Mapping[str, Any], data: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise TrainError where this process trains with other settings or on other records than the first one."""
+    if processes.count() == 1:
+        return
+    records = records_identity({"train": data.split("train")})
+    own = {**settings, "tokenizer": tokenizer_identity(tokenizer), "data": records}
+    first = processes.from_first(lambda: own)
+    differing = [name for name, value in json.loads(json.dumps(own)).items() if value != first[name]]
+    if int(processes.total(torch.tensor(len(differing)))):  # in all, so that none waits for another one
+        others = f"another {' and another '.join(differing)} than in the first process"
+        raise TrainError(
+            f"train, process {processes.rank()} of {processes.count()}",
+            found=others if differing else "other settings or records in another process",
+            rule="all processes train together: with the same settings, on the same records in the same order",
+            fix="give all the same arguments, and draw records with a fixed seed",
+        )
 
 
 def training_rows(
