@@ -11,9 +11,10 @@ from dovetail.checkpoint.load import load
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Losses, Report
 from dovetail.studies import measures
-from dovetail.studies.matrix import Study, expand
+from dovetail.studies.matrix import expand
 from dovetail.studies.measures import divergence
 from dovetail.studies.report import Result, StudyReport
+from dovetail.studies.spec import Study
 from small_models import training_killed_at
 from small_runs import small_recipe
 

@@ -25,8 +25,9 @@ from dovetail.runs.report.record import Report
 from dovetail.runs.yaml import read_yaml
 from dovetail.studies import cells, cost, runner, verify
 from dovetail.studies.drawings import curve, score_axis
-from dovetail.studies.matrix import Study, expand, unique_runs
+from dovetail.studies.matrix import expand, unique_runs
 from dovetail.studies.report import Result, Spread, StudyReport
+from dovetail.studies.spec import Study
 from dovetail.studies.tables import spread
 from dovetail.training.trainer import StageTrainer
 from places import ROOT

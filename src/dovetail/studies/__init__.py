@@ -1,7 +1,7 @@
 """Studies: many runs side by side, as tables of quality and cost, and as curves."""
 
-from dovetail.studies.matrix import Study
 from dovetail.studies.report import StudyReport
 from dovetail.studies.runner import study
+from dovetail.studies.spec import Study
 
 __all__ = ["Study", "StudyReport", "study"]

@@ -27,10 +27,11 @@ from dovetail.runs.steps import data_of
 from dovetail.studies.cells import MERGING, PLANNED, RUNS, SHARED, Job, Outcome, run_cells, threads_of
 from dovetail.studies.comparison import compare
 from dovetail.studies.cost import KEPT, measure
-from dovetail.studies.matrix import Line, Matrix, Run, Study, expand, unique_runs
+from dovetail.studies.matrix import Line, Matrix, Run, expand, unique_runs
 from dovetail.studies.measures import Cell, cell, diverged_at
 from dovetail.studies.output import write_tables
 from dovetail.studies.report import Cost, Event, Failure, Illegal, Result, Spread, StudyReport
+from dovetail.studies.spec import Study
 from dovetail.studies.summary import summary
 from dovetail.studies.verify import MERGED, Judgement, check_mergeable, last_stage, precision
 from dovetail.tasks.find import load_task
