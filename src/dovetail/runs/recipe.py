@@ -115,7 +115,7 @@ def searched_layers(path: Path, text: str) -> dict[str, str]:
     }
     mine = _numbered(text)
     if not any(key in mine for key, _ in varied):
-        named = ", ".join(dict.fromkeys(key[0].name for key, _ in varied)) or "none"
+        named = ", ".join(sorted({key[0].name for key, _ in varied})) or "none"
         rule = "the chain must have a link whose arguments the file has for its layers"
         raise RecipeError(f"layers from {path}", found=f"layers that differ in {named}", rule=rule, fix=fix)
     layers = {}
