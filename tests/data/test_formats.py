@@ -34,9 +34,13 @@ def system(text: str) -> dict[str, Any]:
     return {"role": "system", "content": text}
 
 
-TOOL = {"name": "weather", "description": "the weather", "parameters": {"type": "object", "properties": {}}}
+TOOL: dict[str, Any] = {
+    "name": "weather",
+    "description": "the weather",
+    "parameters": {"type": "object", "properties": {}},
+}
 WRAPPED = {"type": "function", "function": TOOL}
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Kyoto"}}}
+CALL: dict[str, Any] = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Kyoto"}}}
 
 DOCUMENTED: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]]]] = {
     # row, format, messages
@@ -147,6 +151,89 @@ DOCUMENTED: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]]]] = {
         ]},
         "chat", [user("ab"), said("c")],
     ),
+    "LLaMA-Factory: sharegpt with parallel calls": (
+        {"conversations": [
+            {"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps([CALL["function"]] * 2)},
+            {"from": "observation", "value": "rain"}, {"from": "gpt", "value": "It rains."},
+        ], "tools": json.dumps([TOOL])},
+        "sharegpt",
+        [user("a"), {**said(""), "tool_calls": [CALL, CALL]}, {"role": "tool", "content": "rain"}, said("It rains.")],
+    ),
+    "LLaMA-Factory 1: messages of parts": (
+        {"messages": [
+            {"role": "user", "content": [{"type": "text", "value": "a"}], "loss_weight": 0.0},
+            {"role": "assistant", "content": [{"type": "text", "value": "b"}], "loss_weight": 1.0},
+        ]},
+        "chat", [user("a"), said("b")],
+    ),
+    "LLaMA-Factory 1: reasoning": (
+        {"messages": [
+            {"role": "user", "content": [{"type": "text", "value": "a"}]},
+            {"role": "assistant", "content": [{"type": "reasoning", "value": "r"}, {"type": "text", "value": "b"}]},
+        ]},
+        "chat", [user("a"), {**said("b"), "reasoning_content": "r"}],
+    ),
+    "LLaMA-Factory 1: tools": (
+        {"messages": [
+            {"role": "user", "content": [{"type": "text", "value": "a"}]},
+            {"role": "assistant", "content": [{"type": "tool_call", "value": json.dumps(CALL["function"])}]},
+        ], "tools": json.dumps([WRAPPED])},
+        "chat", [user("a"), {**said(""), "tool_calls": [CALL]}],
+    ),
+    "LLaMA-Factory 1: preference": (
+        {"chosen_messages": [user("a"), said("b")], "rejected_messages": [user("a"), said("c")]}, "preference",
+        [user("a"), said("b")],
+    ),
+    "axolotl: reflection": (
+        {"instruction": "a", "input": "", "output": "b", "reflection": "c", "corrected": "d"}, "reflection",
+        [user("a"), said("### Thought:\nb\n\n### Agent Reflection:\nc\n\n### Final Response:\nd")],
+    ),
+    "axolotl: explainchoice": (
+        {"question": "a", "choices": ["b", "c"], "solution": "d", "explanation": "e"}, "explained_choice",
+        [user('a\n- "b"\n- "c"'), said("d")],
+    ),
+    "axolotl: concisechoice": (
+        {"question": "a", "choices": ["b", "c"], "explanation": "e"}, "explained_choice",
+        [user('a\n- "b"\n- "c"'), said("e")],
+    ),
+    "axolotl: context_qa.load_v2": (
+        {"context": "c", "question": "a", "answer": "b"}, "prompt_completion", [user("c\n\na"), said("b")],
+    ),
+    "axolotl: kto argilla": (
+        {"system": "c", "instruction": "a", "completion": "b"}, "alpaca", [system("c"), user("a"), said("b")],
+    ),
+    "axolotl: kto intel": (
+        {"system": "c", "question": "a", "completion": "b"}, "prompt_completion", [system("c"), user("a"), said("b")],
+    ),
+    "axolotl: kto ultra": (
+        {"system": "c", "prompt": "a", "completion": [user("a"), said("b")]}, "prompt_completion",
+        [system("c"), user("a"), said("b")],
+    ),
+    "axolotl: tools of JSON": (
+        {"tools": [{"type": "function", "function": {**TOOL, "parameters": json.dumps(TOOL["parameters"])}}],
+         "messages": [
+            user("a"),
+            {"role": "assistant", "tool_calls": [{"type": "function", "function": {
+                "name": "weather", "arguments": json.dumps(CALL["function"]["arguments"]),
+            }}]},
+            {"role": "tool", "name": "weather", "content": "rain"}, said("b"),
+        ]},
+        "chat",
+        [user("a"), {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "name": "weather", "content": "rain"},
+         said("b")],
+    ),
+    "OpenAI: functions, with tools left out": (
+        {"functions": [TOOL], "messages": [
+            user("a"),
+            {"role": "assistant", "content": None, "function_call": {
+                "name": "weather", "arguments": '{"place": "Kyoto"}',
+            }},
+            {"role": "function", "name": "weather", "content": "rain"}, said("b"),
+        ]},
+        "chat",
+        [user("a"), {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "name": "weather", "content": "rain"},
+         said("b")],
+    ),
     "an answer of JSON": (
         {"prompt": "a", "completion": '[{"name": "b"}]'}, "prompt_completion", [user("a"), said('[{"name": "b"}]')],
     ),
@@ -167,9 +254,9 @@ def test_documented_shapes_go_in_unchanged(what: str, tmp_path: Path, capfd: pyt
     assert [record["messages"] for record in task.split("train")] == [messages, messages]
     assert f"{path}: the columns are those of the format {name} " in capfd.readouterr().err
     assert load_data(path, name).splits == task.splits
-    if what == "LLaMA-Factory: sharegpt with tools":
-        assert task.split("train")[0]["tools"] == [WRAPPED]
-    style = STYLES["tools" if "tools" in what else "ChatML"]
+    if "tools" in row or "functions" in row:
+        assert task.split("train")[0].get("tools", []) == ([WRAPPED] if row.get("tools", TOOL) else [])
+    style = STYLES["tools" if "tools" in task.split("train")[0] else "ChatML"]
     load_data(path, tokenizer=tokenizer_of(style))
 
 
@@ -245,6 +332,15 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str, str]] = {
     "a call in words": ([{"conversations": [{"from": "function_call", "value": "weather"}]}], "", "a function_call"),
     "tools in words": ([{"messages": [user("a"), said("b")], "tools": "weather"}], "", "no list of mappings"),
     "half a transcript": ([{"chosen": "b", "rejected": "c"}], "", "no prompt, and a chosen answer"),
+    "tokens": ([{"input_ids": [1], "attention_mask": [1], "labels": [1]}], "", "rows of tokens"),
+    "steps with labels": ([{"prompt": "a", "completions": ["b"], "labels": [True]}], "", "a process reward model"),
+    "ranked answers": ([{"prompt": "a", "answers": [{"answer": "b", "rank": 1}]}], "", "which one is wanted"),
+    "no answer at all": ([{"prompt": [user("a")]}], "", "prompts without answers"),
+    "no answer by intent": ([{"article": "a", "unanswerable_question": "b"}], "", "questions without an answer"),
+    "a revision": ([{"instruction": "a", "revision": "b"}], "", "revised answers"),
+    "a critique": ([{"scores": "1", "critiques": "2", "instruction": "a", "answer": "b"}], "", "critiques, whose"),
+    "no prompt": ([{"completion": [user("a"), said("b")]}], "", "no column of a known prompt"),
+    "calls in words": ([{"messages": [user("a"), {**said(""), "tool_calls": "weather"}]}], "", "tool_calls='weather'"),
     "half a history": ([{"instruction": "a", "output": "b", "history": [["a"]]}], "", "in place of [instruction"),
 }  # fmt: skip
 
@@ -328,6 +424,43 @@ def test_renamed_columns(tmp_path: Path) -> None:
         load_data(path, "poems")
     with pytest.raises(DataError, match="did you mean template"):
         load_data(path, templat="plain")
+
+
+def test_refused_columns_go_in_as_the_message_says(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", {"instruction": "a", "revision": "b", "answer": "c"})
+    assert load_data(path, "alpaca", fields={"output": "revision"}).split("train") == [
+        {"messages": [user("a"), said("b")]}
+    ]
+    path = write(tmp_path / "data.jsonl", {"completion": [user("a"), said("b")], "label": True})
+    assert load_data(path, "chat", fields={"messages": "completion"}).split("train") == [
+        {"messages": [user("a"), said("b")]}
+    ]
+
+
+def test_new_columns_do_not_change_what_is_found(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows: dict[str, dict[str, Any]] = {
+        "choice": {"question": "a", "choices": ["b", "c"], "answer": 0, "solution": "b", "explanation": "c"},
+        "labels": {"text": "a", "label": 1, "completion": "b"},
+        "alpaca": {"instruction": "a", "output": "b", "revision": "c"},
+    }
+    for name, row in rows.items():
+        load_data(write(tmp_path / f"{name}.jsonl", row))
+        assert f"the format {name} " in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("write_arguments", [False, True])
+def test_a_template_may_take_arguments_as_json(write_arguments: bool, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(STYLES["tools"])
+    shown = "call.function.arguments" if write_arguments else "call.function.arguments | tojson"
+    tokenizer.chat_template = tokenizer.chat_template.replace("call.function.arguments | tojson", shown)
+    calls = [
+        {**CALL, "function": {"name": "weather", "arguments": form({"place": "Kyoto"})}} for form in (dict, json.dumps)
+    ]
+    rows = [{"messages": [user("a"), {"role": "assistant", "tool_calls": [call]}]} for call in calls]
+    task = load_data(write(tmp_path / "data.jsonl", *rows))
+    first, second = encode("chat", task.split("train"), tokenizer, encoder_decoder=False, max_length=200)
+    assert first == second
+    assert '"arguments": {"place": "Kyoto"}' in tokenizer.decode(first["input_ids"])
 
 
 def test_a_share_becomes_the_validation_split(tmp_path: Path) -> None:

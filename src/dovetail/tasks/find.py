@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice, zip_longest
+from itertools import chain, count, islice, zip_longest
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -116,8 +116,8 @@ def load_data(
 
     file       of the split "train": JSON Lines, a JSON array, CSV, TSV or Parquet, gzipped text, or a folder of files;
                or split ("train", "validation", "test") -> file; None with dataset=NAME, a data set of the hub
-    format     alpaca, chat, sharegpt, prompt_completion, preference, generation, choice, pairs, text or labels; by
-               default found by the columns of the first row, and said in one line
+    format     a name of `dovetail.tasks.formats`: alpaca, chat, sharegpt, prompt_completion, preference, text, labels
+               and more; by default found by the columns of the first row, and said in one line
     tokenizer  makes the first record of each split into tokens at once, to show that its chat template can render them
     more       further keys of the `data` part of a recipe: preset, template, fields, split=0.1, seed, name, metric,
                limit
@@ -189,7 +189,7 @@ def _formatted(data: Data) -> tuple[str, dict[str, Sequence[Record]]]:
     name, splits = data.format, {}
     labels = LabelTypes()
 
-    def records(where: str, rows: Iterable[Row], unread: dict[str, None]) -> Iterator[Record]:
+    def records(where: str, rows: Iterable[Row], unread: dict[str, None], left_out: count[int]) -> Iterator[Record]:
         nonlocal name
         for row in rows:
             if name is None:
@@ -198,6 +198,9 @@ def _formatted(data: Data) -> tuple[str, dict[str, Sequence[Record]]]:
                 note_once(f"{where}: the columns are those of the format {name} (`format: {name}` names it){more}")
             record, others = read_record(name, row, data.fields)
             unread.update(dict.fromkeys(others))
+            if record is None:
+                next(left_out)
+                continue
             if data.template is not None and "template" in record:
                 rule, fix = "segments are joined as they are, without a template", "remove template"
                 raise DataError(row.where, found=f"template {data.template}", rule=rule, fix=fix)
@@ -213,7 +216,15 @@ def _formatted(data: Data) -> tuple[str, dict[str, Sequence[Record]]]:
 
     for split, (where, rows) in _sources(data).items():
         unread: dict[str, None] = {}
-        found = gathered(records(where, islice(rows, data.limit.of(split)), unread), RECORD)
+        left_out = count()
+        found = gathered(islice(records(where, rows, unread, left_out), data.limit.of(split)), RECORD)
+        if number := next(left_out):
+            said = f"{number} of {number + len(found)} rows are marked as undesired answers"
+            if not found:
+                rule = "a split must contain at least one desired answer"
+                fix = "add rows whose answers are desired, or remove the split"
+                raise DataError(where, found=said, rule=rule, fix=fix)
+            note_once(f"{where}: {said} and are left out")
         splits[split] = _finished(where, found, unread)
     assert name is not None
     kind = FORMATS[name].kind

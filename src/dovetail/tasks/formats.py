@@ -7,19 +7,23 @@ the one that reads most of them. The shapes are those that LLaMA-Factory (data/R
 | format | columns | record |
 |---|---|---|
 | alpaca | instruction, output; input, system, history | chat |
+| reflection | instruction, output, reflection, corrected; input, system | chat |
 | chat | messages; tools, system | chat |
 | sharegpt | conversations; tools, system | chat |
 | prompt_completion | a prompt and an answer, by one of the pairs of names in PAIRS; system, context | chat |
 | preference | chosen, rejected; prompt or messages, system, input | chat (chosen is trained) |
 | generation, pairs, text | the fields of the kind | the kind |
 | segments | segments, each with a text and whether it is trained | chat, without a template |
+| explained_choice | prompt, choices, answer (a text) | chat |
 | choice | prompt, choices, label | choice |
 | labels | text, label; pair | classification of integers or texts, else regression |
+
+Rows whose answer is marked as undesired (`kto_tag: false`, or a `label` that is false) make no record. Columns that say
+that a turn is not trained are those of `dovetail.tasks.messages`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +32,7 @@ from typing import Any
 
 from dovetail.errors import DataError
 from dovetail.tasks.files import Row, typed
+from dovetail.tasks.messages import conversation, parsed, read_messages, read_tools, turns, unread_keys
 from dovetail.tasks.task import FIELDS, Record
 from dovetail.tasks.templates import SEGMENTS
 
@@ -37,19 +42,10 @@ Fields = Mapping[str, Any]
 PAIRS = (
     ("prompt", "completion"), ("prompt", "response"), ("prompt", "output"), ("prompt", "generation"),
     ("question", "answer"), ("question", "response"), ("query", "response"), ("input", "output"),
-    ("input", "response"), ("article", "summary"), ("message_1", "message_2"),
+    ("question", "completion"), ("input", "response"), ("article", "summary"), ("message_1", "message_2"),
 )  # fmt: skip
 """The columns of a prompt and its answer that `prompt_completion` reads."""
 
-ROLES = {
-    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "model": "assistant", "observation": "tool", "function": "tool", "function_call": "assistant",
-}  # fmt: skip
-"""Other names of roles. `function_call` is a turn of the assistant that calls a tool."""
-_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
-_KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-"""Keys of a message that chat templates read."""
-_MESSAGE = {"role", "from", "content", "value", "train", "weight", *_KEPT}
 _CONVERSATIONS = {"messages", "prompt", "completion", "chosen"}
 """Fields that may hold messages."""
 
@@ -63,6 +59,7 @@ class Format:
     columns    the columns that may hold them, each a tuple in the order of `fields`
     optional   further field -> the columns that may hold it
     record     the values of a row -> the record; raises ValueError with what was found for values that make none
+    last       found by its columns only where no other format is; of several columns for a field, it takes the first
     """
 
     kind: str
@@ -70,6 +67,7 @@ class Format:
     columns: tuple[tuple[str, ...], ...]
     record: Callable[[Fields], Record]
     optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    last: bool = False
 
 
 def _alpaca(fields: Fields) -> Record:
@@ -80,30 +78,39 @@ def _alpaca(fields: Fields) -> Record:
         instruction = _text(fields, "instruction")
         user |= {"content": f"{instruction}\n{given}", "instruction": instruction, "input": given}
     messages = _system(fields)
-    for turn in _parsed(fields.get("history")) or []:
+    for turn in parsed(fields.get("history")) or []:
         if not isinstance(turn, Sequence) or len(turn) != 2:
             raise ValueError(f"history with {turn!r} in place of [instruction, answer]")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     return {"messages": [*messages, user, {"role": "assistant", "content": fields["output"]}]}
 
 
+def _reflection(fields: Fields) -> Record:
+    parts = ("Thought", "output"), ("Agent Reflection", "reflection"), ("Final Response", "corrected")
+    answer = "\n\n".join(f"### {head}:\n{_text(fields, name)}" for head, name in parts)
+    return _alpaca({**fields, "output": answer})
+
+
 def _chat(fields: Fields) -> Record:
-    messages = _messages(fields["messages"])
+    messages = read_messages(fields["messages"])
     if messages and messages[0]["role"] == "system":
         return {"messages": messages, **_tools(fields)}
     return {"messages": _system(fields) + messages, **_tools(fields)}
 
 
 def _prompt_completion(fields: Fields) -> Record:
-    prompt, completion = _conversation(fields["prompt"]), _conversation(fields["completion"])
+    prompt, answer = conversation(fields["prompt"]), turns("assistant", conversation(fields["completion"]))
     if isinstance(prompt, str) and (context := _text(fields, "context")):
         prompt = f"{context}\n\n{prompt}"
-    return {"messages": _system(fields) + _turns("user", prompt) + _turns("assistant", completion), **_tools(fields)}
+    if answer and answer[0]["role"] in ("system", "user"):  # the whole conversation
+        prompt = []
+    system = [] if answer and answer[0]["role"] == "system" else _system(fields)
+    return {"messages": system + turns("user", prompt) + answer, **_tools(fields)}
 
 
 def _preference(fields: Fields) -> Record:
-    chosen = _turns("assistant", _conversation(fields["chosen"]))
-    prompt, given = _conversation(fields.get("prompt")), _text(fields, "input")
+    chosen = turns("assistant", conversation(fields["chosen"]))
+    prompt, given = conversation(fields.get("prompt")), _text(fields, "input")
     if prompt is None:
         prompt, given = given or None, ""
     if chosen and chosen[0]["role"] != "assistant":  # the whole conversation
@@ -113,7 +120,7 @@ def _preference(fields: Fields) -> Record:
     else:
         if isinstance(prompt, str) and given:
             prompt = f"{prompt}\n{given}"
-        messages = _turns("user", prompt) + chosen
+        messages = turns("user", prompt) + chosen
     return {"messages": _system(fields) + messages, **_tools(fields)}
 
 
@@ -128,11 +135,19 @@ def _transcript(text: Any) -> list[dict[str, Any]]:
 
 def _segments(fields: Fields) -> Record:
     messages = []
-    for segment in _parsed(fields["segments"]) or []:
+    for segment in parsed(fields["segments"]) or []:
         if not isinstance(segment, Mapping) or not isinstance(segment.get("label"), bool):
             raise ValueError(f"segment {segment!r} in place of {{label: true or false, text: ...}}"[:200])
         messages.append({"role": "assistant" if segment["label"] else "user", "content": segment.get("text")})
     return {"messages": messages, "template": SEGMENTS}
+
+
+def _explained_choice(fields: Fields) -> Record:
+    choices = parsed(fields["choices"])
+    if not isinstance(choices, list):
+        raise ValueError(f"choices={choices!r}"[:200] + ", which is no list")
+    asked = "\n".join([_text(fields, "prompt"), *(f'- "{choice}"' for choice in choices)])
+    return {"messages": _system(fields) + turns("user", asked) + turns("assistant", fields["answer"])}
 
 
 def _choice(fields: Fields) -> Record:
@@ -161,88 +176,16 @@ def _system(fields: Fields) -> list[dict[str, Any]]:
 
 
 def _tools(fields: Fields) -> dict[str, Any]:
-    tools = _parsed(fields.get("tools"))
-    if not tools:
-        return {}
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ValueError(f"tools={tools!r}"[:200] + ", which is no list of mappings")
-    whole = [
-        tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool} for tool in tools
-    ]
-    return {"tools": whole}
-
-
-def _turns(role: str, value: Any) -> list[dict[str, Any]]:
-    """Return a text as one message, a message as a list, and messages as they are."""
-    if isinstance(value, Mapping):
-        return _messages([value])
-    return _messages(value) if isinstance(value, list) else [{"role": role, "content": value}]
-
-
-def _parsed(value: Any) -> Any:
-    """Return a text that is a JSON list or object as that; all else unchanged."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _conversation(value: Any) -> Any:
-    """Return a text that is JSON of one message or of messages as that; another text, also one of JSON, unchanged."""
-    found = _parsed(value)
-    messages = found if isinstance(found, list) else [found]
-    known = all(isinstance(message, Mapping) and ("role" in message or "from" in message) for message in messages)
-    return found if messages and known else value
-
-
-def _messages(value: Any) -> list[dict[str, Any]]:
-    """Return messages with the keys `role` and `content`, whatever the file names them, and the roles of templates."""
-    value = _parsed(value)
-    if not isinstance(value, list):
-        raise ValueError(f"messages={value!r}"[:200] + ", which is no list")
-    return [_message(message) for message in value]
-
-
-def _message(message: Any) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise ValueError(f"a message {message!r}"[:200] + ", which is no mapping")
-    theirs = _one(message, "role", "from")
-    role = ROLES.get(theirs, theirs)
-    if role not in _KNOWN_ROLES:
-        raise ValueError(f"role {theirs!r}; known are {', '.join((*_KNOWN_ROLES, *ROLES))}")
-    content = _content(_one(message, "content", "value"))
-    found = {"role": role, **({} if content is None else {"content": content})}
-    found |= {name: message[name] for name in _KEPT if message.get(name) is not None}
-    if theirs == "function_call":
-        call = _parsed(content)
-        if not isinstance(call, Mapping) or "name" not in call:
-            raise ValueError(f"a function_call {content!r}"[:200] + ", which is no JSON object with a name")
-        found |= {"content": "", "tool_calls": [{"type": "function", "function": dict(call)}]}
-    if role == "assistant" and (message.get("train") is False or message.get("weight") == 0):
-        found["train"] = False
-    return found
-
-
-def _one(message: Mapping[str, Any], *names: str) -> Any:
-    found = [message[name] for name in names if message.get(name) is not None]
-    if len(found) > 1:
-        raise ValueError(f"a message with both {' and '.join(names)}")
-    return found[0] if found else None
-
-
-def _content(value: Any) -> Any:
-    """Return the texts of a list of parts as one text."""
-    if not isinstance(value, list):
-        return value
-    if others := [part for part in value if not isinstance(part, Mapping) or part.get("type", "text") != "text"]:
-        raise ValueError(f"a part of a message that is no text: {others[0]!r}"[:200])
-    return "".join(str(part.get("text") or "") for part in value)
+    tools = read_tools(fields.get("tools"))
+    return {"tools": tools} if tools else {}
 
 
 _SYSTEM = {"system": ("system", "system_prompt")}
 _TOOLS = {"tools": ("tools",)}
+_FUNCTIONS = {"tools": ("tools", "functions")}
+_DESIRED = {"desired": ("kto_tag", "label")}
+_REFLECTION = ("instruction", "output", "reflection", "corrected")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def _plain(kind: str, *more: tuple[str, ...], **optional: tuple[str, ...]) -> Format:
@@ -257,23 +200,36 @@ FORMATS: Mapping[str, Format] = {
             ("instruction", "output"), ("instruction", "response"), ("instruction", "completion"),
             ("INSTRUCTION", "RESPONSE"),
         ),
-        _alpaca, {"input": ("input", "context"), **_SYSTEM, "history": ("history",)},
+        _alpaca, {"input": ("input", "context"), **_SYSTEM, "history": ("history",), **_DESIRED},
     ),
-    "chat": Format("chat", ("messages",), (("messages",),), _chat, {**_SYSTEM, **_TOOLS}),
-    "sharegpt": Format("chat", ("messages",), (("conversations",), ("conversation",)), _chat, {**_SYSTEM, **_TOOLS}),
+    "reflection": Format(
+        "chat", _REFLECTION, (_REFLECTION,), _reflection, {"input": ("input",), **_SYSTEM, **_DESIRED},
+    ),
+    "chat": Format("chat", ("messages",), (("messages",),), _chat, {**_SYSTEM, **_FUNCTIONS, **_DESIRED}),
+    "sharegpt": Format(
+        "chat", ("messages",), (("conversations",), ("conversation",)), _chat,
+        {**_SYSTEM, **_FUNCTIONS, **_DESIRED},
+    ),
     "prompt_completion": Format(
         "chat", ("prompt", "completion"), PAIRS, _prompt_completion,
-        {**_SYSTEM, "context": ("context", "article"), **_TOOLS},
+        {**_SYSTEM, "context": ("context", "article"), **_TOOLS, **_DESIRED},
     ),
     "preference": Format(
-        "chat", ("chosen", "rejected"), (("chosen", "rejected"), ("chosen_response", "rejected_response")), _preference,
+        "chat", ("chosen", "rejected"),
+        (("chosen", "rejected"), ("chosen_response", "rejected_response"), ("chosen_messages", "rejected_messages")),
+        _preference,
         {
             "prompt": ("prompt", "question", "instruction", "messages", "conversations"), "input": ("input",),
             **_SYSTEM, **_TOOLS,
         },
     ),
     "segments": Format("chat", ("segments",), (("segments",),), _segments),
-    "generation": _plain("generation"),
+    "explained_choice": Format(
+        "chat", ("prompt", "choices", "answer"),
+        (("question", "choices", "solution"), ("question", "choices", "explanation")), _explained_choice, _SYSTEM,
+        last=True,
+    ),
+    "generation": _plain("generation", **_DESIRED),
     "choice": Format(
         "choice", ("prompt", "choices", "label"),
         (("prompt", "choices", "label"), ("question", "choices", "label"), ("question", "choices", "answer")), _choice,
@@ -283,6 +239,43 @@ FORMATS: Mapping[str, Format] = {
     "labels": _plain("classification", ("sentence", "label"), ("sentence1", "label"), pair=("pair", "sentence2")),
 }  # fmt: skip
 """Name -> format."""
+
+_ANSWERLESS = "add a column with the answer that the model is to give"
+REFUSED: Sequence[tuple[tuple[str, ...], str, str]] = (
+    (
+        ("input_ids",),
+        "rows of tokens, which only the tokenizer that made them can read",
+        "give the texts: messages, or segments with a text and a label each",
+    ),
+    (
+        ("prompt", "completions", "labels"),
+        "steps with a label each, for a process reward model, which is not trained here",
+        "keep the rows whose labels are all true, with their steps joined in a column completion",
+    ),
+    (
+        ("prompt", "answers"),
+        "several answers to a prompt, of which the row does not say which one is wanted",
+        "write the best answer to a column completion",
+    ),
+    (("article", "unanswerable_question"), "questions without an answer in the row", _ANSWERLESS),
+    (
+        ("instruction", "revision"),
+        "instructions and revised answers, and no column of a known answer",
+        "train on the revised answers: data.format: alpaca, data.fields: {output: revision}",
+    ),
+    (
+        ("scores", "critiques", "instruction", "answer"),
+        "critiques, whose prompt is not in the row",
+        "write the whole prompt and the critique to the columns prompt and completion",
+    ),
+    (
+        ("completion",),
+        "answers, and no column of a known prompt",
+        "add the prompts; if the answers are lists of messages: data.format: chat, data.fields: {messages: completion}",
+    ),
+    (("prompt",), "prompts without answers, as reinforcement learning takes them", _ANSWERLESS),
+)
+"""Columns of documented formats that cannot be trained on, what they are, and what to do."""
 
 
 @lru_cache
@@ -302,10 +295,10 @@ def columns_of(name: str, found: tuple[str, ...], names: tuple[tuple[str, str], 
             ways.append(way)
     if not ways:
         return None
-    if len(ways) > 1:
+    if len(ways) > 1 and not form.last:
         texts = " or ".join("{" + ", ".join(f"{f}: {c}" for f, c in way.items()) + "}" for way in ways)
         raise ValueError(texts)
-    (way,) = ways
+    way = ways[0]
     for field_, columns in form.optional.items():
         there = [named[field_]] if field_ in named else [c for c in columns if c in found and c not in way.values()]
         if len(there) > 1:
@@ -326,12 +319,17 @@ def detect(row: Row, named: Mapping[str, str]) -> str:
             # Several columns may hold a field, which is refused if this format turns out to be the one.
             form = FORMATS[name]
             known = {column for columns in (*form.columns, *form.optional.values()) for column in columns}
-            way = {column: column for column in found if column in known}
+            way = {column: column for column in found if column in known - {*_DESIRED["desired"]}}
         if way is not None:
-            read[name] = len(way)
+            read[name] = len(way.keys() - _DESIRED)  # a label may be anything
+    read = {name: number for name, number in read.items() if not FORMATS[name].last} or read
     best = [name for name, number in read.items() if number == max(read.values())]
     if len(best) == 1:
         return best[0]
+    for columns, what, fix in REFUSED:
+        if not best and set(columns) <= set(found):
+            rule = "a row must have what is learned from it: texts, and the answer to a prompt"
+            raise DataError(row.where, found=f"columns {', '.join(found)}: {what}", rule=rule, fix=fix)
     known = "; ".join(f"{name}: {', '.join(form.columns[0])}" for name, form in FORMATS.items())
     raise DataError(
         row.where,
@@ -343,8 +341,11 @@ def detect(row: Row, named: Mapping[str, str]) -> str:
     )
 
 
-def read_record(name: str, row: Row, named: Mapping[str, str]) -> tuple[Record, list[str]]:
-    """Return the record of a row and the columns that it does not hold. Raises DataError that names the row."""
+def read_record(name: str, row: Row, named: Mapping[str, str]) -> tuple[Record | None, list[str]]:
+    """Return the record of a row and the columns that it does not hold; None: its answer is marked as undesired.
+
+    Raises DataError that names the row.
+    """
     form = FORMATS[name]
     found = list(row.columns)
     try:
@@ -364,8 +365,12 @@ def read_record(name: str, row: Row, named: Mapping[str, str]) -> tuple[Record, 
         if name == "labels":
             fields["label"] = typed(fields["label"], (int, float))
     try:
+        desired = _desired(fields.pop("desired", None), way.get("desired"), "desired" in named)
         if missing := [f for f in form.fields if f not in fields]:
             raise ValueError(f"null in column {way[missing[0]]!r}")
+        for column in _MEDIA if form.kind == "chat" else ():
+            if parsed(row.columns.get(column)):
+                raise ValueError(f"{column}={row.columns[column]!r}"[:200] + ", where only texts are trained on")
         record = form.record(fields)
     except ValueError as error:
         raise DataError(
@@ -375,12 +380,30 @@ def read_record(name: str, row: Row, named: Mapping[str, str]) -> tuple[Record, 
             fix="correct the record, or leave it out",
         ) from None
     unread = [column for column in found if column not in way.values()]
+    if desired is None and "desired" in way and row.columns[way["desired"]] is not None:
+        unread.append(way["desired"])
     for f in _CONVERSATIONS & fields.keys():
-        messages = _parsed(fields[f]) if isinstance(fields[f], str) else fields[f]
-        for message in messages if isinstance(messages, list) else [messages]:
-            if isinstance(message, Mapping):
-                unread += [f"{way[f]}.{key}" for key in message if key not in _MESSAGE]
-    return record, unread
+        unread += [f"{way[f]}.{key}" for key in unread_keys(fields[f])]
+    return (None if desired is False else record), unread
+
+
+def _desired(value: Any, column: str | None, named: bool) -> bool | None:
+    """Return whether the answer of a row is desired; None where nothing says so.
+
+    A column `label` may hold anything, and says so only as true or false; `kto_tag`, or a column that is named, must.
+    """
+    texts = {"true": True, "false": False}
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, str) and value.strip().lower() in texts:
+        return texts[value.strip().lower()]
+    if column == "label" and not named:
+        return None
+    if isinstance(value, str) and value.strip() in ("", "0", "1"):  # CSV
+        return bool(int(value)) if value.strip() else None
+    if value not in (0, 1):
+        raise ValueError(f"{column}={value!r}"[:200] + ", which is not true or false")
+    return bool(value)
 
 
 def _missing(name: str, row: Row, named: Mapping[str, str]) -> DataError:

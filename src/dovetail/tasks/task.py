@@ -43,7 +43,8 @@ OPTIONAL: dict[str, dict[str, type]] = {
     "regression": {"pair": str},
 }
 """Fields that records of a kind may have beside FIELDS. The messages of a chat are mappings with a `role` and a
-`content` or `tool_calls`, as chat templates take them; `train: false` leaves a turn of the assistant out of the loss.
+`content` or `tool_calls`, as chat templates take them; `train: false` leaves a turn of the assistant out of the loss,
+and `train: [[0, 5]]` leaves out the characters of its content that no pair [begin, end) has.
 """
 
 METRICS: dict[str, tuple[str, ...]] = {
@@ -219,10 +220,24 @@ def _check_messages(where: str, messages: Sequence[Any]) -> None:
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             found, rule = f"content={message.get('content')!r}"[:200], "content must be of type str"
             raise DataError(place, found=found, rule=rule, fix=fix)
+        if not _is_train(message.get("train", True), len(message.get("content") or "")):
+            rule = "train must be true, false, or pairs [begin, end) of characters of the content, in their order"
+            found = f"train={message['train']!r}"[:200]
+            raise DataError(place, found=found, rule=rule, fix="correct train, or leave it out")
     if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
         found = f"{len(messages)} messages, none of them a turn of the assistant that is trained"
         rule = "a conversation must have a turn of the assistant"
         raise DataError(where, found=found, rule=rule, fix="leave the record out")
+
+
+def _is_train(train: Any, length: int) -> bool:
+    if isinstance(train, bool):
+        return True
+    if not isinstance(train, list) or not all(isinstance(part, list | tuple) and len(part) == 2 for part in train):
+        return False
+    ends = [end for part in train for end in part]
+    whole = all(isinstance(end, int) and 0 <= end <= length for end in ends)
+    return whole and ends == sorted(ends)
 
 
 def _check_unicode(where: str, name: str, value: Any) -> None:

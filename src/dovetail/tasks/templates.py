@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 Span = tuple[int, int]
 """Begin and end in the characters of a text."""
+Turns = tuple[str, list[Span], list[Span]]
+"""The text of a conversation, the turns that are trained, and the parts of them that are not."""
 
 _WRITE = "Write a response that appropriately completes the request."
 _TASK = "Below is an instruction that describes a task"
@@ -93,16 +95,26 @@ class Template:
         """Return the text of messages, with the generation prompt after them if `prompt`."""
         from jinja2 import TemplateError
 
+        errors = (TemplateError, TypeError, ValueError, KeyError)
         try:
-            text: Any = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=None if tools is None else list(tools),
-                chat_template=self.source,
-                add_generation_prompt=prompt,
-                tokenize=False,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            return self._applied(messages, tools, prompt)
+        except errors as error:
+            written = _with_written_arguments(messages)
+            if written == messages:
+                raise self._refused(where, str(error)[:200]) from None
+        try:
+            return self._applied(written, tools, prompt)  # DeepSeek's templates take arguments as OpenAI writes them
+        except errors as error:
             raise self._refused(where, str(error)[:200]) from None
+
+    def _applied(self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool) -> str:
+        text: Any = self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=None if tools is None else list(tools),
+            chat_template=self.source,
+            add_generation_prompt=prompt,
+            tokenize=False,
+        )
         return text
 
     def _refused(self, where: str, found: str) -> DataError:
@@ -141,21 +153,36 @@ class Template:
         found: Any = self.tokenizer.convert_tokens_to_ids(end) if end in self._tokens else None
         return found
 
-    def turns(self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[str, list[Span]]:
-        """Return the text of a conversation, and the spans of the assistant's turns that are trained."""
+    def turns(self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> Turns:
+        """Return the text of a conversation, the assistant's turns that are trained, and what in them is not."""
         whole = self.render(where, messages, tools, prompt=False)
         self._check_whole(where, whole, messages, tools)
         wanted = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         spans = [self._span(where, whole, messages, tools, at) for at in wanted]
         if None in spans:
             spans = self._tagged(where, whole, messages, tools, len(wanted))
-        found = []
+        trained: list[Span] = []
+        untrained: list[Span] = []
         for at, span in zip(wanted, spans, strict=True):
             assert span is not None
             self._check_calls(where, messages[at], whole[slice(*span)])
-            if messages[at].get("train", True):
-                found.append(span)
-        return whole, found
+            parts = messages[at].get("train", True)
+            if parts:
+                trained.append(span)
+            if isinstance(parts, list):
+                untrained += self._untrained(where, whole, span, messages[at])
+        return whole, trained, untrained
+
+    def _untrained(self, where: str, whole: str, turn: Span, message: Message) -> list[Span]:
+        """Return the characters of a turn's content that are not trained, as places in the text."""
+        content = str(message.get("content") or "")
+        shift = len(content) - len(content.lstrip())  # which some templates leave out
+        begin = whole.rfind(content.strip(), *turn) - shift
+        if begin + shift < turn[0]:
+            raise self._refused(where, "a turn that is trained in parts, whose content the template changes")
+        ends = [0, *(begin_or_end for part in message["train"] for begin_or_end in part), len(content)]
+        spans = zip(ends[::2], ends[1::2], strict=True)
+        return [(max(begin + first, turn[0]), begin + last) for first, last in spans if last > first]
 
     def _span(
         self, where: str, whole: str, messages: Sequence[Message], tools: Sequence[Any] | None, at: int
@@ -219,6 +246,23 @@ class Template:
                 raise self._refused(where, f"a call of the tool {name!r} that is not in the text of its turn")
 
 
+def _with_written_arguments(messages: Sequence[Message]) -> Sequence[Message]:
+    """Return messages whose calls of tools have their arguments as JSON."""
+
+    def written(call: Any) -> Any:
+        inner = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("arguments"), Mapping):
+            return call
+        return {**call, "function": {**inner, "arguments": json.dumps(inner["arguments"], ensure_ascii=False)}}
+
+    return [
+        {**message, "tool_calls": [written(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
 class Segments:
     """What stands in the place of a template for texts that are joined as they are (axolotl's `input_output`).
 
@@ -233,12 +277,12 @@ class Segments:
         """Return the texts in a row."""
         return "".join(message["content"] for message in messages)
 
-    def turns(self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[str, list[Span]]:
+    def turns(self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> Turns:
         """Return the texts in a row, and the spans of those that are trained."""
         ends = list(accumulate(len(message["content"]) for message in messages))
         spans = zip([0, *ends], ends, messages, strict=False)
         trained = [(start, end) for start, end, message in spans if message["role"] == "assistant"]
-        return self.render(where, messages, tools, prompt=False), trained
+        return self.render(where, messages, tools, prompt=False), trained, []
 
 
 def mark_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

@@ -208,13 +208,15 @@ class RowMaker:
             for index, record in enumerate(records)
         ]
         fields = self.tokenizer(
-            [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            [text for text, *_ in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         rows = []
-        for index, (_, spans) in enumerate(rendered):
+        for index, (_, spans, untrained) in enumerate(rendered):
             ids: list[int] = fields["input_ids"][index]
             counted = mark_tokens(fields["offset_mapping"][index], spans)
-            labels = [token if mark else IGNORED for token, mark in zip(ids, counted, strict=True)]
+            left_out = mark_tokens(fields["offset_mapping"][index], untrained)
+            marks = zip(ids, counted, left_out, strict=True)
+            labels = [token if mark and not out else IGNORED for token, mark, out in marks]
             if len(ids) > self.max_length:
                 self.cut += 1
                 ids, labels = ids[: self.max_length], labels[: self.max_length]
