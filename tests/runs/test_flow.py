@@ -25,7 +25,7 @@ from dovetail.runs.plan import plan
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Example, Report
 from dovetail.runs.rows import row_names
-from dovetail.runs.steps import probe_of
+from dovetail.runs.steps import legal_chain, probe_of
 from dovetail.tasks.find import load_task
 from dovetail.tasks.playground import task
 from dovetail.tasks.scoring import evaluate
@@ -319,6 +319,24 @@ def test_a_packed_model_is_loaded_scored_and_adapted_like_any_other(finished, tm
     assert again.row("base").metrics == report.row("merged").metrics
     assert again.packed is None
     assert not (tmp_path / "more" / "packed").exists()
+    assert Recipe.load(tmp_path / "more" / "recipe.yaml").names_exact is False  # so it repeats the run
+
+
+@pytest.mark.parametrize("folder", ["model", "packed"])
+def test_a_recipe_that_names_exact_gives_up_nothing(folder, finished, tmp_path):
+    base = str(finished[0] / folder)
+    for chain, closed in (
+        ("lora(r=2)", "lora(r=2) >> remask >> regrid"), ("lora(r=2) >> remask", "lora(r=2) >> remask >> regrid"),
+        ("lora(r=2) >> regrid", "lora(r=2) >> regrid >> remask"),
+    ):  # fmt: skip
+        recipe = small_recipe(tmp_path, model=base, chain=chain, merge="exact")
+        with pytest.raises(CannotMerge) as refused:
+            quiet(recipe, tmp_path / "more")
+        assert "gives up the" in refused.value.found
+        assert refused.value.fix == f"use {closed} to keep them, or set merge: lossy"
+        assert not left_in(tmp_path, "more")
+    legal_chain(Recipe.parse(small_recipe(tmp_path, model=base, chain=closed, merge="exact"), folder=tmp_path))
+    legal_chain(Recipe.parse(small_recipe(tmp_path, model=base, chain="lora(r=2)", merge="lossy"), folder=tmp_path))
 
 
 @pytest.mark.parametrize("folder", ["model", "packed"])

@@ -179,6 +179,28 @@ def test_a_folder_of_splits_and_little_memory(llama: Path, tmp_path: Path) -> No
     assert "lora" in refused.value.found
 
 
+@pytest.mark.parametrize(
+    ("first", "closed"),
+    [
+        ("magnitude(0.5) >> int(bits=4, group=32) >> lora(r=2) >> remask >> regrid", "lora(r=16) >> remask >> regrid"),
+        ("magnitude(0.5) >> lora(r=2) >> remask", "lora(r=16) >> remask"),
+        ("int(bits=4, group=32)", "lora(r=16) >> regrid"),
+    ],
+)
+def test_a_merged_model_keeps_its_zeros_and_its_grid(first: str, closed: str, llama: Path, tmp_path: Path) -> None:
+    model, tokenizer = dovetail.load(llama)
+    dovetail.apply(model, first)
+    assert dovetail.merge(model).exact
+    model.save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    path = tmp_path / "recipe.yaml"
+    made = propose(str(tmp_path / "merged"), write(tmp_path, "generation"), output=path)
+    path.write_text(made.text)
+    assert Recipe.load(path).chain == closed
+    assert "LoRA that keeps the zeros and the grid" in made.text
+    assert "wanda" not in made.text
+
+
 def test_columns_can_be_named(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_text('{"frage": "a", "antwort": "b"}\n' * 4)
     with pytest.raises(DataError, match=r"--format prompt_completion --field prompt=COLUMN"):

@@ -107,7 +107,12 @@ class CheckedChain(Chain):
     @property
     def keeping(self) -> str:
         """How to keep what the chain gives up, as a fix."""
-        return f"use {' >> '.join(map(str, (*self, *map(_restoring, self.given_up))))} to keep them"
+        return f"use {self.closed} to keep them"
+
+    @property
+    def closed(self) -> str:
+        """The chain, and the constraints at its end that restore what it gives up."""
+        return " >> ".join(map(str, (*self, *map(_restoring, self.given_up))))
 
     @cached_property
     def kept(self) -> tuple[Link, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ import pydantic
 import torch
 import yaml
 
+from dovetail.chains.assignment import assign
+from dovetail.chains.layer.held import held
 from dovetail.checkpoint.footprint import count_weights
 from dovetail.checkpoint.load import best_device, empty_model, load_config, load_tokenizer
 from dovetail.display.format import percent, size
@@ -316,7 +318,8 @@ def _fitting(
     number = min(BATCH, len(task.split("train")))
     longest = _longest(task)
     too_large: set[tuple[str, str | None]] = set()
-    for chain, dtype, (batch_size, recomputed) in _settings(dtypes, number):
+    chains = dict.fromkeys(_closed(chain, config) for chain in _CHAINS)
+    for chain, dtype, (batch_size, recomputed) in _settings(chains, dtypes, number):
         if (chain, dtype) in too_large:
             continue
         on_step(f"{chain}, batches of {batch_size}")
@@ -350,10 +353,21 @@ def _fitting(
     )
 
 
-def _settings(dtypes: Sequence[str | None], number: int) -> Iterator[tuple[str, str | None, tuple[int, bool]]]:
+def _closed(chain: str, config: PreTrainedConfig) -> str:
+    """Return a chain that keeps the zeros and the grid that a merged model has; one that is not legal unchanged."""
+    had = held(config)
+    try:
+        return assign(chain, {}, had).chain.closed if had else chain
+    except DovetailError:
+        return chain
+
+
+def _settings(
+    chains: Iterable[str], dtypes: Sequence[str | None], number: int
+) -> Iterator[tuple[str, str | None, tuple[int, bool]]]:
     """Yield chain, dtype and batch from the best to the smallest; a batch has at most `number` rows."""
     batches = dict.fromkeys((min(rows, number), recomputed) for rows, recomputed in _BATCHES)
-    for chain in _CHAINS:
+    for chain in chains:
         for dtype in dtypes:
             for batch in batches:
                 yield chain, dtype, batch
@@ -454,9 +468,7 @@ def _text(
         "data:",
         *(_line(key, value, comments.get(key, ""), 2) for key, value in data.items()),
         "",
-        f"# {_chain_about(setting.chain)}",
-        "# Half of the weights and 4 bits for the others, merged without loss:",
-        "#   wanda(0.5) >> int(bits=4, group=64) >> lora(r=16) >> remask >> regrid",
+        *(f"# {line}" for line in _chain_about(setting.chain)),
         _line("chain", setting.chain, ""),
         "",
         "train:",
@@ -467,10 +479,16 @@ def _text(
     return "\n".join(lines) + "\n"
 
 
-def _chain_about(chain: str) -> str:
+def _chain_about(chain: str) -> list[str]:
+    smaller = [
+        "Half of the weights and 4 bits for the others, merged without loss:",
+        "  wanda(0.5) >> int(bits=4, group=64) >> lora(r=16) >> remask >> regrid",
+    ]
     if "nf4" in chain:
-        return "The base in 4 bits and a LoRA on its grid, which is merged without loss."
-    return "A LoRA on the full weights, merged at the end."
+        return ["The base in 4 bits and a LoRA on its grid, which is merged without loss.", *smaller]
+    if ">>" in chain:
+        return ["A LoRA that keeps the zeros and the grid of the merged model, and is merged without loss."]
+    return ["A LoRA on the full weights, merged at the end.", *smaller]
 
 
 def _relative(path: Path, folder: Path) -> str:

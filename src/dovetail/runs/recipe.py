@@ -151,7 +151,8 @@ class Recipe(YamlFile):
             {from: FILE} takes what a search found (`searched_layers`)
     search  what to search; None: no search
     merge   exact: CannotMerge before training starts if the chain cannot be merged without loss; lossy: merge anyway
-            and measure the loss; none: keep the adapter apart
+            and measure the loss; none: keep the adapter apart. Where a recipe names exact, a chain that gives up the
+            zeros or the grid of a merged model is refused too; else it runs, and the report says what it gave up
     export  formats to write at the end, which are checked before training: one mapping, or several
     output  folder of the run, relative to where the command is given
     """
@@ -212,7 +213,13 @@ class Recipe(YamlFile):
 
     def dump(self, path: str | Path) -> None:
         """Write the recipe with all defaults, atomically; the file repeats the run from any folder."""
-        write_yaml(Path(path), self.model_dump(mode="json"))
+        unnamed = set() if self.names_exact or self.merge != "exact" else {"merge"}
+        write_yaml(Path(path), self.model_dump(mode="json", exclude=unnamed))
+
+    @property
+    def names_exact(self) -> bool:
+        """Whether the recipe says `merge: exact` itself."""
+        return self.merge == "exact" and "merge" in self.model_fields_set
 
     def difference(self, other: Recipe) -> tuple[str, Any, Any] | None:
         """Return the first key to which two recipes give different values, and both values; outputs do not count."""

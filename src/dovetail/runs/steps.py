@@ -22,7 +22,7 @@ from dovetail.checkpoint.merge import logit_difference, to_stock
 from dovetail.checkpoint.packed import save_packed
 from dovetail.compression.apply import apply_on_meta
 from dovetail.compression.calibration import calibration_batches, text_task
-from dovetail.errors import RecipeError
+from dovetail.errors import CannotMerge, RecipeError
 from dovetail.files import read_json, write_whole
 from dovetail.runs.folder import RunFolder
 from dovetail.runs.recipe import Recipe
@@ -63,6 +63,13 @@ def legal_chain(recipe: Recipe) -> CheckedChain:
     links = checked_chain(recipe)
     if recipe.merge == "exact" or (recipe.merge == "lossy" and any(not link.mergeable for link in links)):
         check_merge(links)
+    if recipe.names_exact and links.given_up:
+        raise CannotMerge(
+            f"{links} on {recipe.model}",
+            found=f"a chain that gives up the {' and the '.join(links.given_up)} of the merged base",
+            rule="merge: exact must keep the zeros and the quantization grid of the base",
+            fix=f"{links.keeping}, or set merge: lossy",
+        )
     if recipe.search is not None and not any(link.ranks for link in links.stages[-1].adapters):
         rule = "a search needs elastic ranks in the last stage of the chain"
         fix = "use lora(r=16, elastic=[16, 12, 8]), or remove search"
