@@ -325,11 +325,11 @@ def test_a_packed_model_is_loaded_scored_and_adapted_like_any_other(finished, tm
 @pytest.mark.parametrize("folder", ["model", "packed"])
 def test_a_recipe_that_names_exact_gives_up_nothing(folder, finished, tmp_path):
     base = str(finished[0] / folder)
-    for chain, closed in (
+    for text, closed in (
         ("lora(r=2)", "lora(r=2) >> remask >> regrid"), ("lora(r=2) >> remask", "lora(r=2) >> remask >> regrid"),
         ("lora(r=2) >> regrid", "lora(r=2) >> regrid >> remask"),
     ):  # fmt: skip
-        recipe = small_recipe(tmp_path, model=base, chain=chain, merge="exact")
+        recipe = small_recipe(tmp_path, model=base, chain=text, merge="exact")
         with pytest.raises(CannotMerge) as refused:
             quiet(recipe, tmp_path / "more")
         assert "gives up the" in refused.value.found
