@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dovetail.chains.layer.coverage import coverage
 from dovetail.chains.layer.linear import ChainLinear, chain_layers, packed_layers
 from dovetail.errors import DovetailError
+from dovetail.models.disk import Disk
 from dovetail.models.targets import select
 
 
@@ -46,7 +47,7 @@ class Footprint:
 
 
 @torch.no_grad()
-def footprint(model: nn.Module) -> Footprint:
+def footprint(model: nn.Module, disk: Disk | None = None) -> Footprint:
     """Count a model, with or without a chain. The target layers are those under the chain, else `all-linear`.
 
     Raises DovetailError that names a target layer whose weights are NaN or infinite.
@@ -55,12 +56,12 @@ def footprint(model: nn.Module) -> Footprint:
     if layers:
         weights = sum(layer.base.shape[0] * layer.base.shape[1] for layer in layers.values())
         stored = sum(weight_nbytes(layer) for layer in layers.values())
-        nonzero = sum(_nonzero(name, layer.base.matrix()) for name, layer in layers.items())
+        nonzero = sum(_nonzero(name, layer.base.matrix(), disk) for name, layer in layers.items())
     else:
         parameters = {target.name: target.module.get_parameter("weight") for target in select(model)}
         weights = sum(p.numel() for p in parameters.values())
         stored = sum(p.nbytes for p in parameters.values())
-        nonzero = sum(_nonzero(name, p) for name, p in parameters.items())
+        nonzero = sum(_nonzero(name, p, disk) for name, p in parameters.items())
     covered, left = coverage(model)
     return Footprint(
         bits_per_weight=8 * stored / weights,
@@ -73,7 +74,9 @@ def footprint(model: nn.Module) -> Footprint:
     )
 
 
-def _nonzero(name: str, weight: Tensor) -> int:
+def _nonzero(name: str, weight: Tensor, disk: Disk | None) -> int:
+    if disk is not None:
+        disk.drop()
     if not bool(torch.isfinite(weight).all()):
         raise DovetailError(
             f"footprint at {name}",

@@ -33,9 +33,11 @@ from dovetail.checkpoint.formats.gguf import (
     warn_of_unread,
 )
 from dovetail.checkpoint.formats.kept import folder_note, forget_format, format_of, load_kept_folder
+from dovetail.checkpoint.mapped import load_mapped
 from dovetail.checkpoint.packed import PACKED, load_packed
 from dovetail.errors import DovetailError, LoadError
 from dovetail.files import open_tensors, read_json
+from dovetail.models.disk import Disk
 from dovetail.models.dtypes import FLOATS
 from dovetail.models.fingerprint import drop_stale_note
 from dovetail.models.locate import ask_hub, resolve
@@ -66,6 +68,7 @@ def load(
     grid: Literal["keep"] | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
+    disk: Disk | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model (on the CPU, eval mode) and its tokenizer (with a padding token), for tasks of one kind.
 
@@ -81,6 +84,8 @@ def load(
                        changes codes alone. None: they are dense, or transformers decides
     trust_remote_code  run the checkpoint's own Python code
     seed               draws the weights of a new head, the only ones that may be missing from the checkpoint
+    disk               leave the weights on disk, for `dovetail.apply` with the same one; the model must be a folder of
+                       a stock checkpoint, and its weights must not be changed in place
 
     A folder that `save_packed` wrote gives the packed model, which runs from its codes; `to_stock` makes stock modules
     of it. A GGUF file (any that transformers converts; needs the gguf package) gives an ordinary model of dequantized
@@ -103,6 +108,13 @@ def load(
     elif isinstance(source, Path) and not packed:
         _check_sizes(f"model {name_or_dir}", *_stored(_weight_files(source)), config, auto, trust_remote_code)
     tokenizer = load_tokenizer(name_or_dir, trust_remote_code=trust_remote_code)
+    if disk is not None:
+        if not isinstance(source, Path) or header is not None or packed or grid or task_kind in HEAD_KINDS:
+            rule = "weights can stay on disk for a folder of a stock checkpoint, without a new head"
+            raise LoadError(f"model {name_or_dir}", found="another kind of model", rule=rule, fix="leave disk out")
+        model = _load_mapped(f"model {name_or_dir}", source, disk, config, auto, cast, trust_remote_code)
+        _set_padding(name_or_dir, model, tokenizer)
+        return model, tokenizer
     form = _format(f"model {name_or_dir}", source, config) if grid == "keep" and header is None and not packed else None
     if form is not None:
         where, files, made = f"model {name_or_dir}", _weight_files(Path(source)), cast or _dtype(config.dtype)
@@ -146,6 +158,28 @@ def load(
         raise _no_grid(name_or_dir)
     _set_padding(name_or_dir, model, tokenizer)
     return model.eval(), tokenizer
+
+
+def _load_mapped(
+    where: str, folder: Path, disk: Disk, config: PreTrainedConfig, auto: Any, dtype: torch.dtype | None, trust: bool
+) -> PreTrainedModel:
+    from transformers import GenerationConfig
+
+    if getattr(config, "quantization_config", None) is not None:
+        rule = "weights can stay on disk for a checkpoint of dense weights"
+        raise LoadError(where, found="a quantized checkpoint", rule=rule, fix="leave disk out")
+    made = dtype or _dtype(config.dtype) or torch.float32
+    with _unreadable(where), torch.random.fork_rng(devices=[]):
+        model, info = load_mapped(disk, _weight_files(folder), config, auto, made, trust)
+        model.config.name_or_path = str(folder)
+        if model.can_generate() and (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    _check_complete(where, model, info, new_head=False)
+    if dtype is None:
+        drop_stale_note(where, model, disk)
+    if any(link.kind == "quantizer" for link in held(model)):
+        read_grids(folder, model)
+    return model
 
 
 def load_like(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.footprint import Footprint, footprint
 from dovetail.compression.calibration import Batch
 from dovetail.errors import CannotMerge, ChainError, DovetailError
+from dovetail.models.disk import Disk
 from dovetail.models.experts import one_by_one
 from dovetail.models.fingerprint import fingerprint
 from dovetail.models.probe import probe_batch
@@ -66,7 +68,14 @@ class MergeReport:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, packed: bool = False) -> MergeReport:
+def merge(
+    model: nn.Module,
+    *,
+    lossy: bool = False,
+    probe: Batch | None = None,
+    packed: bool = False,
+    disk: Disk | None = None,
+) -> MergeReport:
     """Merge the chain into the weights, in place, back to stock modules.
 
     lossy    merge also where zeros or grid would be lost: the base's zeros and grid are re-imposed, and the error
@@ -74,6 +83,7 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
     probe    a batch of the model's keyword arguments to compare outputs on; when not given, made from a Hugging Face
              model's configuration (`dovetail.models.probe`)
     packed   stop before the stock modules: an inference model at its packed size, for `save_packed`; `to_stock` goes on
+    disk     of the weights that stay on disk; such a model must stay packed
     errors   CannotMerge naming the links to add, or the layer whose merged weight is not finite, before anything is
              changed; ChainError when stages are still to come
 
@@ -99,11 +109,13 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
     for name, layer in layers.items():
         _require_finite(name, "adapter parameters", *layer.links.parameters())  # a grid would round infinity to its end
         _require_finite(name, "merged weights", *layer.frozen_weight())
+        if disk is not None:
+            disk.drop()
     made = None
     if probe is None and isinstance(model, PreTrainedModel):
         probe = made = probe_batch(model)
     try:
-        before = None if probe is None else _outputs(model, probe)
+        before = None if probe is None else _outputs(model, probe, disk)
         if before is not None:
             _require_finite(str(record.chain), "outputs of the model before the merge", _unmasked(before))
     except Exception as error:  # a probe for another model, or outputs that are not finite: nothing is merged yet
@@ -131,17 +143,19 @@ def merge(model: nn.Module, *, lossy: bool = False, probe: Batch | None = None, 
     with in_evaluation(model):
         for layer in layers.values():
             _absorb(layer, record.stage.missing, tally, of_base="zeros" in record.given_up)
+            if disk is not None:
+                disk.drop()
             layer.record = None  # merged: no chain to train, save or merge any more
     layers.clear()  # or codes and values of all layers would be held together in `to_stock`
-    summary = footprint(model)
+    summary = footprint(model, disk)
     model.requires_grad_(False)
     if isinstance(model, PreTrainedModel):
-        model.config.dovetail = note | ({"packed_fingerprint": packed_fingerprint(model)} if packed else {})
+        model.config.dovetail = note | ({"packed_fingerprint": packed_fingerprint(model, disk)} if packed else {})
     if not packed:
         to_stock(model)
     logit_diff, same = None, True
     if probe is not None and before is not None:
-        logit_diff = logit_difference(_outputs(model, probe), before)
+        logit_diff = logit_difference(_outputs(model, probe, disk), before)
         same = logit_diff <= slack * float(_unmasked(before).abs().max())  # False where the difference is NaN
     return MergeReport(
         exact=same and tally.max_abs == 0 and tally.off_grid == 0 and not record.given_up,
@@ -255,7 +269,8 @@ def _absorb(layer: ChainLinear, restore: Sequence[Constraint], tally: _Tally, *,
             else:
                 weight = torch.where(base.matrix() == 0, 0, weight)
         frozen = layer.layout.native(weight.to(base.dtype))
-    layer.absorb(frozen, bias)
+    if restore or layer.states:  # else the base is the merged weight, on its grid and with its codes
+        layer.absorb(frozen, bias)
     base.mask_bits = None  # the zeros are in the weights now
     merged = base.matrix()
     if base.quantized is not None:
@@ -292,10 +307,10 @@ def _unmasked(outputs: Tensor) -> Tensor:
     return outputs.masked_fill(outputs == -math.inf, 0)
 
 
-def _outputs(model: nn.Module, probe: Batch) -> Tensor:
+def _outputs(model: nn.Module, probe: Batch, disk: Disk | None) -> Tensor:
     """Return the model's logits on a batch, in evaluation mode."""
     device = next(model.parameters()).device
-    with in_evaluation(model), one_by_one(model):
+    with in_evaluation(model), one_by_one(model), nullcontext() if disk is None else disk.dropping(model):
         found: Any = model(**{name: tensor.to(device) for name, tensor in probe.items()})
     if not isinstance(found, Tensor):
         found = found.logits if "logits" in found else found[0]

@@ -31,6 +31,7 @@ from dovetail.chains.notation import chain
 from dovetail.chains.packing import pack, packed_nbytes, unpack
 from dovetail.errors import ChainError, DovetailError, LoadError
 from dovetail.files import atomic, check_folder, open_tensors, parse_json
+from dovetail.models.disk import Disk
 from dovetail.models.dtypes import FLOATS, shape_of
 from dovetail.models.layouts import layout_of
 from dovetail.models.targets import all_layers
@@ -177,12 +178,17 @@ def _zero_codes(quantized: QuantizedWeight, first: int, last: int) -> Tensor:
 
 @torch.no_grad()
 def save_packed(
-    model: nn.Module, directory: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    disk: Disk | None = None,
 ) -> PackedSize:
     """Write a packed model to a new or empty folder, atomically.
 
     model      a Hugging Face model merged with `merge(model, packed=True)`
     tokenizer  saved beside it; `dovetail.load` needs one
+    disk       of the weights that stay on disk; it also takes the stored values until they are written
     returns    what it takes on disk
     errors     ChainError for a model that is not packed, DovetailError where the folder is not empty
     """
@@ -204,7 +210,10 @@ def save_packed(
             mask, values, count = split(base)
             if mask.nbytes + values.nbytes < tensors[key].nbytes:
                 del tensors[key]
-                tensors[f"{key}.mask"], tensors[f"{key}.values"], nonzero = mask, values, count
+                parts, nonzero = {f"{key}.mask": mask, f"{key}.values": values}, count
+                tensors |= parts if disk is None else disk.store(f"packed-{len(said)}", parts)
+            if disk is not None:
+                disk.drop()
         said[name] = PackedLayer(
             shape=base.shape,
             dtype=str(base.dtype).removeprefix("torch."),  # type: ignore[arg-type]
@@ -214,11 +223,14 @@ def save_packed(
     header = PackedHeader(architecture=type(model).__name__, layers=said)
     config: Any = copy.deepcopy(model.config)
     config.dtype, config.architectures = model.dtype, [type(model).__name__]
-    config.dovetail = config.dovetail | {"packed_fingerprint": packed_fingerprint(model)}
+    config.dovetail = config.dovetail | {"packed_fingerprint": packed_fingerprint(model, disk)}
     with atomic(directory) as part:
         part.mkdir(parents=True)
-        tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(tensors, part / PACKED, metadata={HEADER: header.model_dump_json()})
+        metadata = {HEADER: header.model_dump_json()}
+        if disk is None:
+            save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, part / PACKED, metadata=metadata)
+        else:
+            disk.write(part / PACKED, tensors, metadata)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         if model.can_generate():

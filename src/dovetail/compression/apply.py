@@ -25,8 +25,11 @@ from dovetail.chains.terms import LowRank
 from dovetail.compression.calibration import Batch, checked
 from dovetail.compression.compress import compress, refuse_bad_weights
 from dovetail.compression.decomposition import decompose, make_base
+from dovetail.compression.journal import begin
 from dovetail.errors import ChainError, DataError
 from dovetail.models.coverage import described
+from dovetail.models.disk import Disk
+from dovetail.models.fingerprint import tensors_fingerprint
 from dovetail.models.targets import task_heads
 from dovetail.progress import note
 
@@ -45,6 +48,7 @@ def apply(
     taken: Mapping[str, LowRank] | None = None,
     bases: Mapping[str, Mapping[str, Tensor]] | None = None,
     on_link: Callable[[Link], None] | None = None,
+    disk: Disk | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """Put a chain on the model, in place, and apply its first stage's pruners and quantizers.
@@ -67,6 +71,9 @@ def apply(
                  where it is all that the first stage applies; None: it is applied
     on_link      called after each pruner and quantizer that was applied, in later stages too, and with the last of a
                  stage's trained links when `advance` has merged them; the model is usable then
+    disk         where the model's weights stay on disk (`dovetail.load` with the same one): each block is written there
+                 when a link has compressed it, and read from there from then on. Where a stopped start with the same
+                 model, chain, calibration and seed has finished blocks, they are not compressed again
     progress     show bars, and a line with the share of the parameters under the chain and what is left out
     returns      the same model; everything is frozen except the adapters and a newly initialised task head
     errors       ChainError, TargetError, DataError: nearly always before anything is changed. An error after a layer
@@ -76,14 +83,20 @@ def apply(
     if calibration_inputs not in get_args(Inputs):
         found, rule = f"calibration_inputs={calibration_inputs!r}", f"it must be {' or '.join(get_args(Inputs))}"
         raise ChainError("apply", found=found, rule=rule, fix="leave calibration_inputs out")
+    trained = next((link for stage in assignment.chain.stages for link in stage.trained), None)
+    if disk is not None and trained is not None:
+        rule = "a chain on weights that stay on disk must have pruners and quantizers alone"
+        raise ChainError(str(assignment.chain), found=str(trained), rule=rule, fix="load the model without disk")
     given = masks is not None or bases is not None
     batches = None if given else _calibration(model, assignment.chain.stages[0], calibration)
-    record, replaced = attach(model, assignment, targets, seed)
+    record, replaced = attach(model, assignment, targets, seed, disk)
     record.on_link, record.calibration_inputs = on_link, calibration_inputs
     untouched = {target.name: target.module for target in replaced}
     del replaced  # or the original weights would be held until the end
     try:
-        _start(model, record, batches, masks, progress, untouched, taken, bases)
+        if disk is not None:
+            begin(disk, _identity(record, batches))
+        _start(model, record, batches, masks, progress, untouched, taken, bases, disk)
     except BaseException:
         if len(untouched) == len(record.layers):
             replace_modules(model, [(record.layers[name], module) for name, module in untouched.items()])
@@ -216,6 +229,18 @@ def freeze(model: nn.Module, record: AppliedChain) -> None:
         layer.links.requires_grad_(True)
 
 
+def _identity(record: AppliedChain, batches: list[Batch] | None) -> dict[str, str]:
+    """Return what a stopped compression must share with its start."""
+    return {
+        "chain": str(record.assignment),
+        "targets": str(record.targets),
+        "model": record.base_fingerprint,
+        "inputs": record.calibration_inputs,
+        "calibration": " ".join(tensors_fingerprint(batch) for batch in batches or []),
+        "seed": str(record.seed),
+    }
+
+
 def _start(
     model: nn.Module,
     record: AppliedChain,
@@ -225,11 +250,12 @@ def _start(
     untouched: dict[str, Any],
     taken: Mapping[str, LowRank] | None = None,
     bases: Mapping[str, Mapping[str, Tensor]] | None = None,
+    disk: Disk | None = None,
 ) -> None:
     """Apply the current stage's pruners and quantizers, then put its differentiable links on the layers.
 
     untouched  layer name -> the owner of its original weight; entries are removed as layers are compressed
-    taken, bases  see `apply`
+    taken, bases, disk  see `apply`
     """
     layers = record.layers
     stages = {name: record.stage_at(name) for name in layers}
@@ -253,7 +279,7 @@ def _start(
 
     decomposing = any(stage.decomposing is not None for stage in stages.values())
     if record.stage.applied or decomposing:
-        refuse_bad_weights(layers)
+        refuse_bad_weights(layers, disk)
     for place, link in enumerate(record.stage.applied):
         if bases is not None:
             for name, layer in layers.items():
@@ -264,7 +290,7 @@ def _start(
                 model, layers, {name: stage.applied[place] for name, stage in stages.items()}, batches,
                 inputs=record.calibration_inputs, masks=masks, progress=progress,
                 quantize=quantize,
-                touch=lambda name: untouched.pop(name, None),
+                touch=lambda name: untouched.pop(name, None), disk=disk, place=place,
             )  # fmt: skip
         for name, layer in layers.items():
             if not stages[name].keep_mask:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dovetail.chains.layer.applied import Inputs
 from dovetail.chains.layer.linear import ChainLinear
 from dovetail.chains.statistics import InputStatistics, Statistic, padding_mask
+from dovetail.compression.journal import Journal
 from dovetail.compression.passes import (
     LOOK,
     Batch,
@@ -37,6 +38,7 @@ from dovetail.compression.passes import (
     without_cache,
 )
 from dovetail.errors import CalibrationWarning, DataError
+from dovetail.models.disk import Disk
 from dovetail.models.experts import Experts, expert_layers
 from dovetail.progress import Bar
 from dovetail.tasks.finite import not_finite
@@ -75,6 +77,8 @@ def calibrate_blocks(
     wanted: Collection[Statistic],
     inputs: Inputs = "compressed",
     title: str = "calibrating",
+    disk: Disk | None = None,
+    journal: Journal | None = None,
     progress: bool = False,
 ) -> None:
     """Collect the statistics of each block's layers in turn, and call `compress` to change them.
@@ -84,6 +88,8 @@ def calibrate_blocks(
     compress  called once for each block, with layer name -> statistics; may take entries out to free them
     wanted    the statistics that the link declares
     inputs    what a block is fed: the outputs of the "compressed" blocks before it, or of the "original" ones
+    disk      of the weights that stay on disk: the memory of a block's is given back when the block is finished
+    journal   the blocks that an earlier start has finished, which are restored, and to which each block is added
     errors    DataError, with the layer's name, for NaN activations, for a layer that no input reaches, for too few
               tokens. An error that the first rows show is raised before `compress` is called
     """
@@ -93,7 +99,7 @@ def calibrate_blocks(
     try:
         with without_cache(model), quick(layers.values()):
             batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
-            left, once = _look_ahead(model, layers, split(model, batches, LOOK))
+            left, once = _look_ahead(model, layers, split(model, batches, LOOK), disk)
             pieces = split(model, batches)
             decoded = read_by_decoder(model, layers)
             experts, without_data = expert_layers(model), list[str]()
@@ -104,17 +110,25 @@ def calibrate_blocks(
                     if not names:  # a block that is used again
                         passes.go_on(here)
                         continue
-                    watch = partial(
-                        _watch, passes, here, {name: layers[name] for name in names}, wanted, once, decoded, experts
-                    )
-                    statistics = watch(share=True) or watch(share=False)
-                    assert statistics is not None
-                    without_data += _finish(statistics, layers, wanted, experts)
+                    done = journal is not None and journal.finished(names)
+                    statistics: dict[str, InputStatistics] | None = None
+                    if not done:
+                        watch = partial(
+                            _watch, passes, here, {name: layers[name] for name in names}, wanted, once, decoded, experts
+                        )
+                        statistics = watch(share=True) or watch(share=False)
+                        assert statistics is not None
+                        without_data += _finish(statistics, layers, wanted, experts)
                     if left and inputs == "original":
                         passes.go_on(here)
-                    compress(statistics)
+                    if statistics is not None:
+                        compress(statistics)
+                    if journal is not None:
+                        journal.restore(names) if done else journal.keep(block, names)
                     if left and inputs == "compressed":
                         passes.go_on(here)
+                    if disk is not None:
+                        disk.drop()
                     bar.advance()
             for names in left.values():
                 raise unreached(names[0])
@@ -234,7 +248,7 @@ def _watch(
 
 
 def _look_ahead(
-    model: nn.Module, layers: Mapping[str, ChainLinear], pieces: Sequence[Batch]
+    model: nn.Module, layers: Mapping[str, ChainLinear], pieces: Sequence[Batch], disk: Disk | None = None
 ) -> tuple[dict[str, list[str]], set[str]]:
     """Run the model on the first piece, and on more pieces only to find a layer that it does not reach.
 
@@ -275,7 +289,7 @@ def _look_ahead(
         handles += [module.register_forward_pre_hook(enter(block)), module.register_forward_hook(leave)]
     once: set[str] | None = None
     try:
-        with watching(layers, see):
+        with watching(layers, see), nullcontext() if disk is None else disk.dropping(model):
             for piece in pieces:
                 masks = {False: padding_mask(piece), True: padding_mask(piece, "decoder_attention_mask")}
                 run(piece)

@@ -19,6 +19,7 @@ from dovetail.chains.layer.linear import ChainLinear, packed_layers
 from dovetail.chains.link import Adapter, Site, arguments
 from dovetail.chains.stages import CheckedChain
 from dovetail.errors import ChainError, HistoryWarning
+from dovetail.models.disk import Disk
 from dovetail.models.experts import Experts
 from dovetail.models.fingerprint import model_fingerprint
 from dovetail.models.layouts import layout_of
@@ -27,11 +28,13 @@ from dovetail.models.weight_reads import changes_weights
 
 
 def attach(
-    model: nn.Module, assignment: Assignment, targets: str | Sequence[str], seed: int
+    model: nn.Module, assignment: Assignment, targets: str | Sequence[str], seed: int, disk: Disk | None = None
 ) -> tuple[AppliedChain, list[Target]]:
     """Replace the target layers, after every check that needs no run, by layers that carry an empty chain.
 
     Return what the model remembers of the chain, and the replaced layers.
+
+    disk  of the weights that stay on disk
     """
     if carries_chain(model):
         found = f"a model with the chain {applied(model).chain}"
@@ -44,7 +47,7 @@ def attach(
             rule="a forward pass must leave the weights as they are, because they are trained, merged and saved",
             fix="turn it off in config.json before the model is loaded (RWKV: rescale_every=0)",
         )
-    before = model_fingerprint(model)
+    before = model_fingerprint(model, disk)
     packed = packed_layers(model)
     if packed and (lost := assignment.chain.given_up):
         raise ChainError(

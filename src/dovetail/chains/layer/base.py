@@ -266,6 +266,14 @@ class Base(nn.Module):
         if start is not None:
             self.start = start.to(self.device)
 
+    def place(self, quantizer: Quantizer | None, state: Mapping[str, Tensor]) -> None:
+        """Take the tensors of a base's `state_dict`, which are not copied, on the grid of `quantizer`."""
+        if quantizer is not None:
+            with torch.device("meta"):
+                self.set_quantized(quantizer.empty(self.shape))
+        self.mask_bits = state.get("mask_bits")
+        self.load_state_dict(state, assign=True)
+
     def set_mask(self, keep_oi: Tensor, weight_oi: Tensor | None = None) -> None:
         """Set the pruned weights to zero, and keep the mask, one bit per weight.
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
+from dovetail.models.disk import Disk
 from dovetail.models.fingerprint import fingerprint
 
 
@@ -20,9 +21,9 @@ def base_fingerprint(layers: Mapping[str, ChainLinear]) -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def packed_fingerprint(model: nn.Module) -> str:
+def packed_fingerprint(model: nn.Module, disk: Disk | None = None) -> str:
     """Of a packed model (`dovetail.merge`): its tensors, and of each layer the grid and dtype that give them values."""
-    digest = hashlib.sha256(fingerprint(model).encode())
+    digest = hashlib.sha256(fingerprint(model, disk=disk).encode())
     for name, layer in sorted(chain_layers(model).items()):
         digest.update(f";{name}:{layer.base.identity}:{layer.base.dtype}".encode())
     return f"sha256:{digest.hexdigest()}"
