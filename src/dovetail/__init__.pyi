@@ -18,12 +18,15 @@ from .checkpoint.merge import to_stock as to_stock
 from .checkpoint.packed import PackedSize as PackedSize
 from .checkpoint.packed import packed_size as packed_size
 from .checkpoint.packed import save_packed as save_packed
+from .checkpoint.stream import CompressReport as CompressReport
+from .checkpoint.stream import compress as compress
 from .checkpoint.verify import VerifyReport as VerifyReport
 from .checkpoint.verify import verify as verify
 from .compression.apply import advance as advance
 from .compression.apply import apply as apply
 from .errors import DovetailError as DovetailError
 from .links.prune.scored import scoring as scoring
+from .models.disk import Disk as Disk
 from .runs.flow import run as run
 from .runs.plan import plan as plan
 from .runs.recipe import Recipe as Recipe

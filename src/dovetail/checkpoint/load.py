@@ -174,6 +174,10 @@ def _load_mapped(
         model.config.name_or_path = str(folder)
         if model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
+        elif model.can_generate():
+            model.generation_config = GenerationConfig.from_pretrained(
+                folder, config_file_name="config.json", _from_model_config=True
+            )
     _check_complete(where, model, info, new_head=False)
     if dtype is None:
         drop_stale_note(where, model, disk)

@@ -1,7 +1,7 @@
 """Stock checkpoints loaded with weights that stay on disk (`dovetail.models.disk`).
 
-Most tensors of a checkpoint are those of the model, and become views of its files. Those that transformers converts (the
-experts of a mixture, which become one tensor) or that are cast are written to files of their own, block by block.
+Most tensors of a checkpoint are those of the model, and become views of its files. Those that transformers converts
+(the experts of a mixture, which become one tensor) or that are cast are written to files of their own, block by block.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def load_mapped(
 
     with init_empty_weights(include_buffers=False):  # buffers that are not stored are made from the config
         model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    mapping = get_model_conversion_mapping(model)
+    mapping: Any = get_model_conversion_mapping(model)
     plan = LoadStateDictConfig(dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -80,7 +80,8 @@ def load_mapped(
                 tensor = torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
             setattr(module, leaf, tensor)
         disk.drop()
-    model._weight_conversions = [entry for entry in mapping if entry.was_used()]
+    used: Any = [entry for entry in mapping if entry.was_used()]
+    model._weight_conversions = used
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     missing = {name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta}
     return model.eval(), {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dovetail import processes
+from dovetail.cli import compress as cli_compress
 from dovetail.cli import evaluate as cli_evaluate
 from dovetail.cli import experts as cli_experts
 from dovetail.cli import export as cli_export
@@ -271,6 +272,7 @@ def report(
 
 
 cli_evaluate.register(app)
+cli_compress.register(app)
 cli_own.register(app)
 cli_pack.register(app)
 cli_export.register(app)

@@ -47,7 +47,7 @@ def compress(
                 earlier start has finished it
     place       of the links in their stage
     """
-    journal = None if disk is None else Journal(disk, place, layers, touch)
+    journal = None if disk is None else Journal(disk, place, layers, touch, all_=inputs == "original")
     if journal is not None and journal.finished(list(layers)):
         journal.restore(list(layers))
         return
@@ -92,7 +92,15 @@ def compress(
 
     assert batches is not None
     calibrate_blocks(
-        model, layers, batches, some, wanted=wanted, inputs=inputs, title=first.name, disk=disk, journal=journal,
+        model,
+        layers,
+        batches,
+        some,
+        wanted=wanted,
+        inputs=inputs,
+        title=first.name,
+        disk=disk,
+        journal=journal,
         progress=progress,
     )
 

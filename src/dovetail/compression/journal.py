@@ -41,29 +41,34 @@ class Journal:
     """The finished blocks of the link at `place` in its stage, and of the links after it.
 
     touch  called with a layer's name before its base is put in place
+    all_   keep the blocks of earlier links too, which later blocks are calibrated on where the inputs are the original
+           ones
     """
 
     def __init__(
-        self, disk: Disk, place: int, layers: Mapping[str, ChainLinear], touch: Callable[[str], object]
-    ) -> None:
-        self.disk, self.place, self._layers, self._touch = disk, place, layers, touch
-        self._files: dict[str, tuple[int, str]] = {}
+        self, disk: Disk, place: int, layers: Mapping[str, ChainLinear], touch: Callable[[str], object],
+        *, all_: bool = False,
+    ) -> None:  # fmt: skip
+        self.disk, self.place, self._layers, self._touch, self._all = disk, place, layers, touch, all_
+        self._files: dict[str, dict[int, str]] = {}
         for path in sorted(disk.folder.glob("link*-*.safetensors")):
             name = path.stem
             with open_tensors(path, owner="a stopped compression") as file:
                 for layer in json.loads(file.metadata()["layers"]):
-                    if layer not in self._files or self._files[layer][0] < _place(name):
-                        self._files[layer] = _place(name), name
+                    self._files.setdefault(layer, {})[int(name.removeprefix("link").partition("-")[0])] = name
 
     def finished(self, names: Sequence[str]) -> bool:
         """Return whether the link has compressed all these layers."""
-        return all(name in self._files and self._files[name][0] >= self.place for name in names)
+        return all(any(place >= self.place for place in self._files.get(name, ())) for name in names)
 
     def restore(self, names: Sequence[str]) -> None:
-        """Put the bases of finished layers in place; those of a later link, where it has compressed them too."""
+        """Put the bases of finished layers in place; those of a later link, where the files of this one are gone."""
+        files = {}
         for name in names:
             self._touch(name)
-        for file in dict.fromkeys(self._files[name][1] for name in names):
+            own = self._files[name]
+            files[own.get(self.place, own[max(own)])] = None
+        for file in files:
             path = self.disk.path(file)
             with open_tensors(path, owner="a stopped compression") as opened:
                 identities: dict[str, str | None] = json.loads(opened.metadata()["layers"])
@@ -76,10 +81,15 @@ class Journal:
         identities = {name: None if b.quantized is None else b.identity for name, b in bases.items()}
         tensors = {f"{name}/{key}": t for name, base in bases.items() for key, t in base.state_dict().items()}
         self._put(identities, self.disk.store(file, tensors, {"layers": json.dumps(identities)}))
-        before = {self._files[name][1] for name in names if name in self._files}
-        self._files |= dict.fromkeys(names, (self.place, file))
-        for old in before - {name for _, name in self._files.values()}:
-            self.disk.remove(old)
+        old = set()
+        for name in names:
+            own = self._files.setdefault(name, {})
+            if not self._all:
+                old |= set(own.values())
+                own.clear()
+            own[self.place] = file
+        for before in old - {name for own in self._files.values() for name in own.values()}:
+            self.disk.remove(before)
         self.disk.drop()
 
     def _put(self, identities: Mapping[str, str | None], tensors: Mapping[str, Tensor]) -> None:
@@ -91,7 +101,3 @@ class Journal:
             link = None if identity is None else chain(identity).links[0]
             assert link is None or isinstance(link, Quantizer)
             self._layers[name].base.place(link, states[name])
-
-
-def _place(name: str) -> int:
-    return int(name.removeprefix("link").partition("-")[0])

@@ -1,7 +1,7 @@
 """Weights that stay on disk: tensors that are views of safetensors files, read where they are used.
 
-The pages of a file that were read count as memory of the process until `Disk.drop` gives them back. The tensors must not
-be written to: a change in place is lost when its page is given back.
+The pages of a file that were read count as memory of the process until `Disk.drop` gives them back. The tensors must
+not be written to: a change in place is lost when its page is given back.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class Disk:
         """Return the path of one of its own files."""
         return self.folder / f"{name}.safetensors"
 
-    def store(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    def store(
+        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> dict[str, Tensor]:
         """Write tensors to one of its own files, atomically, and return them as views of the file."""
         self.write(self.path(name), tensors, metadata)
         return self.map(self.path(name))
