@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import dovetail
@@ -100,6 +102,29 @@ def test_a_search_that_is_stopped_and_resumed_finds_the_same(whole, recipe, tmp_
     assert [trial.params for trial in resumed.trials] == [trial.params for trial in report.trials]
     assert (resumed.front, resumed.best, resumed.finish) == (report.front, report.best, report.finish)
     assert dovetail.search(recipe, output=output, progress=False) == resumed  # it is finished
+
+
+def test_a_search_is_not_continued_with_another_base(whole, recipe, tmp_path):
+    """The weights at a path may be replaced: neither a finished nor an unfinished search takes them for its own."""
+    report, finished = whole
+    weights = Path(recipe["model"]) / "model.safetensors"
+    before = weights.read_bytes()
+
+    def stop(trial):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dovetail.search(recipe, output=tmp_path / "out", progress=False, on_trial=stop)
+    tensors = load_file(weights)
+    save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, weights, {"format": "pt"})
+    try:
+        with pytest.raises(SearchError, match="a search with other model"):
+            dovetail.search(recipe, output=tmp_path / "out", progress=False)
+        with pytest.raises(RecipeError, match="made with another model"):
+            dovetail.search(recipe, output=finished, progress=False)
+    finally:
+        weights.write_bytes(before)
+    assert dovetail.search(recipe, output=finished, progress=False) == report
 
 
 def test_a_finished_or_unfinished_search_with_another_recipe(whole, recipe, tmp_path):

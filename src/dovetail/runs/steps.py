@@ -164,11 +164,19 @@ def identity(
 ) -> dict[str, str]:
     """Return what a resumed run must share with its start beside the recipe: names of parts -> digests."""
     return {
-        **model_identity(model),
-        "tokenizer": tokenizer_identity(tokenizer),
+        **_base_identity(model, tokenizer),
         **{data_of(task): records_identity(task.splits) for task in tasks},
         "calibration": batches_identity(batches),
     }
+
+
+def base_now(recipe: Recipe, task: Task) -> dict[str, str]:
+    """Load the base of a recipe, and return the parts of `identity` that do not depend on data. Raises LoadError."""
+    return _base_identity(*load_base(recipe, task))
+
+
+def _base_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    return {**model_identity(model), "tokenizer": tokenizer_identity(tokenizer)}
 
 
 def data_of(task: Task) -> str:

@@ -35,6 +35,7 @@ from dovetail.runs.folder import PAGE, choose_output
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import host_environment
 from dovetail.runs.search_settings import ChainSettings, LayerSettings
+from dovetail.runs.steps import base_now
 from dovetail.searches.page import page
 from dovetail.searches.report import JSON, SearchReport, Trial, best, front
 from dovetail.searches.space import Preview, SearchSpace
@@ -80,10 +81,11 @@ def search(
     _check(workers, storage)
     output = choose_output(output or recipe.output, name)
     if done := _done(output, recipe, resume):
+        _check_inputs(done, _identity(recipe), output)
         return done
     with Bar(f"check {output.name}", shown=progress):
         space = open_space(recipe)
-    identity = _identity(recipe)
+        identity = _identity(recipe)
     partial = space.folder = output.with_name(output.name + ".partial")
     new, seen = _begin(partial, output, recipe, resume), []
     url = storage or f"sqlite:///{(partial / STUDY).absolute()}"
@@ -105,7 +107,7 @@ def search(
 
                 work(study, space, on_trial=advance)
                 trials = finished(study, space)
-            return _finish(partial, output, recipe, space, trials, progress)
+            return _finish(partial, output, recipe, space, trials, identity, progress)
     except OutputError:
         raise  # the search continues once there is room
     except DovetailError:
@@ -144,11 +146,12 @@ def _check(workers: int, storage: str | None) -> None:
 
 
 def _identity(recipe: Recipe) -> dict[str, str]:
-    """Return what all workers must share."""
-    text = recipe.model_dump_json(exclude={"output"})
+    """Return what all workers and all starts must share. The weights of the base are read."""
+    text, task = recipe.model_dump_json(exclude={"output"}), load_task(recipe.data)
     return {
         "recipe": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}",
-        "data": records_identity(load_task(recipe.data).splits),
+        "data": records_identity(task.splits),
+        **base_now(recipe, task),
     }
 
 
@@ -166,6 +169,15 @@ def _done(output: Path, recipe: Recipe, resume: bool) -> SearchReport | None:
         rule = "a finished search is not run again"
         raise RecipeError(f"output {output}", found=found, rule=rule, fix="choose another --output")
     return SearchReport.load(output)
+
+
+def _check_inputs(done: SearchReport, identity: Mapping[str, str], output: Path) -> None:
+    """Raise RecipeError where a finished search was made with another base or other data than there are now."""
+    other = [name for name, made in done.identity.items() if identity[name] != made]
+    if other:
+        rule = "a finished search must have the model and the data that it was made with"
+        found = f"a finished search that was made with another {' and another '.join(other)}"
+        raise RecipeError(f"output {output}", found=found, rule=rule, fix="choose another --output")
 
 
 def _begin(partial: Path, output: Path, recipe: Recipe, resume: bool) -> bool:
@@ -193,8 +205,9 @@ def _begin(partial: Path, output: Path, recipe: Recipe, resume: bool) -> bool:
 
 
 def _finish(
-    partial: Path, output: Path, recipe: Recipe, space: SearchSpace, trials: list[Trial], progress: bool
-) -> SearchReport:
+    partial: Path, output: Path, recipe: Recipe, space: SearchSpace, trials: list[Trial],
+    identity: Mapping[str, str], progress: bool,
+) -> SearchReport:  # fmt: skip
     """Train the best candidates and write the report, or wait for the process that does so."""
     with Bar(f"report of {output.name}", shown=progress):
         while True:
@@ -210,12 +223,14 @@ def _finish(
                     continue
                 if (output / JSON).is_file():
                     continue
-                report = _report(partial, recipe, space, trials, progress)
+                report = _report(partial, recipe, space, trials, identity, progress)
                 partial.replace(output)
                 return report
 
 
-def _report(partial: Path, recipe: Recipe, space: SearchSpace, trials: list[Trial], progress: bool) -> SearchReport:
+def _report(
+    partial: Path, recipe: Recipe, space: SearchSpace, trials: list[Trial], identity: Mapping[str, str], progress: bool
+) -> SearchReport:
     """Train what the recipe asks for at the end, and write all files of the report."""
     settings, objectives = space.settings, space.objectives
     shown = front(trials, objectives)
@@ -237,6 +252,7 @@ def _report(partial: Path, recipe: Recipe, space: SearchSpace, trials: list[Tria
         finish={},
         seconds=sum(trial.seconds for trial in trials),
         environment=host_environment(best_device()),
+        identity=dict(identity),
     )
     report = report.model_copy(update={"finish": space.finish(partial, report, progress=progress)})
     report = report.model_copy(update={"headline": space.headline(report)})

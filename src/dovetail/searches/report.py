@@ -88,6 +88,7 @@ class SearchReport(ReportPart):
     headline     the result in one sentence
     finish       what the kind of search did with the best candidates
     seconds      of all trials, over all workers
+    identity     digests of the recipe, the data and the base; {} in reports of earlier versions
     """
 
     kind: str
@@ -103,6 +104,7 @@ class SearchReport(ReportPart):
     finish: dict[str, Any]
     seconds: float
     environment: dict[str, str]
+    identity: dict[str, str] = {}
 
     def trial(self, number: int) -> Trial:
         """Return a trial by its number; SearchError where there is none."""

@@ -62,7 +62,7 @@ def open_study(url: str, name: str, space: SearchSpace, identity: Mapping[str, s
     """Yield the study of that name, new or of an earlier start, and close the storage afterwards.
 
     url       of the storage, as SQLAlchemy reads it
-    identity  what every worker must share: digests of the recipe and of the data
+    identity  what every worker must share: digests of the recipe, of the data and of the base
 
     Raises SearchError for a storage that cannot be opened, and for a study of another recipe. An error of the storage
     later on becomes a SearchError too.
@@ -94,13 +94,15 @@ def _check_identity(study: optuna.Study, identity: Mapping[str, str], url: str) 
     if _IDENTITY not in study.user_attrs and not study.get_trials(deepcopy=False):
         study.set_user_attr(_IDENTITY, dict(identity))
     found = study.user_attrs.get(_IDENTITY)
-    if found == dict(identity):
-        return
     other = "trials that no search of Dovetail made"
     if found is not None:
-        other = f"a search with other {' and '.join(name for name in identity if found.get(name) != identity[name])}"
+        # An earlier version did not write the base.
+        differing = [name for name in identity if found.get(name, identity[name]) != identity[name]]
+        if not differing:
+            return
+        other = f"a search with other {' and '.join(differing)}"
     where = f"study {study.study_name} in {hidden(url)}"
-    rule = "all workers and all starts of a search must have the same recipe and the same data"
+    rule = "all workers and all starts of a search must have the same recipe, the same data and the same base"
     raise SearchError(where, found=other, rule=rule, fix="choose another --output, or pass --no-resume to start again")
 
 
