@@ -14,7 +14,8 @@ from optuna.trial import TrialState
 
 from dovetail.errors import NotFinite, SearchError
 from dovetail.searches.storage import GRACE_SECONDS
-from dovetail.searches.study import finished, open_study, requeue, this_worker, work
+from dovetail.searches.study import finished, open_study, requeue, work
+from dovetail.searches.workers import this_worker
 from quick_space import KILLS, NAME, QuickSpace, RacingSpace, begin, check_nothing_lost, kill_workers
 
 IDENTITY = {"recipe": "quick"}
@@ -105,7 +106,7 @@ def test_a_trial_that_no_worker_signed_is_repeated(url, monkeypatch):
         study._storage.create_new_trial(study._study_id)  # a worker is killed right here
         requeue(study)
         assert study.get_trials()[0].state is TrialState.RUNNING
-        monkeypatch.setattr("dovetail.searches.study._UNSIGNED_SECONDS", 0)
+        monkeypatch.setattr("dovetail.searches.study.UNSIGNED_SECONDS", 0)
         work(study, space)
         assert [trial.number for trial in finished(study, space)] == [0]
 

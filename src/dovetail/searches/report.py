@@ -104,7 +104,7 @@ class SearchReport(ReportPart):
     finish: dict[str, Any]
     seconds: float
     environment: dict[str, str]
-    identity: dict[str, str] = {}
+    identity: dict[str, str] = Field(default={})
 
     def trial(self, number: int) -> Trial:
         """Return a trial by its number; SearchError where there is none."""

@@ -11,7 +11,7 @@ from typing import Any
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages._rdb.models import BaseModel
-from sqlalchemy import URL, create_engine, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from dovetail.errors import SearchError
@@ -65,11 +65,14 @@ def open_storage(url: str) -> RDBStorage:
             try:
                 if parsed.get_backend_name() == "sqlite":
                     _create_tables(url, arguments)
-                return RDBStorage(
+                storage = RDBStorage(
                     url, engine_kwargs={"connect_args": arguments, "pool_pre_ping": True},
                     heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
                     heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
                 )  # fmt: skip
+                if parsed.get_backend_name() == "sqlite":
+                    _lock_before_reading(storage.engine)
+                return storage
             except ImportError as error:
                 raise _missing(parsed, error) from None
             except SQLAlchemyError:
@@ -90,6 +93,24 @@ def _create_tables(url: str, arguments: dict[str, Any]) -> None:
         BaseModel.metadata.create_all(connection)
         connection.commit()
     engine.dispose()
+
+
+def _lock_before_reading(engine: Engine) -> None:
+    """Let a transaction of SQLite hold the lock of the database from its beginning.
+
+    Else two workers that take a trial at the same time both read that it waits, before the first one writes that it
+    does not. Other databases lock the row (FOR UPDATE).
+    """
+
+    @event.listens_for(engine, "connect")
+    def leave_transactions_to_sqlalchemy(connection: Any, record: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    engine.dispose()  # the connections before
 
 
 @contextmanager

@@ -14,24 +14,18 @@ worker that was killed and resumed proposes what it would have proposed.
 
 from __future__ import annotations
 
-import os
-import platform
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
-from functools import cache
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import optuna
-import psutil
 from optuna.distributions import BaseDistribution
-from optuna.exceptions import ExperimentalWarning, TrialPruned, UpdateFinishedTrialError
+from optuna.exceptions import TrialPruned, UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
-from optuna.storages import fail_stale_trials
 from optuna.storages._heartbeat import get_heartbeat_thread
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -42,12 +36,11 @@ from dovetail.searches.samplers import PRGASampler, RefineSampler, ThreeStageSam
 from dovetail.searches.samplers.proposal import ProposalSampler
 from dovetail.searches.space import Candidate, Scored, SearchSpace
 from dovetail.searches.storage import explained, hidden, open_storage
+from dovetail.searches.workers import UNSIGNED_SECONDS, fail_stale, has_ended, this_worker
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
 
-_UNSIGNED_SECONDS = 10
-"""Age at which a running trial without a worker's name counts as lost: a worker signs its trial at once."""
 _WAIT_SECONDS = 1.0
 """Time between two looks at the study while other workers run the last trials."""
 _IDENTITY, _PREPARED = "dovetail:identity", "dovetail:prepared"
@@ -183,44 +176,19 @@ def _pruner(space: SearchSpace) -> BasePruner:
 # Workers.
 
 
-def this_worker() -> dict[str, Any]:
-    """Return the name of this process: its host, its number and the time at which it started."""
-    return {"host": _host(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-
-
-@cache
-def _host() -> str:
-    """Return the name of the host; containers on one host may have equal names, and other process numbers."""
-    with suppress(OSError):
-        return f"{platform.node()} {os.stat('/proc/self/ns/pid').st_ino}"
-    return platform.node()
-
-
-def _gone(worker: Mapping[str, Any]) -> bool:
-    """Return whether a worker of this host has ended."""
-    try:
-        process = psutil.Process(worker["pid"])
-        same = abs(process.create_time() - worker["started"]) < 2  # the clock of the host may be set
-        return not same or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
 def requeue(study: optuna.Study) -> None:
     """Put the trials of lost workers back into the queue."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         worker = trial.user_attrs.get(_WORKER)
         if worker is None:
             begun = trial.datetime_start or datetime.now()
-            lost = datetime.now() - begun > timedelta(seconds=_UNSIGNED_SECONDS)
+            lost = datetime.now() - begun > timedelta(seconds=UNSIGNED_SECONDS)
         else:
             # A trial with the name of this worker, which runs none now, is one that was killed before it was signed.
-            lost = worker == this_worker() or (worker["host"] == _host() and _gone(worker))
+            lost = worker == this_worker() or has_ended(worker)
         if lost:
             _put_back(study, trial._trial_id)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        fail_stale_trials(study)
+    fail_stale(study)
 
 
 def _put_back(study: optuna.Study, trial_id: int) -> None:
