@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from dovetail.studies import cells, runner
 
 
-def in_this_process(todo, jobs):
+def in_this_process(todo, jobs, turns):
     """Do cells one after the other, as `run_cells` does in other processes."""
-    for job in todo:
-        yield job.slug
-        yield cells.Job.model_validate_json(job.model_dump_json()).done()
+    left = list(todo)
+    while left:
+        found = turns.take(left)
+        if isinstance(found, cells.Outcome):
+            yield found
+        elif found is None:
+            time.sleep(0.05)
+        else:
+            yield found.slug
+            outcome = cells.Job.model_validate_json(found.model_dump_json()).done()
+            turns.end(outcome)
+            yield outcome
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -18,7 +18,7 @@ from dovetail.errors import OutputError, RecipeError
 from dovetail.links.adapt.ia3 import IA3
 from dovetail.runs.recipe import Recipe
 from dovetail.studies import cells, runner, server
-from dovetail.studies.cells import Job, Outcome, lost, run_cells
+from dovetail.studies.cells import InOrder, Job, Outcome, lost, run_cells
 from small_runs import small_recipe
 
 
@@ -139,4 +139,4 @@ def test_a_link_of_the_main_program_runs_in_it(tmp_path, monkeypatch):
     monkeypatch.setattr(IA3, "__module__", "__main__")
     monkeypatch.setattr(cells, "_Server", lambda modules: pytest.fail("another process"))
     monkeypatch.setattr(cells, "run", lambda *args, **kwargs: None)
-    assert list(run_cells([cell_of(tmp_path, "ia3")], 1)) == ["one", Outcome(slug="one")]
+    assert list(run_cells([cell_of(tmp_path, "ia3")], 1, InOrder())) == ["one", Outcome(slug="one")]

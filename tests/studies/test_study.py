@@ -11,10 +11,12 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import dovetail
 from dovetail.chains.layer.linear import chain_layers
+from dovetail.chains.notation import chain
 from dovetail.checkpoint.adapter import load_adapter
 from dovetail.checkpoint.load import load
 from dovetail.checkpoint.merge import merge
@@ -476,6 +478,28 @@ def test_a_killed_study_goes_on(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "out" / "runs").iterdir()] == ["one-s0"]
 
 
+def test_runs_of_another_base_are_not_mixed(tmp_path, monkeypatch):
+    """The weights at a path may be replaced, between two starts of a study or while it runs."""
+    asked = plain(tmp_path, {"name": "one", "chain": "lora(r=2)"}, {"name": "two", "chain": "ia3"})
+    weights, real = tmp_path / "base" / "model.safetensors", cells.run
+
+    def replaces(recipe, **arguments):
+        report = real(recipe, **arguments)
+        tensors = load_file(weights)
+        save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, weights, {"format": "pt"})
+        return report
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "run", replaces)
+        with pytest.raises(RecipeError, match=r"two-s0, made with another model than \S*base has now"):
+            done(asked, tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out" / "runs").rglob("report.json")}
+    with pytest.raises(RecipeError, match=r"one-s0, made with another model(.|\n)*--no-resume"):
+        done(asked, tmp_path / "out")
+    assert before == {path: path.read_bytes() for path in before}
+    assert len(done(asked, tmp_path / "out", resume=False).results) == 2
+
+
 def test_the_folder_of_an_older_study_is_told(tmp_path):
     for text in ('{"chain": "lora"}', "no json"):
         place = tmp_path / "out" / "runs" / "a-s0"
@@ -612,7 +636,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 
 def test_the_studies_of_papers_are_whole():
-    """Quantizers with adapters (the study of PEFT on quantized models), and QR-Adaptor's Tables 1 and 6."""
+    """Quantizers with adapters (the study of PEFT on quantized models), and QR-Adaptor's tables and figures."""
     study = Study.load(ROOT / "examples" / "qpeft" / "playground.yaml")
     matrix = expand(study)
     assert len(list(unique_runs(matrix.lines))) == (6 * 8 - 1) * 2 * 2
@@ -629,6 +653,13 @@ def test_the_studies_of_papers_are_whole():
         *_, last = matrix.lines
         assert last.row == "QR-Adaptor"
         assert last.runs[0].recipe.layers == found["layers"]
+    for name, count in (("figure2", 1 + 6), ("figure3", 2 + 3)):
+        matrix = expand(Study.load(folder / f"{name}.yaml"))
+        assert not matrix.refused
+        assert len(list(unique_runs(matrix.lines))) == count * 3
+    for row in (line for line in matrix.lines if line.row == "random ranks"):
+        ranks = [list(chain(text))[-1].r for text in row.runs[0].recipe.layers.values()]
+        assert (len(ranks), sum(ranks)) == (4, 4 * 8)
     quick = expand(Study.load(folder / "table1.yaml").quickly())
     assert len(list(unique_runs(quick.lines))) == 11
 

@@ -93,6 +93,10 @@ def study(
         int,
         typer.Option("--jobs", min=1, metavar="N", help="Runs at a time, each in a process of one thread."),
     ] = 1,
+    storage: Annotated[
+        str | None,
+        typer.Option("--storage", metavar="URL", help="Database that processes share, and --output with it."),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Run the part of the study that its key `quick` keeps.")
     ] = False,
@@ -105,11 +109,12 @@ def study(
     from dovetail.studies import study as run_study
     from dovetail.studies.tables import print_study
 
-    options = [*(["--jobs", str(jobs)] if jobs > 1 else []), *(["--quick"] if quick else [])]
+    options = [*(["--jobs", str(jobs)] if jobs > 1 else []), *(["--storage", storage] if storage else [])]
+    options += ["--quick"] if quick else []
     with resumable(["study", str(recipe), "--output", str(output), *options]), printed_events() as show:
         asked = Study.load(recipe)
         found = run_study(
-            asked.quickly() if quick else asked, output=output, resume=resume, jobs=jobs, on_run=show,
+            asked.quickly() if quick else asked, output=output, storage=storage, resume=resume, jobs=jobs, on_run=show,
             progress=not sys.stderr.isatty(),
         )  # fmt: skip
     if as_json:

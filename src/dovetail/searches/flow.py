@@ -23,7 +23,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import optuna
 import torch
 
 from dovetail import processes
@@ -39,7 +38,7 @@ from dovetail.runs.steps import base_now
 from dovetail.searches.page import page
 from dovetail.searches.report import JSON, SearchReport, Trial, best, front
 from dovetail.searches.space import Preview, SearchSpace
-from dovetail.searches.storage import check_url
+from dovetail.searches.storage import check_url, quiet_optuna
 from dovetail.searches.study import delete_study, finished, open_study, work
 from dovetail.tasks.find import load_task
 from dovetail.training.identity import records_identity
@@ -90,7 +89,7 @@ def search(
     new, seen = _begin(partial, output, recipe, resume), []
     url = storage or f"sqlite:///{(partial / STUDY).absolute()}"
     try:
-        with _quiet_optuna(), on_full_disk(output):
+        with quiet_optuna(), on_full_disk(output):
             if not resume and storage is not None:
                 delete_study(storage, output.name)
             with (
@@ -322,21 +321,10 @@ def _begin_worker(recipe: Recipe, name: str, url: str, identity: dict[str, str],
     space = open_space(recipe)
     space.folder = folder
     try:
-        with _quiet_optuna(), open_study(url, name, space, identity) as study:
+        with quiet_optuna(), open_study(url, name, space, identity) as study:
             work(study, space)
     except KeyboardInterrupt:
         sys.exit(130)
     except DovetailError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-@contextmanager
-def _quiet_optuna() -> Iterator[None]:
-    """Keep Optuna's lines about each trial off the terminal while the block runs."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)

@@ -1,4 +1,4 @@
-"""The storage of a study: a database, opened by its URL, whose errors say what is wrong with it."""
+"""The storage of an Optuna study: a database, opened by its URL, whose errors say what is wrong with it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages._rdb.models import BaseModel
@@ -24,7 +25,7 @@ _OPENINGS = 5
 
 def check_url(url: str) -> None:
     """Raise SearchError for a text that is no URL of a storage, or a storage that ends with the process."""
-    rule, fix = "a storage is a URL of a database", "pass --storage sqlite:///search.db, or leave it out"
+    rule, fix = "a storage is a URL of a database", "pass --storage sqlite:///NAME.db, or leave it out"
     try:
         parsed = make_url(url)
         parsed.get_dialect()
@@ -33,7 +34,7 @@ def check_url(url: str) -> None:
     except ImportError as error:
         raise _missing(parsed, error) from None
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
-        rule = "workers and later starts must find the trials: the storage must outlive the process"
+        rule = "other processes and later starts must find the trials: the storage must outlive the process"
         raise SearchError(f"storage {hidden(url)}", found="a database in memory", rule=rule, fix=fix)
 
 
@@ -122,5 +123,16 @@ def explained(url: str) -> Iterator[None]:
         cause = error.__cause__ or error
         found = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0][:300]
         rule = "the storage must be reachable and writable"
-        fix = "check the URL and the server; a search that has begun continues when the command is given again"
+        fix = "check the URL and the server; what has begun continues when the command is given again"
         raise SearchError(f"storage {hidden(url)}", found=found, rule=rule, fix=fix) from None
+
+
+@contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Keep Optuna's lines about each trial off the terminal while the block runs."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)

@@ -10,13 +10,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
-from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import pydantic
 import torch
@@ -34,6 +34,8 @@ RUNS, MERGING, SHARED, PLANNED = "runs", "merging", "shared", "planned"
 """Folders of a study: run directories, whether each run is mergeable, the scores that runs share, and counts."""
 COMMAND = [sys.executable, "-m", "dovetail.studies.server"]
 _END_SECONDS = 20
+_WAIT_SECONDS = 1.0
+"""Time between two looks at the cells while other processes run all that are left."""
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
 
 
@@ -82,13 +84,14 @@ class Job(pydantic.BaseModel, extra="forbid"):
 
     def done(self) -> Outcome:
         """Do the run in this process. It continues where an earlier start of it stopped."""
-        place = self.study / RUNS / self.slug
+        place, verdict = self.study / RUNS / self.slug, self.study / MERGING / f"{self.slug}.json"
+        verdict.unlink(missing_ok=True)  # of an earlier run of that name
         try:
             run(self.recipe, output=place, progress=self.progress, shared=self.study / SHARED)
             if self.count:
                 planned(self.recipe, self.study / PLANNED)
             if self.verify:
-                check_mergeable(place, self.study / MERGING / f"{self.slug}.json")
+                check_mergeable(place, verdict)
         except (RecipeError, OutputError) as error:
             said = {"where": error.where, "found": error.found, "rule": error.rule, "fix": error.fix}
             return Outcome(slug=self.slug, ends={"type": type(error).__name__, **said})
@@ -115,33 +118,81 @@ def lost(slug: str, code: int) -> Outcome:
     return Outcome(slug=slug, problem=f"its process ended with code {code}; {again}")
 
 
-def run_cells(cells: Sequence[Job], jobs: int) -> Generator[Outcome | str, None, None]:
+class Turns(Protocol):
+    """Which of the cells that are left this process runs next."""
+
+    def take(self, left: list[Job]) -> Job | Outcome | None:
+        """Remove a cell from the list, which is not empty, and return it to be run, or how another process ended it.
+
+        None: other processes run all that are left.
+        """
+        ...
+
+    def end(self, outcome: Outcome) -> None:
+        """Take the outcome of a cell that this process ran."""
+        ...
+
+
+class InOrder(Turns):
+    """One process runs all cells in order."""
+
+    def take(self, left: list[Job]) -> Job | Outcome | None:
+        return left.pop(0)
+
+    def end(self, outcome: Outcome) -> None:
+        pass
+
+
+def run_cells(cells: Sequence[Job], jobs: int, turns: Turns) -> Generator[Outcome | str, None, None]:
     """Do cells, `jobs` at a time; yield the name of each that begins, and the outcome of each that ends.
+
+    turns   tells which cell is next; those that other processes run are waited for
 
     Ending the iteration early ends the cells that run; a later start continues them. A cell with a link that the main
     program defines runs in this process, because no other one can import it.
     """
     here = [cell for cell in cells if any(link.__module__ == "__main__" for link in cell.links)]
-    for cell in here:
-        yield cell.slug
-        yield cell.done()
-    waiting = deque(cell for cell in cells if cell not in here)
-    modules = {link.__module__ for cell in waiting for link in cell.links}
-    while waiting:
+    left = [cell for cell in cells if cell not in here]
+    while here:
+        match turns.take(here):
+            case Job() as cell:
+                yield cell.slug
+                outcome = cell.done()
+                turns.end(outcome)
+                yield outcome
+            case None:
+                time.sleep(_WAIT_SECONDS)
+            case outcome:
+                yield outcome
+    modules = {link.__module__ for cell in left for link in cell.links}
+    while left:
         running: set[str] = set()
         with _Server([name for name in sorted(modules) if not name.startswith("dovetail.")]) as server:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    cell = waiting.popleft()
-                    running.add(cell.slug)
-                    yield cell.slug
-                    server.begin(cell)
+            while left or running:
+                while left and len(running) < jobs:
+                    found = turns.take(left)
+                    if found is None:
+                        break
+                    if isinstance(found, Outcome):
+                        yield found
+                        continue
+                    running.add(found.slug)
+                    yield found.slug
+                    server.begin(found)
+                if not running:
+                    if left:
+                        time.sleep(_WAIT_SECONDS)
+                    continue
                 outcome = server.outcome()
                 if outcome is None:
                     break  # the server was killed, and its cells with it
                 running.discard(outcome.slug)
+                turns.end(outcome)
                 yield outcome
-        yield from (lost(slug, -signal.SIGKILL) for slug in sorted(running))
+        for slug in sorted(running):
+            outcome = lost(slug, -signal.SIGKILL)
+            turns.end(outcome)
+            yield outcome
 
 
 class _Server:

@@ -6,25 +6,42 @@ DIR/merging/         whether each run is mergeable, verified once
 DIR/planned/         what the configuration of each recipe determines, computed once
 DIR/cost.json        the cost table, measured once
 DIR/study.json       everything that the files of `dovetail.studies.output` show
+
+Several processes may work on one study, on one machine or on many, if they share the folder and a storage: each takes
+the next cell that no other one has (`dovetail.studies.claims`), and each writes the tables when all cells have ended.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing, suppress
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from dovetail import processes
-from dovetail.errors import DovetailError, RecipeError
+from dovetail.checkpoint.load import grid_of
+from dovetail.errors import DovetailError, InUse, RecipeError
 from dovetail.files import check_folder, only_writer
+from dovetail.progress import note
 from dovetail.runs.folder import RECIPE
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import REPORT, Report
-from dovetail.runs.steps import data_of
-from dovetail.studies.cells import MERGING, PLANNED, RUNS, SHARED, Job, Outcome, run_cells, threads_of
+from dovetail.runs.steps import base_now, data_of
+from dovetail.studies.cells import (
+    MERGING,
+    PLANNED,
+    RUNS,
+    SHARED,
+    InOrder,
+    Job,
+    Outcome,
+    Turns,
+    run_cells,
+    threads_of,
+)
 from dovetail.studies.comparison import compare
 from dovetail.studies.cost import KEPT, measure
 from dovetail.studies.matrix import Line, Matrix, Run, expand, unique_runs
@@ -34,7 +51,7 @@ from dovetail.studies.report import Cost, Event, Failure, Illegal, Result, Sprea
 from dovetail.studies.spec import Study
 from dovetail.studies.summary import summary
 from dovetail.studies.verify import MERGED, Judgement, check_mergeable, last_stage, precision
-from dovetail.tasks.find import load_task
+from dovetail.tasks.find import load_task, number_of_labels
 from dovetail.training.identity import records_identity
 
 _OTHER = "pass another --output, or --no-resume to delete all runs"
@@ -46,6 +63,7 @@ def study(
     recipe: Study | str | Path | Mapping[str, Any],
     *,
     output: str | Path,
+    storage: str | None = None,
     resume: bool = True,
     jobs: int = 1,
     progress: bool = True,
@@ -55,56 +73,140 @@ def study(
 
     recipe    a Study, its path, or a mapping with its keys
     output    folder for everything; finished runs of an earlier start are kept, an unfinished run is resumed
+    storage   the URL of a database. All processes with the same storage and the same folder, which must be shared, work
+              on one study: none does a run that another one does or has done, and each returns the whole report
     resume    False deletes the runs of an earlier start
     jobs      number of concurrent runs. Each is a process of its own, with one thread if there are several
     progress  whether to show progress bars
     on_run    called when a run begins and when it ends
 
-    Raises a DovetailError for a bad study before anything runs. The table lists the runs that fail later.
+    Raises a DovetailError for a bad study before anything runs, and for finished runs that were made with another
+    recipe, other data or another base. The table lists the runs that fail later.
     """
     asked = Study.read(recipe)
     processes.refuse("study", RecipeError)
     if jobs < 1:
         raise RecipeError("study", found=f"jobs={jobs}", rule="jobs must be at least 1", fix="pass --jobs 1")
-    matrix, folder = expand(asked), Path(output)
-    with only_writer(folder):
-        _claim(folder, resume)
-        return _study(asked, matrix, folder, jobs, progress, on_run)
+    folder = Path(output)
+    work = _Work(asked, expand(asked), folder, jobs, progress, on_run)
+    if storage is None:
+        with only_writer(folder):
+            work.begin(resume)
+            failed = work.run(InOrder())
+            return work.report(failed)
+    from dovetail.searches.storage import check_url
+    from dovetail.studies.claims import delete_claims, open_claims
+
+    check_url(storage)
+    with _waiting_for(folder):
+        work.begin(resume)
+        if not resume:
+            delete_claims(storage, folder)
+    with open_claims(storage, folder) as claims:
+        failed = work.run(claims)
+    with _waiting_for(folder):
+        return work.report(failed)
 
 
-def _study(
-    asked: Study, matrix: Matrix, folder: Path, jobs: int, progress: bool, on_run: Callable[[Event], None] | None
-) -> StudyReport:
-    """Do the runs that are left, and write the tables."""
-    lines = matrix.lines
-    runs = list(unique_runs(lines))
-    todo = [one for one in runs if not _finished(one, folder)]
-    for one in todo:  # results of an earlier run of that name
-        (folder / MERGING / f"{one.slug}.json").unlink(missing_ok=True)
-    asked.dump(folder / STUDY)
-    shown = {one.slug for line in lines if line.stage is None for one in line.runs}
-    cells = [
-        Job(
-            slug=one.slug, recipe=one.recipe, study=folder.absolute(), verify=one.slug in shown,
-            count=one.recipe.seed == runs[0].recipe.seed,
-            threads=threads_of(jobs), progress=progress and jobs == 1,
-        )
-        for one in todo
-    ]  # fmt: skip
-    failed: dict[str, Outcome] = {}
-    with closing(_events(runs, cells, folder, jobs, failed)) as events:
-        for event in events:
-            if on_run is not None:
-                on_run(event)
-    results = [_result(line, folder, failed) for line in lines]
-    if on_run is not None and asked.cost:
-        on_run(Event("measures", "storage, tuning and inference", len(runs), len(runs)))
-    report = _report(asked, lines, results, folder, _cost(asked, lines, results, folder, progress))
-    illegal = [Illegal(row=one.row, point=one.point, why=one.why) for one in matrix.refused]
-    report = report.model_copy(update={"illegal": illegal})
-    report.save(folder)
-    write_tables(report, folder)
-    return report
+@contextmanager
+def _waiting_for(folder: Path) -> Iterator[None]:
+    """Be the only writer of the folder while the block runs; wait for another process that is."""
+    told = ""
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(only_writer(folder))
+                break
+            except InUse as error:
+                if error.found != told:
+                    note(f"{folder}: waiting for {error.found}")
+                told = error.found
+                time.sleep(1)
+        yield
+
+
+class _Work:
+    """What one process does for a study: it claims the folder, does the runs that are left, and writes the tables."""
+
+    def __init__(
+        self, asked: Study, matrix: Matrix, folder: Path, jobs: int, progress: bool,
+        on_run: Callable[[Event], None] | None,
+    ) -> None:  # fmt: skip
+        self.asked, self.matrix, self.folder, self.jobs = asked, matrix, folder, jobs
+        self.progress, self.on_run = progress, on_run
+        self.runs = list(unique_runs(matrix.lines))
+
+    def begin(self, resume: bool) -> None:
+        """Create the folder, or accept that of an earlier start."""
+        _claim(self.folder, resume)
+        self.asked.dump(self.folder / STUDY)
+
+    def run(self, turns: Turns) -> dict[str, Outcome]:
+        """Do the runs that are left, and return those that failed."""
+        bases = _Bases(self.folder)
+        todo = [one for one in self.runs if not _finished(one, self.folder, bases)]
+        shown = {one.slug for line in self.matrix.lines if line.stage is None for one in line.runs}
+        cells = [
+            Job(
+                slug=one.slug, recipe=one.recipe, study=self.folder.absolute(), verify=one.slug in shown,
+                count=one.recipe.seed == self.runs[0].recipe.seed,
+                threads=threads_of(self.jobs), progress=self.progress and self.jobs == 1,
+            )
+            for one in todo
+        ]  # fmt: skip
+        failed: dict[str, Outcome] = {}
+        with closing(_events(self.runs, cells, self.folder, self.jobs, failed, turns, bases)) as events:
+            for event in events:
+                if self.on_run is not None:
+                    self.on_run(event)
+        return failed
+
+    def report(self, failed: Mapping[str, Outcome]) -> StudyReport:
+        """Write the tables of all runs."""
+        asked, lines, folder = self.asked, self.matrix.lines, self.folder
+        results = [_result(line, folder, failed) for line in lines]
+        if self.on_run is not None and asked.cost:
+            total = len(self.runs)
+            self.on_run(Event("measures", "storage, tuning and inference", total, total))
+        report = _report(asked, lines, results, folder, _cost(asked, lines, results, folder, self.progress))
+        illegal = [Illegal(row=one.row, point=one.point, why=one.why) for one in self.matrix.refused]
+        report = report.model_copy(update={"illegal": illegal})
+        report.save(folder)
+        write_tables(report, folder)
+        return report
+
+
+class _Bases:
+    """The bases of the runs of a study: the weights at a path must not be replaced between runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[str, dict[str, str]] = {}
+
+    def read(self, run: Run) -> None:
+        """Read the base of a run as it is now, unless it is known."""
+        key = _base_of(run.recipe)
+        if key not in self._known:
+            self._known[key] = base_now(run.recipe, load_task(run.recipe.data))
+
+    def check(self, run: Run, identity: Mapping[str, str]) -> None:
+        """Raise RecipeError where a run was made with another base than the others.
+
+        identity   of the run; the first one of a base that was not read tells what the base is
+        """
+        known = self._known.setdefault(_base_of(run.recipe), dict(identity))
+        for part in ("model", "tokenizer"):
+            if part in identity and part in known and identity[part] != known[part]:
+                found = f"{run.slug}, made with another {part} than {run.recipe.model} has now"
+                rule = "all runs of a study must have the same base; the files at a path must not be replaced"
+                raise RecipeError(f"output {self._folder}", found=found, rule=rule, fix=_OTHER)
+
+
+def _base_of(recipe: Recipe) -> str:
+    """Return what the weights of a base depend on, as its path says it."""
+    task = load_task(recipe.data)
+    held = recipe.model_dump_json(include={"model", "dtype", "trust_remote_code"})
+    return f"{held} {grid_of(recipe.chain)} {task.kind} {number_of_labels(task, recipe.data.num_labels)}"
 
 
 def _claim(folder: Path, resume: bool) -> None:
@@ -118,8 +220,8 @@ def _claim(folder: Path, resume: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _finished(run: Run, folder: Path) -> bool:
-    """Return whether the run is finished; raise RecipeError where it was made with another recipe."""
+def _finished(run: Run, folder: Path, bases: _Bases) -> bool:
+    """Return whether the run is finished; raise RecipeError where it was made with another recipe, data or base."""
     place = folder / RUNS / run.slug
     if not (place / REPORT).is_file():
         return False
@@ -140,19 +242,25 @@ def _finished(run: Run, folder: Path) -> bool:
     if made not in (None, now):
         rule = "a resumed study must have the data that it was started with"
         raise RecipeError(f"output {folder}", found=f"{run.slug}, made with other data", rule=rule, fix=_OTHER)
+    if identity:  # an earlier version did not write it
+        bases.read(run)
+        bases.check(run, identity)
     return True
 
 
 def _events(
-    runs: Sequence[Run], cells: Sequence[Job], folder: Path, jobs: int, failed: dict[str, Outcome]
-) -> Generator[Event, None, None]:
+    runs: Sequence[Run], cells: Sequence[Job], folder: Path, jobs: int, failed: dict[str, Outcome], turns: Turns,
+    bases: _Bases,
+) -> Generator[Event, None, None]:  # fmt: skip
     """Do the cells that are left, and yield how each begins and ends; `failed` is filled."""
     number = {run.slug: place for place, run in enumerate(runs, 1)}
+    named = {run.slug: run for run in runs}
     waiting = {cell.slug for cell in cells}
     seconds: list[float] = []
 
     def ended(slug: str, state: Literal["done", "kept"]) -> Event:
         report = Report.load(folder / RUNS / slug)
+        bases.check(named[slug], report.identity)
         seconds.append(report.seconds)
         score = report.score(report.row(last_stage(report)))
         return Event(
@@ -165,7 +273,7 @@ def _events(
     for one in runs:
         if one.slug not in waiting:
             yield ended(one.slug, "kept")
-    with closing(run_cells(cells, jobs)) as outcomes:
+    with closing(run_cells(cells, jobs, turns)) as outcomes:
         for found in outcomes:
             if isinstance(found, str):
                 yield Event("begins", found, number[found], len(runs), left_seconds=left())
