@@ -22,7 +22,7 @@ from dovetail.chains.layer.keeping import keeping_layers, kept_nbytes
 from dovetail.links.quantize import nearest
 from dovetail.models.targets import all_layers
 from dovetail.tasks.holding import free_memory
-from dovetail.training.optimizer import TrainSettings, autocast, cast_frozen, make_optimizer, trained_parts
+from dovetail.training.optimizer import TrainSettings, autocast, cast_frozen, make_optimizer
 from dovetail.training.peak_memory import PeakMemory
 from dovetail.training.repeats import HELD, Repeat, Trace, find_repeats
 
@@ -47,11 +47,12 @@ def predict_peak_memory(
               blocks where the others follow from them (`dovetail.training.repeats`). Tokens are taken to be spread
               evenly over MoE experts
     """
-    if not trained_parts(model):
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         return 0
     if settings.keep_weights == "auto":
         kept, less = (settings.model_copy(update={"keep_weights": asked}) for asked in (True, False))
-        if device != "cpu" or not kept_nbytes(model):
+        # The kept weights alone may be more than there is.
+        if device != "cpu" or not 0 < kept_nbytes(model) <= free_memory(torch.device(device)):
             return predict_peak_memory(model, batch, less, device=device)
         peak = predict_peak_memory(model, batch, kept)
         enough = peak <= free_memory(torch.device(device))
