@@ -78,13 +78,14 @@ def main() -> None:
     others: dict[str, list[float]] = {kind: [] for kind in KINDS}
     scores: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        study = Path(folder) / "study.yaml"
-        write_yaml(study, asked(options.steps))
+        study, spec = Path(folder) / "study.yaml", asked(options.steps)
+        write_yaml(study, spec)
+        wanted = options.steps * len(spec["rows"]) * len(spec["seeds"])
         for number in range(options.rounds):
             for kind in KINDS if number % 2 == 0 else reversed(KINDS):
                 spent, taken, steps, found = measure(kind, study, Path(folder) / f"{number} {kind}")
-                if steps != 8 * options.steps:
-                    raise SystemExit(f"{kind}: {steps} steps instead of {8 * options.steps}")
+                if steps != wanted:
+                    raise SystemExit(f"{kind}: {steps} steps instead of {wanted}")
                 if kind != "1 job, all threads" and scores.setdefault("one thread", found) != found:
                     raise SystemExit(f"{kind}: the scores differ from those of the first study")
                 seconds[kind].append(spent)
