@@ -10,6 +10,7 @@ from scipy import stats
 from dovetail.studies.comparison import compare, holm, interval, paired_test
 from dovetail.studies.standing import boards
 from dovetail.studies.summary import summary
+from dovetail.studies.tables import tables
 from study_reports import line, study_of
 
 DIFFERENCES = [0.03, 0.01, 0.02, 0.05]
@@ -142,3 +143,22 @@ def test_the_average_over_tasks():
     assert list(average.lines[0].scores.values()) == pytest.approx([0.6, 0.5, 0.4])
     assert len(boards(study_of(*lines, metrics={"two": "perplexity"}))) == 2
     assert summary(study_of(*lines))[0] == "Best accuracy on the average of 2 tasks: A, 50.0 ± 10.0 % (3 seeds)."
+
+
+def test_an_average_over_several_metrics_has_the_name_of_none():
+    lines = [line("A", [0.8, 0.6], task="one"), line("A", [0.4, 0.4], task="two")]
+    report = study_of(*lines, metrics={"one": "accuracy", "two": "exact_match"})
+    assert [board.title for board in boards(report)] == ["accuracy", "exact match", "score"]
+    assert summary(report)[0] == "Best score on the average of 2 tasks: A, 55.0 ± 7.1 % (2 seeds)."
+
+
+def test_a_reason_is_told_once_for_all_its_lines():
+    def unmergeable(name, why):
+        result, cells = line(name, [0.5])
+        return result.model_copy(update={"mergeable": False, "why": why}), cells
+
+    lines = [unmergeable(name, "lora does not keep the grid") for name in "ABCDEG"]
+    quality, *_ = tables(study_of(*lines, unmergeable("F", "another")))
+    assert quality.remarks == [
+        "A, B, C, D and 2 more are not mergeable: lora does not keep the grid.", "F is not mergeable: another."
+    ]  # fmt: skip

@@ -55,7 +55,7 @@ def against(board: Board, measure: str, title: str, factor: float) -> str:
     for at, line in enumerate(front):
         x, y = place(line)
         corners += [(x, place(front[at - 1])[1]), (x, y)] if at else [(x, y)]
-    drawn = scatter(points, [corners], title, metric_name(board.metric) + (" (%)" if share == 100 else ""))
+    drawn = scatter(points, [corners], title, board.title + (" (%)" if share == 100 else ""))
     names = "".join(f"<li>{escape(line.name)}: {escape(spread(board.metric, line.figure))}</li>" for line in front)
     return f'{drawn}\n<ol class="front">{names}</ol>'
 

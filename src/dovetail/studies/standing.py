@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from dovetail.display.format import SHARES
+from dovetail.display.format import SHARES, metric_name
 from dovetail.studies.axes import Value
 from dovetail.studies.measures import Cell
 from dovetail.studies.report import Result, Spread, StudyReport
@@ -63,11 +63,13 @@ class Board:
     """All lines on a task, or on the average of all.
 
     task    its name, or `AVERAGE`
-    metric  of the scores
+    metric  of the scores; of an average over metrics that are shares, that of the first task
+    title   of the scores in words: "accuracy"; "score" where several metrics are averaged
     """
 
     task: str
     metric: str
+    title: str
     lines: tuple[Standing, ...]
 
     @property
@@ -97,17 +99,20 @@ def boards(report: StudyReport) -> list[Board]:
     cells: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in report.cells:
         cells.setdefault((cell.row, _key(cell.point), cell.task), []).append(cell)
-    found: list[Board] = []
     of: dict[str, list[Standing]] = {task: [] for task in tasks}
     for result in report.results:
         mine = cells.get((result.row, _key(result.point), result.task), [])
         of[result.task].append(_standing(result.row, result.point, [result], [mine]))
-    found = [Board(task, report.metrics.get(task, report.metric), tuple(of[task])) for task in tasks]
+    found = []
+    for task in tasks:
+        metric = report.metrics.get(task, report.metric)
+        found.append(Board(task, metric, metric_name(metric), tuple(of[task])))
     metrics = {board.metric for board in found}
     if len(tasks) > 1 and (len(metrics) == 1 or metrics <= set(SHARES)):
         lines = tuple(_averaged(found))
         if lines:
-            found.append(Board(AVERAGE, found[0].metric, lines))
+            title = found[0].title if len(metrics) == 1 else "score"
+            found.append(Board(AVERAGE, found[0].metric, title, lines))
     return found
 
 

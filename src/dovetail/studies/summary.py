@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from dovetail.display.format import duration, metric_name, size
+from dovetail.display.format import duration, size
 from dovetail.studies.comparison import LEVEL, holm, paired_test
 from dovetail.studies.report import StudyReport
 from dovetail.studies.standing import AVERAGE, Board, Standing, boards
-from dovetail.studies.tables import spread
+from dovetail.studies.tables import listed, spread
 
-_SHOWN = 4
-"""Names in a list before the rest is counted."""
 _LEAST: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("bits_per_weight", "Fewest bits per weight", lambda value: f"{value:.2f} bits per weight"),
     ("nbytes", "Smallest model in memory", size),
@@ -56,18 +54,18 @@ def _quality(board: Board, place: str) -> list[str]:
     if not scored:
         return [f"No line has a score{place}."]
     best = scored[0]
-    found = [f"Best {metric_name(board.metric)}{place}: {_named(board, best)}."]
+    found = [f"Best {board.title}{place}: {_named(board, best)}."]
     apart, close, untested = told_apart(board, best)
     equal = [line for line in untested if line.score == best.score]
     if close:
-        found.append(f"It cannot be told apart from {_listed([line.name for line in close])}.")
+        found.append(f"It cannot be told apart from {listed([line.name for line in close])}.")
     if apart:
-        found.append(f"It differs from {_listed([line.name for line in apart])} (p at most {LEVEL}, corrected).")
+        found.append(f"It differs from {listed([line.name for line in apart])} (p at most {LEVEL}, corrected).")
     if untested:
         said = "With one seed no test is possible, so no difference to the other lines is claimed."
         found.append(said if len(untested) == len(scored) - 1 else f"No test is possible for {len(untested)} lines.")
     if equal:
-        found.append(f"The same score has {_listed([line.name for line in equal])}.")
+        found.append(f"The same score has {listed([line.name for line in equal])}.")
     return found
 
 
@@ -75,7 +73,7 @@ def _sentences(board: Board, place: str) -> list[str]:
     """Return all that is said of a board."""
     scored, found = board.scored, _quality(board, place)
     missing = [line.name for line in board.lines if line.score is None]
-    lost = [f"Without a score for every seed, and therefore in no comparison: {_listed(missing)}."] if missing else []
+    lost = [f"Without a score for every seed, and therefore in no comparison: {listed(missing)}."] if missing else []
     if not scored:
         return [*found, *lost]
     best = scored[0]
@@ -93,7 +91,7 @@ def _sentences(board: Board, place: str) -> list[str]:
     front = board.front("nbytes")
     if len(front) > 1:
         steps = [f"{size(line.means['nbytes'] or 0.0)} {line.name} ({_score(board, line)})" for line in front]
-        found.append(f"Best {metric_name(board.metric)} at each size in memory: {'; '.join(steps)}.")
+        found.append(f"Best {board.title} at each size in memory: {'; '.join(steps)}.")
     return found + lost
 
 
@@ -104,10 +102,3 @@ def _score(board: Board, line: Standing) -> str:
 def _named(board: Board, line: Standing) -> str:
     count = line.figure.n
     return f"{line.name}, {_score(board, line)} ({count} seed{'s' if count > 1 else ''})"
-
-
-def _listed(names: Sequence[str]) -> str:
-    rest = len(names) - _SHOWN
-    if rest > 1:
-        return ", ".join(names[:_SHOWN]) + f" and {rest} more"
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

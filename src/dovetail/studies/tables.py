@@ -16,6 +16,8 @@ from dovetail.studies.matrix import label
 from dovetail.studies.report import Event, Result, Spread, StudyReport
 from dovetail.studies.standing import AVERAGE, Board, Standing, boards
 
+_LISTED = 4
+"""Names in a list before the rest is counted."""
 NOTES = {
     "quality": "Mean ± sample standard deviation over n seeds. Zeros: measured sparsity of the weights of the target "
     "layers. Mergeable: the merge was run, and it changed no weight, no logit, no zero and no score.",
@@ -125,7 +127,7 @@ def _quality(report: StudyReport, board: Board, first: bool) -> Table:
     metric, results = board.metric, [line.results[0] for line in board.lines]
     axes, values = _axes(report, [result.point for result in results])
     lossy, unstable = any(result.merged_lossy for result in results), any(result.stable for result in results)
-    heads = ["row", *axes, "mergeable", "final\nprecision", "zeros", metric_name(metric), "n"]
+    heads = ["row", *axes, "mergeable", "final\nprecision", "zeros", board.title, "n"]
     heads += [*(["merged\nanyway"] if lossy else []), *(["without\ndiverged"] if unstable else [])]
     rows = []
     for result, at in zip(results, values, strict=True):
@@ -140,9 +142,9 @@ def _quality(report: StudyReport, board: Board, first: bool) -> Table:
         ])  # fmt: skip
     task = board.task if len({result.task for result in report.results}) > 1 else report.task
     note = NOTES["quality"] + (NOTES["lossy"] if lossy else "") + (NOTES["stable"] if unstable else "")
-    remarks = [remark for result in results for remark in _remarks(report, result)]
+    remarks = [remark for result in results for remark in _remarks(report, result)] + _unmergeable(results)
     illegal = [f"{label(one.row, one.point)} was not run, because it is illegal: {one.why}" for one in report.illegal]
-    title = f"{metric_name(metric)} on {task}"
+    title = f"{board.title} on {task}"
     return Table(title, heads, rows, 3 + len(axes), note, [*remarks, *(illegal if first else [])])
 
 
@@ -154,7 +156,24 @@ def _remarks(report: StudyReport, result: Result) -> list[str]:
         for cell in report.cells
         if cell.diverged and (cell.row, cell.point, cell.task) == (result.row, result.point, result.task)
     ]
-    return [*remarks, *([f"{name} is not mergeable: {result.why}."] if result.why else [])]
+    return remarks
+
+
+def _unmergeable(results: Sequence[Result]) -> list[str]:
+    """Return why lines are not mergeable, once for all lines with the same reason."""
+    names: dict[str, list[str]] = {}
+    for result in results:
+        if result.why:
+            names.setdefault(result.why, []).append(label(result.row, result.point))
+    return [f"{listed(same)} {'is' if len(same) == 1 else 'are'} not mergeable: {why}." for why, same in names.items()]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names with commas and an "and"; of more than five, the first four and a count of the rest."""
+    rest = len(names) - _LISTED
+    if rest > 1:
+        return ", ".join(names[:_LISTED]) + f" and {rest} more"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _average(report: StudyReport, board: Board) -> Table:
@@ -166,7 +185,7 @@ def _average(report: StudyReport, board: Board) -> Table:
         ]
         for line, at in zip(board.lines, values, strict=True)
     ]  # fmt: skip
-    heads = ["row", *axes, metric_name(board.metric), "n"]
+    heads = ["row", *axes, board.title, "n"]
     return Table(f"average over {len(report.metrics)} tasks", heads, rows, 1 + len(axes), NOTES["average"])
 
 

@@ -76,7 +76,7 @@ def _lossless(merged: Merge | MergeReport) -> Judgement:
     if not merged.exact:
         return Judgement(mergeable=False, why=f"merging changes weights by up to {merged.max_abs_weight_diff:.2g}")
     if merged.max_abs_logit_diff != 0:
-        return Judgement(mergeable=False, why=f"merging changes logits by up to {merged.max_abs_logit_diff}")
+        return Judgement(mergeable=False, why=f"merging changes logits by up to {merged.max_abs_logit_diff:.2g}")
     if merged.sparsity_before != merged.sparsity_after:
         why = f"merging changes the zeros from {merged.sparsity_before:.2%} to {merged.sparsity_after:.2%}"
         return Judgement(mergeable=False, why=why)
