@@ -92,7 +92,7 @@ def heat_maps(board: Board, order: Sequence[str]) -> Iterator[HeatMap]:
 
 
 def heat_table(board: Board, found: HeatMap) -> str:
-    """Return a heat map as an HTML table: better scores are darker."""
+    """Return a heat map as an HTML table: better scores have a stronger colour."""
     downs = list(dict.fromkeys(down for down, _ in found.lines))
     acrosses = list(dict.fromkeys(across for _, across in found.lines))
     scores = [board.sign * line.score for line in found.lines.values() if line.score is not None]

@@ -108,7 +108,7 @@ def _maps(report: StudyReport, every: list[Board]) -> str:
     for board, one in found[:_MOST_MAPS]:
         task = f'<p class="note">{escape(board.task)}</p>' if len(every) > 1 else ""
         parts.append(task + heat_table(board, one))
-    note = "Mean ± standard deviation over the seeds; the better the score, the darker its cell."
+    note = "Mean ± standard deviation over the seeds; the better the score, the stronger the colour of its cell."
     left = f" {len(found) - _MOST_MAPS} more are left out." if len(found) > _MOST_MAPS else ""
     return section("Heat map", "\n".join(parts) + f'\n<p class="note">{note}{left}</p>')
 
