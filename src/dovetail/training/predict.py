@@ -51,12 +51,13 @@ def predict_peak_memory(
         return 0
     if settings.keep_weights == "auto":
         kept, less = (settings.model_copy(update={"keep_weights": asked}) for asked in (True, False))
-        # The kept weights alone may be more than there is.
-        if device != "cpu" or not 0 < kept_nbytes(model) <= free_memory(torch.device(device)):
+        needed = kept_nbytes(model)
+        if device != "cpu" or not needed:
             return predict_peak_memory(model, batch, less, device=device)
-        peak = predict_peak_memory(model, batch, kept)
-        enough = peak <= free_memory(torch.device(device))
-        return peak if enough else predict_peak_memory(model, batch, less)
+        free = free_memory(torch.device(device))
+        if needed + _own_nbytes(model) <= free and (peak := predict_peak_memory(model, batch, kept)) <= free:
+            return peak
+        return predict_peak_memory(model, batch, less)
     with suppress(Exception):  # whatever the code of a model does without some of its blocks; it may need them all
         return simulate(model, batch, settings, device=device, whole=False)
     model = copy.deepcopy(model)
@@ -81,12 +82,16 @@ def worth_keeping(model: PreTrainedModel, batch: Mapping[str, Tensor], settings:
     free = free_memory(model.device)
     if needed * _SMALL <= free:
         return True
-    own = sum({id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}.values())
+    own = _own_nbytes(model)
     kept = settings.model_copy(update={"keep_weights": True})
     for whole in (False, True) if needed <= free else ():
         with suppress(Exception):  # whatever the code of a model does without values, or without some of its blocks
             return simulate(model, batch, kept, whole=whole) <= free + own
     return False
+
+
+def _own_nbytes(model: nn.Module) -> int:
+    return sum({id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}.values())
 
 
 def simulate(
