@@ -80,6 +80,21 @@ def typed(value: Any, kinds: type | tuple[type, ...]) -> Any:
     return value
 
 
+def without_fillers(columns: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of an Arrow row without the nulls of its nested mappings.
+
+    Arrow gives all mappings of a column the keys of all rows, so that a tool's call has the arguments of all other tools,
+    as nulls.
+    """
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: filled(inner) for key, inner in value.items() if inner is not None}
+        return [filled(inner) for inner in value] if isinstance(value, list) else value
+
+    return {name: filled(value) for name, value in columns.items()}
+
+
 def _files_of(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     found = [path for path in files if _suffix(path) in SUFFIXES]
@@ -327,7 +342,7 @@ def _parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                 for columns in batch.to_pylist():
                     number += 1
-                    yield Row(f"{path}, row {number}", columns)
+                    yield Row(f"{path}, row {number}", without_fillers(columns))
     except (OSError, pyarrow.ArrowException) as error:
         found = getattr(error, "strerror", None) or str(error)
         where = f"{path}, row {number + 1}" if number else str(path)
