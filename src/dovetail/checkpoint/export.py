@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +32,7 @@ from dovetail.checkpoint.formats.contract import WEIGHTS, Format
 from dovetail.checkpoint.formats.engines import LORA_RANKS, check_engine, command_line
 from dovetail.checkpoint.formats.gguf import checked_header
 from dovetail.checkpoint.formats.gguf.blocks import GGUFBlocks
+from dovetail.checkpoint.formats.gguf.new import NewFile
 from dovetail.checkpoint.formats.gguf.write import placed
 from dovetail.checkpoint.formats.gptq import GPTQFormat
 from dovetail.checkpoint.formats.mlx import MLX
@@ -41,6 +42,7 @@ from dovetail.checkpoint.load import load
 from dovetail.checkpoint.packed import stored
 from dovetail.errors import ChainError, DovetailError, ExportError
 from dovetail.files import atomic, check_file, check_folder, write_bytes
+from dovetail.links.quantize.ggml import BlockWeight
 from dovetail.models.dtypes import FLOATS
 from dovetail.models.layouts import Layout, layout_of
 
@@ -141,7 +143,8 @@ def export(
     dtype      that the model is served in; None: the model's own
     engine     "vllm", "transformers", "ollama" or "openvino": refuse what it does not read; None: any
     like       for "gguf" a file of the same model, whose metadata, tokenizer and other tensors are copied; None: the
-               file whose grid the model keeps (`load(..., grid="keep")`)
+               file whose grid the model keeps (`load(..., grid="keep")`), or for other models a file of its own, which
+               `dovetail.checkpoint.formats.gguf.families` describes
     dry_run    only check whether all layers fit; nothing is written
     errors     ExportError naming the layer, the reason and a quantizer to use instead, before anything is written
     """
@@ -161,7 +164,7 @@ def export(
         kept = "packed" if to == _GGUF.name and (path / "packed").is_dir() else "model"
         model, tokenizer = load(path / kept if run else model)
     if form is _GGUF:
-        return _export_gguf(model, folder, engine, like, dry_run)
+        return _export_gguf(model, tokenizer, folder, engine, like, dry_run)
     served = _served(form, model.dtype if dtype is None else dtype)
     layers, outside = quantized_layers(form, model)
     kinds = {name: form.kind(name, quantized) for name, quantized in layers.items()}
@@ -230,39 +233,60 @@ Decoder: {record.decoder}. Check it: `dovetail verify FOLDER --against MODEL`.
 
 
 def _export_gguf(
-    model: PreTrainedModel, path: Path, engine: str | None, like: str | Path | None, dry_run: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: Path,
+    engine: str | None,
+    like: str | Path | None,
+    dry_run: bool,
 ) -> ExportReport:
-    """Write a GGUF file like another one."""
+    """Write a GGUF file, like another one or of its own."""
     form, where = _GGUF, f"export to {_GGUF.name}"
     layers, _ = quantized_layers(form, model)
     said = {name: ExportedLayer(q.identity, form.kind(name, q), math.prod(q.shape), 0) for name, q in layers.items()}
     weights, notes = sum(each.weights for each in said.values()), form.notes(layers, torch.float32)
-    source = _source(model, like)
-    if path.exists() and path.samefile(source):
-        rule, fix = "the file that is copied must not be overwritten", "choose another --output"
-        raise ExportError(where, found=f"{path} as output and source", rule=rule, fix=fix)
-    places = placed(form, checked_header(source), model, layers)
-    places.check_others(form, other_tensors(model, layers, None))
+    source, others = _source(model, like, layers.values()), other_tensors(model, layers, None)
+    if source is None:
+        file = NewFile.of(model, tokenizer)
+        notes += file.notes()
+    else:
+        if path.exists() and path.samefile(source):
+            rule, fix = "the file that is copied must not be overwritten", "choose another --output"
+            raise ExportError(where, found=f"{path} as output and source", rule=rule, fix=fix)
+        file = placed(form, checked_header(source), model, layers)
+        file.check_others(form, others)
     if dry_run:
         return ExportReport(form.name, str(path), "float32", form.decoder, "fits", said, weights, 0, 0, notes)
+
+    def encode(name: str, quantized: QuantizedWeight) -> Tensor:
+        return proved(form, name, quantized, torch.float32)[0]["weight"]
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as part:
-        written = places.write(part, layers, form, lambda name, q: proved(form, name, q, torch.float32)[0]["weight"])
+        if isinstance(file, NewFile):
+            file.write(part, layers, others, form, encode)
+        else:
+            written = file.write(part, layers, form, encode)
+            only = "; only codes differ" if written.codes_only and written.changed else ""
+            notes += [f"{written.changed} of {len(file.header.shapes)} tensors differ from {source}{only}"]
         nbytes = part.stat().st_size
-    only = "; only codes differ" if written.codes_only and written.changed else ""
-    notes += [f"{written.changed} of {len(places.header.shapes)} tensors differ from {source}{only}"]
     notes += [f"start it: {line}" for line in _runs(engine, path)]
     return ExportReport(form.name, str(path), "float32", form.decoder, "values", said, weights, 0, nbytes, notes)
 
 
-def _source(model: PreTrainedModel, like: str | Path | None) -> Path:
-    """Return the GGUF file that another one is written like. Raises ExportError where there is none."""
+def _source(model: PreTrainedModel, like: str | Path | None, layers: Iterable[QuantizedWeight | None]) -> Path | None:
+    """Return the GGUF file that another one is written like; None: a file of its own.
+
+    Raises ExportError where the file is not there.
+    """
     note = getattr(model.config, "dovetail", None)
+    if like is None and not any(isinstance(each, BlockWeight) for each in layers):
+        return None
     source = like or (note.get("source") if isinstance(note, dict) else None)
     if source is None or not Path(source).is_file():
         found = "no GGUF file to be like" if source is None else f"no file {source}"
         rule = "the metadata, the tokenizer and the tensors that are not quantized are copied from a file of the model"
-        fix = "name one with --like FILE (like=), such as one that llama.cpp's convert_hf_to_gguf.py wrote in F16"
+        fix = "name one with --like FILE (like=), such as the one whose grid the model keeps"
         raise ExportError(f"export to {_GGUF.name}", found=found, rule=rule, fix=fix)
     return Path(source)
 
@@ -327,13 +351,20 @@ def _served(form: Format, dtype: str | torch.dtype) -> torch.dtype:
 
 
 def check_export(
-    model: PreTrainedModel, to: str, *, dtype: str | None, engine: str | None, like: str | Path | None
+    model: PreTrainedModel,
+    to: str,
+    *,
+    tokenizer: Callable[[], PreTrainedTokenizerBase | None],
+    dtype: str | None,
+    engine: str | None,
+    like: str | Path | None,
 ) -> None:
     """Raise ExportError or ChainError where an export after training would be refused for what is known before it.
 
-    model  under the last stage of its chain; its values are not read
-    dtype  that it is to be served in; None: the model's own
-    like   for "gguf", as for `export`
+    model      under the last stage of its chain; its values are not read
+    tokenizer  loads it, where a GGUF file of its own is to be written
+    dtype      that it is to be served in; None: the model's own
+    like       for "gguf", as for `export`
     """
     check_format(to)
     check_engine(engine, to)
@@ -343,7 +374,8 @@ def check_export(
         return
     FORMATS[to].check_package()
     if to == _GGUF.name:
-        _source(model, like)
+        if _source(model, like, (layer.base.quantized for layer in layers.values())) is None:
+            NewFile.of(model, tokenizer())
     else:
         _served(FORMATS[to], next(iter(layers.values())).base.dtype if dtype is None else dtype)
     for name, layer in layers.items():

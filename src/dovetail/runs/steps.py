@@ -17,7 +17,7 @@ from dovetail.chains.layer.elastic import set_ranks
 from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.export import ADAPTER as ADAPTER_FORMAT
 from dovetail.checkpoint.export import check_export, export
-from dovetail.checkpoint.load import HEAD_KINDS, empty_model, grid_of, held_in, load, load_config
+from dovetail.checkpoint.load import HEAD_KINDS, empty_model, grid_of, held_in, load, load_config, load_tokenizer
 from dovetail.checkpoint.merge import logit_difference, to_stock
 from dovetail.checkpoint.packed import save_packed
 from dovetail.compression.apply import apply_on_meta
@@ -119,7 +119,10 @@ def check_exports(recipe: Recipe, model: PreTrainedModel) -> None:
             rule = "peft holds an adapter that was not merged; the other formats hold merged models"
             fix = f"set merge: none, or remove {each.to}" if each.to == ADAPTER_FORMAT else "set merge: exact"
             raise RecipeError("export", found=found, rule=rule, fix=fix)
-        check_export(model, each.to, dtype=each.dtype, engine=each.engine, like=each.like)
+        check_export(
+            model, each.to, dtype=each.dtype, engine=each.engine, like=each.like,
+            tokenizer=lambda: load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code),
+        )  # fmt: skip
 
 
 def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.layer.attach import stock_in_place
 from dovetail.checkpoint.formats.gguf.blocks import GGUFBlocks
+from dovetail.checkpoint.formats.gguf.families import FAMILIES
 from dovetail.checkpoint.formats.gguf.header import Header, tensor_nbytes
 from dovetail.checkpoint.formats.gguf.names import LayerTensor, Names, linear_tensors, read_bytes, read_dense
 from dovetail.checkpoint.packed import stored
@@ -29,7 +30,7 @@ from dovetail.checkpoint.packed import stored
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "MXFP4": 38}
+FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "MXFP4": 38}
 """llama.cpp's number of a file whose matrices have this format, under "general.file_type"."""
 _PIECE = 1 << 24
 _UINT32 = struct.pack("<I", 4)
@@ -54,12 +55,14 @@ class Places:
 
     layers  path of a quantized layer -> its tensor
     first   path of a tensor of the model -> the first of the paths that tied tensors have, under which it is stored
+    model   class of the model
     """
 
     header: Header
     names: Names
     layers: Mapping[str, LayerTensor]
     first: Mapping[str, str]
+    model: str
 
     def check_others(self, form: GGUFBlocks, others: Mapping[str, Tensor]) -> None:
         """Raise ExportError where a tensor that is copied is not the model's, or the file lacks one of the model.
@@ -90,8 +93,16 @@ class Places:
 
     def _same(self, form: GGUFBlocks, path: str, tensor: Tensor, others: Mapping[str, Tensor]) -> None:
         path = self._path(path)
-        if path in others and not torch.equal(tensor.to(others[path].dtype), others[path]):
-            differing = int((tensor.to(others[path].dtype) != others[path]).sum())
+        if path not in others:
+            return
+        mine = others[path]
+        if tensor.shape != mine.shape:
+            found = f"{list(tensor.shape)} in {self.header.path}, {list(mine.shape)} in the model"
+            raise form.no_tensor(path, found, "the tensor must have the shape of the model's", "name a file of this model")
+        same = tensor.to(mine.dtype) == mine
+        if path.endswith("norm.weight") and (family := FAMILIES.get(self.model)) is not None and family.shifted:
+            same |= tensor.float() + 1 == mine.float() + 1  # what is stored, and what the model multiplies by
+        if differing := int((~same).sum()):
             raise form.no_tensor(
                 path,
                 f"{differing:,} of {tensor.numel():,} weights that are not those of {self.header.path}",
@@ -119,7 +130,7 @@ class Places:
         with part.open("r+b") as file:
             for path, quantized in layers.items():
                 place = self.layers[path]
-                content = _in_order(encode(path, quantized), place.rows)
+                content = in_order(encode(path, quantized), place.rows)
                 if types[place.name] == header.types[place.name]:
                     differs = (content != read_bytes(header, place.name)).reshape(-1, formats[path].nbytes).any(axis=0)
                     if not differs.any():
@@ -153,10 +164,10 @@ def placed(form: GGUFBlocks, header: Header, model: PreTrainedModel, layers: Map
             found = f"{tensors[path].name} of {list(shape)} in {header.path}, a layer of {list(quantized.shape)}"
             raise form.no_tensor(path, found, "the tensor must have the shape of the layer", fix)
     first = {path: paths[0] for paths, _ in stored(model) for path in paths}
-    return Places(header, names, {path: tensors[path] for path in layers}, first)
+    return Places(header, names, {path: tensors[path] for path in layers}, first, type(model).__name__)
 
 
-def _in_order(rows: Tensor, order: Tensor | None) -> np.ndarray:
+def in_order(rows: Tensor, order: Tensor | None) -> np.ndarray:
     """Return the bytes of a layer in the order of the tensor's rows."""
     if order is not None:
         moved = torch.empty_like(rows)
@@ -190,6 +201,6 @@ def _with_file_type(header: Header, head: bytes, formats: set[str]) -> bytes:
     entry = header.entries.get("general.file_type")
     if entry is None or entry[-8:-4] != _UINT32 or len(formats) != 1:
         return head
-    if (number := _FILE_TYPES.get(next(iter(formats)))) is None:
+    if (number := FILE_TYPES.get(next(iter(formats)))) is None:
         return head
     return head.replace(entry, entry[:-4] + struct.pack("<I", number), 1)

@@ -1,0 +1,246 @@
+"""GGUF files without a file to be like: transformers finds the model in them, and llama.cpp computes what it computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import generate_merges
+from typer.testing import CliRunner
+
+import dovetail
+import small_tokenizers
+from dovetail.checkpoint.export import check_export, export
+from dovetail.checkpoint.load import empty_model, load
+from dovetail.checkpoint.verify import verify
+from dovetail.cli.main import app
+from dovetail.compression.apply import apply_on_meta
+from dovetail.errors import ConversionWarning, ExportError
+from dovetail.runs.recipe import Recipe
+from families import CONFIGS
+
+gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+from gguf_files import UNWRITTEN  # noqa: E402
+from llama_cpp import Engine  # noqa: E402
+
+from dovetail.checkpoint.formats.gguf.vocabulary import PRE_TOKENIZERS  # noqa: E402
+
+torch.set_num_threads(1)
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
+CHAIN = "int(bits=4, group=32, symmetric=signed)"
+TOKENIZER = small_tokenizers.bytes_bpe("<s> $A")
+TEXT = (
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n🚀 (normal) 😶‍🌫️ ✅ 3 33 333 3333 33333 3.3 3..3 我想在apple工作1314151天~ ---====== "
+    "нещо на Български ''''```\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, "
+    "'D you like tea? We'Ve a'lL  hello   world /path/to/file.txt\r\n\r\nHelloWORLD camelCase Ünïcödé x² ½ ١٢٣ "
+)
+KHMER = "កាន់តែពិសេសអាច"
+"""A text with combining marks, which llama.cpp's regular expressions of tekken and gpt-4o do not have."""
+
+
+def model_of(family: str, **given: Any) -> PreTrainedModel:
+    """Return the tiny model of a family, with values that a GGUF file tells transformers, and norms that are not 1."""
+    config = CONFIGS[family]()
+    heads = {"head_dim": 256} if family.startswith("gemma") else {}
+    for key, value in {**UNWRITTEN.get(family, {}), "vocab_size": 384, "initializer_range": 0.25, **heads, **given}.items():
+        setattr(config, key, value)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def packed(model: PreTrainedModel, chain: str = CHAIN, **given: Any) -> PreTrainedModel:
+    dovetail.apply(model, chain, **given)
+    dovetail.merge(model, packed=True)
+    return model
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
+
+
+@torch.no_grad()
+def check_in_llama_cpp(model: PreTrainedModel, path: Path) -> None:
+    """Compare the log-probabilities of one step; llama.cpp rounds activations to 8 bits, and its cache to float16."""
+    pytest.importorskip("xllamacpp", reason="the package xllamacpp is not installed")
+    engine = Engine(path)
+    for length in (9, 12, 40):
+        ids = [1, *(5 + at * 37 % 300 for at in range(length))]
+        if found := engine.likeliest(ids, 1, 384):  # none where the likeliest token is the end
+            expected = model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+            worst = max(abs(float(expected[token]) - each) for token, each in found[0].items() if each > -20)
+            assert worst < 0.03 * float(expected.max() - expected.min())
+            return
+    raise AssertionError("the likeliest token is always the end")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family(family: str, tmp_path: Path) -> None:
+    model = packed(model_of(family), "int(bits=8, group=32, symmetric=signed)")
+    path = tmp_path / "model.gguf"
+    report = export(model, "gguf", path, tokenizer=TOKENIZER)
+    assert report.claim == "values"
+    assert {layer.kind for layer in report.layers.values()} == {"Q8_0"}
+    assert [claim.outcome for claim in verify(path, model).claims] == ["holds"] * 3
+    assert metadata(path)["general.file_type"] == 7
+    check_in_llama_cpp(model, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_matrices_that_are_not_quantized_have_the_dtype_of_the_model(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = packed(model_of("gemma3").to(dtype), targets=["*.down_proj"])
+    export(model, "gguf", tmp_path / "model.gguf", tokenizer=TOKENIZER)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert kinds["blk.0.attn_q.weight"] == {torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    assert kinds["blk.0.attn_norm.weight"] == "F32"
+    assert verify(tmp_path / "model.gguf", model).holds
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+    },
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_scaled_positions(kind: str, tmp_path: Path) -> None:
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]}
+    model = packed(model_of("llama", rope_parameters=rope, attention_bias=True), targets=["*.down_proj"])
+    export(model, "gguf", tmp_path / "model.gguf", tokenizer=TOKENIZER)
+    check_in_llama_cpp(model, tmp_path / "model.gguf")
+    if kind == "llama3":
+        with pytest.warns(ConversionWarning, match="rope_freqs"):
+            load(tmp_path / "model.gguf")
+
+
+def test_the_playground_continues_with_the_same_tokens(tmp_path: Path) -> None:
+    model, tokenizer = dovetail.load("playground")
+    packed(model)
+    path = tmp_path / "play.gguf"
+    dovetail.save_packed(model, tmp_path / "packed", tokenizer=tokenizer)
+    command = ["export", str(tmp_path / "packed"), "--to", "gguf", "-o", str(path)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    pytest.importorskip("xllamacpp", reason="the package xllamacpp is not installed")
+    engine = Engine(path)
+    for text in ("Tom has 3 apples. He buys 4 more. How many apples does he have?", "The sum of 12 and 7 is"):
+        ids = tokenizer(text)["input_ids"]
+        assert engine.tokens(text) == ids
+        with torch.no_grad():
+            expected = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+        found = [next(iter(step)) for step in engine.likeliest(ids, 12)]
+        assert found == expected[: len(found)]
+        assert found
+
+
+def byte_level(steps: tuple[str, ...], ignore_merges: bool) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    parts = [pre_tokenizers.Split(Regex(step), "isolated") for step in steps]
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*parts, last])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = small_tokenizers.SPECIAL
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([*small_tokenizers.CORPUS, *[TEXT, KHMER] * 4], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def pieces(*, prefix: bool) -> PreTrainedTokenizerFast:
+    """SentencePiece's pieces: every way to join two tokens is a merge, in the order of the tokens."""
+    trained = small_tokenizers.pieces().backend_tokenizer
+    vocabulary = json.loads(trained.to_str())["model"]["vocab"]
+    plain = {text: at for text, at in vocabulary.items() if at >= 4 + 256}
+    merges = generate_merges(plain, {text: -at for text, at in plain.items()})
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    replace = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
+    tokenizer.decoder = trained.decoder
+    tokenizer.add_special_tokens(small_tokenizers.SPECIAL)
+    tokenizer.add_tokens(["▁▁▁", "HelloWORLD"])
+    return small_tokenizers._wrapped(tokenizer, "<s> $A")
+
+
+VOCABULARIES = {name: (steps, ignore) for (steps, ignore), name in PRE_TOKENIZERS.items()}
+
+
+@pytest.mark.parametrize("name", [*VOCABULARIES, "prefix", "plain"])
+def test_llama_cpp_cuts_a_text_into_the_same_tokens(name: str, tmp_path: Path) -> None:
+    tokenizer = byte_level(*VOCABULARIES[name]) if name in VOCABULARIES else pieces(prefix=name == "prefix")
+    model = packed(model_of("qwen2", vocab_size=len(tokenizer) + 3), targets=["*.down_proj"])
+    report = export(model, "gguf", tmp_path / "model.gguf", tokenizer=tokenizer)
+    keys = metadata(tmp_path / "model.gguf")
+    assert keys["tokenizer.ggml.pre"] == (name if name in VOCABULARIES else "default")
+    assert len(keys["tokenizer.ggml.tokens"]) == len(tokenizer) + 3
+    rough = name in ("tekken", "gpt-4o")
+    assert any("combining marks" in note for note in report.notes) == rough
+    pytest.importorskip("xllamacpp", reason="the package xllamacpp is not installed")
+    text = TEXT if rough else TEXT + KHMER
+    assert Engine(tmp_path / "model.gguf").tokens(text) == tokenizer(text)["input_ids"]
+
+
+def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path: Path) -> None:
+    model = packed(model_of("llama"), targets=["*.down_proj"])
+    lowercase = small_tokenizers.bytes_bpe()
+    lowercase.backend_tokenizer.normalizer = normalizers.Lowercase()
+    unknown = small_tokenizers.bytes_bpe()
+    unknown.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    endless = small_tokenizers.bytes_bpe()
+    endless.eos_token = None
+    cases = {
+        "WordLevel": small_tokenizers.words(),
+        r"(?s)merges for the .* ways.*--like": small_tokenizers.pieces(),
+        "Lowercase": lowercase,
+        r"(?s)Punctuation.*smollm": unknown,
+        "no eos_token": endless,
+        r"(?s)no tokenizer.*tokenizer=": None,
+        "bos and the eos token alone": small_tokenizers.bytes_bpe("<s> <s> $A"),
+    }
+    for message, tokenizer in cases.items():
+        with pytest.raises(ExportError, match=message):
+            export(model, "gguf", tmp_path / "model.gguf", tokenizer=tokenizer)
+    assert not (tmp_path / "model.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "message"),
+    [
+        ("gpt2", {"initializer_range": 0.02}, r"(?s)GPT2LMHeadModel.*--like FILE.*--llama-cpp"),
+        ("llama", {"hidden_act": "gelu"}, "activation=gelu"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type=dynamic"),
+        ("gemma3", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar=100"),
+        ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping"),
+        ("gemma3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("qwen3", {"attention_bias": True}, "attention_bias=True"),
+    ],
+)
+def test_models_that_llama_cpp_computes_otherwise_are_refused(
+    family: str, given: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = packed(model_of(family, **given))
+    with pytest.raises(ExportError, match=message):
+        export(model, "gguf", tmp_path / "model.gguf", tokenizer=TOKENIZER)
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_a_window_that_llama_cpp_does_not_have_is_said(tmp_path: Path) -> None:
+    model = packed(model_of("mistral", sliding_window=64))
+    report = export(model, "gguf", tmp_path / "model.gguf", tokenizer=TOKENIZER, dry_run=True)
+    assert any("the last 64" in note for note in report.notes)
