@@ -1,4 +1,4 @@
-"""GGUF files without a file to be like: transformers finds the model in them, and llama.cpp computes what it computes."""
+"""GGUF files that are like no other: transformers finds the model in them, and llama.cpp computes the same."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 from typer.testing import CliRunner
 
 import dovetail
 import small_tokenizers
-from dovetail.checkpoint.export import check_export, export
-from dovetail.checkpoint.load import empty_model, load
+from dovetail.checkpoint.export import export
+from dovetail.checkpoint.load import load
 from dovetail.checkpoint.verify import verify
 from dovetail.cli.main import app
-from dovetail.compression.apply import apply_on_meta
 from dovetail.errors import ConversionWarning, ExportError
-from dovetail.runs.recipe import Recipe
 from families import CONFIGS
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
-from gguf_files import UNWRITTEN  # noqa: E402
-from llama_cpp import Engine  # noqa: E402
-
 from dovetail.checkpoint.formats.gguf.vocabulary import PRE_TOKENIZERS  # noqa: E402
+from gguf_files import UNWRITTEN  # noqa: E402
+from llama_cpp import likeliest, tokens  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -36,8 +33,8 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
 CHAIN = "int(bits=4, group=32, symmetric=signed)"
 TOKENIZER = small_tokenizers.bytes_bpe("<s> $A")
 TEXT = (
-    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n🚀 (normal) 😶‍🌫️ ✅ 3 33 333 3333 33333 3.3 3..3 我想在apple工作1314151天~ ---====== "
-    "нещо на Български ''''```\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, "
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n🚀 (normal) 😶‍🌫️ ✅ 3 33 333 3333 33333 3.3 3..3 我想在apple工作1314151天~ "
+    "---====== нещо на Български ''''```\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not, "
     "'D you like tea? We'Ve a'lL  hello   world /path/to/file.txt\r\n\r\nHelloWORLD camelCase Ünïcödé x² ½ ١٢٣ "
 )
 KHMER = "កាន់តែពិសេសអាច"
@@ -48,7 +45,13 @@ def model_of(family: str, **given: Any) -> PreTrainedModel:
     """Return the tiny model of a family, with values that a GGUF file tells transformers, and norms that are not 1."""
     config = CONFIGS[family]()
     heads = {"head_dim": 256} if family.startswith("gemma") else {}
-    for key, value in {**UNWRITTEN.get(family, {}), "vocab_size": 384, "initializer_range": 0.25, **heads, **given}.items():
+    for key, value in {
+        **UNWRITTEN.get(family, {}),
+        "vocab_size": 384,
+        "initializer_range": 0.25,
+        **heads,
+        **given,
+    }.items():
         setattr(config, key, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -73,15 +76,13 @@ def metadata(path: Path) -> dict[str, Any]:
 def check_in_llama_cpp(model: PreTrainedModel, path: Path) -> None:
     """Compare the log-probabilities of one step; llama.cpp rounds activations to 8 bits, and its cache to float16."""
     pytest.importorskip("xllamacpp", reason="the package xllamacpp is not installed")
-    engine = Engine(path)
-    for length in (9, 12, 40):
-        ids = [1, *(5 + at * 37 % 300 for at in range(length))]
-        if found := engine.likeliest(ids, 1, 384):  # none where the likeliest token is the end
-            expected = model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
-            worst = max(abs(float(expected[token]) - each) for token, each in found[0].items() if each > -20)
-            assert worst < 0.03 * float(expected.max() - expected.min())
-            return
-    raise AssertionError("the likeliest token is always the end")
+    prompts = [[1, *(5 + at * 37 % 300 for at in range(length))] for length in (9, 12, 40)]
+    answers = likeliest(path, *prompts, top=384)
+    ids, (found,) = next((ids, steps) for ids, steps in zip(prompts, answers, strict=True) if steps)
+    run: Any = model
+    expected = run(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+    worst = max(abs(float(expected[token]) - each) for token, each in found.items() if each > -20)
+    assert worst < 0.03 * float(expected.max() - expected.min())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -98,7 +99,8 @@ def test_a_family(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_matrices_that_are_not_quantized_have_the_dtype_of_the_model(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = packed(model_of("gemma3").to(dtype), targets=["*.down_proj"])
+    dense: Any = model_of("gemma3")
+    model = packed(dense.to(dtype), targets=["*.down_proj"])
     export(model, "gguf", tmp_path / "model.gguf", tokenizer=TOKENIZER)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert kinds["blk.0.attn_q.weight"] == {torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
@@ -135,13 +137,14 @@ def test_the_playground_continues_with_the_same_tokens(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     pytest.importorskip("xllamacpp", reason="the package xllamacpp is not installed")
-    engine = Engine(path)
-    for text in ("Tom has 3 apples. He buys 4 more. How many apples does he have?", "The sum of 12 and 7 is"):
-        ids = tokenizer(text)["input_ids"]
-        assert engine.tokens(text) == ids
+    texts = ["Tom has 3 apples. He buys 4 more. How many apples does he have?", "The sum of 12 and 7 is"]
+    prompts = tokenizer(texts)["input_ids"]
+    assert tokens(path, *texts) == prompts
+    run: Any = model
+    for ids, steps in zip(prompts, likeliest(path, *prompts, count=12), strict=True):
         with torch.no_grad():
-            expected = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
-        found = [next(iter(step)) for step in engine.likeliest(ids, 12)]
+            expected = run.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+        found = [next(iter(step)) for step in steps]
         assert found == expected[: len(found)]
         assert found
 
@@ -172,7 +175,8 @@ def pieces(*, prefix: bool) -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
     tokenizer.decoder = trained.decoder
     tokenizer.add_special_tokens(small_tokenizers.SPECIAL)
-    tokenizer.add_tokens(["▁▁▁", "HelloWORLD"])
+    if not prefix:
+        tokenizer.add_tokens([AddedToken("▁▁▁"), AddedToken("HelloWORLD", normalized=False)])
     return small_tokenizers._wrapped(tokenizer, "<s> $A")
 
 
@@ -191,7 +195,7 @@ def test_llama_cpp_cuts_a_text_into_the_same_tokens(name: str, tmp_path: Path) -
     assert any("combining marks" in note for note in report.notes) == rough
     pytest.importorskip("xllamacpp", reason="the package xllamacpp is not installed")
     text = TEXT if rough else TEXT + KHMER
-    assert Engine(tmp_path / "model.gguf").tokens(text) == tokenizer(text)["input_ids"]
+    assert tokens(tmp_path / "model.gguf", text) == [tokenizer(text)["input_ids"]]
 
 
 def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path: Path) -> None:
@@ -222,7 +226,7 @@ def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("family", "given", "message"),
     [
-        ("gpt2", {"initializer_range": 0.02}, r"(?s)GPT2LMHeadModel.*--like FILE.*--llama-cpp"),
+        ("gpt2", {"initializer_range": 0.02}, r"(?s)GPT2LMHeadModel.*--like FILE"),
         ("llama", {"hidden_act": "gelu"}, "activation=gelu"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type=dynamic"),
         ("gemma3", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar=100"),

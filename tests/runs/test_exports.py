@@ -13,6 +13,8 @@ import dovetail
 from dovetail.checkpoint.export import FORMATS
 from dovetail.errors import ChainError, DovetailError, ExportError, RecipeError
 from dovetail.runs.result import load_result
+from families import make
+from small_tokenizers import bytes_bpe
 
 torch.set_num_threads(1)
 RECIPE: dict[str, Any] = {
@@ -40,6 +42,14 @@ def installed(to: str) -> bool:
     return True
 
 
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpt2")
+    make("gpt2").save_pretrained(folder)
+    bytes_bpe().save_pretrained(folder)
+    return folder
+
+
 def test_one_run_writes_every_format_and_each_is_verified(tmp_path: Path) -> None:
     exports = [each for each in EVERY if installed(each["to"])]
     if installed("gguf"):
@@ -49,6 +59,7 @@ def test_one_run_writes_every_format_and_each_is_verified(tmp_path: Path) -> Non
             dovetail.load("playground")[0], tmp_path / "like.gguf", "llama", keys={"llama.vocab_size": 768}
         )
         exports.append({"to": "gguf", "like": str(like), "output": "model.gguf"})
+        exports.append({"to": "gguf", "output": "new.gguf"})
     report = dovetail.run({**RECIPE, "export": exports}, output=tmp_path / "run", progress=False)
     assert [each.name for each in report.exports] == [each.get("output", each["to"]) for each in exports]
     assert {each.claim for each in report.exports} == {"values"}
@@ -83,21 +94,24 @@ def test_the_adapter_of_a_run_that_keeps_it_apart(tmp_path: Path) -> None:
         ({"export": {"to": "peft", "engine": "vllm"}, "merge": "none", "chain": "ia3"}, ChainError, "no LoRA does"),
         ({"export": {"to": "gptq", "dtype": "float16"}, "chain": "lora(r=4)"}, ExportError, "no quantized layer"),
         ({"export": [{"to": "mlx"}, {"to": "mlx", "dtype": "float16"}]}, RecipeError, "names of their own"),
-        ({"export": {"to": "gguf"}}, ExportError, "no GGUF file to be like"),
+        ({"export": {"to": "gguf"}, "model": "gpt2"}, ExportError, "(?s)GPT2LMHeadModel.*--like FILE"),
         ({"export": {"to": "gguf", "like": "none.gguf"}}, ExportError, "no file .*none.gguf"),
         ({"export": {"to": "mlx", "output": "../out"}}, RecipeError, "export"),
         ({"export": {"to": "mlx", "folder": "out"}}, RecipeError, "to, output, dtype, engine, like"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(
-    changed: dict[str, Any], error: type[DovetailError], found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    changed: dict[str, Any], error: type[DovetailError], found: str, gpt2: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     def train(*_: Any, **__: Any) -> None:
         raise AssertionError("it was trained")
 
     monkeypatch.setattr("dovetail.runs.flow.train", train)
     if not all(map(installed, ("bitsandbytes", "mlx", "gguf"))):
         pytest.skip("not all formats are installed")
+    if changed.get("model") == "gpt2":
+        changed = {**changed, "model": str(gpt2)}
     with pytest.raises(error, match=f"(?s){found}"):
         dovetail.run({**RECIPE, **changed}, output=tmp_path / "run", progress=False)
     assert not list(tmp_path.iterdir())

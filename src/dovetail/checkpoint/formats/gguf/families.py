@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
     from transformers import PreTrainedConfig, PreTrainedModel
 
-LIKE = "name a GGUF file of the model with --like FILE, or a checkout of llama.cpp that converts it with --llama-cpp DIR"
+LIKE = (
+    "name a GGUF file of the model with --like FILE, or a checkout of llama.cpp that converts it with --llama-cpp DIR"
+)
 """The fix for what Dovetail does not describe by itself."""
 
 

@@ -80,7 +80,7 @@ class NewFile:
         writer = GGUFWriter(part, self.family.architecture)
         formats = {path: form.form(path, quantized).name for path, quantized in layers.items()}
         writer.add_type("model")
-        writer.add_name(Path(self.model.name_or_path).stem or "model")
+        writer.add_name(Path(self.model.name_or_path or "").stem or "model")
         write_hyperparameters(writer, self.model.config, self.family)
         self.vocabulary.write(writer)
         writer.add_quantization_version(_QUANTIZATION_VERSION)

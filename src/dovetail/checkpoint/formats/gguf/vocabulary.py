@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""llama.cpp's types of tokens: NORMAL takes part in merges, USER_DEFINED is matched first, CONTROL not in plain text."""
+"""llama.cpp's types of tokens: NORMAL ones are merged, USER_DEFINED are matched first, CONTROL not in plain text."""
 _SPACE = "▁"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -247,7 +247,9 @@ def _scores(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, ...]], ad
     return scores
 
 
-_MERGES = "llama.cpp joins the tokens whose text is a token of the highest score: the merges must be all of them, in order"
+_MERGES = (
+    "llama.cpp joins the tokens whose text is a token of the highest score: the merges must be all of them, in order"
+)
 
 
 def _typed(token: str, added: dict[str, Any] | None, pieces: bool, model: dict[str, Any]) -> tuple[str, int]:

@@ -98,7 +98,9 @@ class Places:
         mine = others[path]
         if tensor.shape != mine.shape:
             found = f"{list(tensor.shape)} in {self.header.path}, {list(mine.shape)} in the model"
-            raise form.no_tensor(path, found, "the tensor must have the shape of the model's", "name a file of this model")
+            raise form.no_tensor(
+                path, found, "the tensor must have the shape of the model's", "name a file of this model"
+            )
         same = tensor.to(mine.dtype) == mine
         if path.endswith("norm.weight") and (family := FAMILIES.get(self.model)) is not None and family.shifted:
             same |= tensor.float() + 1 == mine.float() + 1  # what is stored, and what the model multiplies by
