@@ -124,8 +124,9 @@ def test_a_cell_of_another_host_is_repeated_without_heartbeat(url, jobs, tmp_pat
         assert [trial.state for trial in two._trials()] == [TrialState.FAIL, TrialState.COMPLETE]
 
 
-def test_processes_that_claim_at_the_same_time(url, jobs, tmp_path):
+def test_processes_that_claim_at_the_same_time(url, jobs, tmp_path, monkeypatch):
     """Each process looks, finds that the cell waits, and claims it; one of them gets it."""
+    monkeypatch.setattr(claims, "UNSIGNED_SECONDS", 600)  # a claim without a name is not lost
     context = multiprocessing.get_context("fork")
     with open_claims(url, tmp_path):
         pass  # the tables are there

@@ -87,16 +87,22 @@ class Claims:
         None: other processes run all that are left.
         """
         self._requeue()
-        trials = self._trials()
+        known: dict[tuple[str, str], list[FrozenTrial]] = {}
+        for trial in self._trials():
+            known.setdefault(_key_of(trial), []).append(trial)
         for job in left:
-            found = self._try(job, [trial for trial in trials if _key_of(trial) == _key(job)])
+            key = _key(job)
+            found = self._try(job, key, known.get(key, []))
             if found is not None:
                 left.remove(job)
                 return found
         return None
 
-    def _try(self, job: Job, trials: list[FrozenTrial]) -> Job | Outcome | None:
-        """Return the job where this process may run it, the outcome where it has ended, None where another runs it."""
+    def _try(self, job: Job, key: tuple[str, str], trials: list[FrozenTrial]) -> Job | Outcome | None:
+        """Return the job where this process may run it, the outcome where it has ended, None where another runs it.
+
+        trials   of the cell
+        """
         states = [trial.state for trial in trials]
         if TrialState.RUNNING in states:
             return None
@@ -105,17 +111,16 @@ class Claims:
             return Outcome(slug=job.slug)
         if TrialState.WAITING not in states:
             outcomes = [trial.user_attrs[_OUTCOME] for trial in trials if _OUTCOME in trial.user_attrs]
-            if outcomes and _key(job) not in self._again:
+            if outcomes and key not in self._again:
                 return Outcome.model_validate_json(outcomes[-1])
-            cell, recipe = _key(job)
+            cell, recipe = key
             attributes = {_CELL: cell, _RECIPE: recipe}
             self._study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attributes))
-            trials = [trial for trial in self._trials() if _key_of(trial) == _key(job)]
-            if any(trial.state is TrialState.RUNNING for trial in trials):
-                return None
+            trials = [trial for trial in self._trials() if _key_of(trial) == key]
         # Another process may have added one at the same time: both claim the first one, and one of them gets it.
-        waiting = min((trial for trial in trials if trial.state is TrialState.WAITING), key=lambda trial: trial.number)
-        return job if self._claim(job.slug, waiting._trial_id) else None
+        ids = [trial._trial_id for trial in trials if trial.state is TrialState.WAITING]
+        running = any(trial.state is TrialState.RUNNING for trial in trials)
+        return job if ids and not running and self._claim(job.slug, min(ids)) else None
 
     def _claim(self, slug: str, trial_id: int) -> bool:
         """Claim a trial that waits, unless another process has just done so."""
