@@ -19,13 +19,15 @@ if missing := os.environ.get("DOVETAIL_TEST_WITHOUT"):
 
     PathFinder.find_spec = staticmethod(find_other_spec)
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(int(THREADS))
 
 
-def pytest_collection_finish():
-    """Exempt all that is imported by now from garbage collection, which the Trainer forces at every start."""
+@pytest.fixture(autouse=True, scope="module")
+def _garbage_is_of_one_module():
+    """Exempt what is left of earlier modules, and what they imported, from the collections that each Trainer forces."""
     gc.collect()
     gc.freeze()
 

@@ -48,8 +48,9 @@ RUN = [
 ]
 
 
-SHORTER = {r"max_steps=\d+": "max_steps=1", r"epochs: \d+|max_steps: \d+": "max_steps: 1", r"limit=\d+": "limit=10",
-           r'(\.jsonl"), \d+': r"\1, 20"}  # fmt: skip
+SHORTER = {r"max_steps=\d+": "max_steps=1", r"epochs: \d+|max_steps: \d+": "max_steps: 1", r"limit=\d+": "limit=8",
+           r"limit: \{train: \d+, test: \d+\}": "limit: {train: 8, test: 8}", r"batch_size: \d+": "batch_size: 8",
+           r'(\.jsonl"), \d+': r"\1, 8"}  # fmt: skip
 """What a page trains, scores and writes, and how much of it is enough to see that its blocks run."""
 
 

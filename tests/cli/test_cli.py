@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from importlib.metadata import version
 from io import StringIO
+from multiprocessing import get_context
+from pathlib import Path
 from signal import SIGINT, default_int_handler, signal
 from time import sleep
 from typing import get_type_hints
@@ -130,29 +133,35 @@ def test_version(command):
     assert command("--version")[:2] == (0, f"dovetail {version('dovetail')}\n")
 
 
+def _run_in(folder: Path) -> None:
+    """Run the command in this process, which was forked and need not import everything again."""
+    os.chdir(folder)
+    signal(SIGINT, default_int_handler)  # a suite in the background ignores it
+    sys.argv = ["dovetail", "run", "recipe.yaml", "-o", "out"]
+    with open("err.txt", "w", buffering=1) as sys.stderr:
+        main()
+
+
 def test_ctrl_c_says_where_it_stopped_and_how_to_resume(tmp_path):
     recipe = small_recipe(
         tmp_path, train={"max_steps": 100_000, "batch_size": 4, "checkpoint_every": 2}, evaluate={"limit": 4}
     )
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    command = [sys.executable, "-m", "dovetail", "run", "recipe.yaml", "-o", "out"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal(SIGINT, default_int_handler),  # a suite in the background ignores it
-    )  # fmt: skip
+    process = get_context("fork").Process(target=_run_in, args=(tmp_path,))
+    process.start()
     try:
-        assert process.stderr is not None
-        while not process.stderr.readline().startswith("quantized"):  # its next work is training
-            assert process.poll() is None
         while not list(tmp_path.glob("out.partial/training/stage-1/checkpoint-*")):
-            assert process.poll() is None
+            assert process.is_alive()
             sleep(0.05)
-        process.send_signal(SIGINT)
-        _, err = process.communicate(timeout=120)
+        assert process.pid is not None
+        os.kill(process.pid, SIGINT)
+        process.join(120)
     finally:
         process.kill()
-        process.wait()
-    assert process.returncode == 130
+        process.join()
+    err = (tmp_path / "err.txt").read_text()
+    assert process.exitcode == 130
+    assert re.search(r"^quantized", err, re.MULTILINE)
     assert re.search(r"stopped at train sums, \d+ of 100000\nresume with: dovetail run recipe.yaml --output out\n", err)
     assert "Traceback" not in err
 

@@ -91,7 +91,7 @@ def test_round_trip_of_every_size(tmp_path, dtype):
     own = FLOATS.index(dtype)
     random = np.random.default_rng(own)
     sizes = [0, 1, 2, 7, 8, 9, 63, 64, 65, *(4096 * j + d for j in (1, 2, 15, 16) for d in (-1, 0, 1))]
-    large = [65536 * j + d for j in (2, 3, 4, 9, 15, 16) for d in (-1, 0, 1) if 65536 * j + d <= 1 << 20]
+    large = [65536 * j + d for j in (2, 3, 4, 16) for d in (-1, 0, 1) if 65536 * j + d <= 1 << 20]
     sizes += large[own :: len(FLOATS)] + [int(2 ** random.uniform(0, 20)) for _ in range(4)]  # each large one by one
     for number, size in enumerate(sizes):
         task_vector = vector({"w": shape_of(size, random)}, number, dtype)

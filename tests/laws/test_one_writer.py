@@ -13,10 +13,11 @@ import pytest
 from dovetail.compression.apply import apply
 from dovetail.errors import DovetailError
 from dovetail.runs.flow import run
+from dovetail.studies import runner
 from dovetail.studies.runner import study
 from dovetail.training.train import train
 from small_models import SUMS, llama, make_tokenizer
-from small_runs import small_recipe
+from small_runs import cells_in_this_process, small_recipe
 
 _HOLD = """
 import sys
@@ -79,7 +80,10 @@ def test_a_second_writer_is_refused(write: Callable[[Path, Path], object], place
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("write", WRITERS)
-def test_a_lock_ends_with_its_process(write: Callable[[Path, Path], object], tmp_path: Path) -> None:
+def test_a_lock_ends_with_its_process(
+    write: Callable[[Path, Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "run_cells", cells_in_this_process)
     output = tmp_path / "out"
     with held(output, kill=True):
         write(tmp_path, output)

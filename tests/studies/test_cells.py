@@ -37,21 +37,23 @@ def cell_of(folder, chain="lora(r=2)", **changes):
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """The name of a link that a module of the user registers."""
+    """The name of a link that a module of the user registers; another, idle, waits where IA3 computes."""
     (tmp_path / "my_links.py").write_text(
-        "from dovetail.links import register\nfrom dovetail.links.adapt.ia3 import IA3\n"
+        "import time\nfrom dovetail.links import register\nfrom dovetail.links.adapt.ia3 import IA3\n"
         "@register('mine')\nclass Mine(IA3):\n    pass\n"
+        "@register('idle')\nclass Idle(IA3):\n    def lower(self, p):\n        time.sleep(0.05)\n"
+        "        return super().lower(p)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     import_module("my_links")
     yield "mine"
-    del registry._REGISTERED["mine"], sys.modules["my_links"]
+    del registry._REGISTERED["mine"], registry._REGISTERED["idle"], sys.modules["my_links"]
 
 
 def test_cells_are_processes_that_may_be_killed(tmp_path, monkeypatch, mine):
     """Cells are killed at random moments, then the study is stopped; the next start repeats no finished cell."""
     asked = small_study(tmp_path, ["lora(r=2)", "nf4 >> lora(r=2)", f"nf4 >> {mine}", "ia3"])
-    endless = {"name": "endless", "chain": "lora(r=2)", "with": {"train": {"max_steps": 100_000}}}
+    endless = {"name": "endless", "chain": "idle", "with": {"train": {"max_steps": 100_000}}}
     random, events, kills = Random(0), [], []
 
     def stopped(event):

@@ -33,7 +33,7 @@ from small_runs import small_recipe
 
 CHAIN = "wanda(0.5) >> int(bits=4, group=32) >> lora(r=2) >> remask >> regrid"
 SETTINGS: dict[str, Any] = {
-    "max_steps": 5,
+    "max_steps": 4,
     "batch_size": 6,
     "gradient_accumulation": 2,
     "lr_scale": 20,
@@ -124,7 +124,7 @@ def test_a_stopped_run_goes_on_in_another_number_of_processes(later: int, tmp_pa
     again.mkdir()
 
     def stopped(folder: Path) -> Any:
-        with training_killed_at(7):  # of 10, after the checkpoint of the second step
+        with training_killed_at(6):  # of 8, after the checkpoint of the second step
             trained(folder, checkpoint_every=2)
         return True
 
