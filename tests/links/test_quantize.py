@@ -54,7 +54,6 @@ SHAPE = (24, 96)  # blocks of 64 straddle its rows
 
 each_quantizer = pytest.mark.parametrize("quantizer", CONFIGURATIONS, ids=str)
 each_with_zero = pytest.mark.parametrize("quantizer", [q for q in CONFIGURATIONS if q.has_zero], ids=str)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
 def a_weight(shape: tuple[int, int] = SHAPE, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -85,40 +84,42 @@ def test_every_registered_quantizer_is_tested():
 
 
 @each_quantizer
-@each_dtype
-def test_zeros_stay_and_values_are_near(quantizer: Quantizer, dtype: torch.dtype):
-    weight = a_weight(dtype=dtype)
-    result = values(quantizer.quantize(weight))
-    if quantizer.has_zero:
-        assert (result[weight == 0] == 0).all()
-    assert result.isfinite().all()
-    error = (result - weight.float()).norm() / weight.float().norm()
-    assert error < {1: 1.0, 2: 0.6}.get(getattr(quantizer, "bits", 4), 0.3)
+def test_zeros_stay_and_values_are_near(quantizer: Quantizer):
+    for dtype in DTYPES:
+        weight = a_weight(dtype=dtype)
+        result = values(quantizer.quantize(weight))
+        if quantizer.has_zero:
+            assert (result[weight == 0] == 0).all()
+        assert result.isfinite().all()
+        error = (result - weight.float()).norm() / weight.float().norm()
+        assert error < {1: 1.0, 2: 0.6}.get(getattr(quantizer, "bits", 4), 0.3), dtype
 
 
 @each_quantizer
-@each_dtype
-def test_dequantize_rounds_once_and_takes_any_strides(quantizer: Quantizer, dtype: torch.dtype):
+def test_dequantize_rounds_once_and_takes_any_strides(quantizer: Quantizer):
     weight = quantizer.quantize(a_weight())
-    expected = values(weight).to(dtype)
-    assert same_bits(values(weight, dtype), expected)
-    transposed = torch.empty(SHAPE[1], SHAPE[0], dtype=dtype).t()
-    assert same_bits(weight.dequantize(transposed), expected)
-    every_other = torch.empty(2 * SHAPE[0], 2 * SHAPE[1], dtype=dtype)[::2, ::2]
-    assert same_bits(weight.dequantize(every_other), expected)
+    for dtype in DTYPES:
+        expected = values(weight).to(dtype)
+        assert same_bits(values(weight, dtype), expected), dtype
+        transposed = torch.empty(SHAPE[1], SHAPE[0], dtype=dtype).t()
+        assert same_bits(weight.dequantize(transposed), expected)
+        every_other = torch.empty(2 * SHAPE[0], 2 * SHAPE[1], dtype=dtype)[::2, ::2]
+        assert same_bits(weight.dequantize(every_other), expected)
 
 
 @each_quantizer
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_snap_is_encode_then_dequantize(quantizer: Quantizer, dtype: torch.dtype):
+def test_snap_is_encode_then_dequantize(quantizer: Quantizer):
     weight = quantizer.quantize(a_weight())
-    other = a_weight(dtype=dtype) + 0.02 * torch.randn(SHAPE, dtype=dtype, generator=torch.Generator().manual_seed(1))
-    snapped = weight.snap_(other.clone(), 0)
-    assert same_bits(snapped, values(weight.encode(other), dtype))
-    assert same_bits(weight.snap_(snapped.clone(), 0), snapped)
-    # No value of the same row is nearer: the grid's values of a block are those that snapping finds.
-    grid = weight.snap_(snapped.clone(), 0)
-    assert ((other - grid).abs() <= (other - values(weight, dtype)).abs() * (1 + 1e-5) + 1e-9).all()
+    for dtype in DTYPES[:2]:
+        other = a_weight(dtype=dtype) + 0.02 * torch.randn(
+            SHAPE, dtype=dtype, generator=torch.Generator().manual_seed(1)
+        )
+        snapped = weight.snap_(other.clone(), 0)
+        assert same_bits(snapped, values(weight.encode(other), dtype))
+        assert same_bits(weight.snap_(snapped.clone(), 0), snapped)
+        # No value of the same row is nearer: the grid's values of a block are those that snapping finds.
+        grid = weight.snap_(snapped.clone(), 0)
+        assert ((other - grid).abs() <= (other - values(weight, dtype)).abs() * (1 + 1e-5) + 1e-9).all()
 
 
 @each_quantizer
@@ -144,21 +145,21 @@ def test_snap_refuses_half_a_block():
 
 
 @each_quantizer
-@each_dtype
-def test_off_grid(quantizer: Quantizer, dtype: torch.dtype):
+def test_off_grid(quantizer: Quantizer):
     weight = quantizer.quantize(a_weight())
-    dense = values(weight, dtype)
-    assert weight.off_grid(dense) == 0
-    nudged = dense.clone()
-    index = tuple((dense.abs() > dense.abs().median()).nonzero()[0])
-    # Half a step of the block away: no grid is that fine in any dtype.
-    nudged[index] *= 1.1 if isinstance(quantizer, NormalFloat4 | Float4) else 1.04
-    if isinstance(quantizer, Int | HQQ):
-        step = weight.get_buffer("scale_og").float().view(SHAPE[0], -1)[index[0], index[1] // weight.block]
-        nudged[index] = (dense[index].float() + 0.4 * step).to(dtype)
-    if isinstance(quantizer, NormalFloat | MXFP4 | NVFP4):
-        nudged[index] = 2 * dense.abs().max()  # beyond the range of its block
-    assert weight.off_grid(nudged) == 1
+    for dtype in DTYPES:
+        dense = values(weight, dtype)
+        assert weight.off_grid(dense) == 0, dtype
+        nudged = dense.clone()
+        index = tuple((dense.abs() > dense.abs().median()).nonzero()[0])
+        # Half a step of the block away: no grid is that fine in any dtype.
+        nudged[index] *= 1.1 if isinstance(quantizer, NormalFloat4 | Float4) else 1.04
+        if isinstance(quantizer, Int | HQQ):
+            step = weight.get_buffer("scale_og").float().view(SHAPE[0], -1)[index[0], index[1] // weight.block]
+            nudged[index] = (dense[index].float() + 0.4 * step).to(dtype)
+        if isinstance(quantizer, NormalFloat | MXFP4 | NVFP4):
+            nudged[index] = 2 * dense.abs().max()  # beyond the range of its block
+        assert weight.off_grid(nudged) == 1, dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -168,25 +169,25 @@ def test_off_grid_where_the_dtype_is_coarser_than_the_grid(dtype: torch.dtype):
 
 
 @each_quantizer
-@pytest.mark.parametrize("shape", [SHAPE, (1, 32), (7, 96), (33, 160)], ids=str)
-def test_stored_nbytes_and_state_dict(quantizer: Quantizer, shape: tuple[int, int]):
-    weight = quantizer.quantize(a_weight(shape))
-    state = weight.state_dict()
-    site = Site("layer", out_features=shape[0], in_features=shape[1])
-    assert quantizer.stored_nbytes(site) == weight.nbytes == sum(t.nbytes for t in state.values())
-    assert all(t.untyped_storage().nbytes() == t.nbytes for t in state.values())  # no larger tensor behind a view
-    restored = quantizer.empty(shape)
-    assert restored.nbytes == weight.nbytes
-    restored.load_state_dict(state)
-    assert restored.identity == weight.identity
-    assert same_bits(values(restored), values(weight))
-    with torch.device("meta"):
-        on_meta = quantizer.empty(shape)
-    assert {k: (v.shape, v.dtype) for k, v in on_meta.state_dict().items()} == {
-        k: (v.shape, v.dtype) for k, v in state.items()
-    }
-    on_meta.load_state_dict(state, assign=True)
-    assert same_bits(values(on_meta), values(weight))
+def test_stored_nbytes_and_state_dict(quantizer: Quantizer):
+    for shape in [SHAPE, (1, 32), (7, 96), (33, 160)]:
+        weight = quantizer.quantize(a_weight(shape))
+        state = weight.state_dict()
+        site = Site("layer", out_features=shape[0], in_features=shape[1])
+        assert quantizer.stored_nbytes(site) == weight.nbytes == sum(t.nbytes for t in state.values())
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in state.values())  # no larger tensor behind a view
+        restored = quantizer.empty(shape)
+        assert restored.nbytes == weight.nbytes
+        restored.load_state_dict(state)
+        assert restored.identity == weight.identity
+        assert same_bits(values(restored), values(weight))
+        with torch.device("meta"):
+            on_meta = quantizer.empty(shape)
+        assert {k: (v.shape, v.dtype) for k, v in on_meta.state_dict().items()} == {
+            k: (v.shape, v.dtype) for k, v in state.items()
+        }
+        on_meta.load_state_dict(state, assign=True)
+        assert same_bits(values(on_meta), values(weight))
 
 
 @each_quantizer
