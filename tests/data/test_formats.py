@@ -309,6 +309,22 @@ def test_conversations_in_csv_and_parquet(tmp_path: Path) -> None:
         assert load_data(tmp_path / name).split("train") == [{"messages": [user("a"), said("b")]}]
 
 
+@pytest.mark.parametrize("source", ["a.parquet", "hub"])
+def test_calls_have_no_arguments_of_other_tools(source: str, tmp_path: Path) -> None:
+    # Arrow gives each mapping of a column the keys of all rows.
+    rows = [
+        {"messages": [user("a"), {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}],
+         "tools": [{"type": "function", "function": {"name": call["name"], "parameters": {"properties": {key: {}}}}}]}
+        for call, key in (({"name": "weather", "arguments": {"place": "Kyoto"}}, "place"),
+                          ({"name": "root", "arguments": {"number": 2}}, "number"))
+    ]  # fmt: skip
+    rows[0]["tools"][0]["function"]["parameters"]["properties"]["place"]["type"] = "string"
+    rows[1]["tools"][0]["function"]["parameters"]["properties"]["number"]["type"] = "integer"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    task = load_data(dataset=str(tmp_path)) if source == "hub" else load_data(tmp_path / source)
+    assert list(task.split("train")) == rows
+
+
 REFUSED: dict[str, tuple[list[dict[str, Any]], str, str]] = {
     # rows, format, what the message says
     "unknown columns": ([{"a": 1, "b": 2}], "", "columns a, b"),

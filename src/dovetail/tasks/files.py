@@ -83,7 +83,7 @@ def typed(value: Any, kinds: type | tuple[type, ...]) -> Any:
 def without_fillers(columns: dict[str, Any]) -> dict[str, Any]:
     """Return the columns of an Arrow row without the nulls of its nested mappings.
 
-    Arrow gives all mappings of a column the keys of all rows, so that a tool's call has the arguments of all other
+    Arrow gives all mappings of a column the keys of all rows, so that a call of a tool has the arguments of all other
     tools, as nulls.
     """
 

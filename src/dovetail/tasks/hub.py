@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dovetail.errors import DataError
-from dovetail.tasks.files import Row
+from dovetail.tasks.files import Row, without_fillers
 
 SPLITS = {split: split for split in ("train", "validation", "test")}
 
@@ -45,4 +45,4 @@ def read_dataset(
 
 def _rows(where: str, rows: Any) -> Iterator[Row]:
     for number, columns in enumerate(rows, 1):
-        yield Row(f"{where}, record {number}", columns)
+        yield Row(f"{where}, record {number}", without_fillers(columns))
