@@ -229,3 +229,9 @@ def test_the_command_says_what_it_decided(llama: Path, tmp_path: Path, monkeypat
     assert "alpaca: the tokenizer has no chat template" in out
     assert "  dovetail run recipe.yaml --output runs/chat\n  dovetail chat runs/chat\n" in out
     assert "chat.jsonl" in (tmp_path / "recipe.yaml").read_text()
+    (tmp_path / "runs" / "chat").mkdir(parents=True)
+    (tmp_path / "runs" / "chat" / "report.json").touch()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--output", "again.yaml"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "  dovetail run again.yaml --output runs/chat-2\n  dovetail chat runs/chat-2\n" in capsys.readouterr().out

@@ -56,6 +56,7 @@ def init(
     from rich.markup import escape
 
     from dovetail.errors import DataError
+    from dovetail.runs.folder import choose_output
     from dovetail.runs.propose import propose
     from dovetail.tasks.task import HEAD_KINDS
 
@@ -71,7 +72,7 @@ def init(
             model, data, output=output, format=format, fields=fields, memory=memory,
             on_step=lambda text: bar.advance(note=text),
         )  # fmt: skip
-    run = Path("runs") / (data.name.split(".")[0] or "own")
+    run = choose_output(None, data.name.split(".")[0] or "own")
     commands = [f"dovetail run {output} --output {run}"]
     commands += [f"dovetail chat {run}"] if made.kind not in HEAD_KINDS else []
     if as_json:

@@ -12,7 +12,7 @@ from dovetail.tasks.finite import check_finite
 from dovetail.tasks.holding import holding
 from dovetail.tasks.lengths import in_evaluation, length_limit
 from dovetail.tasks.tokens import Example, RowMaker
-from dovetail.tasks.vocabulary import end_ids, pad_id, vocabulary_of, wrong_model
+from dovetail.tasks.vocabulary import end_ids, pad_id, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +46,8 @@ class Chat:
         seed: int = 0,
     ) -> None:
         if not model.can_generate():
-            raise wrong_model("chat", model)
+            rule, fix = "the model must be a language model", "score a model with a head with dovetail evaluate"
+            raise DovetailError("chat", found=f"a {type(model).__name__}, which writes no text", rule=rule, fix=fix)
         for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("temperature", temperature, 0)):
             if not least <= value < 1e9:
                 rule = f"{name} must be at least {least} and finite"

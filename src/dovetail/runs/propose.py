@@ -30,6 +30,7 @@ from dovetail.errors import DataError, DovetailError
 from dovetail.files import check_file, refusal, write_bytes
 from dovetail.models.locate import PLAYGROUND, resolve
 from dovetail.runs.fit import parse_size
+from dovetail.runs.folder import choose_output
 from dovetail.runs.plan import Plan, plan
 from dovetail.tasks.files import read_rows, split_of
 from dovetail.tasks.find import load_task, number_of_labels
@@ -461,7 +462,7 @@ def _text(
     name = str(part["name"])
     lines = [
         "# Written by dovetail init. Every key is explained in docs/recipes.md.",
-        f"#   dovetail run {output.name} --output runs/{name}",
+        f"#   dovetail run {output.name} --output {choose_output(None, name)}",
         "",
         _line("model", named, facts["model"].rpartition(": ")[2]),
 *dtype,
