@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import dovetail
 from dovetail.chains.layer.linear import ChainLinear
 from dovetail.checkpoint.export import FORMATS, export, quantized_layers
+from dovetail.checkpoint.requantize import requantizer
 from dovetail.cli.main import app
 from dovetail.errors import DovetailError, ExportError
 from dovetail.links.quantize.affine import AffineWeight
@@ -293,3 +294,28 @@ def test_the_command(tmp_path: Path) -> None:
         assert said in done.output
         assert "vllm serve" in done.output
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "gguf"])
+def test_layers_that_do_not_fit_are_quantized_anew_on_request_alone(to: str, tmp_path: Path) -> None:
+    pytest.importorskip(to.replace("-", "_"), reason=f"the package {to} is not installed")
+    model, tokenizer = dovetail.load("playground")
+    dovetail.apply(model, "nf4", targets=["*.down_proj"])
+    dovetail.merge(model)
+    before = model.get_submodule("model.layers.0.mlp.down_proj").get_parameter("weight").detach().clone()
+    out, link = tmp_path / ("out.gguf" if to == "gguf" else "out"), "int(bits=8, group=32, symmetric=signed)"
+    with pytest.raises(ExportError, match="nf4"):
+        export(model, to, out, tokenizer=tokenizer)
+    with pytest.raises(ExportError, match="no calibration data"):
+        export(model, to, out, tokenizer=tokenizer, requantize="lora(r=4)")
+    report = export(model, to, out, tokenizer=tokenizer, requantize=link, dtype="float32")
+    name = "model.layers.0.mlp.down_proj"
+    anew = requantizer(link).quantize(before)
+    expected = float((anew.dequantize(torch.empty_like(before)) - before).norm() / before.norm())
+    assert report.layers[name].error == pytest.approx(expected, rel=1e-4)
+    assert report.error is not None
+    assert 0 < report.error < 0.01
+    assert any("4 layers were quantized anew" in note for note in report.notes)
+    found = dovetail.verify(out, model, requantize=link if to == "gguf" else None)
+    assert found.holds
+    assert "quantized anew" in found.claims[0].detail

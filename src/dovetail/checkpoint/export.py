@@ -1,9 +1,9 @@
 """Export of a merged model in the format in which it is served: the same codes and scales, or a refusal.
 
-Nothing is quantized anew. Each tensor that is written is decoded by the format owner's own code (for GPTQ and AWQ where
-gptqmodel is installed, else by Dovetail, as the report says) and compared with `QuantizedWeight.dequantize`: in float32
-they must be equal, which says that codes and scales are the same; in the dtype that is served, the weights that differ
-are counted.
+Nothing is quantized anew unless `requantize` asks for it. Each tensor that is written is decoded by the format owner's
+own code (for GPTQ and AWQ where gptqmodel is installed, else by Dovetail, as the report says) and compared with
+`QuantizedWeight.dequantize`: in float32 they must be equal, which says that codes and scales are the same; in the dtype
+that is served, the weights that differ are counted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,6 +40,7 @@ from dovetail.checkpoint.formats.peft.plain_lora import check_plain_lora, export
 from dovetail.checkpoint.formats.peft.write import export_peft, kind_of
 from dovetail.checkpoint.load import load
 from dovetail.checkpoint.packed import stored
+from dovetail.checkpoint.requantize import Requantized, relative_error, requantized, requantizer
 from dovetail.errors import ChainError, DovetailError, ExportError
 from dovetail.files import atomic, check_file, check_folder, write_bytes
 from dovetail.links.quantize.ggml import BlockWeight
@@ -70,6 +71,7 @@ class ExportRecord(pydantic.BaseModel, extra="forbid"):
     claim: Literal["values", "codes"]
     weights: int
     differing: int
+    requantize: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,14 @@ class ExportedLayer:
     kind       what the format calls it
     weights    number of weights that were compared
     differing  those that the owner's decoder makes others of in the served dtype
+    error      relative error of a layer that was quantized anew, ‖new - old‖ / ‖old‖; None: it keeps its codes
     """
 
     quantizer: str
     kind: str
     weights: int
     differing: int
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ class ExportReport:
     weights, differing   over all quantized layers
     nbytes      of the files with weights
     notes       what a reader must know
+    error       relative error of the layers that were quantized anew, together; None: there are none. `claim` is then
+                about the values that were made
     """
 
     format: str
@@ -111,6 +117,7 @@ class ExportReport:
     differing: int
     nbytes: int
     notes: list[str] = field(default_factory=list)
+    error: float | None = None
 
 
 def check_format(name: str) -> None:
@@ -130,6 +137,7 @@ def export(
     dtype: str | torch.dtype | None = None,
     engine: str | None = None,
     like: str | Path | None = None,
+    requantize: str | None = None,
     dry_run: bool = False,
 ) -> ExportReport:
     """Write a merged model, or an adapter, in another format, in a new or empty folder, atomically.
@@ -145,6 +153,8 @@ def export(
     like       for "gguf" a file of the same model, whose metadata, tokenizer and other tensors are copied; None: the
                file whose grid the model keeps (`load(..., grid="keep")`), or for other models a file of its own, which
                `dovetail.checkpoint.formats.gguf.families` describes
+    requantize a quantizer for the layers whose grid the format does not hold; their codes change, and the report has
+               the error of each and of all. None: such a layer is refused
     dry_run    only check whether all layers fit; nothing is written
     errors     ExportError naming the layer, the reason and a quantizer to use instead, before anything is written
     """
@@ -164,20 +174,21 @@ def export(
         kept = "packed" if to == _GGUF.name and (path / "packed").is_dir() else "model"
         model, tokenizer = load(path / kept if run else model)
     if form is _GGUF:
-        return _export_gguf(model, tokenizer, folder, engine, like, dry_run)
+        return _export_gguf(model, tokenizer, folder, engine, like, requantize, dry_run)
     served = _served(form, model.dtype if dtype is None else dtype)
-    layers, outside = quantized_layers(form, model)
+    layers, outside, anew = layers_for(form, model, served, requantize)
     kinds = {name: form.kind(name, quantized) for name, quantized in layers.items()}
-    said = {name: ExportedLayer(q.identity, kinds[name], q.shape[0] * q.shape[1], 0) for name, q in layers.items()}
+    said = _said(form, layers, anew)
     shown = str(served).removeprefix("torch.")
-    notes = [*form.notes(layers, served), *command_line(engine, str(folder), shown)]
+    notes = [*form.notes(layers, served), *_anew_notes(anew), *command_line(engine, str(folder), shown)]
+    error = relative_error(anew.values()) if anew else None
     weights = sum(each.weights for each in said.values())
     if dry_run:
-        return ExportReport(to, str(folder), shown, form.decoder, "fits", said, weights, 0, 0, notes)
+        return ExportReport(to, str(folder), shown, form.decoder, "fits", said, weights, 0, 0, notes, error)
     tensors = other_tensors(model, layers, served)
     for name, quantized in layers.items():
         encoded, differing = proved(form, name, quantized, served)
-        said[name] = ExportedLayer(quantized.identity, kinds[name], said[name].weights, differing)
+        said[name] = replace(said[name], differing=differing)
         tensors |= {f"{name}.{part}": tensor for part, tensor in encoded.items()}
     differing = sum(each.differing for each in said.values())
     if differing:
@@ -187,8 +198,9 @@ def export(
         )
     claim = "codes" if differing else "values"
     record = ExportRecord(
-        format=to, dtype=shown, decoder=form.decoder, claim=claim, weights=weights, differing=differing
-    )
+        format=to, dtype=shown, decoder=form.decoder, claim=claim, weights=weights, differing=differing,
+        requantize=requantize if anew else None,
+    )  # fmt: skip
     config: Any = copy.deepcopy(model.config)
     config.dtype, config.architectures = served, [type(model).__name__]
     vars(config).update(form.config(layers, outside, served))
@@ -203,14 +215,36 @@ def export(
             model.generation_config.save_pretrained(part)
         config.save_pretrained(part)
         write_bytes(part / RECORD, record.model_dump_json(indent=2) + "\n")
-        write_bytes(part / CARD, _card(record, kinds.values()))
-    return ExportReport(to, str(folder), shown, form.decoder, claim, said, weights, differing, nbytes, notes)
+        write_bytes(part / CARD, _card(record, kinds.values(), anew))
+    return ExportReport(to, str(folder), shown, form.decoder, claim, said, weights, differing, nbytes, notes, error)
 
 
-def _card(record: ExportRecord, kinds: Iterable[str]) -> str:
+def _said(
+    form: Format, layers: Mapping[str, QuantizedWeight], anew: Mapping[str, Requantized]
+) -> dict[str, ExportedLayer]:
+    """Return what the report says of each layer, before values in the served dtype are compared."""
+    errors = {name: relative_error([each]) for name, each in anew.items()}
+    return {
+        name: ExportedLayer(q.identity, form.kind(name, q), math.prod(q.shape), 0, errors.get(name))
+        for name, q in layers.items()
+    }
+
+
+def _anew_notes(anew: Mapping[str, Requantized]) -> list[str]:
+    if not anew:
+        return []
+    worst = max(anew, key=lambda name: relative_error([anew[name]]))
+    return [
+        f"{len(anew)} layers were quantized anew: relative error {relative_error(anew.values()):.2%}, "
+        f"largest {relative_error([anew[worst]]):.2%} in {worst}"
+    ]
+
+
+def _card(record: ExportRecord, kinds: Iterable[str], anew: Mapping[str, Requantized]) -> str:
     """Return the model card, README.md: the layers and the three claims, as Markdown."""
     counts = "\n".join(f"- {count} layers: {kind}" for kind, count in Counter(kinds).items())
     equal = "all equal" if record.claim == "values" else f"{record.differing:,} differ"
+    said = "; ".join(_anew_notes(anew)) or "nothing was quantized anew"
     return f"""---
 library_name: transformers
 tags: [{record.format}, dovetail]
@@ -218,7 +252,7 @@ tags: [{record.format}, dovetail]
 
 # Served as {record.format} in {record.dtype}
 
-Written by Dovetail with the codes and scales of the model that it was made from; nothing was quantized anew.
+Written by Dovetail with the codes and scales of the model that it was made from; {said}.
 
 {counts}
 
@@ -238,13 +272,15 @@ def _export_gguf(
     path: Path,
     engine: str | None,
     like: str | Path | None,
+    requantize: str | None,
     dry_run: bool,
 ) -> ExportReport:
     """Write a GGUF file, like another one or of its own."""
     form, where = _GGUF, f"export to {_GGUF.name}"
-    layers, _ = quantized_layers(form, model)
-    said = {name: ExportedLayer(q.identity, form.kind(name, q), math.prod(q.shape), 0) for name, q in layers.items()}
-    weights, notes = sum(each.weights for each in said.values()), form.notes(layers, torch.float32)
+    layers, _, anew = layers_for(form, model, torch.float32, requantize)
+    said, error = _said(form, layers, anew), relative_error(anew.values()) if anew else None
+    weights = sum(each.weights for each in said.values())
+    notes = form.notes(layers, torch.float32) + _anew_notes(anew)
     source, others = _source(model, like, layers.values()), other_tensors(model, layers, None)
     if source is None:
         file = NewFile.of(model, tokenizer)
@@ -256,7 +292,7 @@ def _export_gguf(
         file = placed(form, checked_header(source), model, layers)
         file.check_others(form, others)
     if dry_run:
-        return ExportReport(form.name, str(path), "float32", form.decoder, "fits", said, weights, 0, 0, notes)
+        return ExportReport(form.name, str(path), "float32", form.decoder, "fits", said, weights, 0, 0, notes, error)
 
     def encode(name: str, quantized: QuantizedWeight) -> Tensor:
         return proved(form, name, quantized, torch.float32)[0]["weight"]
@@ -271,7 +307,7 @@ def _export_gguf(
             notes += [f"{written.changed} of {len(file.header.shapes)} tensors differ from {source}{only}"]
         nbytes = part.stat().st_size
     notes += [f"start it: {line}" for line in _runs(engine, path)]
-    return ExportReport(form.name, str(path), "float32", form.decoder, "values", said, weights, 0, nbytes, notes)
+    return ExportReport(form.name, str(path), "float32", form.decoder, "values", said, weights, 0, nbytes, notes, error)
 
 
 def _source(model: PreTrainedModel, like: str | Path | None, layers: Iterable[QuantizedWeight | None]) -> Path | None:
@@ -429,6 +465,18 @@ def quantized_layers(form: Format, model: PreTrainedModel) -> tuple[dict[str, Qu
 
     Raises ExportError for a model that is not merged or has no grid, and for layers that the format does not hold.
     """
+    layers, outside, _ = layers_for(form, model, torch.float32, None)
+    return layers, outside
+
+
+def layers_for(
+    form: Format, model: PreTrainedModel, served: torch.dtype, requantize: str | None
+) -> tuple[dict[str, QuantizedWeight], list[str], dict[str, Requantized]]:
+    """Return the same as `quantized_layers`, and the layers that were quantized anew because they did not fit.
+
+    requantize  as for `export`
+    """
+    link = None if requantize is None else requantizer(requantize)
     where = f"export to {form.name}"
     found, packed = {}, chain_layers(model)
     if any(layer.record is not None for layer in packed.values()):
@@ -447,12 +495,22 @@ def quantized_layers(form: Format, model: PreTrainedModel) -> tuple[dict[str, Qu
         found[name] = (grid.encode(name, layout.matrix(module.get_parameter("weight").detach())), layout)
     if not found:
         raise _no_grid(where)
+    layers, anew = {}, {}
     for name, (quantized, layout) in found.items():
-        _kind(form, name, quantized, layout)
-    layers = {name: quantized for name, (quantized, _) in found.items()}
+        try:
+            _kind(form, name, quantized, layout)
+            if link is not None:
+                form.encode(quantized, served)  # raises where the values do not fit
+            layers[name] = quantized
+        except ExportError:
+            if link is None:
+                raise
+            anew[name] = requantized(f"export to {form.name}: {name}", quantized, link)
+            layers[name] = anew[name].quantized
+            _kind(form, name, layers[name], layout)
     linear = (nn.Linear, ChainLinear)
     outside = [name for name, m in model.named_modules() if isinstance(m, linear) and name not in layers]
-    return layers, outside
+    return layers, outside, anew
 
 
 def proved(form: Format, name: str, quantized: QuantizedWeight, served: torch.dtype) -> tuple[dict[str, Tensor], int]:

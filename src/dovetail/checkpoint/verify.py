@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.layer.linear import chain_layers
-from dovetail.checkpoint.export import FORMATS, RECORD, ExportRecord, other_tensors, quantized_layers
+from dovetail.checkpoint.export import FORMATS, RECORD, ExportRecord, layers_for, other_tensors
 from dovetail.checkpoint.formats.contract import WEIGHTS, Format
 from dovetail.checkpoint.formats.gguf import checked_header
 from dovetail.checkpoint.formats.gguf.blocks import GGUFBlocks
@@ -89,18 +89,20 @@ class _Written:
 
 
 @torch.no_grad()
-def verify(folder: str | Path, against: str | Path | PreTrainedModel) -> VerifyReport:
+def verify(folder: str | Path, against: str | Path | PreTrainedModel, *, requantize: str | None = None) -> VerifyReport:
     """Check the three claims about a folder, or a GGUF file, that `dovetail.export` wrote.
 
-    against  the model that was exported: in memory, or the folder of a run, of a packed or of a merged model
-    errors   LoadError for a folder that `export` did not write; ExportError where the model does not fit the format
+    against     the model that was exported: in memory, or the folder of a run, of a packed or of a merged model
+    requantize  the quantizer that a GGUF file was exported with; a folder says its own. The claims are then about the
+                values that were made
+    errors    LoadError for a folder that `export` did not write; ExportError where the model does not fit the format
     """
     path = Path(folder).absolute()
     record = _record(path)
     form, served = FORMATS[record.format], FLOATS[record.dtype]
     form.check_package()
     model = against if isinstance(against, PreTrainedModel) else _loaded(Path(against), isinstance(form, GGUFBlocks))
-    layers, _ = quantized_layers(form, model)
+    layers, _, anew = layers_for(form, model, served, record.requantize or requantize)
     if isinstance(form, GGUFBlocks):
         written = _in_file(form, path, model, layers)
     else:
@@ -108,6 +110,8 @@ def verify(folder: str | Path, against: str | Path | PreTrainedModel) -> VerifyR
         apart = [name for name in others.keys() | expected if not _equal_one(others.get(name), expected.get(name))]
         written = _Written(partial(form.written, path), sorted(apart), path, form.stock_arguments(layers))
     codes, values = _decoded(form, written, layers, served, record.claim)
+    if anew:
+        codes = replace(codes, detail=f"{codes.detail}; {len(anew)} layers were quantized anew")
     logits = _logits(form, written, model, layers, served, values.outcome == "holds")
     source = type(model).__name__ if isinstance(against, PreTrainedModel) else str(against)
     return VerifyReport(str(path), source, form.name, record.dtype, form.decoder, [codes, values, logits])

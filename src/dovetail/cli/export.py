@@ -47,6 +47,10 @@ def export(
         Path | None,
         typer.Option("--like", metavar="FILE", help="For gguf: a file of the same model, for what is copied."),
     ] = None,
+    requantize: Annotated[
+        str | None,
+        typer.Option("--requantize", metavar="QUANTIZER", help="For layers that do not fit; the error is reported."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check whether all layers fit.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -64,7 +68,9 @@ def export(
 
     source: str | PreTrainedModel = load_result(model)[0] if to == ADAPTER else model
     with writing(output):
-        report = write(source, to, output, dtype=dtype, engine=engine, like=like, dry_run=dry_run)
+        report = write(
+            source, to, output, dtype=dtype, engine=engine, like=like, requantize=requantize, dry_run=dry_run
+        )
     if as_json:
         print_json(asdict(report))
     else:
@@ -78,6 +84,9 @@ def verify(
     against: Annotated[
         str, typer.Option("--against", metavar="MODEL", help="The model that was exported: a run, packed or merged.")
     ],
+    requantize: Annotated[
+        str | None, typer.Option("--requantize", metavar="QUANTIZER", help="With which a GGUF file was exported.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check an exported folder against its model: codes and scales, values in the served dtype, logits.
@@ -90,7 +99,7 @@ def verify(
     from dovetail.checkpoint.verify import verify as check
     from dovetail.display.tables import print_table
 
-    report = check(folder, against)
+    report = check(folder, against, requantize=requantize)
     if as_json:
         print_json({**asdict(report), "holds": report.holds})
     else:
@@ -113,6 +122,9 @@ def summary(report: ExportReport) -> str:
         "codes": f"the same codes and scales; {report.differing:,} values differ in {report.dtype}",
         "adapter": "the same change of the weights",
     }
+    lines += [
+        f"{name}: quantized anew, error {x.error:.2%}" for name, x in report.layers.items() if x.error is not None
+    ]
     lines.append(f"{report.format}: {claims[report.claim]}")
     if report.claim != "fits":
         lines.append(f"{report.weights:,} weights compared by {report.decoder}; {report.nbytes:,} bytes")
