@@ -152,7 +152,8 @@ class Recipe(YamlFile):
     search  what to search; None: no search
     merge   exact: CannotMerge before training starts if the chain cannot be merged without loss; lossy: merge anyway
             and measure the loss; none: keep the adapter apart. Where a recipe names exact, a chain that gives up the
-            zeros or the grid of a merged model is refused too; else it runs, and the report says what it gave up
+            zeros or the grid of a merged model is refused too; else (or with null) it runs, and the report says what it
+            gave up
     export  formats to write at the end, which are checked before training: one mapping, or several
     output  folder of the run, relative to where the command is given
     """
@@ -192,6 +193,12 @@ class Recipe(YamlFile):
         chains = isinstance(search, dict) and search.get("kind") == "chains"
         return {"chain": "", **value} if chains else value
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _unnamed(cls, value: Any) -> Any:
+        unnamed = isinstance(value, dict) and value.get("merge", "exact") is None
+        return {key: each for key, each in value.items() if key != "merge"} if unnamed else value
+
     @pydantic.field_validator("chain")
     @classmethod
     def _canonical(cls, text: str) -> str:
@@ -213,8 +220,8 @@ class Recipe(YamlFile):
 
     def dump(self, path: str | Path) -> None:
         """Write the recipe with all defaults, atomically; the file repeats the run from any folder."""
-        unnamed = set() if self.names_exact or self.merge != "exact" else {"merge"}
-        write_yaml(Path(path), self.model_dump(mode="json", exclude=unnamed))
+        unnamed = {"merge": None} if self.merge == "exact" and not self.names_exact else {}
+        write_yaml(Path(path), self.model_dump(mode="json") | unnamed)
 
     @property
     def names_exact(self) -> bool:

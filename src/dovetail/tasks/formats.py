@@ -202,9 +202,6 @@ FORMATS: Mapping[str, Format] = {
         ),
         _alpaca, {"input": ("input", "context"), **_SYSTEM, "history": ("history",), **_DESIRED},
     ),
-    "reflection": Format(
-        "chat", _REFLECTION, (_REFLECTION,), _reflection, {"input": ("input",), **_SYSTEM, **_DESIRED},
-    ),
     "chat": Format("chat", ("messages",), (("messages",),), _chat, {**_SYSTEM, **_FUNCTIONS, **_DESIRED}),
     "sharegpt": Format(
         "chat", ("messages",), (("conversations",), ("conversation",)), _chat,
@@ -224,6 +221,9 @@ FORMATS: Mapping[str, Format] = {
         },
     ),
     "segments": Format("chat", ("segments",), (("segments",),), _segments),
+    "reflection": Format(
+        "chat", _REFLECTION, (_REFLECTION,), _reflection, {"input": ("input",), **_SYSTEM, **_DESIRED},
+    ),
     "explained_choice": Format(
         "chat", ("prompt", "choices", "answer"),
         (("question", "choices", "solution"), ("question", "choices", "explanation")), _explained_choice, _SYSTEM,
