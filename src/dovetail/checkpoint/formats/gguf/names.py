@@ -27,6 +27,8 @@ BY_NUMBER = {form.number: form for form in BLOCK_FORMATS.values()}
 """ggml type -> format of blocks."""
 _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 """ggml type -> dtype of a tensor without blocks."""
+_CHUNK = 1 << 22
+"""Weights that are dequantized at a time."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,12 @@ def linear_tensors(header: Header, model: PreTrainedModel, names: Names) -> dict
     return found
 
 
-def read_bytes(header: Header, name: str) -> np.ndarray:
-    """Return the bytes of a tensor, uint8, a copy of its own."""
+def read_bytes(header: Header, name: str, rows: range | None = None) -> np.ndarray:
+    """Return the bytes of a tensor, or of some of its rows, uint8, a copy of its own."""
     start, nbytes = header.places[name]
+    if rows is not None:
+        size = nbytes // header.shapes[name][0]
+        start, nbytes = start + rows.start * size, len(rows) * size
     found = np.fromfile(header.path, np.uint8, nbytes, offset=start)
     if len(found) != nbytes:
         rule, fix = "the file must not change while it is read", "load it again"
@@ -158,14 +163,18 @@ def read_dense(header: Header, name: str, names: Names, dtype: torch.dtype) -> d
     path = names.names.get(name)
     order = names.order(name, shape)
     if path is not None and isinstance(order, str) and order == "same":
-        content = read_bytes(header, name)
         if number in BY_NUMBER:
-            form = BY_NUMBER[number]
-            blocks = torch.from_numpy(content).view(-1, form.nbytes)
-            one = BlockWeight.from_bytes(f"{header.path}: {name}", blocks, (shape[0], shape[1]), form, form.name)
-            return {path: one.dequantize(torch.empty(shape, dtype=dtype))}
+            form, made = BY_NUMBER[number], torch.empty(shape, dtype=dtype)
+            step = max(1, _CHUNK // shape[1])
+            for start in range(0, shape[0], step):  # an embedding is large: its bytes are not held beside its values
+                rows = range(start, min(start + step, shape[0]))
+                blocks = torch.from_numpy(read_bytes(header, name, rows)).view(-1, form.nbytes)
+                size = (len(rows), shape[1])
+                one = BlockWeight.from_bytes(f"{header.path}: {name}", blocks, size, form, form.name)
+                one.dequantize(made[rows.start : rows.stop])
+            return {path: made}
         if number in _PLAIN:
-            return {path: torch.from_numpy(content).view(_PLAIN[number]).view(shape).to(dtype)}
+            return {path: torch.from_numpy(read_bytes(header, name)).view(_PLAIN[number]).view(shape).to(dtype)}
     from gguf import GGMLQuantizationType, dequantize
 
     content = read_bytes(header, name)
