@@ -15,6 +15,7 @@ that no cell goes on writing into the folder of a study that was stopped.
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import selectors
@@ -89,6 +90,7 @@ def _start(cell: Job, lifeline: int, modules: Sequence[str]) -> tuple[int, int]:
         return read, process
     sys.stdout.flush()
     sys.stderr.flush()
+    gc.freeze()  # else the collection before each training visits, and copies, the libraries' pages in every cell
     process = os.fork()
     if process:
         os.close(write)
