@@ -19,19 +19,23 @@ from numba.core import config
 _config = cast(Any, config)
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], *, any_order: bool = False) -> Callable[..., Any]:
     """Return the function, compiled at the first call with arguments of new types, with its cache on disk.
+
+    any_order  whether sums may be taken in another order, and products be rounded once with a sum, as in torch's
+               matrix products: such sums run in vector instructions
 
     numba's cache notices a changed time or size of the function's own file only, and not a change in a file of the
     functions that it calls. The cache therefore lies in a folder named by the contents of all these files: those in
     the function's folder and below it. Division by zero is not an error, as in numpy.
     """
+    fast = {"reassoc", "contract", "nsz"} if any_order else False
     folder = _cache_folder(Path(function.__code__.co_filename))
     if folder is None:
-        return numba.njit(function, nogil=True, error_model="numpy")
+        return numba.njit(function, nogil=True, error_model="numpy", fastmath=fast)
     before, _config.CACHE_DIR = _config.CACHE_DIR, str(folder)  # numba reads it while it decorates
     try:
-        return numba.njit(function, cache=True, nogil=True, error_model="numpy")
+        return numba.njit(function, cache=True, nogil=True, error_model="numpy", fastmath=fast)
     finally:
         _config.CACHE_DIR = before
 

@@ -120,6 +120,14 @@ class QuantizedWeight(nn.Module, ABC):
             out[start:stop].copy_(values)
         return out
 
+    def product(self, x_ti: Tensor) -> Tensor | None:
+        """Return x Wᵀ (t, o), float32, straight from the codes: they are read, and no weight is made.
+
+        x_ti  (t, i) any float dtype, of few vectors; sums are taken in float32 in an order of its own
+        None where the grid has no such product, or is too small for one
+        """
+        return None
+
     @property
     def rows_per_chunk(self) -> int:
         """Rows in a cache-sized chunk that starts and ends with whole blocks; all rows where blocks straddle many."""

@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.layer.base import Base
-from dovetail.chains.layer.execute import lists_gradient, materialise, run_closed, run_open, run_recomputed
+from dovetail.chains.layer.execute import lists_gradient, materialise, run_closed, run_open, run_recomputed, run_step
 from dovetail.chains.layer.planner import Path, choose_path, compose
 from dovetail.chains.link import Adapter, Constraint, Link, OutputAdapter, Site
 from dovetail.chains.terms import Form, Term
@@ -326,7 +326,10 @@ class ChainLinear(Holder):
         if self._held is not None and x.dtype == self.base.dtype:
             y = self.layout.call(x, *self._held)
         elif self.path == "open":
-            y = run_open(x, self.form(), self.base)
+            form = self.form()
+            y = None if torch.is_grad_enabled() else run_step(x, form, self.base)
+            if y is None:
+                y = run_open(x, form, self.base)
         elif self.path == "closed":
             y = run_closed(x, self.form(), self.base, self.constraints, self.from_codes, self._key(x.dtype))
         else:

@@ -155,6 +155,21 @@ class AffineWeight(QuantizedWeight):
             read(self.codes, self.bits, start * i, stop * i, table, out=rows.view(-1))
         self._to_values(rows, scale, zero)
 
+    def product(self, x_ti: Tensor) -> Tensor | None:
+        if not (by_loops(self, self.codes) and self.bits in (2, 4, 8) and self.block * self.bits % 8 == 0):
+            return None
+        from dovetail.links.quantize import loops
+
+        o, groups = self.shape[0], self.shape[1] // self.block
+        scale, zero = self._grid(0, o)
+        zero = torch.full_like(scale, 2 ** (self.bits - 1)) if zero is None else zero
+        y_ot = x_ti.new_empty(o, len(x_ti), dtype=torch.float32)
+        arrays = [self.codes.view(torch.uint8).view(o, -1), scale.view(o, groups), zero.view(o, groups), y_ot]
+        sums = x_ti.float().view(len(x_ti), groups, -1).sum(2).numpy()
+        x = loops.by_place(x_ti, self.bits)
+        loops.over_blocks(loops.multiply_affine, [array.numpy() for array in arrays], x, sums, self.bits)
+        return y_ot.t()
+
     def _to_values(self, rows: Tensor, scale: Tensor, zero: Tensor | None) -> None:
         """Replace codes, minus 2^(bits-1) if symmetric, by their values; zero is +0 where a scale is negative, too."""
         if zero is not None:

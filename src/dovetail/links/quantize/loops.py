@@ -1,7 +1,8 @@
-"""Rounding to a grid in one pass over the weights, compiled: the same bits as the definitions in plain torch.
+"""Rounding to a grid and reading it in one pass over the weights, compiled; products of few vectors with codes.
 
 A definition makes a pass over the weights for each operation; here a weight is read and written once. Every operation
-is the definition's, in its order and in float32, which IEEE 754 rounds alike everywhere.
+of rounding and reading is the definition's, in its order and in float32, which IEEE 754 rounds alike everywhere. A
+product sums in another order, as torch's own products of one vector and of many do.
 
 `w` is (blocks, block), float32, contiguous, and is overwritten; `scale` is (blocks,). `inside` is (blocks, block),
 bool, or (0, 0) where it is not asked for. This module is imported where it is used: numba takes a second.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from os import getpid
 from typing import Any
@@ -195,3 +196,91 @@ def decode_levels(w, scale, codes, bits, levels):
                 byte = codes[b, j]
                 for k in range(4):
                     w[b, 4 * j + k] = levels[(byte >> (6 - 2 * k)) & 3] * s
+
+
+# Products. With several codes in a byte, its scale is put beside it, so that a row is one sum in vector instructions.
+# What numba computes of integers has 64 bits, which few processors make floats of in such: hence each np.int32.
+
+
+@partial(compiled, any_order=True)
+def _group_8(codes, x0):
+    total = np.float32(0)
+    for k in range(len(codes)):
+        total += np.float32(np.int32(codes[k])) * x0[k]
+    return total
+
+
+@partial(compiled, any_order=True)
+def _row_8(codes, scale, x0):
+    total = np.float32(0)
+    size = len(codes) // len(scale)
+    codes, x0 = codes.reshape(len(scale), size), x0.reshape(len(scale), size)
+    for g in range(len(scale)):  # with a number a byte, a scale beside each would cost as much as the sum
+        total += scale[g] * _group_8(codes[g], x0[g])
+    return total
+
+
+@partial(compiled, any_order=True)
+def _row_4(codes, scale, x0, x1):
+    total = np.float32(0)
+    for k in range(len(codes)):
+        byte = np.int32(codes[k])
+        total += scale[k] * (np.float32(np.int32(byte >> 4)) * x0[k] + np.float32(np.int32(byte & 15)) * x1[k])
+    return total
+
+
+@partial(compiled, any_order=True)
+def _row_2(codes, scale, x0, x1, x2, x3):
+    total = np.float32(0)
+    for k in range(len(codes)):
+        byte = np.int32(codes[k])
+        first = np.float32(np.int32(byte >> 6)) * x0[k] + np.float32(np.int32((byte >> 4) & 3)) * x1[k]
+        second = np.float32(np.int32((byte >> 2) & 3)) * x2[k] + np.float32(np.int32(byte & 3)) * x3[k]
+        total += scale[k] * (first + second)
+    return total
+
+
+@partial(compiled, any_order=True)
+def _sum_of_products(a, b, c):
+    total = np.float32(0)
+    for k in range(len(a)):
+        total += a[k] * b[k] * c[k]
+    return total
+
+
+@compiled
+def _spread(scale, by_byte):
+    for g in range(len(scale)):
+        part = by_byte[g]
+        for k in range(len(part)):
+            part[k] = scale[g]
+
+
+@compiled
+def multiply_affine(codes, scale, zero, y, x, sums, bits):
+    """Write into y the products of vectors with (code - zero) * scale, codes of 2, 4 or 8 bits.
+
+    codes        (o, bytes) uint8, packed
+    scale, zero  (o, groups) float32
+    y            (o, t) float32
+    x            (t, codes in a byte, bytes) float32: each vector's numbers by their code's place in its byte
+    sums         (t, groups) float32, of each vector's numbers in a group
+    """
+    size, groups = codes.shape[1], scale.shape[1]
+    spread = np.empty((groups, size // groups), np.float32)
+    by_byte = spread.reshape(size)
+    for o in range(len(codes)):
+        _spread(scale[o], spread)
+        for t in range(len(x)):
+            if bits == 8:
+                product = _row_8(codes[o], scale[o], x[t, 0])
+            elif bits == 4:
+                product = _row_4(codes[o], by_byte, x[t, 0], x[t, 1])
+            else:
+                product = _row_2(codes[o], by_byte, x[t, 0], x[t, 1], x[t, 2], x[t, 3])
+            y[o, t] = product - _sum_of_products(scale[o], zero[o], sums[t])
+
+
+def by_place(x_ti: torch.Tensor, bits: int) -> np.ndarray:
+    """Return vectors (t, i) as the products take them: (t, codes in a byte, bytes), float32."""
+    return x_ti.float().view(len(x_ti), -1, 8 // bits).transpose(1, 2).contiguous().numpy()

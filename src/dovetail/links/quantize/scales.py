@@ -65,10 +65,12 @@ def decode(tensors: Sequence[Tensor], first: int, last: int) -> Tensor:
 
     tensors  what `encode` or `empty` returned, in that order
     """
+    if tensors[0].dtype == torch.float16:  # its smallest number is larger; -0 becomes 0 as the others below
+        return tensors[0].view(-1)[first:last].float().add_(0.0)
     if len(tensors) == 3:
         scale = dynamic8.decode(tensors, first, last)
     else:
         scale = tensors[0].view(-1)[first:last].float()
         if len(tensors) == 2:
             scale = scale / tensors[1]
-    return scale.masked_fill(scale.abs() < DEAD_SCALE, 0.0)
+    return torch.where(scale.abs() < DEAD_SCALE, 0.0, scale)
