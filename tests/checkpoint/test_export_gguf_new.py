@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("family", "given", "message"),
     [
-        ("gpt2", {"initializer_range": 0.02}, r"(?s)GPT2LMHeadModel.*--like FILE"),
+        ("gpt2", {"initializer_range": 0.02}, r"(?s)GPT2LMHeadModel.*--like FILE.*--llama-cpp DIR"),
         ("llama", {"hidden_act": "gelu"}, "activation=gelu"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type=dynamic"),
         ("gemma3", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar=100"),
@@ -248,3 +249,29 @@ def test_a_window_that_llama_cpp_does_not_have_is_said(tmp_path: Path) -> None:
     model = packed(model_of("mistral", sliding_window=64))
     report = export(model, "gguf", tmp_path / "model.gguf", tokenizer=TOKENIZER, dry_run=True)
     assert any("the last 64" in note for note in report.notes)
+
+
+CONVERTER = """
+import sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from gguf_files import write_gguf
+folder, _, out, _, kind = sys.argv[1:]
+assert kind == "f32"
+write_gguf(AutoModelForCausalLM.from_pretrained(folder), Path(out), "gpt2")
+"""
+
+
+def test_the_converter_of_a_checkout_describes_another_family(tmp_path: Path) -> None:
+    model = packed(model_of("gpt2", initializer_range=0.02, vocab_size=128))
+    with pytest.raises(ExportError, match=r"no file .*convert_hf_to_gguf\.py"):
+        export(model, "gguf", tmp_path / "model.gguf", tokenizer=TOKENIZER, llama_cpp=tmp_path)
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text("raise SystemExit('an unknown model')")
+    with pytest.raises(ExportError, match=r"(?s)exit code 1: an unknown model.*--like FILE"):
+        export(model, "gguf", tmp_path / "model.gguf", tokenizer=TOKENIZER, llama_cpp=tmp_path)
+    script.write_text(CONVERTER.format(path=sys.path))
+    report = export(model, "gguf", tmp_path / "model.gguf", tokenizer=TOKENIZER, llama_cpp=tmp_path)
+    assert report.claim == "values"
+    assert verify(tmp_path / "model.gguf", model).holds

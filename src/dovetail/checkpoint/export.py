@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from dovetail.checkpoint.formats.contract import WEIGHTS, Format
 from dovetail.checkpoint.formats.engines import LORA_RANKS, check_engine, command_line
 from dovetail.checkpoint.formats.gguf import checked_header
 from dovetail.checkpoint.formats.gguf.blocks import GGUFBlocks
+from dovetail.checkpoint.formats.gguf.convert import converted
 from dovetail.checkpoint.formats.gguf.new import NewFile
 from dovetail.checkpoint.formats.gguf.write import placed
 from dovetail.checkpoint.formats.gptq import GPTQFormat
@@ -137,6 +139,7 @@ def export(
     dtype: str | torch.dtype | None = None,
     engine: str | None = None,
     like: str | Path | None = None,
+    llama_cpp: str | Path | None = None,
     requantize: str | None = None,
     dry_run: bool = False,
 ) -> ExportReport:
@@ -153,6 +156,8 @@ def export(
     like       for "gguf" a file of the same model, whose metadata, tokenizer and other tensors are copied; None: the
                file whose grid the model keeps (`load(..., grid="keep")`), or for other models a file of its own, which
                `dovetail.checkpoint.formats.gguf.families` describes
+    llama_cpp  for "gguf" without `like`: a checkout of llama.cpp, whose `convert_hf_to_gguf.py` is run to make the file
+               to be like; for families that Dovetail does not describe
     requantize a quantizer for the layers whose grid the format does not hold; their codes change, and the report has
                the error of each and of all. None: such a layer is refused
     dry_run    only check whether all layers fit; nothing is written
@@ -173,6 +178,12 @@ def export(
         # A packed model has its codes; a stock one's are those nearest to its values.
         kept = "packed" if to == _GGUF.name and (path / "packed").is_dir() else "model"
         model, tokenizer = load(path / kept if run else model)
+    if form is _GGUF and llama_cpp is not None and like is None:
+        layers, _, _ = layers_for(form, model, torch.float32, requantize)
+        with tempfile.TemporaryDirectory() as scratch:
+            others = other_tensors(model, layers, None)
+            like = converted(Path(llama_cpp), Path(scratch), model, tokenizer, layers, others)
+            return _export_gguf(model, tokenizer, folder, engine, like, requantize, dry_run)
     if form is _GGUF:
         return _export_gguf(model, tokenizer, folder, engine, like, requantize, dry_run)
     served = _served(form, model.dtype if dtype is None else dtype)

@@ -47,6 +47,12 @@ def export(
         Path | None,
         typer.Option("--like", metavar="FILE", help="For gguf: a file of the same model, for what is copied."),
     ] = None,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(
+            "--llama-cpp", metavar="DIR", help="For gguf: a checkout whose converter makes the file for --like."
+        ),
+    ] = None,
     requantize: Annotated[
         str | None,
         typer.Option("--requantize", metavar="QUANTIZER", help="For layers that do not fit; the error is reported."),
@@ -69,8 +75,9 @@ def export(
     source: str | PreTrainedModel = load_result(model)[0] if to == ADAPTER else model
     with writing(output):
         report = write(
-            source, to, output, dtype=dtype, engine=engine, like=like, requantize=requantize, dry_run=dry_run
-        )
+            source, to, output, dtype=dtype, engine=engine, like=like, llama_cpp=llama_cpp, requantize=requantize,
+            dry_run=dry_run,
+        )  # fmt: skip
     if as_json:
         print_json(asdict(report))
     else:
