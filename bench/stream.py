@@ -1,27 +1,28 @@
 """A checkpoint of random weights, compressed with its weights on disk: peak memory, time, kills, and the bits.
 
-    python bench/stream.py make FOLDER [--size 1.1B] [--dtype float32]
+    python bench/stream.py make FOLDER [--size 1.1B] [--dtype float32] [--layers 22]
     python bench/stream.py run FOLDER CHAIN OUTPUT [--rows 32] [--tokens 512]
     python bench/stream.py memory FOLDER CHAIN OUTPUT       # the same in memory: load, apply, merge, save_packed
-    python bench/stream.py kill FOLDER CHAIN OUTPUT [--kills 3]
+    python bench/stream.py kill FOLDER CHAIN OUTPUT [--kills 10]
     python bench/stream.py same ONE OTHER                   # two packed folders, file by file and tensor by tensor
 
 `run` prints the highest resident memory beyond that of the interpreter, which has compressed a tiny
 model before, and the time. `kill` starts
-`run` again after each SIGKILL at a random time, and prints how many finished blocks each start found.
+`run` again after each SIGKILL: at a random time (at most --most seconds) after a random number of blocks (at most
+--blocks).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ SIZES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
-def make(folder: Path, size: str, dtype: str) -> None:
+def make(folder: Path, size: str, dtype: str, layers: int | None = None) -> None:
     """Write a random Llama, one shard a block."""
     import torch
     from accelerate import init_empty_weights
@@ -48,6 +49,7 @@ def make(folder: Path, size: str, dtype: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     config = LlamaConfig(**SIZES[size], bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config.num_hidden_layers = layers or config.num_hidden_layers
     config.dtype, config.architectures = getattr(torch, dtype), ["LlamaForCausalLM"]
     with init_empty_weights():
         model = LlamaForCausalLM(config)
@@ -122,7 +124,10 @@ def run(folder: Path, chain: str, output: Path, rows: int, tokens: int, *, on_di
 
 
 def kill(folder: Path, chain: str, output: Path, arguments: argparse.Namespace) -> None:
-    """Run with kills at random times; print the finished blocks before and after each, and the time of each start."""
+    """Run with kills, each at a random time after a random number of blocks; print the finished ones before and after.
+
+    A block is a file; a start that was killed has lost the one that it was in.
+    """
     drawn = random.Random(arguments.seed)
     work = output.with_name(f".{output.name}.work")
     command = [sys.executable, __file__, "run", str(folder), chain, str(output)]
@@ -131,16 +136,17 @@ def kill(folder: Path, chain: str, output: Path, arguments: argparse.Namespace) 
         before, start = sorted(path.stem for path in work.glob("link*")), time.perf_counter()
         process = subprocess.Popen(command)
         if number < arguments.kills:
-            try:
-                process.wait(drawn.uniform(arguments.least, arguments.most))
-            except subprocess.TimeoutExpired:
-                os.kill(process.pid, signal.SIGKILL)
+            new = drawn.randrange(arguments.blocks + 1)
+            while process.poll() is None and len({path.stem for path in work.glob("link*")} - set(before)) < new:
+                time.sleep(0.05)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(drawn.uniform(0, arguments.most))
+            process.kill()
         process.wait()
         after = sorted(path.stem for path in work.glob("link*"))
         print(json.dumps({
-            "start": number, "killed": process.returncode == -9, "seconds": time.perf_counter() - start,
-            "blocks_before": len(before), "blocks_after": len(after),
-            "later": sum(name.startswith("link1") for name in after),
+            "start": number, "killed": process.returncode == -signal.SIGKILL, "seconds": time.perf_counter() - start,
+            "found": before, "left": after,
         }), flush=True)  # fmt: skip
         if process.returncode == 0:
             break
@@ -165,11 +171,12 @@ def main() -> None:
     parser.add_argument("paths", nargs="+")
     parser.add_argument("--size", choices=SIZES, default="1.1B")
     parser.add_argument("--dtype", default="float32")
-    for name, value in (("rows", 32), ("tokens", 512), ("kills", 3), ("seed", 0), ("least", 60), ("most", 600)):
+    parser.add_argument("--layers", type=int)
+    for name, value in (("rows", 32), ("tokens", 512), ("kills", 10), ("seed", 0), ("blocks", 3), ("most", 30)):
         parser.add_argument(f"--{name}", type=int, default=value)
     asked = parser.parse_args()
     if asked.job == "make":
-        make(Path(asked.paths[0]), asked.size, asked.dtype)
+        make(Path(asked.paths[0]), asked.size, asked.dtype, asked.layers)
     elif asked.job == "same":
         same(Path(asked.paths[0]), Path(asked.paths[1]))
     else:
