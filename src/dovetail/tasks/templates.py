@@ -17,12 +17,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 from dovetail.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
@@ -285,8 +286,8 @@ class Segments:
         return self.render(where, messages, tools, prompt=False), trained, []
 
 
-def mark_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Return for each token whether it lies in one of the spans, in whole or in part.
+def mark_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
+    """Return for each token whether it lies in one of the spans, in whole or in part: (tokens,) bool.
 
     offsets   begin and end of each token in the text, as a tokenizer returns them. Some leave white space out at the
               beginning of a token, and the tokens of one character share its offsets, so a token reaches from the end
@@ -294,11 +295,11 @@ def mark_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """
     import numpy as np  # which `dovetail --help` need not wait for
 
-    begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets))
+    begins, ends = flat[::2], flat[1::2]
     before = np.maximum.accumulate(np.concatenate([[0], ends])[:-1])
     first = np.minimum(begins, before)
     marks = np.zeros(len(offsets), dtype=bool)
     for start, stop in spans:
         marks |= np.maximum(first, start) < np.minimum(ends, stop)
-    found: list[bool] = marks.tolist()
-    return found
+    return marks

@@ -210,13 +210,16 @@ class RowMaker:
         fields = self.tokenizer(
             [text for text, *_ in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
+        import numpy as np  # which `dovetail --help` need not wait for
+
         rows = []
         for index, (_, spans, untrained) in enumerate(rendered):
             ids: list[int] = fields["input_ids"][index]
-            counted = mark_tokens(fields["offset_mapping"][index], spans)
-            left_out = mark_tokens(fields["offset_mapping"][index], untrained)
-            marks = zip(ids, counted, left_out, strict=True)
-            labels = [token if mark and not out else IGNORED for token, mark, out in marks]
+            offsets = fields["offset_mapping"][index]
+            counted = mark_tokens(offsets, spans)
+            if untrained:
+                counted &= ~mark_tokens(offsets, untrained)
+            labels: list[int] = np.where(counted, ids, IGNORED).tolist()
             if len(ids) > self.max_length:
                 self.cut += 1
                 ids, labels = ids[: self.max_length], labels[: self.max_length]
