@@ -42,7 +42,7 @@ def imports() -> Iterator[tuple[str, Path, bool]]:
     """Top-level name of each package imported in src, the file, and whether the import runs with the module."""
     for path in sorted(SOURCE.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        deferred = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+        deferred = {id(n) for f in ast.walk(tree) if _is_deferred(f) for n in ast.walk(f)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]
@@ -54,6 +54,12 @@ def imports() -> Iterator[tuple[str, Path, bool]]:
                 top = module.partition(".")[0]
                 if top != "dovetail" and top not in sys.stdlib_module_names:
                     yield top, path, id(node) not in deferred
+
+
+def _is_deferred(node: ast.AST) -> bool:
+    """Whether what is in it does not run with the module: a function, or what is only for types."""
+    for_types = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return for_types or isinstance(node, ast.FunctionDef)
 
 
 def distribution(package: str) -> str:
