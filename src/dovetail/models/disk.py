@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,9 +52,13 @@ class Disk:
         }  # fmt: skip
 
     def drop(self) -> None:
-        """Give back the memory of all pages that were read; they are read again where they are used."""
-        for memory in self._maps.values():
-            memory.madvise(mmap.MADV_DONTNEED)
+        """Give back the memory of all pages that were read; they are read again where they are used.
+
+        On Linux; other systems take such pages themselves where memory is short.
+        """
+        if sys.platform == "linux":
+            for memory in self._maps.values():
+                memory.madvise(mmap.MADV_DONTNEED)
 
     @contextmanager
     def dropping(self, model: nn.Module) -> Iterator[None]:
