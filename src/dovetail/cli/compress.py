@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dovetail.cli.terminal import Json, console, find_task, print_json, quiet, resumable
+from dovetail.cli.terminal import Json, LayersFile, Targets, console, find_task, print_json, quiet, resumable
 
 if TYPE_CHECKING:
     from dovetail.tasks.task import Task
@@ -36,18 +36,8 @@ def compress(
     ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, metavar="N", help="Rows to calibrate on.")] = 128,
     length: Annotated[int, typer.Option("--length", min=2, metavar="N", help="Most tokens of a row.")] = 512,
-    layers: Annotated[
-        Path | None,
-        typer.Option(
-            "--layers", metavar="FILE", help="YAML: pattern of layers -> their chain; or a recipe with `layers`."
-        ),
-    ] = None,
-    targets: Annotated[
-        str,
-        typer.Option(
-            "--targets", metavar="TARGETS", help="Layers: labels (query, value, up, ...), globs or all-linear."
-        ),
-    ] = "all-linear",
+    layers: LayersFile = None,
+    targets: Targets = "all-linear",
     dtype: Annotated[
         str | None, typer.Option("--dtype", metavar="DTYPE", help="Of the weights. \\[default: as stored]")
     ] = None,

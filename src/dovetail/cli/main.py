@@ -17,7 +17,7 @@ from dovetail.cli import experts as cli_experts
 from dovetail.cli import export as cli_export
 from dovetail.cli import own as cli_own
 from dovetail.cli import pack as cli_pack
-from dovetail.cli.terminal import Commands, Json, console, find_task, print_json, quiet, resumable
+from dovetail.cli.terminal import Commands, Json, LayersFile, Targets, console, find_task, print_json, quiet, resumable
 from dovetail.errors import DovetailError
 from dovetail.progress import Bar
 
@@ -180,18 +180,8 @@ def search(
 def plan(
     chain: Annotated[str, typer.Argument(metavar="CHAIN", help='In quotes: "nf4 >> lora(r=16) >> regrid".')],
     model: Model = "playground",
-    layers: Annotated[
-        Path | None,
-        typer.Option(
-            "--layers", metavar="FILE", help="YAML: pattern of layers -> their chain; or a recipe with `layers`."
-        ),
-    ] = None,
-    targets: Annotated[
-        str,
-        typer.Option(
-            "--targets", metavar="TARGETS", help="Layers: labels (query, value, up, ...), globs or all-linear."
-        ),
-    ] = "all-linear",
+    layers: LayersFile = None,
+    targets: Targets = "all-linear",
     task: Annotated[
         str,
         typer.Option(

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from dovetail.tasks.task import Task
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")]
+LayersFile = Annotated[
+    Path | None,
+    typer.Option("--layers", metavar="FILE", help="YAML: pattern of layers -> their chain; or a recipe with `layers`."),
+]
+Targets = Annotated[
+    str,
+    typer.Option("--targets", metavar="TARGETS", help="Layers: labels (query, value, up, ...), globs or all-linear."),
+]
 
 
 INTERRUPTED, PIPE_CLOSED = 130, 141

@@ -49,7 +49,8 @@ def run_step(x: Tensor, form: Form, base: Base) -> Tensor | None:
     """Return what `run_open` does for one token of each row, x (b, 1, i), as generation asks, straight from codes.
 
     The sums are taken in float32 in an order of their own, so the last digits differ from those of `run_open`, as
-    torch's products of one vector differ from its products of many. Longer inputs, training and experts, which take
+    torch's products of one vector differ from its products of many; in 16 bits the weights are not rounded to the
+    dtype either, the result is. Longer inputs, training and experts, which take
     any number of tokens, are `run_open`'s. None where there is no such product.
     """
     one = x.ndim == 3 and x.shape[1] == 1 and len(x) <= _STEPS
