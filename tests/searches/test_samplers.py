@@ -317,6 +317,29 @@ def test_a_worker_that_reads_the_same_proposal_of_another_one_yields(monkeypatch
     assert trial.params == chosen[1] != chosen[0]
 
 
+def interrupted(trial: Trial) -> Iterator[tuple[float, float]]:
+    """Yield after the first parameter of `tiny`, and its values thereafter."""
+    trial.suggest_int("a", 1, 4)
+    yield 0.0, 0.0
+    yield tiny(trial)
+
+
+@each_fast_sampler
+@pytest.mark.parametrize("other_seed", [0, 1])
+def test_a_trial_that_knew_no_parameter_is_not_repeated_by_later_ones(make: Make, other_seed: int) -> None:
+    study = two_objectives(make(seed=0))
+    trials = [study.ask() for _ in range(3)]
+    parts = [interrupted(trial) for trial in trials]
+    for part in parts:
+        next(part)
+    study.sampler = make(seed=other_seed)
+    study.optimize(tiny, n_trials=29)
+    study.sampler = make(seed=0)
+    for trial, part in zip(trials, parts, strict=True):
+        study.tell(trial, next(part))
+    assert repeats(study) == 0
+
+
 def test_a_trial_that_continues_a_failed_one_keeps_its_proposal() -> None:
     study = two_objectives(PRGASampler(seed=0))
     study.optimize(tiny, n_trials=8)
@@ -441,7 +464,7 @@ def test_a_finished_trial_with_nan_is_left_out() -> None:
     trials[1].values = [math.nan, -9.0]
     space = Space(distributions)
     assert proposal.finished(trials, space) == [trials[0], trials[2]]
-    assert proposal.taken_keys(space, trials) == {(0.0,), (1.0,), (2.0,)}
+    assert PRGASampler(seed=0)._taken(space, trials) == {(0.0,), (1.0,), (2.0,)}
 
 
 @each_fast_sampler

@@ -6,8 +6,9 @@ else from the trials of the study, so that a study can be closed, reopened and s
 A proposal is written to the trial, as a system attribute, before the trial runs. Then the trials are read again. Where
 another trial has the same configuration, the sampler proposes another one. Of two workers that propose the same at the
 same time, the one that writes last reads what the other wrote, so that no configuration is proposed twice as long as
-the space has another one. `study._storage` is the only way to write to a trial from a sampler; Optuna's own samplers
-and those of OptunaHub use it too.
+the space has another one. Trials that start before all parameters are known also write down the seed of the initial
+design, which gives the others. `study._storage` is the only way to write to a trial from a sampler; Optuna's own
+samplers and those of OptunaHub use it too.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dovetail.errors import SearchError
 from dovetail.searches.samplers.genes import Gene, Key, Space
 
 Repair = Callable[[Mapping[str, Any]], dict[str, Any]]
-_PROPOSAL = "dovetail:proposal"
+_PROPOSAL, _DESIGN = "dovetail:proposal", "dovetail:design"
 _TRIES, _ROUNDS = 50, 10
 
 
@@ -74,7 +75,7 @@ class ProposalSampler(BaseSampler):
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         trials = _others(study, trial)
         space = intersection_search_space(trials)
-        if not any(each.state is TrialState.COMPLETE for each in trials):
+        if not _any_complete(trials):
             space = dict(sorted(max((each.distributions for each in trials), key=len, default={}).items()))
         return {name: distribution for name, distribution in space.items() if not distribution.single()}
 
@@ -102,7 +103,7 @@ class ProposalSampler(BaseSampler):
                 rule=f"a value must fit {param_distribution}",
                 fix="change the value, or leave the parameter out of the start",
             )
-        return self._design(trial.number, param_name, gene)
+        return self._design(trial, param_name, gene)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         proposal = trial.system_attrs.get(_PROPOSAL, {})
@@ -117,19 +118,25 @@ class ProposalSampler(BaseSampler):
 
     def design(self, trial: FrozenTrial, space: Space) -> dict[str, Any]:
         """Return the configuration of the initial design for the number of this trial."""
-        return {name: self._design(trial.number, name, gene) for name, gene in space.genes.items()}
+        return {name: self._design(trial, name, gene) for name, gene in space.genes.items()}
 
-    def _design(self, number: int, name: str, gene: Gene) -> Any:
+    def _design(self, trial: FrozenTrial, name: str, gene: Gene) -> Any:
         """Return a value such that `strata` consecutive trials cover the range (a Latin hypercube over the names)."""
         strata = min(gene.count or self._strata, self._strata)
-        block, place = divmod(number, strata)
-        random = np.random.default_rng((self._seed, zlib.crc32(name.encode()), block))
+        block, place = divmod(trial.number, strata)
+        seed = trial.system_attrs.get(_DESIGN, self._seed)
+        random = np.random.default_rng((seed, zlib.crc32(name.encode()), block))
         share_n = (random.permutation(strata) + random.random(strata)) / strata
         return gene.decode(gene.lower + float(share_n[place]) * (gene.upper - gene.lower))
 
     def _propose(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
         """Choose a proposal and write it to the trial; choose again where another worker has just written the same."""
-        space, random = Space(search_space), np.random.default_rng((self._seed, trial.number))
+        random = np.random.default_rng((self._seed, trial.number))
+        if not _any_complete(_others(study, trial)):
+            study._storage.set_trial_system_attr(trial._trial_id, _DESIGN, self._seed)
+            # A trial that was proposed meanwhile may not have read the seed.
+            search_space = self.infer_relative_search_space(study, trial)
+        space = Space(search_space)
         proposal: dict[str, Any] = {}
         for _ in range(_ROUNDS):
             others = _others(study, trial)
@@ -155,7 +162,7 @@ class ProposalSampler(BaseSampler):
     def _first_free(
         self, study: Study, trial: FrozenTrial, space: Space, others: Sequence[FrozenTrial], random: np.random.Generator
     ) -> dict[str, Any]:
-        taken = taken_keys(space, others)
+        taken = self._taken(space, others)
         first: dict[str, Any] | None = None
         for proposal in map(self._repair, islice(self.proposals(study, trial, space, others, random), _TRIES)):
             if space.key(proposal) not in taken:
@@ -166,30 +173,35 @@ class ProposalSampler(BaseSampler):
             return free
         return first or self._repair(space.random(random))
 
+    def _taken(self, space: Space, trials: Sequence[FrozenTrial]) -> set[Key]:
+        """Return the configurations that trials have or, where they wait or run, will have.
+
+        A trial with a parameter outside of the space, which is conditional, is not one of them: another trial with the
+        same values of the space can still be another configuration.
+        """
+        found = set()
+        for trial in trials:
+            parameters = planned(trial)
+            single = {name for name, distribution in trial.distributions.items() if distribution.single()}
+            if not trial.state.is_finished():
+                parameters = {**self.design(trial, space), **parameters}
+            if parameters.keys() - single <= space.genes.keys() and space.allows(parameters):
+                found.add(space.key(parameters))
+        return found
+
 
 def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
     return [each for each in study.get_trials(deepcopy=False) if each.number != trial.number]
+
+
+def _any_complete(trials: Sequence[FrozenTrial]) -> bool:
+    return any(trial.state is TrialState.COMPLETE for trial in trials)
 
 
 def planned(trial: FrozenTrial) -> dict[str, Any]:
     """Return the parameters that a trial has or, where it waits or has just started, will have."""
     attributes = trial.system_attrs
     return {**attributes.get(_PROPOSAL, {}), **attributes.get("fixed_params", {}), **trial.params}
-
-
-def taken_keys(space: Space, trials: Sequence[FrozenTrial]) -> set[Key]:
-    """Return the configurations that trials have, whatever their state.
-
-    A trial with a parameter outside of the space, which is conditional, is not one of them: another trial with the same
-    values of the space can still be another configuration.
-    """
-    found = set()
-    for trial in trials:
-        parameters = planned(trial)
-        own = {name for name in parameters if name not in trial.distributions or not trial.distributions[name].single()}
-        if own <= space.genes.keys() and space.allows(parameters):
-            found.add(space.key(parameters))
-    return found
 
 
 def _plain(value: Any) -> Any:
