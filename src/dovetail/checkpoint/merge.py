@@ -29,6 +29,7 @@ from dovetail.chains.link import Constraint
 from dovetail.chains.stages import CheckedChain
 from dovetail.checkpoint.footprint import Footprint, footprint
 from dovetail.compression.calibration import Batch
+from dovetail.compression.journal import keep_on_disk
 from dovetail.errors import CannotMerge, ChainError, DovetailError
 from dovetail.models.disk import Disk
 from dovetail.models.experts import one_by_one
@@ -141,10 +142,10 @@ def merge(
         note["layers"] = own
     tally, slack = _Tally(), _rounding_of_open_layers(layers.values())
     with in_evaluation(model):
-        for layer in layers.values():
+        for number, (name, layer) in enumerate(layers.items()):
             _absorb(layer, record.stage.missing, tally, of_base="zeros" in record.given_up)
             if disk is not None:
-                disk.drop()
+                keep_on_disk(disk, f"merged-{number}", {name: layer.base})
             layer.record = None  # merged: no chain to train, save or merge any more
     layers.clear()  # or codes and values of all layers would be held together in `to_stock`
     summary = footprint(model, disk)

@@ -73,7 +73,8 @@ def apply(
                  stage's trained links when `advance` has merged them; the model is usable then
     disk         where the model's weights stay on disk (`dovetail.load` with the same one): each block is written there
                  when a link has compressed it, and read from there from then on. Where a stopped start with the same
-                 model, chain, calibration and seed has finished blocks, they are not compressed again
+                 model, chain, calibration and seed has finished blocks, they are not compressed again. The chain must
+                 have one stage, whose adapters do not change the base
     progress     show bars, and a line with the share of the parameters under the chain and what is left out
     returns      the same model; everything is frozen except the adapters and a newly initialised task head
     errors       ChainError, TargetError, DataError: nearly always before anything is changed. An error after a layer
@@ -83,10 +84,10 @@ def apply(
     if calibration_inputs not in get_args(Inputs):
         found, rule = f"calibration_inputs={calibration_inputs!r}", f"it must be {' or '.join(get_args(Inputs))}"
         raise ChainError("apply", found=found, rule=rule, fix="leave calibration_inputs out")
-    trained = next((link for stage in assignment.chain.stages for link in stage.trained), None)
-    if disk is not None and trained is not None:
-        rule = "a chain on weights that stay on disk must have pruners and quantizers alone"
-        raise ChainError(str(assignment.chain), found=str(trained), rule=rule, fix="load the model without disk")
+    stages = assignment.chain.stages
+    if disk is not None and (refused := stages[0].decomposing or next((s.applied[0] for s in stages[1:]), None)):
+        rule = "on weights that stay on disk a chain must have one stage, whose adapters do not change the base"
+        raise ChainError(str(assignment.chain), found=str(refused), rule=rule, fix="load the model without disk")
     given = masks is not None or bases is not None
     batches = None if given else _calibration(model, assignment.chain.stages[0], calibration)
     record, replaced = attach(model, assignment, targets, seed, disk)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from dovetail.chains.layer.base import Base
 from dovetail.chains.layer.linear import ChainLinear
 from dovetail.chains.link import Quantizer
 from dovetail.chains.notation import chain
@@ -35,6 +36,26 @@ def begin(disk: Disk, identity: Mapping[str, str]) -> None:
     if other := next((name for name, text in identity.items() if before.get(name) != text), None):
         found = f"{other}: {identity[other]}; at the start {before.get(other)}"[:300]
         raise LoadError(f"compression in {disk.folder}", found=found, rule=rule, fix=fix)
+
+
+def keep_on_disk(disk: Disk, file: str, bases: Mapping[str, Base]) -> None:
+    """Write the bases of layers to one of the disk's own files, and read them from the file from now on."""
+    identities = {name: None if base.quantized is None else base.identity for name, base in bases.items()}
+    tensors = {f"{name}/{key}": tensor for name, base in bases.items() for key, tensor in base.state_dict().items()}
+    tensors |= {f"{name}/start": base.start for name, base in bases.items() if base.start is not None}
+    _put(bases, identities, disk.store(file, tensors, {"layers": json.dumps(identities)}))
+    disk.drop()
+
+
+def _put(bases: Mapping[str, Base], identities: Mapping[str, str | None], tensors: Mapping[str, Tensor]) -> None:
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in identities}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition("/")
+        states[name][part] = tensor
+    for name, identity in identities.items():
+        link = None if identity is None else chain(identity).links[0]
+        assert link is None or isinstance(link, Quantizer)
+        bases[name].place(link, states[name])
 
 
 class Journal:
@@ -72,15 +93,13 @@ class Journal:
             path = self.disk.path(file)
             with open_tensors(path, owner="a stopped compression") as opened:
                 identities: dict[str, str | None] = json.loads(opened.metadata()["layers"])
-            self._put(identities, self.disk.map(path, owner="a stopped compression"))
+            bases = {name: self._layers[name].base for name in identities}
+            _put(bases, identities, self.disk.map(path, owner="a stopped compression"))
 
     def keep(self, block: str, names: Sequence[str]) -> None:
         """Write the bases of a block's layers, and read them from the file from now on."""
         file = f"link{self.place}-{block}"
-        bases = {name: self._layers[name].base for name in names}
-        identities = {name: None if b.quantized is None else b.identity for name, b in bases.items()}
-        tensors = {f"{name}/{key}": t for name, base in bases.items() for key, t in base.state_dict().items()}
-        self._put(identities, self.disk.store(file, tensors, {"layers": json.dumps(identities)}))
+        keep_on_disk(self.disk, file, {name: self._layers[name].base for name in names})
         old = set()
         for name in names:
             own = self._files.setdefault(name, {})
@@ -90,14 +109,3 @@ class Journal:
             own[self.place] = file
         for before in old - {name for own in self._files.values() for name in own.values()}:
             self.disk.remove(before)
-        self.disk.drop()
-
-    def _put(self, identities: Mapping[str, str | None], tensors: Mapping[str, Tensor]) -> None:
-        states: dict[str, dict[str, Tensor]] = {name: {} for name in identities}
-        for key, tensor in tensors.items():
-            name, _, part = key.rpartition("/")
-            states[name][part] = tensor
-        for name, identity in identities.items():
-            link = None if identity is None else chain(identity).links[0]
-            assert link is None or isinstance(link, Quantizer)
-            self._layers[name].base.place(link, states[name])

@@ -267,12 +267,12 @@ class Base(nn.Module):
             self.start = start.to(self.device)
 
     def place(self, quantizer: Quantizer | None, state: Mapping[str, Tensor]) -> None:
-        """Take the tensors of a base's `state_dict`, which are not copied, on the grid of `quantizer`."""
+        """Take the tensors of a base's `state_dict`, and its `start`, which are not copied, on the grid of `quantizer`."""
         if quantizer is not None:
             with torch.device("meta"):
                 self.set_quantized(quantizer.empty(self.shape))
-        self.mask_bits = state.get("mask_bits")
-        self.load_state_dict(state, assign=True)
+        self.mask_bits, self.start = state.get("mask_bits"), state.get("start")
+        self.load_state_dict({name: value for name, value in state.items() if name != "start"}, assign=True)
 
     def set_mask(self, keep_oi: Tensor, weight_oi: Tensor | None = None) -> None:
         """Set the pruned weights to zero, and keep the mask, one bit per weight.
