@@ -28,7 +28,7 @@ import dovetail
 from dovetail import experts
 from dovetail.chains.layer.coverage import coverage
 from dovetail.chains.layer.linear import chain_layers
-from dovetail.checkpoint.load import empty_model
+from dovetail.checkpoint.config import empty_model
 from todays_families import FAMILIES, batch, make
 
 CHAIN = "wanda(0.5) >> gptq(bits=4, group=16) >> lora(r=2) >> remask >> regrid"

@@ -21,10 +21,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from transformers import AutoModelForCausalLM
 
+from dovetail.checkpoint.config import empty_model, load_config
 from dovetail.checkpoint.formats.gguf import checked_header, kept_tensors, load_kept
 from dovetail.checkpoint.formats.gguf.keep import read_grid
 from dovetail.checkpoint.formats.gguf.names import read_bytes
-from dovetail.checkpoint.load import empty_model, load_config
 
 
 def seconds(run: Callable[[], object], rounds: int) -> float:

@@ -31,8 +31,8 @@ import torch
 import dovetail
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
 from dovetail.chains.link import Adapter
+from dovetail.checkpoint.config import empty_model, load_config, load_tokenizer
 from dovetail.checkpoint.formats.gguf import checked_header, kept_tensors
-from dovetail.checkpoint.load import empty_model, load_config, load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "gemma"))
 from prepare import records

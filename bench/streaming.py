@@ -50,7 +50,7 @@ def peak_nbytes() -> int:
 
 
 def tokenizer_of(model: str) -> Any:
-    from dovetail.checkpoint.load import load_tokenizer
+    from dovetail.checkpoint.config import load_tokenizer
 
     return load_tokenizer(model)
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 import dovetail
-from dovetail.checkpoint.export import FORMATS
+from dovetail.checkpoint.exportable import FORMATS
 from dovetail.errors import ExportError
 from families import batch, make, move
 

@@ -14,7 +14,8 @@ import dovetail
 from calibrated import gram_of
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.link import Quantizer
-from dovetail.checkpoint.export import FORMATS, proved
+from dovetail.checkpoint.export_tensors import proved
+from dovetail.checkpoint.exportable import FORMATS
 from dovetail.errors import ExportError
 from dovetail.models.dtypes import FLOATS
 from places import ROOT

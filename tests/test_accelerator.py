@@ -13,7 +13,7 @@ import torch
 
 import dovetail
 from dovetail.chains.layer.applied import applied
-from dovetail.checkpoint.load import best_device
+from dovetail.checkpoint.config import best_device
 from dovetail.tasks.find import load_task
 from dovetail.tasks.spec import Data
 from families import batch, logits, make

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dovetail
 from dovetail.chains.layer.linear import chain_layers
-from dovetail.checkpoint.load import load, load_config, resolve
+from dovetail.checkpoint.config import load_config
+from dovetail.checkpoint.load import load
+from dovetail.models.locate import resolve
 from dovetail.runs.plan import plan
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.steps import check_layers, legal_chain, load_tasks

@@ -25,9 +25,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dovetail.chains.layer.linear import chain_layers
+from dovetail.checkpoint.config import empty_model, load_config
 from dovetail.checkpoint.formats.gguf.header import read_header
 from dovetail.checkpoint.formats.gguf.names import Names, linear_tensors
-from dovetail.checkpoint.load import empty_model, load, load_config
+from dovetail.checkpoint.load import load
 from dovetail.errors import DovetailError
 from families import make
 from gguf_files import write_gguf

@@ -13,7 +13,7 @@ from dovetail.chains.layer import execute
 from dovetail.chains.layer.elastic import groups
 from dovetail.chains.layer.keeping import forget, keeping, kept_nbytes
 from dovetail.chains.layer.linear import chain_layers
-from dovetail.checkpoint.load import empty_model
+from dovetail.checkpoint.config import empty_model
 from dovetail.checkpoint.merge import merge
 from dovetail.compression.apply import apply, apply_on_meta
 from dovetail.tasks.tokens import encode

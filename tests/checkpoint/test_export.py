@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 import dovetail
 from dovetail.chains.layer.linear import ChainLinear
-from dovetail.checkpoint.export import FORMATS, export, quantized_layers
+from dovetail.checkpoint.export import export
+from dovetail.checkpoint.export_tensors import quantized_layers
+from dovetail.checkpoint.exportable import FORMATS
 from dovetail.checkpoint.requantize import requantizer
 from dovetail.cli.main import app
 from dovetail.errors import DovetailError, ExportError

@@ -10,7 +10,7 @@ import torch
 
 import format_table
 from dovetail.chains.packing import pack
-from dovetail.checkpoint.export import FORMATS
+from dovetail.checkpoint.exportable import FORMATS
 from dovetail.checkpoint.formats.words import from_words, to_words
 from dovetail.links.quantize.affine import AffineWeight
 from exported import available

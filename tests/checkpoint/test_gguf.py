@@ -17,8 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dovetail
-from dovetail.checkpoint.load import load, load_config, load_tokenizer, resolve
+from dovetail.checkpoint.config import load_config, load_tokenizer
+from dovetail.checkpoint.load import load
 from dovetail.errors import ConversionWarning, LoadError
+from dovetail.models.locate import resolve
 from dovetail.runs.plan import plan
 from families import batch, logits, make
 

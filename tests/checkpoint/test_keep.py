@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import dovetail
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.layer.linear import chain_layers, packed_layers
-from dovetail.checkpoint.load import load, load_config
+from dovetail.checkpoint.config import load_config
+from dovetail.checkpoint.load import load
 from dovetail.errors import ChainError, HistoryWarning, LoadError
 from dovetail.links.quantize.ggml import BLOCK_FORMATS, BlockWeight
 from dovetail.runs.plan import plan
@@ -264,9 +265,9 @@ def test_a_recipe_keeps_the_grid_of_a_file(mixed: Path, tmp_path: Path) -> None:
 def test_names_are_those_of_transformers(mixed: Path, tmp_path: Path) -> None:
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
+    from dovetail.checkpoint.config import empty_model
     from dovetail.checkpoint.formats.gguf.header import read_header
     from dovetail.checkpoint.formats.gguf.names import Names
-    from dovetail.checkpoint.load import empty_model
 
     for family in ARCHITECTURES:
         path = write_gguf(make_plain(family), tmp_path / f"{family}.gguf", family)

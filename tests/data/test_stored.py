@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dovetail.checkpoint.load import load_tokenizer
+from dovetail.checkpoint.config import load_tokenizer
 from dovetail.errors import DataError
 from dovetail.tasks import stored
 from dovetail.tasks.find import load_data

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import dovetail
-from dovetail.checkpoint.load import _check_counts
+from dovetail.checkpoint.config import _check_counts
 from dovetail.errors import DovetailError, LoadError
 from dovetail.runs.plan import plan
 from families import ENCODERS, make

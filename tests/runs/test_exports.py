@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dovetail
-from dovetail.checkpoint.export import FORMATS
+from dovetail.checkpoint.exportable import FORMATS
 from dovetail.errors import ChainError, DovetailError, ExportError, RecipeError
 from dovetail.runs.result import load_result
 from families import make

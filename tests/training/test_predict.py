@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 from dovetail.chains.notation import chain
-from dovetail.checkpoint.load import empty_model
+from dovetail.checkpoint.config import empty_model
 from dovetail.compression.apply import apply_on_meta
 from dovetail.training.optimizer import TrainSettings
 from dovetail.training.peak_memory import PeakMemory

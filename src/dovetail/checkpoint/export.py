@@ -12,7 +12,7 @@ import copy
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,41 +23,32 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dovetail.chains.grid import QuantizedWeight
-from dovetail.chains.layer.applied import applied
-from dovetail.chains.layer.held import grids
-from dovetail.chains.layer.linear import ChainLinear, chain_layers
-from dovetail.checkpoint.formats.awq import AWQ
-from dovetail.checkpoint.formats.bitsandbytes import BitsAndBytes
-from dovetail.checkpoint.formats.compressed_tensors import CompressedTensors
+from dovetail.chains.layer.linear import chain_layers
+from dovetail.checkpoint.export_tensors import layers_for, other_tensors, proved
+from dovetail.checkpoint.exportable import (
+    ADAPTER,
+    FORMATS,
+    GGUF,
+    adapter_kinds,
+    check_format,
+    gguf_source,
+    served_dtype,
+)
 from dovetail.checkpoint.formats.contract import WEIGHTS, Format
 from dovetail.checkpoint.formats.engines import LORA_RANKS, check_engine, command_line
 from dovetail.checkpoint.formats.gguf import checked_header
-from dovetail.checkpoint.formats.gguf.blocks import GGUFBlocks
 from dovetail.checkpoint.formats.gguf.convert import converted
 from dovetail.checkpoint.formats.gguf.new import NewFile
 from dovetail.checkpoint.formats.gguf.write import placed
-from dovetail.checkpoint.formats.gptq import GPTQFormat
-from dovetail.checkpoint.formats.mlx import MLX
-from dovetail.checkpoint.formats.peft.plain_lora import check_plain_lora, export_plain_lora
-from dovetail.checkpoint.formats.peft.write import export_peft, kind_of
+from dovetail.checkpoint.formats.peft.plain_lora import export_plain_lora
+from dovetail.checkpoint.formats.peft.write import export_peft
 from dovetail.checkpoint.load import load
-from dovetail.checkpoint.packed import stored
-from dovetail.checkpoint.requantize import Requantized, relative_error, requantized, requantizer
-from dovetail.errors import ChainError, DovetailError, ExportError
+from dovetail.checkpoint.requantize import Requantized, relative_error
+from dovetail.errors import ExportError
 from dovetail.files import atomic, check_file, check_folder, write_bytes
-from dovetail.links.quantize.ggml import BlockWeight
-from dovetail.models.dtypes import FLOATS
-from dovetail.models.layouts import Layout, layout_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_GGUF = GGUFBlocks()
-_FORMATS = (CompressedTensors(), BitsAndBytes(), GPTQFormat(1), GPTQFormat(2), AWQ(), MLX(), _GGUF)
-FORMATS: Mapping[str, Format] = {each.name: each for each in _FORMATS}
-ADAPTER = "peft"
-"""The format of an adapter beside its base; the others hold whole models."""
-
 
 CARD = "README.md"
 RECORD = "dovetail_export.json"
@@ -122,13 +113,6 @@ class ExportReport:
     error: float | None = None
 
 
-def check_format(name: str) -> None:
-    """Raise ExportError for a name that is no format."""
-    if name not in FORMATS and name != ADAPTER:
-        rule = f"formats: {', '.join([*FORMATS, ADAPTER])}"
-        raise ExportError(f"export to {name[:100]}", found="an unknown format", rule=rule, fix="use one of them")
-
-
 @torch.no_grad()
 def export(
     model: str | Path | PreTrainedModel,
@@ -167,7 +151,7 @@ def export(
     check_format(to)
     check_engine(engine, to)
     if not dry_run:
-        (check_file if to == _GGUF.name else check_folder)(folder)
+        (check_file if to == GGUF.name else check_folder)(folder)
     if to == ADAPTER:
         return _export_adapter(model, folder, engine, dry_run)
     form = FORMATS[to]
@@ -176,17 +160,17 @@ def export(
         path = Path(model)
         run = (path / "report.json").is_file()
         # A packed model has its codes; a stock one's are those nearest to its values.
-        kept = "packed" if to == _GGUF.name and (path / "packed").is_dir() else "model"
+        kept = "packed" if to == GGUF.name and (path / "packed").is_dir() else "model"
         model, tokenizer = load(path / kept if run else model)
-    if form is _GGUF and llama_cpp is not None and like is None:
+    if form is GGUF and llama_cpp is not None and like is None:
         layers, _, _ = layers_for(form, model, torch.float32, requantize)
         with tempfile.TemporaryDirectory() as scratch:
             others = other_tensors(model, layers, None)
             like = converted(Path(llama_cpp), Path(scratch), model, tokenizer, layers, others)
             return _export_gguf(model, tokenizer, folder, engine, like, requantize, dry_run)
-    if form is _GGUF:
+    if form is GGUF:
         return _export_gguf(model, tokenizer, folder, engine, like, requantize, dry_run)
-    served = _served(form, model.dtype if dtype is None else dtype)
+    served = served_dtype(form, model.dtype if dtype is None else dtype)
     layers, outside, anew = layers_for(form, model, served, requantize)
     kinds = {name: form.kind(name, quantized) for name, quantized in layers.items()}
     said = _said(form, layers, anew)
@@ -287,12 +271,12 @@ def _export_gguf(
     dry_run: bool,
 ) -> ExportReport:
     """Write a GGUF file, like another one or of its own."""
-    form, where = _GGUF, f"export to {_GGUF.name}"
+    form, where = GGUF, f"export to {GGUF.name}"
     layers, _, anew = layers_for(form, model, torch.float32, requantize)
     said, error = _said(form, layers, anew), relative_error(anew.values()) if anew else None
     weights = sum(each.weights for each in said.values())
     notes = form.notes(layers, torch.float32) + _anew_notes(anew)
-    source, others = _source(model, like, layers.values()), other_tensors(model, layers, None)
+    source, others = gguf_source(model, like, layers.values()), other_tensors(model, layers, None)
     if source is None:
         file = NewFile.of(model, tokenizer)
         notes += file.notes()
@@ -321,23 +305,6 @@ def _export_gguf(
     return ExportReport(form.name, str(path), "float32", form.decoder, "values", said, weights, 0, nbytes, notes, error)
 
 
-def _source(model: PreTrainedModel, like: str | Path | None, layers: Iterable[QuantizedWeight | None]) -> Path | None:
-    """Return the GGUF file that another one is written like; None: a file of its own.
-
-    Raises ExportError where the file is not there.
-    """
-    note = getattr(model.config, "dovetail", None)
-    if like is None and not any(isinstance(each, BlockWeight) for each in layers):
-        return None
-    source = like or (note.get("source") if isinstance(note, dict) else None)
-    if source is None or not Path(source).is_file():
-        found = "no GGUF file to be like" if source is None else f"no file {source}"
-        rule = "the metadata, the tokenizer and the tensors that are not quantized are copied from a file of the model"
-        fix = "name one with --like FILE (like=), such as the one whose grid the model keeps"
-        raise ExportError(f"export to {_GGUF.name}", found=found, rule=rule, fix=fix)
-    return Path(source)
-
-
 def _runs(engine: str | None, path: Path) -> list[str]:
     if engine == "ollama":
         return [f'write "FROM {path}" into a file Modelfile, then ollama create NAME -f Modelfile']
@@ -356,7 +323,7 @@ def _export_adapter(
     if not layers or any(layer.record is None for layer in layers.values()):
         rule, fix = "the model must be under a chain that is not merged", "export the merged model to another format"
         raise ExportError(where, found="no adapter", rule=rule, fix=fix)
-    kinds, notes, ranks = _adapter_kinds(model, engine), [], {}
+    kinds, notes, ranks = adapter_kinds(model, engine), [], {}
     if engine == "vllm" and not dry_run:
         ranks = export_plain_lora(model, folder)
         rank = next(size for size in LORA_RANKS if size >= max(rank for rank, _ in ranks.values()))
@@ -378,196 +345,3 @@ def _export_adapter(
     else:
         decoder, weights = "none: the parameters are written as they are", 0
     return ExportReport(ADAPTER, str(folder), dtype, decoder, claim, said, weights, 0, nbytes, notes)
-
-
-def _adapter_kinds(model: nn.Module, engine: str | None) -> dict[str, str]:
-    """Return what the adapter of each layer becomes. Raises ChainError where peft, or vLLM, does not read it."""
-    if engine == "vllm":
-        return {name: f"lora, rank {len(a_ri)}" for name, (a_ri, _) in check_plain_lora(model).items()}
-    record = applied(model)
-    return dict.fromkeys(record.layers, f"peft's {kind_of(record).name}")
-
-
-def _served(form: Format, dtype: str | torch.dtype) -> torch.dtype:
-    """Return the dtype that a model is served in. Raises ExportError for one that the format does not have."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in form.dtypes:
-        rule, fix = f"{form.name} is served in one of " + ", ".join(form.dtypes), f"pass dtype={form.dtypes[0]}"
-        raise ExportError(f"export to {form.name}", found=f"dtype={name[:60]}", rule=rule, fix=fix)
-    return FLOATS[name]
-
-
-def check_export(
-    model: PreTrainedModel,
-    to: str,
-    *,
-    tokenizer: Callable[[], PreTrainedTokenizerBase | None],
-    dtype: str | None,
-    engine: str | None,
-    like: str | Path | None,
-) -> None:
-    """Raise ExportError or ChainError where an export after training would be refused for what is known before it.
-
-    model      under the last stage of its chain; its values are not read
-    tokenizer  loads it, where a GGUF file of its own is to be written
-    dtype      that it is to be served in; None: the model's own
-    like       for "gguf", as for `export`
-    """
-    check_format(to)
-    check_engine(engine, to)
-    layers = chain_layers(model)
-    if to == ADAPTER:
-        _adapter_kinds(model, engine)
-        return
-    FORMATS[to].check_package()
-    if to == _GGUF.name:
-        if _source(model, like, (layer.base.quantized for layer in layers.values())) is None:
-            NewFile.of(model, tokenizer())
-    else:
-        _served(FORMATS[to], next(iter(layers.values())).base.dtype if dtype is None else dtype)
-    for name, layer in layers.items():
-        _kind_of_layer(FORMATS[to], name, layer)
-
-
-def fits(to: str, model: nn.Module) -> tuple[dict[str, int], list[str]]:
-    """Return how a format takes the layers of a model under a chain, whose values are not read.
-
-    returns  kind in the format -> number of layers; and for the layers that do not fit, a text for each quantizer
-    errors   ExportError for an unknown format
-    """
-    check_format(to)
-    layers = chain_layers(model)
-    kinds: Counter[str] = Counter()
-    refused: dict[str, DovetailError] = {}
-    if to == ADAPTER:
-        try:
-            kinds.update(_adapter_kinds(model, None).values())
-        except ChainError as error:
-            refused[""] = error
-        layers = {}
-    for name, layer in layers.items():
-        try:
-            kinds[_kind_of_layer(FORMATS[to], name, layer)] += 1
-        except ExportError as error:
-            refused.setdefault("" if layer.base.quantized is None else layer.base.quantized.identity, error)
-    return dict(kinds), [f"{error.where}: {error.found}: {error.rule}. Fix: {error.fix}" for error in refused.values()]
-
-
-def _kind_of_layer(form: Format, name: str, layer: ChainLinear) -> str:
-    if layer.base.quantized is None:
-        raise _no_grid(f"export to {form.name}: {name}")
-    return _kind(form, name, layer.base.quantized, layer.layout)
-
-
-def _kind(form: Format, name: str, quantized: QuantizedWeight, layout: Layout) -> str:
-    if not isinstance(layout, form.layouts):
-        raise form.refused(name, quantized, "the format holds layers of nn.Linear", "exclude the layer from targets")
-    return form.kind(name, quantized)
-
-
-def _no_grid(where: str) -> ExportError:
-    rule = "the layers must be on a grid that a chain put them on"
-    fix = "use a chain with a quantizer, such as int(bits=4, group=32, symmetric=signed, scale_bits=4)"
-    return ExportError(where, found="no quantized layer", rule=rule, fix=fix)
-
-
-def quantized_layers(form: Format, model: PreTrainedModel) -> tuple[dict[str, QuantizedWeight], list[str]]:
-    """Return the quantized layers of a merged model by path, and the paths of its other linear layers.
-
-    Raises ExportError for a model that is not merged or has no grid, and for layers that the format does not hold.
-    """
-    layers, outside, _ = layers_for(form, model, torch.float32, None)
-    return layers, outside
-
-
-def layers_for(
-    form: Format, model: PreTrainedModel, served: torch.dtype, requantize: str | None
-) -> tuple[dict[str, QuantizedWeight], list[str], dict[str, Requantized]]:
-    """Return the same as `quantized_layers`, and the layers that were quantized anew because they did not fit.
-
-    requantize  as for `export`
-    """
-    link = None if requantize is None else requantizer(requantize)
-    where = f"export to {form.name}"
-    found, packed = {}, chain_layers(model)
-    if any(layer.record is not None for layer in packed.values()):
-        rule, fix = "the chain must be merged first", "call dovetail.merge(model, packed=True)"
-        raise ExportError(where, found="a chain that is not merged", rule=rule, fix=fix)
-    for name, layer in packed.items():
-        if layer.base.quantized is not None:
-            found[name] = (layer.base.quantized, layer.layout)
-    for name, grid in grids(model).items():
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            rule, fix = "experts that share one tensor have no layer of their own there", "exclude them from targets"
-            raise ExportError(f"{where}: {name}", found="a layer in a fused module", rule=rule, fix=fix) from None
-        layout = layout_of(name, module)
-        found[name] = (grid.encode(name, layout.matrix(module.get_parameter("weight").detach())), layout)
-    if not found:
-        raise _no_grid(where)
-    layers, anew = {}, {}
-    for name, (quantized, layout) in found.items():
-        try:
-            _kind(form, name, quantized, layout)
-            if link is not None:
-                form.encode(quantized, served)  # raises where the values do not fit
-            layers[name] = quantized
-        except ExportError:
-            if link is None:
-                raise
-            anew[name] = requantized(f"export to {form.name}: {name}", quantized, link)
-            layers[name] = anew[name].quantized
-            _kind(form, name, layers[name], layout)
-    linear = (nn.Linear, ChainLinear)
-    outside = [name for name, m in model.named_modules() if isinstance(m, linear) and name not in layers]
-    return layers, outside, anew
-
-
-def proved(form: Format, name: str, quantized: QuantizedWeight, served: torch.dtype) -> tuple[dict[str, Tensor], int]:
-    """Return the tensors of a layer, decoded by the owner as ours, and the number of values that differ when served."""
-    encoded = form.encode(quantized, served)
-    wide = form.decode(encoded, quantized, torch.float32)
-    wrong = wide.numel() - int((wide == quantized.dequantize(torch.empty_like(wide))).sum())
-    if wrong:
-        raise ExportError(
-            f"export to {form.name}: {name}",
-            found=f"{wrong:,} of {wide.numel():,} weights that {form.decoder} decodes to other values",
-            rule="the format's own decoder must give the same values",
-            fix="report it, with the versions of dovetail and of the format's package",
-        )
-    values = form.decode(encoded, quantized, served)
-    _check_finite(f"export to {form.name}", name, values, served)
-    differing = values.numel() - int((values == quantized.dequantize(torch.empty_like(values))).sum())
-    return encoded, differing
-
-
-def other_tensors(
-    model: PreTrainedModel, layers: Mapping[str, QuantizedWeight], served: torch.dtype | None
-) -> dict[str, Tensor]:
-    """Return the tensors that are not quantized, by name, in the served dtype or as they are; tied ones once."""
-
-    def found() -> Iterator[tuple[str, Tensor]]:
-        for names, tensor in stored(model):
-            owner, _, leaf = names[0].rpartition(".")
-            layer, _, part = names[0].partition(".base.")
-            if (layer in layers and part) or (owner in layers and leaf == "weight"):
-                continue
-            name = f"{layer}.weight" if part == "dense" else names[0]
-            detached = tensor.detach().cpu()
-            if served is not None and detached.is_floating_point() and detached.dtype != served:
-                narrow = detached.to(served)
-                if bool(detached.isfinite().all()):
-                    _check_finite("export", name, narrow, served)
-                detached = narrow
-            yield name, detached
-
-    return dict(found())
-
-
-def _check_finite(to: str, name: str, values: Tensor, served: torch.dtype) -> None:
-    """Raise ExportError for values that are too large for the served dtype."""
-    if over := values.numel() - int(values.isfinite().sum()):
-        shown = str(served).removeprefix("torch.")
-        rule, fix = f"values must be finite in {shown}", "pass another dtype, such as bfloat16 or float32"
-        raise ExportError(f"{to}: {name}", found=f"{over:,} of {values.numel():,} values", rule=rule, fix=fix)

@@ -17,7 +17,8 @@ import torch
 from dovetail.chains.assignment import Layers, assign
 from dovetail.chains.layer.applied import Inputs
 from dovetail.chains.link import Chain, Link
-from dovetail.checkpoint.load import empty_model, held_in, load, load_config
+from dovetail.checkpoint.config import empty_model, held_in, load_config
+from dovetail.checkpoint.load import load
 from dovetail.checkpoint.merge import MergeReport, merge
 from dovetail.checkpoint.packed import PackedSize, save_packed
 from dovetail.compression.apply import apply, apply_on_meta

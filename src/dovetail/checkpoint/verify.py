@@ -24,7 +24,9 @@ from transformers import PreTrainedModel
 
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.layer.linear import chain_layers
-from dovetail.checkpoint.export import FORMATS, RECORD, ExportRecord, layers_for, other_tensors
+from dovetail.checkpoint.export import RECORD, ExportRecord
+from dovetail.checkpoint.export_tensors import layers_for, other_tensors
+from dovetail.checkpoint.exportable import FORMATS
 from dovetail.checkpoint.formats.contract import WEIGHTS, Format
 from dovetail.checkpoint.formats.gguf import checked_header
 from dovetail.checkpoint.formats.gguf.blocks import GGUFBlocks

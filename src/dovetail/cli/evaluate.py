@@ -72,7 +72,7 @@ def evaluate(
     quiet()
     import torch
 
-    from dovetail.checkpoint.load import best_device
+    from dovetail.checkpoint.config import best_device
     from dovetail.cli.tables import print_samples, print_scores
     from dovetail.runs.report.record import Example, finite
     from dovetail.runs.result import load_result

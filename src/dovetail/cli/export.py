@@ -67,8 +67,8 @@ def export(
     quiet()
     from dataclasses import asdict
 
-    from dovetail.checkpoint.export import ADAPTER
     from dovetail.checkpoint.export import export as write
+    from dovetail.checkpoint.exportable import ADAPTER
     from dovetail.files import writing
     from dovetail.runs.result import load_result
 

@@ -110,7 +110,7 @@ def chat(
     quiet()
     import torch
 
-    from dovetail.checkpoint.load import best_device
+    from dovetail.checkpoint.config import best_device
     from dovetail.runs.chat import Chat
     from dovetail.runs.result import load_result
 

@@ -121,7 +121,7 @@ def _scale(text: str) -> Any:
 
 def _advise(base: str | None, density: float) -> None:
     """Advise a sweep on standard error, unless alpha 1 suffices (ComPEFT §4.2)."""
-    from dovetail.checkpoint.load import empty_model, load_config
+    from dovetail.checkpoint.config import empty_model, load_config
     from dovetail.experts import default_alpha
 
     count = 0 if base is None else sum(p.numel() for p in empty_model(load_config(base)).parameters())

@@ -144,7 +144,7 @@ def apply_on_meta(
 ) -> nn.Module:
     """Put a chain in one of its stages on a model without storage, in place: every check, no computation.
 
-    model   on the meta device, such as `dovetail.checkpoint.load.empty_model` returns
+    model   on the meta device, such as `dovetail.checkpoint.config.empty_model` returns
     errors  those that `apply` raises before it changes anything
     """
     with torch.device("meta"):

@@ -23,8 +23,8 @@ from dovetail.chains.layer.applied import carries_chain
 from dovetail.chains.layer.elastic import load_ranks
 from dovetail.chains.layer.held import held
 from dovetail.checkpoint.adapter import Before, put_chain, save_adapter
+from dovetail.checkpoint.config import load_tokenizer
 from dovetail.checkpoint.formats.peft.write import write_adapter
-from dovetail.checkpoint.load import load_tokenizer
 from dovetail.errors import ChainError, LoadError
 from dovetail.experts.expert import Expert
 from dovetail.experts.live.activate import borrowed, put

@@ -15,8 +15,8 @@ from dovetail import processes
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.link import Link
 from dovetail.checkpoint.adapter import save_adapter
+from dovetail.checkpoint.config import auto_class, best_device
 from dovetail.checkpoint.footprint import footprint
-from dovetail.checkpoint.load import HEAD_KINDS, auto_class, best_device
 from dovetail.checkpoint.merge import merge, to_stock
 from dovetail.compression.apply import apply
 from dovetail.errors import RecipeError
@@ -31,7 +31,7 @@ from dovetail.runs.report.record import Losses, Merge, Report, Row, TaskInfo, en
 from dovetail.runs.report.summary import verdict
 from dovetail.runs.rows import Rows, row_names
 from dovetail.runs.shared import SharedBases, SharedScores, scoring_identity
-from dovetail.tasks.task import Task
+from dovetail.tasks.task import HEAD_KINDS, Task
 from dovetail.training.optimizer import trained_parts
 from dovetail.training.settings import check_environment, check_processes
 from dovetail.training.train import train

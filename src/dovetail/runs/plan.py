@@ -24,16 +24,16 @@ from dovetail.chains.layer.held import held
 from dovetail.chains.link import Chain, Link
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import CheckedChain
-from dovetail.checkpoint.export import check_format, fits
+from dovetail.checkpoint.config import best_device, empty_model, grid_of, held_in, load_config, load_tokenizer
+from dovetail.checkpoint.exportable import check_format, fits
 from dovetail.checkpoint.footprint import count_weights, stored_nbytes, weight_nbytes
-from dovetail.checkpoint.load import HEAD_KINDS, best_device, empty_model, grid_of, held_in, load_config, load_tokenizer
 from dovetail.compression.apply import apply_on_meta
 from dovetail.compression.blocks import unreached
 from dovetail.errors import CannotMerge, ChainError, DovetailError, LoadError
 from dovetail.runs.fit import Setting, cheapest_change, parse_size
 from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.packing import PackedRows, check_kind
-from dovetail.tasks.task import Task
+from dovetail.tasks.task import HEAD_KINDS, Task
 from dovetail.tasks.tokens import Collator, RowMaker
 from dovetail.tasks.vocabulary import pad_id, vocabulary_of
 from dovetail.training.optimizer import TrainSettings, cast_frozen, cast_heads, check_checkpointing, trained_parts

@@ -23,8 +23,8 @@ import yaml
 
 from dovetail.chains.assignment import assign
 from dovetail.chains.layer.held import held
+from dovetail.checkpoint.config import best_device, empty_model, load_config, load_tokenizer
 from dovetail.checkpoint.footprint import count_weights
-from dovetail.checkpoint.load import best_device, empty_model, load_config, load_tokenizer
 from dovetail.display.format import percent, size
 from dovetail.errors import DataError, DovetailError
 from dovetail.files import check_file, refusal, write_bytes

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dovetail.checkpoint.adapter import load_adapter
+from dovetail.checkpoint.config import grid_of
 from dovetail.checkpoint.formats.peft import import_peft
-from dovetail.checkpoint.load import grid_of, load
+from dovetail.checkpoint.load import load
 from dovetail.errors import LoadError
 from dovetail.files import read_json
 from dovetail.runs.folder import ADAPTER, MODEL, RECIPE

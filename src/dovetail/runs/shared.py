@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dovetail.chains.assignment import assign
 from dovetail.chains.layer.fingerprint import packed_fingerprint
-from dovetail.checkpoint.load import grid_of, held_in
+from dovetail.checkpoint.config import grid_of, held_in
 from dovetail.compression.apply import quantized_state
 from dovetail.files import atomic, open_tensors, read_json, write_whole
 from dovetail.runs.recipe import Recipe

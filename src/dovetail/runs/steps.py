@@ -15,9 +15,11 @@ from dovetail.chains.assignment import assign
 from dovetail.chains.check import check_merge
 from dovetail.chains.layer.elastic import set_ranks
 from dovetail.chains.stages import CheckedChain
-from dovetail.checkpoint.export import ADAPTER as ADAPTER_FORMAT
-from dovetail.checkpoint.export import check_export, export
-from dovetail.checkpoint.load import HEAD_KINDS, empty_model, grid_of, held_in, load, load_config, load_tokenizer
+from dovetail.checkpoint.config import empty_model, grid_of, held_in, load_config, load_tokenizer
+from dovetail.checkpoint.export import export
+from dovetail.checkpoint.exportable import ADAPTER as ADAPTER_FORMAT
+from dovetail.checkpoint.exportable import check_export
+from dovetail.checkpoint.load import load
 from dovetail.checkpoint.merge import logit_difference, to_stock
 from dovetail.checkpoint.packed import save_packed
 from dovetail.compression.apply import apply_on_meta
@@ -32,7 +34,7 @@ from dovetail.tasks.find import load_task, number_of_labels
 from dovetail.tasks.labels import name_labels
 from dovetail.tasks.lengths import length_limit
 from dovetail.tasks.packing import check_packing
-from dovetail.tasks.task import Task
+from dovetail.tasks.task import HEAD_KINDS, Task
 from dovetail.tasks.vocabulary import vocabulary_of
 from dovetail.training.identity import batches_identity, model_identity, records_identity, tokenizer_identity
 from dovetail.training.optimizer import check_checkpointing

@@ -23,8 +23,8 @@ from dovetail.chains.layer.linear import adapter_dtype
 from dovetail.chains.link import Adapter, Chain, Quantizer, arguments, format_value, with_arguments
 from dovetail.chains.notation import chain
 from dovetail.chains.stages import CheckedChain
+from dovetail.checkpoint.config import grid_of, held_in
 from dovetail.checkpoint.footprint import stored_nbytes
-from dovetail.checkpoint.load import grid_of, held_in
 from dovetail.compression.apply import apply_on_meta
 from dovetail.errors import ChainError, SearchError
 from dovetail.models.targets import find_targets, matches

@@ -35,8 +35,8 @@ from dovetail.chains.layer.applied import applied
 from dovetail.chains.layer.linear import adapter_dtype
 from dovetail.chains.link import Adapter, Chain, Constraint, Link
 from dovetail.chains.notation import chain
+from dovetail.checkpoint.config import best_device, grid_of, held_in
 from dovetail.checkpoint.footprint import footprint, stored_nbytes, weight_nbytes
-from dovetail.checkpoint.load import best_device, grid_of, held_in
 from dovetail.compression.apply import apply, apply_on_meta
 from dovetail.display.format import format_score, metric_name
 from dovetail.display.html import html_table, section

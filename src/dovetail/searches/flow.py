@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from dovetail import processes
-from dovetail.checkpoint.load import best_device
+from dovetail.checkpoint.config import best_device
 from dovetail.errors import DovetailError, OutputError, RecipeError, SearchError
 from dovetail.files import check_folder, on_full_disk, only_writer, write_whole, writing
 from dovetail.progress import Bar, note

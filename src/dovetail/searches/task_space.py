@@ -7,7 +7,7 @@ from math import ceil
 from random import Random
 from typing import TYPE_CHECKING
 
-from dovetail.checkpoint.load import empty_model, grid_of, load_config
+from dovetail.checkpoint.config import empty_model, grid_of, load_config
 from dovetail.errors import SearchError
 from dovetail.runs.plan import plan
 from dovetail.runs.recipe import Recipe

@@ -32,8 +32,8 @@ from dovetail.chains.layer.base import Base
 from dovetail.chains.layer.held import held
 from dovetail.chains.link import Adapter, Chain, Link, Pruner, Quantizer, arguments
 from dovetail.chains.statistics import InputStatistics
+from dovetail.checkpoint.config import best_device
 from dovetail.checkpoint.footprint import Footprint, footprint
-from dovetail.checkpoint.load import best_device
 from dovetail.compression.apply import freeze, start_links
 from dovetail.compression.blocks import calibrate_blocks
 from dovetail.compression.compress import allocated, refuse_bad_weights

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dovetail.checkpoint.load import HEAD_KINDS
 from dovetail.errors import CannotMerge, ChainError, RecipeError
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.rows import row_names
@@ -20,7 +19,7 @@ from dovetail.runs.steps import check_layers, checked_chain, legal_chain
 from dovetail.studies.axes import Value, fill, fits, labelled, put
 from dovetail.studies.spec import Row, Study, parse_row
 from dovetail.tasks.find import load_task, number_of_labels
-from dovetail.tasks.task import Task
+from dovetail.tasks.task import HEAD_KINDS, Task
 
 _OF_THE_BASE = ("model", "dtype", "trust_remote_code", "data", "evaluate", "seed")
 """The keys of a recipe that the scores of its base depend on."""

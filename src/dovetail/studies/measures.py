@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dovetail.chains.layer.applied import applied
+from dovetail.checkpoint.config import empty_model, grid_of, load_config
 from dovetail.checkpoint.footprint import count_weights, stored_nbytes
-from dovetail.checkpoint.load import empty_model, grid_of, load_config
 from dovetail.compression.apply import apply_on_meta
 from dovetail.files import read_json, write_whole
 from dovetail.runs.folder import ADAPTER

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dovetail import processes
-from dovetail.checkpoint.load import grid_of
+from dovetail.checkpoint.config import grid_of
 from dovetail.errors import DovetailError, InUse, RecipeError
 from dovetail.files import check_folder, only_writer
 from dovetail.progress import note

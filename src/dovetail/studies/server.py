@@ -126,7 +126,7 @@ def _end_with(lifeline: int) -> None:
 
 def _preload(cell: Job) -> None:
     """Import what a cell needs, and make the records of a task of the playground, which stay for the next cells."""
-    from dovetail.checkpoint.load import empty_model, load_config
+    from dovetail.checkpoint.config import empty_model, load_config
     from dovetail.tasks.find import load_task
 
     if not FORKS:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from dovetail.chains.link import Quantizer, arguments
 from dovetail.chains.notation import chain
 from dovetail.checkpoint.adapter import load_adapter
-from dovetail.checkpoint.load import grid_of
+from dovetail.checkpoint.config import grid_of
 from dovetail.checkpoint.merge import MergeReport, merge
 from dovetail.errors import CannotMerge
 from dovetail.files import read_json, write_whole

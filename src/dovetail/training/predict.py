@@ -40,7 +40,7 @@ def predict_peak_memory(
 
     With keep_weights=auto, it is the one with kept weights where these fit into the free memory of this machine.
 
-    model     on the device "meta" (`dovetail.checkpoint.load.empty_model`), with its chain; it is unchanged
+    model     on the device "meta" (`dovetail.checkpoint.config.empty_model`), with its chain; it is unchanged
     batch     the widest batch of the run: only its shapes count
     settings  of the training
     returns   0 for a model that trains nothing; else what `simulate` returns, without running all of a model's equal
