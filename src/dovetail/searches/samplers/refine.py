@@ -22,6 +22,7 @@ from a Gaussian process of its own (Gardner et al. 2014); while no trial is feas
 
 from __future__ import annotations
 
+import itertools
 import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -197,19 +198,24 @@ def expected_improvement(mean_n: Array, deviation_n: Array, best: float) -> Arra
 
 def _predict(x_nf: Array, y_n: Array, x_cf: Array) -> tuple[Array, Array]:
     """Return mean and standard deviation of a Gaussian process at the candidates (QR-Adaptor, eq. 7), each (c,)."""
+    from scipy.linalg import cholesky, solve_triangular
+    from scipy.spatial.distance import pdist, squareform
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import RBF
 
-    def fit(length: float, noise: float) -> GaussianProcessRegressor:
-        process = GaussianProcessRegressor(RBF(length), alpha=noise, normalize_y=True)
-        return process.set_params(optimizer=None).fit(x_nf, y_n)
+    deviation = y_n.std()
+    z_n = (y_n - y_n.mean()) / (deviation if deviation > 0 else 1)
+    distance_nn, identity_nn = squareform(pdist(x_nf, "sqeuclidean")), np.eye(len(x_nf))
 
-    likelihoods = {}
-    for noise in _NOISES:
-        process = fit(1.0, noise)
-        for length in _LENGTHS:
-            likelihoods[length, noise] = process.log_marginal_likelihood(np.log([length]), clone_kernel=False)
-    mean_c, deviation_c = fit(*max(likelihoods, key=likelihoods.__getitem__)).predict(x_cf, return_std=True)
+    def log_likelihood(noise: float, length: float) -> float:
+        # GaussianProcessRegressor gives the same number, in 20 times the time for tens of trials.
+        factor_nn = cholesky(np.exp(-distance_nn / (2 * length**2)) + noise * identity_nn, lower=True)
+        white_n = solve_triangular(factor_nn, z_n, lower=True)
+        return float(-white_n @ white_n / 2 - np.log(np.diag(factor_nn)).sum())
+
+    noise, length = max(itertools.product(_NOISES, _LENGTHS), key=lambda each: log_likelihood(*each))
+    process = GaussianProcessRegressor(RBF(length), alpha=noise, normalize_y=True, optimizer=None).fit(x_nf, y_n)
+    mean_c, deviation_c = process.predict(x_cf, return_std=True)
     return mean_c, np.maximum(deviation_c, 1e-12)
 
 
