@@ -86,6 +86,7 @@ def test_bytes_survive(form: BlockFormat) -> None:
     assert one.nbytes == blocks.nbytes == ROWS * COLUMNS // form.block * form.nbytes
     assert torch.equal(one.block_bytes(), blocks.view(ROWS, -1))
     assert torch.equal(one.block_bytes(slice(2, 5)), blocks.view(ROWS, -1)[2:5])
+    assert torch.equal(one.rows(2, 5).block_bytes(), blocks.view(ROWS, -1)[2:5])
     codes, _ = one.codes_of(0, ROWS)
     assert int(codes.max()) == 2**form.bits - 1
     assert torch.equal(one.with_codes(codes).block_bytes(), blocks.view(ROWS, -1))

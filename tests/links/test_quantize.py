@@ -678,6 +678,15 @@ def test_not_a_matrix():
 
 
 @each_quantizer
+def test_rows_are_the_same_codes_and_values(quantizer: Quantizer):
+    whole = quantizer.quantize(a_weight())
+    part = whole.rows(4, 18)
+    assert part.shape == (14, SHAPE[1])
+    assert torch.equal(values(part), values(whole)[4:18])
+    assert torch.equal(part.codes_of(0, 14)[0], whole.codes_of(4, 18)[0])
+
+
+@each_quantizer
 def test_inside_ends_half_a_step_beyond_the_range(quantizer: Quantizer):
     """Against all values of the grid; row 1 is zero: a block without a scale holds nothing but zero."""
     weight = quantizer.quantize(a_weight())

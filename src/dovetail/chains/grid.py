@@ -213,6 +213,10 @@ class QuantizedWeight(nn.Module, ABC):
             count += (nearest.to(wanted.dtype) != wanted).sum()
         return int(count)
 
+    def rows(self, start: int, stop: int) -> Self:
+        """Return weight rows [start, stop) with the same codes and values; both must be ends of blocks."""
+        raise NotImplementedError(f"the grid of {self.identity} cannot be cut")
+
     def moved(self, factor_b: Tensor | None = None, offset_b: Tensor | None = None) -> Self:
         """Return a grid with the same codes, whose blocks are scaled or shifted; its numbers are rounded as stored.
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.layer.linear import chain_layers
-from dovetail.checkpoint.export_tensors import layers_for, other_tensors, proved
+from dovetail.checkpoint.export_tensors import folder_tensors, layers_for, other_tensors, proved
 from dovetail.checkpoint.exportable import (
     ADAPTER,
     FORMATS,
@@ -165,7 +165,7 @@ def export(
     if form is GGUF and llama_cpp is not None and like is None:
         layers, _, _ = layers_for(form, model, torch.float32, requantize)
         with tempfile.TemporaryDirectory() as scratch:
-            others = other_tensors(model, layers, None)
+            others = folder_tensors(model, None)
             like = converted(Path(llama_cpp), Path(scratch), model, tokenizer, layers, others)
             return _export_gguf(model, tokenizer, folder, engine, like, requantize, dry_run)
     if form is GGUF:
@@ -180,7 +180,7 @@ def export(
     weights = sum(each.weights for each in said.values())
     if dry_run:
         return ExportReport(to, str(folder), shown, form.decoder, "fits", said, weights, 0, 0, notes, error)
-    tensors = other_tensors(model, layers, served)
+    tensors = folder_tensors(model, served)
     for name, quantized in layers.items():
         encoded, differing = proved(form, name, quantized, served)
         said[name] = replace(said[name], differing=differing)
@@ -276,7 +276,7 @@ def _export_gguf(
     said, error = _said(form, layers, anew), relative_error(anew.values()) if anew else None
     weights = sum(each.weights for each in said.values())
     notes = form.notes(layers, torch.float32) + _anew_notes(anew)
-    source, others = gguf_source(model, like, layers.values()), other_tensors(model, layers, None)
+    source, others = gguf_source(model, like, layers.values()), other_tensors(model, None)
     if source is None:
         file = NewFile.of(model, tokenizer)
         notes += file.notes()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,9 +11,18 @@ from torch import Tensor, nn
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.layer.held import grids
 from dovetail.chains.layer.linear import ChainLinear, chain_layers
-from dovetail.checkpoint.exportable import kind_in, no_grid
+from dovetail.checkpoint.exportable import check_modules, kind_in, no_grid
 from dovetail.checkpoint.formats.contract import Format
 from dovetail.checkpoint.packed import stored
+from dovetail.checkpoint.published import (
+    Part,
+    published,
+    published_parts,
+    published_paths,
+    quantized_experts,
+    quantized_paths,
+    router_paths,
+)
 from dovetail.checkpoint.requantize import Requantized, requantized, requantizer
 from dovetail.errors import ExportError
 from dovetail.models.layouts import layout_of
@@ -47,20 +56,25 @@ def layers_for(
     for name, layer in packed.items():
         if layer.base.quantized is not None:
             found[name] = (layer.base.quantized, layer.layout)
+    experts = quantized_experts(model)
     for name, grid in grids(model).items():
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            rule, fix = "experts that share one tensor have no layer of their own there", "exclude them from targets"
-            raise ExportError(f"{where}: {name}", found="a layer in a fused module", rule=rule, fix=fix) from None
+        path, owned = name, model
+        if (owner := name.rsplit(".", 2)[0]) in experts:
+            path, owned = name.removeprefix(f"{owner}."), experts[owner]
+        module = owned.get_submodule(path)
         layout = layout_of(name, module)
         found[name] = (grid.encode(name, layout.matrix(module.get_parameter("weight").detach())), layout)
     if not found:
         raise no_grid(where)
     layers, anew = {}, {}
-    for name, (quantized, layout) in found.items():
+    parts = published_parts(model)
+    for name, part in parts.items():
+        quantized, layout = found[part.layer]
+        quantized = _cut(form, name, quantized, part)
         try:
             kind_in(form, name, quantized, layout)
+            if part.experts is not None:
+                form.check_experts(name, [quantized])
             if link is not None:
                 form.encode(quantized, served)  # raises where the values do not fit
             layers[name] = quantized
@@ -70,9 +84,29 @@ def layers_for(
             anew[name] = requantized(f"export to {form.name}: {name}", quantized, link)
             layers[name] = anew[name].quantized
             kind_in(form, name, layers[name], layout)
+    check_modules(form, parts, layers)
     linear = (nn.Linear, ChainLinear)
-    outside = [name for name, m in model.named_modules() if isinstance(m, linear) and name not in layers]
+    outside = [name for name, m in model.named_modules() if isinstance(m, linear) and name not in found]
+    if experts:
+        outside = list(dict.fromkeys([*outside, *router_paths(model)]))
+        # Engines look for the names of the checkpoint, and transformers for its own.
+        outside = list(dict.fromkeys([*outside, *published_paths(model, outside)]))
     return layers, outside, anew
+
+
+def _cut(form: Format, name: str, quantized: QuantizedWeight, part: Part) -> QuantizedWeight:
+    """Return the rows of a layer that one of the checkpoint has. Raises ExportError for a grid without such rows."""
+    o, i = quantized.shape
+    start, stop = part.rows.start, part.rows.stop
+    if (start, stop) == (0, o):
+        return quantized
+    try:
+        if start * i % quantized.block == 0 and (stop * i % quantized.block == 0 or stop == o):
+            return quantized.rows(start, stop)
+    except NotImplementedError:
+        pass
+    rule = f"rows {start} to {stop} of the layer must be whole blocks of its grid"
+    raise form.refused(name, quantized, rule, "use a group that divides the inputs of the layer")
 
 
 def proved(form: Format, name: str, quantized: QuantizedWeight, served: torch.dtype) -> tuple[dict[str, Tensor], int]:
@@ -93,16 +127,16 @@ def proved(form: Format, name: str, quantized: QuantizedWeight, served: torch.dt
     return encoded, differing
 
 
-def other_tensors(
-    model: PreTrainedModel, layers: Mapping[str, QuantizedWeight], served: torch.dtype | None
-) -> dict[str, Tensor]:
+def other_tensors(model: PreTrainedModel, served: torch.dtype | None) -> dict[str, Tensor]:
     """Return the tensors that are not quantized, by name, in the served dtype or as they are; tied ones once."""
+    layers = quantized_paths(model)
+    fused = {name.rpartition(".")[0] for name in layers}
 
     def found() -> Iterator[tuple[str, Tensor]]:
         for names, tensor in stored(model):
             owner, _, leaf = names[0].rpartition(".")
             layer, _, part = names[0].partition(".base.")
-            if (layer in layers and part) or (owner in layers and leaf == "weight"):
+            if (layer in layers and part) or (owner in layers and leaf == "weight") or names[0] in fused:
                 continue
             name = f"{layer}.weight" if part == "dense" else names[0]
             detached = tensor.detach().cpu()
@@ -114,6 +148,12 @@ def other_tensors(
             yield name, detached
 
     return dict(found())
+
+
+def folder_tensors(model: PreTrainedModel, served: torch.dtype | None) -> dict[str, Tensor]:
+    """Return `other_tensors` as a folder has them: beside quantized MoE experts, by the names of the checkpoint."""
+    found = other_tensors(model, served)
+    return published(model, found) if quantized_experts(model) else found
 
 
 def _check_finite(to: str, name: str, values: Tensor, served: torch.dtype) -> None:

@@ -24,9 +24,11 @@ from dovetail.checkpoint.formats.gptq import GPTQFormat
 from dovetail.checkpoint.formats.mlx import MLX
 from dovetail.checkpoint.formats.peft.plain_lora import check_plain_lora
 from dovetail.checkpoint.formats.peft.write import kind_of
+from dovetail.checkpoint.published import Part, published_parts
 from dovetail.errors import ChainError, DovetailError, ExportError
 from dovetail.links.quantize.ggml import BlockWeight
 from dovetail.models.dtypes import FLOATS
+from dovetail.models.experts import Experts, expert_layers
 from dovetail.models.layouts import Layout
 
 if TYPE_CHECKING:
@@ -76,6 +78,7 @@ def check_export(
         served_dtype(FORMATS[to], next(iter(layers.values())).base.dtype if dtype is None else dtype)
     for name, layer in layers.items():
         _kind_of_layer(FORMATS[to], name, layer)
+    _check_experts(FORMATS[to], model, {name: layer.base.quantized for name, layer in layers.items()})
 
 
 def fits(to: str, model: nn.Module) -> tuple[dict[str, int], list[str]]:
@@ -99,6 +102,12 @@ def fits(to: str, model: nn.Module) -> tuple[dict[str, int], list[str]]:
             kinds[_kind_of_layer(FORMATS[to], name, layer)] += 1
         except ExportError as error:
             refused.setdefault("" if layer.base.quantized is None else layer.base.quantized.identity, error)
+    if layers and not refused:
+        try:
+            _check_experts(FORMATS[to], model, {name: layer.base.quantized for name, layer in layers.items()})
+        except ExportError as error:
+            own = layers.keys() - expert_layers(model).keys()
+            kinds, refused[""] = Counter(_kind_of_layer(FORMATS[to], name, layers[name]) for name in own), error
     return dict(kinds), [f"{error.where}: {error.found}: {error.rule}. Fix: {error.fix}" for error in refused.values()]
 
 
@@ -156,3 +165,22 @@ def no_grid(where: str) -> ExportError:
     rule = "the layers must be on a grid that a chain put them on"
     fix = "use a chain with a quantizer, such as int(bits=4, group=32, symmetric=signed, scale_bits=4)"
     return ExportError(where, found="no quantized layer", rule=rule, fix=fix)
+
+
+def _check_experts(form: Format, model: nn.Module, found: Mapping[str, QuantizedWeight | None]) -> None:
+    """Raise ExportError where the format does not hold the MoE experts of a model under a chain, by their grids."""
+    if not any(isinstance(module, Experts) for module in model.modules()):
+        return
+    parts = published_parts(model)
+    grids_found = {name: quantized for name, part in parts.items() if (quantized := found[part.layer]) is not None}
+    check_modules(form, parts, grids_found)
+
+
+def check_modules(form: Format, parts: Mapping[str, Part], layers: Mapping[str, QuantizedWeight]) -> None:
+    """Raise ExportError where the format does not hold the grids that the experts of a module have together."""
+    modules: dict[str, list[QuantizedWeight]] = {}
+    for name, part in parts.items():
+        if part.experts is not None:
+            modules.setdefault(part.experts, []).append(layers[name])
+    for path, held in modules.items():
+        form.check_experts(path, held)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.layer.linear import chain_layers
 from dovetail.checkpoint.export import RECORD, ExportRecord
-from dovetail.checkpoint.export_tensors import layers_for, other_tensors
+from dovetail.checkpoint.export_tensors import folder_tensors, layers_for, other_tensors
 from dovetail.checkpoint.exportable import FORMATS
 from dovetail.checkpoint.formats.contract import WEIGHTS, Format
 from dovetail.checkpoint.formats.gguf import checked_header
@@ -108,7 +108,7 @@ def verify(folder: str | Path, against: str | Path | PreTrainedModel, *, requant
     if isinstance(form, GGUFBlocks):
         written = _in_file(form, path, model, layers)
     else:
-        others, expected = form.others(path, layers), other_tensors(model, layers, served)
+        others, expected = form.others(path, layers), folder_tensors(model, served)
         apart = [name for name in others.keys() | expected if not _equal_one(others.get(name), expected.get(name))]
         written = _Written(partial(form.written, path), sorted(apart), path, form.stock_arguments(layers))
     codes, values = _decoded(form, written, layers, served, record.claim)
@@ -148,12 +148,13 @@ def _in_file(form: GGUFBlocks, path: Path, model: PreTrainedModel, layers: Mappi
         place, kind = places.layers[name], form.form(name, layers[name])
         if header.types[place.name] != kind.number:
             return {}
-        rows = torch.from_numpy(read_bytes(header, place.name)).view(layers[name].shape[0], -1)
+        o = layers[name].shape[0]
+        rows = torch.from_numpy(read_bytes(header, place.name, range(place.first, place.first + o))).view(o, -1)
         return {"weight": rows if place.rows is None else rows[place.rows]}
 
     apart = []
     try:
-        places.check_others(form, other_tensors(model, layers, None))
+        places.check_others(form, other_tensors(model, None))
     except ExportError as error:
         apart.append(f"{error.where.rpartition(' ')[2]}: {error.found}")
     return _Written(layer, apart, path.parent, {"gguf_file": path.name})
@@ -229,7 +230,7 @@ def _logits(
     auto: Any = type(model)
     with tempfile.TemporaryDirectory() as scratch:
         dense = {f"{name}.weight": q.dequantize(torch.empty(q.shape, dtype=served)) for name, q in layers.items()}
-        save_file(other_tensors(model, layers, served) | dense, Path(scratch) / WEIGHTS, {"format": "pt"})
+        save_file(folder_tensors(model, served) | dense, Path(scratch) / WEIGHTS, {"format": "pt"})
         config: Any = type(model.config).from_dict(model.config.to_dict())
         config.dtype, config.architectures = served, [auto.__name__]
         for key in ("quantization_config", "dovetail"):

@@ -267,7 +267,7 @@ class Base(nn.Module):
             self.start = start.to(self.device)
 
     def place(self, quantizer: Quantizer | None, state: Mapping[str, Tensor]) -> None:
-        """Take the tensors of a base's `state_dict`, and its `start`, which are not copied, on the grid of `quantizer`."""
+        """Take the tensors of a base's `state_dict` and its `start`, uncopied, on the grid of `quantizer`."""
         if quantizer is not None:
             with torch.device("meta"):
                 self.set_quantized(quantizer.empty(self.shape))

@@ -51,6 +51,9 @@ class AWQ(GPTQModelFormat):
             raise self.refused(where, quantized, "groups must be whole ones of 32, 64 or 128", fix)
         return f"int4, groups of {_group(affine)}"
 
+    def check_experts(self, where: str, grids: Sequence[QuantizedWeight]) -> None:
+        self.one_grid(where, grids)
+
     def encode(self, quantized: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         assert isinstance(quantized, AffineWeight)
         scale_og, zero_og = self.scales_and_zeros(quantized, _group(quantized))

@@ -13,6 +13,7 @@ ours where a scale has at most 8 significant bits (`scale_bits`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,12 @@ class CompressedTensors(Format):
         groups = "rows" if quantized.block == quantized.shape[1] else f"groups of {quantized.block}"
         return f"int{quantized.bits}, {sides}, {groups}"
 
+    def check_experts(self, where: str, grids: Sequence[QuantizedWeight]) -> None:
+        self.one_grid(where, grids)
+        if _is_asymmetric(grids[0]):
+            rule = "transformers and vLLM read MoE experts without zero points"
+            raise self.refused(where, grids[0], rule, "set symmetric=signed")
+
     def encode(self, quantized: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
@@ -90,14 +97,14 @@ class CompressedTensors(Format):
     def config(
         self, layers: Mapping[str, QuantizedWeight], outside: Sequence[str], dtype: torch.dtype
     ) -> dict[str, Any]:
-        names: dict[str, list[str]] = {}
+        names: dict[str, dict[str, None]] = {}
         groups: dict[str, dict[str, Any]] = {}
         for name, quantized in layers.items():
             kind = self.kind(name, quantized)
-            names.setdefault(kind, []).append(name)
-            groups[kind] = _group(quantized, ["Linear"] if len(groups) == 0 else names[kind])
+            names.setdefault(kind, {})[_target(name)] = None
+            groups[kind] = _group(quantized, ["Linear"])
         if len(groups) > 1:
-            groups = {kind: group | {"targets": names[kind]} for kind, group in groups.items()}
+            groups = {kind: group | {"targets": list(names[kind])} for kind, group in groups.items()}
         fields = {
             "quant_method": "compressed-tensors",
             "format": next(iter(groups.values()))["format"] if len(groups) == 1 else "mixed-precision",
@@ -146,13 +153,26 @@ class CompressedTensors(Format):
     def stock_arguments(self, layers: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
         from transformers import CompressedTensorsConfig
 
-        if any(isinstance(q, AffineWeight) and q.zero_og is not None for q in layers.values()):
+        if any(map(_is_asymmetric, layers.values())):
             return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
         return {}
 
     def notes(self, layers: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> list[str]:
-        asymmetric = any(isinstance(q, AffineWeight) and q.zero_og is not None for q in layers.values())
-        return [_ASYMMETRIC] if asymmetric else []
+        return [_ASYMMETRIC] if any(map(_is_asymmetric, layers.values())) else []
+
+
+_EXPERT = re.compile(r"(.*\bexperts)\.\d+\..+")
+"""The path of a layer of an MoE expert in a checkpoint."""
+
+
+def _target(name: str) -> str:
+    """Return how "config_groups" names a layer; transformers finds the group of MoE experts by such a pattern."""
+    expert = _EXPERT.fullmatch(name)
+    return name if expert is None else f"re:{re.escape(expert[1])}[.].*"
+
+
+def _is_asymmetric(quantized: QuantizedWeight) -> bool:
+    return isinstance(quantized, AffineWeight) and quantized.zero_og is not None
 
 
 def _served(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -61,6 +61,11 @@ class Format(ABC):
         Raises ExportError, with a quantizer to use instead, for a grid that the format does not hold.
         """
 
+    def check_experts(self, where: str, grids: Sequence[QuantizedWeight]) -> None:
+        """Raise ExportError for MoE experts, or for grids of them that the format does not hold in one module."""
+        rule, fix = "the format holds layers of nn.Linear, not MoE experts", 'exclude the experts with "!*experts*"'
+        raise self.refused(where, grids[0], rule, fix)
+
     @abstractmethod
     def encode(self, quantized: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the tensors of a layer by the part of their name after the layer's: "weight", "weight_scale".
@@ -121,6 +126,13 @@ class Format(ABC):
     def notes(self, layers: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> list[str]:
         """Return what a reader of the report must know."""
         return []
+
+    def one_grid(self, where: str, grids: Sequence[QuantizedWeight]) -> None:
+        """Raise ExportError where the experts of a module are on several grids."""
+        kinds = {self.kind(where, quantized): quantized for quantized in grids}
+        if len(kinds) > 1:
+            rule = f"the experts of a module must be on one grid, and these are on {', '.join(kinds)}"
+            raise self.refused(where, list(kinds.values())[1], rule, "use one quantizer for all experts of the module")
 
     def affine(self, where: str, quantized: QuantizedWeight) -> AffineWeight:
         """Return the weight if it is of integers with integer zero points or none. Raises ExportError for others."""

@@ -59,6 +59,9 @@ class GPTQFormat(GPTQModelFormat):
         sides = "symmetric" if affine.zero_og is None else "asymmetric"
         return f"int{affine.bits}, {sides}, " + ("rows" if _is_rows(affine) else f"groups of {_group(affine)}")
 
+    def check_experts(self, where: str, grids: Sequence[QuantizedWeight]) -> None:
+        self.one_grid(where, grids)
+
     def encode(self, quantized: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         assert isinstance(quantized, AffineWeight)
         (o, i), bits = quantized.shape, quantized.bits

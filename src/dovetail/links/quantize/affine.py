@@ -250,6 +250,15 @@ class AffineWeight(QuantizedWeight):
             zero_og = to_float16(zero - shift, self.bits).view_as(zero_og)
         return self._like(self.codes, scale, zero_og)
 
+    def rows(self, start: int, stop: int) -> Self:
+        groups = self.shape[1] // self.block
+        scale, zero_og = {"scale_og": self._grid(start, stop - start)[0].view(-1, groups)}, self.zero_og
+        if zero_og is not None:
+            zero_og = zero_og[start:stop] if self._zero_is_float else pack(self.zero_points()[start:stop], self.bits)
+        codes = pack(self.codes_of(start, stop)[0], self.bits)
+        shape, said = (stop - start, self.shape[1]), self.identity
+        return type(self)(codes, scale, zero_og, shape=shape, block=self.block, bits=self.bits, identity=said)
+
     def _with_codes(self, codes: Tensor) -> Self:
         scale = {name: self.get_buffer(name) for name in self._scale_names}
         return self._like(pack(codes, self.bits), scale, self.zero_og)

@@ -172,6 +172,16 @@ class CodeBookWeight(QuantizedWeight):
         moved = {name: (scale.float() * factor_b.view_as(scale)).to(scale.dtype)}
         return type(self)(self.codes, moved, shape=self.shape, block=self.block, book=self.book, identity=self.identity)
 
+    def rows(self, start: int, stop: int) -> Self:
+        first, last = self._block_range(start, stop - start)
+        name, *others = self._scale_names
+        scale = {name: self.get_buffer(name).view(-1)[first:last]}
+        if others:
+            scale = {"scale": self.block_scales(start, stop - start)}
+        codes = pack(_whole_units(self.codes_of(start, stop)[0].reshape(-1), self.book), self.bits)
+        shape, said = (stop - start, self.shape[1]), self.identity
+        return type(self)(codes, scale, shape=shape, block=self.block, book=self.book, identity=said)
+
     def _decode(self, start: int, stop: int, rows: Tensor) -> None:
         i = self.shape[1]
         if by_loops(self, rows) and self.bits in (2, 4, 8) and self.block * self.bits % 8 == 0:

@@ -105,6 +105,10 @@ class Float8Weight(QuantizedWeight):
         rows.div_(scale.masked_fill(scale == 0, torch.inf))
         return rows.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
+    def rows(self, start: int, stop: int) -> Self:
+        scale = self.scale if len(self.scale) == 1 else self.scale[start:stop]
+        return type(self)(self.codes[start:stop], scale, self.identity)
+
     def moved(self, factor_b: Tensor | None = None, offset_b: Tensor | None = None) -> Self:
         assert offset_b is None
         assert factor_b is not None

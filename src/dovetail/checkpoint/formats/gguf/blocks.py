@@ -75,6 +75,9 @@ class GGUFBlocks(Format):
         narrow = isinstance(link, Quantizer) and arguments(link).get("scale_bits") is not None
         return BLOCK_FORMATS["Q4_1" if narrow else "Q5_0"]
 
+    def check_experts(self, where: str, grids: Sequence[QuantizedWeight]) -> None:
+        """Return: a file stacks the experts of a module; `placed` checks that those in a tensor have one format."""
+
     def encode(self, quantized: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         if not isinstance(quantized, BlockWeight):
             quantized = self.blocks(quantized)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.layer.attach import stock_in_place
 from dovetail.errors import ExportError
-from dovetail.models.layouts import layout_of
+from dovetail.models.layouts import LinearLayout, layout_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,9 +42,12 @@ def converted(
         rule, fix = "a checkout of llama.cpp must have its converter", "clone llama.cpp, and name its folder"
         raise ExportError(where, found=f"no file {script}", rule=rule, fix=fix)
     with stock_in_place(model):
-        layouts = {name: layout_of(name, model.get_submodule(name)) for name in layers}
+        modules = dict(model.named_modules())
+        layouts = {name: layout_of(name, modules[name]) for name in layers if name in modules}
     dense = {
-        f"{name}.weight": layouts[name].native(quantized.dequantize(torch.empty(quantized.shape, dtype=model.dtype)))
+        f"{name}.weight": layouts.get(name, LinearLayout(*quantized.shape)).native(
+            quantized.dequantize(torch.empty(quantized.shape, dtype=model.dtype))
+        )
         for name, quantized in layers.items()
     }
     tensors = {key: tensor.contiguous() for key, tensor in {**others, **dense}.items()}

@@ -72,6 +72,7 @@ FAMILIES = {
     "MistralForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": Family("qwen2"),
     "Qwen3ForCausalLM": Family("qwen3"),
+    "Qwen3MoeForCausalLM": Family("qwen3moe"),
     "Gemma2ForCausalLM": Family("gemma2", **_GEMMA, period=2, scaled_size=46, rope_types=("default",)),
     "Gemma3ForCausalLM": Family("gemma3", **_GEMMA, period=6, scaled_size=62, rope_types=("default", "linear")),
     "Phi3ForCausalLM": Family("phi3", rope_types=("default",)),
@@ -112,6 +113,12 @@ def family_of(model: PreTrainedModel) -> Family:
     if name == "Gemma2ForCausalLM":
         caps = {"attn_logit_softcapping", "final_logit_softcapping"}
         must |= {key: (text.get(key) is not None, {True}) for key in caps}
+    if name == "Qwen3MoeForCausalLM":
+        must |= {
+            "norm_topk_prob": (text["norm_topk_prob"], {True}),
+            "decoder_sparse_step": (text["decoder_sparse_step"], {1}),
+            "mlp_only_layers": (tuple(text["mlp_only_layers"] or ()), {()}),
+        }
     for key, (found, allowed) in must.items():
         if found not in allowed:
             said = " or ".join(str(each)[:100] for each in allowed)
@@ -132,6 +139,10 @@ def write_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig, family: 
     writer.add_embedding_length(text["hidden_size"])
     writer.add_block_count(text["num_hidden_layers"])
     writer.add_feed_forward_length(text["intermediate_size"])
+    if family.architecture == "qwen3moe":
+        writer.add_expert_count(text["num_local_experts"])
+        writer.add_expert_used_count(text["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(text["moe_intermediate_size"])
     writer.add_head_count(text["num_attention_heads"])
     writer.add_head_count_kv(text["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
@@ -178,11 +189,19 @@ def rope_factors(config: PreTrainedConfig) -> Tensor | None:
 
 
 def hyperparameter_notes(config: PreTrainedConfig, family: Family) -> list[str]:
-    """Return where llama.cpp computes otherwise than transformers although the weights are equal."""
-    window = config.to_dict().get("sliding_window")
-    if family.period or window is None or window >= config.to_dict()["max_position_embeddings"]:
-        return []
-    return [f"llama.cpp attends to all tokens in this family, transformers to the last {window:,}"]
+    """Return where llama.cpp or transformers computes or reads otherwise although the weights are equal."""
+    text, found = config.to_dict(), list[str]()
+    window = text.get("sliding_window")
+    if not family.period and window is not None and window < text["max_position_embeddings"]:
+        found.append(f"llama.cpp attends to all tokens in this family, transformers to the last {window:,}")
+    if family.architecture == "qwen3moe" and text["moe_intermediate_size"] != _EXPERT_SIZE:
+        said = f"reads the size of experts in a GGUF file as {_EXPERT_SIZE}: pass it the config of the model"
+        found.append(f"transformers 5.23 {said}")
+    return found
+
+
+_EXPERT_SIZE = 768
+"""Of a Qwen 3 MoE to transformers' GGUF loader, which does not read the key."""
 
 
 _FULL = "full_attention"

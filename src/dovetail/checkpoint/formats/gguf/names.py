@@ -4,10 +4,15 @@ transformers rearranges some tensors after it has dequantized them (`TENSOR_PROC
 Llama are permuted, a matrix of GPT-2 is transposed, 1 is subtracted from a norm of Gemma. `Names.order` applies the
 rearrangement of a matrix to numbers of rows: where the result is a permutation of the rows, the rows of blocks can be
 permuted in the same way.
+
+A file stacks the matrices of MoE experts: `ffn_gate_exps` (experts, out, in). Their layers are rows of such a tensor.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,8 +21,10 @@ import torch
 from torch import Tensor
 
 from dovetail.checkpoint.formats.gguf.header import Header
+from dovetail.checkpoint.published import Part
 from dovetail.errors import LoadError
 from dovetail.links.quantize.ggml import BLOCK_FORMATS, BlockWeight
+from dovetail.models.experts import expert_layers
 from dovetail.models.targets import all_layers, heads, inside, is_linear
 
 if TYPE_CHECKING:
@@ -35,12 +42,14 @@ _CHUNK = 1 << 22
 class LayerTensor:
     """The tensor of a linear layer in a file.
 
-    name  of the tensor
-    rows  row of the layer -> row of the tensor, int64; None where they are the same
+    name   of the tensor
+    rows   row of the layer -> row of the tensor, int64; None where they are the same
+    first  row at which the layer begins, over all matrices of a tensor that stacks those of experts
     """
 
     name: str
     rows: Tensor | None
+    first: int = 0
 
 
 class Names:
@@ -76,7 +85,13 @@ class Names:
             raise LoadError(f"model {header.path}", found=header.architecture[:100], rule=rule, fix=fix)
         table = get_tensor_name_map(arch, model.config.get_text_config(decoder=True).num_hidden_layers)
         found: dict[str, str] = {}
-        paths = [("", path) for path in model.state_dict()]
+        experts = expert_layers(model)
+        stacked = (path.removesuffix(".weight") for path in model.state_dict())
+        whole = dict.fromkeys(
+            layer.rpartition(".")[0] if layer in experts else path
+            for layer, path in zip(stacked, model.state_dict(), strict=True)
+        )
+        paths = [("", path) for path in whole]
         while paths:
             here: dict[str, str] = {}
             for prefix, path in paths:
@@ -141,11 +156,42 @@ def linear_tensors(header: Header, model: PreTrainedModel, names: Names) -> dict
     return found
 
 
+def expert_tensors(header: Header, names: Names, parts: Mapping[str, Part]) -> dict[str, LayerTensor]:
+    """Return path in the checkpoint -> its tensor, of the layers of MoE experts that are rows of a tensor in order.
+
+    Tensors of numbers of rows are rearranged, as in `Names.order`.
+    """
+    by_parameter: dict[str, list[tuple[str, int, range]]] = {}
+    for path, part in parts.items():
+        if part.experts is not None:
+            parameter, _, expert = part.layer.rpartition(".")
+            by_parameter.setdefault(parameter, []).append((path, int(expert), part.rows))
+    found = {}
+    for name, shape in header.shapes.items():
+        if len(shape) != 3 or not by_parameter:
+            continue
+        given = np.arange(1, 2 * shape[0] * shape[1] + 1).reshape(shape[0], shape[1], 2)  # 0: of another tensor
+        parsed: dict[str, Any] = {"tensors": {}}
+        with suppress(KeyError):  # of a tensor that the model does not have
+            made = names.processor.process(
+                weights=given, name=name, tensor_key_mapping=names.names, parsed_parameters=parsed
+            )
+            if made.name is not None:
+                parsed["tensors"] = {names.names[name]: torch.from_numpy(np.ascontiguousarray(made.weights))}
+        for parameter, numbers in parsed["tensors"].items():
+            for path, expert, rows in by_parameter.get(parameter, []):
+                mine = numbers[expert : expert + 1, rows.start : rows.stop].flatten()
+                first = int(mine[0]) if len(mine) == 2 * len(rows) else 0
+                if first and torch.equal(mine, torch.arange(first, first + len(mine))):
+                    found[path] = LayerTensor(name, None, first // 2)
+    return found
+
+
 def read_bytes(header: Header, name: str, rows: range | None = None) -> np.ndarray:
-    """Return the bytes of a tensor, or of some of its rows, uint8, a copy of its own."""
+    """Return the bytes of a tensor, or of some rows of all its matrices, uint8, a copy of its own."""
     start, nbytes = header.places[name]
     if rows is not None:
-        size = nbytes // header.shapes[name][0]
+        size = nbytes // math.prod(header.shapes[name][:-1])
         start, nbytes = start + rows.start * size, len(rows) * size
     found = np.fromfile(header.path, np.uint8, nbytes, offset=start)
     if len(found) != nbytes:

@@ -33,6 +33,7 @@ from dovetail.checkpoint.formats.gguf.names import read_bytes
 from dovetail.checkpoint.formats.gguf.read import checked_header
 from dovetail.checkpoint.formats.gguf.vocabulary import Vocabulary, vocabulary_of
 from dovetail.checkpoint.formats.gguf.write import FILE_TYPES, in_order, placed
+from dovetail.checkpoint.published import Part, published_parts
 from dovetail.errors import ExportError
 from dovetail.links.quantize.ggml import BLOCK_FORMATS
 
@@ -87,37 +88,48 @@ class NewFile:
         (most, _) = Counter(formats.values()).most_common(1)[0]
         if most in FILE_TYPES:
             writer.add_file_type(FILE_TYPES[most])
-        names = self._names([*layers, *others])
+        parts = published_parts(self.model)
+        names = self._names([*layers, *others], parts)
         plain = {path: self._stored(names[path], tensor) for path, tensor in others.items()}
-        order = sorted(names, key=lambda path: _block_of(names[path]))
-        for path in order:
+        tensors: dict[str, list[str]] = {}
+        for path in sorted(names, key=lambda path: _block_of(names[path])):
+            tensors.setdefault(names[path], []).append(path)
+        for name, paths in tensors.items():
+            path = paths[0]
+            if len(kinds := {formats.get(each, "") for each in paths}) > 1:
+                rule, fix = "the experts in a tensor must have one format", "use one quantizer for all experts"
+                raise form.no_tensor(path, f"{name} of {' and '.join(sorted(kinds))}", rule, fix)
             if path in layers:
                 number, shape = BLOCK_FORMATS[formats[path]].number, layers[path].shape
+                shape = shape if _stacked(path, parts[path]) == path else (len(paths), *shape)
             else:
                 number, shape = _PLAIN[plain[path].dtype], tuple(plain[path].shape)
-            _announce(writer, names[path], shape, number)
+            _announce(writer, name, shape, number)
         if (factors := rope_factors(self.model.config)) is not None:
             _announce(writer, _FACTORS, tuple(factors.shape), GGMLQuantizationType.F32)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for path in order:
-            if path in layers:
-                rows = self.family.rows(names[path], self.model.config)
-                content = encode(path, layers[path])
+        for name, paths in tensors.items():
+            if paths[0] in layers:
+                rows = self.family.rows(name, self.model.config)
+                content = torch.cat([encode(path, layers[path]) for path in paths])
                 writer.write_tensor_data((content if rows is None else content[rows]).contiguous().view(-1).numpy())
             else:
-                writer.write_tensor_data(_bytes(plain[path]))
+                writer.write_tensor_data(_bytes(plain[paths[0]]))
         if factors is not None:
             writer.write_tensor_data(_bytes(factors))
         writer.close()
         with part.open("r+b") as file:
             os.fsync(file.fileno())
         self._read_back(part, layers, others, form)
-        return len(names) + (factors is not None)
+        return len(tensors) + (factors is not None)
 
-    def _names(self, paths: list[str]) -> dict[str, str]:
-        """Return path in the model -> name in the file, as the gguf package names them."""
+    def _names(self, paths: list[str], parts: Mapping[str, Part]) -> dict[str, str]:
+        """Return path -> name in the file, as the gguf package names them; the experts of a tensor share its name.
+
+        parts  of the quantized layers (`published_parts`)
+        """
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
         arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == self.family.architecture)
@@ -125,7 +137,7 @@ class NewFile:
         found = {}
         for path in paths:
             stem, dot, suffix = path.rpartition(".") if path.endswith((".weight", ".bias")) else (path, ".", "weight")
-            if (name := table.get_name(stem)) is None:
+            if (name := table.get_name(_stacked(stem, parts.get(path)))) is None:
                 where = f"export to gguf: {path}"
                 rule = f"llama.cpp must have a tensor of this name in {self.family.architecture}"
                 raise ExportError(where, found=f"no name in {self.family.architecture}", rule=rule, fix=LIKE)
@@ -133,8 +145,8 @@ class NewFile:
         return found
 
     def _stored(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a tensor as llama.cpp has it: vectors in float32, plus 1, in another order of rows."""
-        if tensor.dim() < 2 or self.family.is_shifted(name):
+        """Return a tensor as llama.cpp has it: vectors and routers in float32, plus 1, in another order of rows."""
+        if tensor.dim() < 2 or self.family.is_shifted(name) or ".ffn_gate_inp." in name:
             tensor = tensor.float()
         if tensor.dtype not in _PLAIN:
             rule, fix = "tensors that are not quantized must be float32, float16 or bfloat16", "load it in one of them"
@@ -153,7 +165,8 @@ class NewFile:
         places.check_others(form, others)
         for path, place in places.layers.items():
             content = in_order(form.encode(layers[path], torch.float32)["weight"], place.rows)
-            if not np.array_equal(content, read_bytes(header, place.name)):
+            rows = range(place.first, place.first + layers[path].shape[0])
+            if not np.array_equal(content, read_bytes(header, place.name, rows)):
                 rule, fix = "transformers must find the rows of a layer in their order", "report it"
                 raise form.no_tensor(path, f"{place.name} with other bytes than transformers expects", rule, fix)
 
@@ -165,6 +178,14 @@ def _block_of(name: str) -> int:
     """Return the number of a tensor's block; -1 for a tensor outside the blocks."""
     part = name.split(".")
     return int(part[1]) if part[0] == "blk" else -1
+
+
+def _stacked(path: str, part: Part | None) -> str:
+    """Return the path without the number of an MoE expert, under which the gguf package knows all of them."""
+    if part is None or part.experts is None:
+        return path
+    parent, _, leaf = path.rsplit(".", 2)
+    return f"{parent}.{leaf}"
 
 
 def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], number: int) -> None:

@@ -7,9 +7,11 @@ the same names, shapes and order. Tensors of the file that no layer replaces mus
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +26,17 @@ from dovetail.chains.layer.attach import stock_in_place
 from dovetail.checkpoint.formats.gguf.blocks import GGUFBlocks
 from dovetail.checkpoint.formats.gguf.families import FAMILIES
 from dovetail.checkpoint.formats.gguf.header import Header, tensor_nbytes
-from dovetail.checkpoint.formats.gguf.names import LayerTensor, Names, linear_tensors, read_bytes, read_dense
+from dovetail.checkpoint.formats.gguf.names import (
+    LayerTensor,
+    Names,
+    expert_tensors,
+    linear_tensors,
+    read_bytes,
+    read_dense,
+)
 from dovetail.checkpoint.packed import stored
+from dovetail.checkpoint.published import published_parts
+from dovetail.links.quantize.ggml import BlockFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,45 +139,62 @@ class Places:
             starts = {name: start for name, (start, _) in header.places.items()}
         else:
             starts = _lay_out(part, header, types, {each.name for each in formats.values()})
-        changed, codes_only = 0, True
+        changed, codes_only = set[str](), True
         with part.open("r+b") as file:
             for path, quantized in layers.items():
                 place = self.layers[path]
-                content = in_order(encode(path, quantized), place.rows)
+                content, rows = in_order(encode(path, quantized), place.rows), quantized.shape[0]
                 if types[place.name] == header.types[place.name]:
-                    differs = (content != read_bytes(header, place.name)).reshape(-1, formats[path].nbytes).any(axis=0)
+                    differs = content != read_bytes(header, place.name, range(place.first, place.first + rows))
+                    differs = differs.reshape(-1, formats[path].nbytes).any(axis=0)
                     if not differs.any():
                         continue
                     codes_only &= not any(differs[a:b].any() for a, b in formats[path].scale_places)
                 else:
                     codes_only = False
-                changed += 1
-                file.seek(starts[place.name])
+                changed.add(place.name)
+                file.seek(starts[place.name] + place.first * (content.nbytes // rows))
                 file.write(content.data)
             file.flush()
             os.fsync(file.fileno())
-        return Written(changed, codes_only)
+        return Written(len(changed), codes_only)
 
 
 def placed(form: GGUFBlocks, header: Header, model: PreTrainedModel, layers: Mapping[str, QuantizedWeight]) -> Places:
     """Return where each quantized layer belongs in a file like this one, and the names of its other tensors.
 
-    Raises ExportError for a layer that the file lacks, or has in another shape.
+    layers  by their paths in the checkpoint (`dovetail.checkpoint.published`)
+    errors  ExportError for a layer that the file lacks, or has in another shape, and where the layers of experts in one
+            tensor are not all of its rows, in one format
     """
+    parts = published_parts(model)
     with stock_in_place(model):
         names = Names(header, model)
         tensors = linear_tensors(header, model, names)
+    experts, found, rows = expert_tensors(header, names, parts), dict[str, LayerTensor](), Counter[str]()
+    kinds: dict[str, BlockFormat] = {}
     for path, quantized in layers.items():
         fix = "name a GGUF file of this very model"
-        if path not in tensors:
+        part = parts[path]
+        tensor = tensors.get(part.layer) if part.experts is None else experts.get(path)
+        if tensor is None:
             rule = "the file must have a tensor for each quantized layer, with whole rows"
             raise form.no_tensor(path, f"no such tensor in {header.path}", rule, fix)
-        shape = header.shapes[tensors[path].name]
-        if shape != quantized.shape:
-            found = f"{tensors[path].name} of {list(shape)} in {header.path}, a layer of {list(quantized.shape)}"
-            raise form.no_tensor(path, found, "the tensor must have the shape of the layer", fix)
+        shape, kind = header.shapes[tensor.name], form.form(path, quantized)
+        if shape != quantized.shape if part.experts is None else shape[-1] != quantized.shape[1]:
+            shown = f"{tensor.name} of {list(shape)} in {header.path}, a layer of {list(quantized.shape)}"
+            raise form.no_tensor(path, shown, "the tensor must have the shape of the layer", fix)
+        if kinds.setdefault(tensor.name, kind) != kind:
+            shown, rule = f"{kind.name} and {kinds[tensor.name].name}", "the experts in a tensor must have one format"
+            raise form.no_tensor(path, shown, rule, "use one quantizer for all experts of the module")
+        found[path] = tensor
+        rows[tensor.name] += quantized.shape[0]
+    for name, count in rows.items():
+        if count != math.prod(header.shapes[name][:-1]):
+            shown, rule = f"{name} of {list(header.shapes[name])}", f"the tensor must have {count:,} rows"
+            raise form.no_tensor(name, shown, rule, "name a GGUF file of this very model")
     first = {path: paths[0] for paths, _ in stored(model) for path in paths}
-    return Places(header, names, {path: tensors[path] for path in layers}, first, type(model).__name__)
+    return Places(header, names, found, first, type(model).__name__)
 
 
 def in_order(rows: Tensor, order: Tensor | None) -> np.ndarray:

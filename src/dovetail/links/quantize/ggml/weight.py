@@ -176,6 +176,10 @@ class BlockWeight(QuantizedWeight):
                 blocks[..., a:b] = part
         return blocks.flatten(1)
 
+    def rows(self, start: int, stop: int) -> Self:
+        codes, scales = (self._blocks(tensor, start, stop - start) for tensor in (self.codes, self.scales))
+        return type(self)(codes, scales, shape=(stop - start, self.shape[1]), form=self.form, identity=self.identity)
+
     def check_scales(self, where: str) -> None:
         """Raise LoadError for scales that are NaN or infinite, and for values beyond float32."""
         if self.form.halves:  # a finite float16 number times a factor and a level is far below float32's largest
