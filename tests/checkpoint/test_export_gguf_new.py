@@ -199,6 +199,75 @@ def test_llama_cpp_cuts_a_text_into_the_same_tokens(name: str, tmp_path: Path) -
     assert tokens(tmp_path / "model.gguf", text) == [tokenizer(text)["input_ids"]]
 
 
+def unigram(
+    scheme: str = "always", *, split: bool = True, collapse: bool = False, charsmap: bytes | None = None, **given: Any
+) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.Unigram())
+    steps: list[Any] = [] if charsmap is None else [normalizers.Precompiled(charsmap)]
+    steps += [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "▁")] if collapse else []
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=small_tokenizers.SPECIAL, unk_token="<unk>", show_progress=False, **given
+    )
+    tokenizer.train_from_iterator([*small_tokenizers.CORPUS, *[TEXT] * 4], trainer)
+    rules = json.loads(tokenizer.to_str())  # sums of such scores are exact, and equal ones are equal
+    rules["model"]["vocab"] = [[token, round(score * 1024) / 1024] for token, score in rules["model"]["vocab"]]
+    tokenizer = Tokenizer.from_str(json.dumps(rules))
+    tokenizer.add_tokens([AddedToken("XYZZY", normalized=False)])
+    return small_tokenizers._wrapped(tokenizer, "<s> $A </s>")
+
+
+def charsmap(replaced: dict[str, str]) -> bytes:
+    """Return SentencePiece's table: a double array of the texts' bytes, each unit 32 bits, and the replacements."""
+    units, used, ends = [0], {0}, b""
+    values = {}
+    for text, other in replaced.items():
+        values[text.encode()] = len(ends)
+        ends += other.encode() + b"\0"
+
+    def place(node: int, prefix: bytes) -> None:
+        following = sorted(
+            {key[len(prefix)] if len(key) > len(prefix) else 0 for key in values if key.startswith(prefix)}
+        )
+        base = next(b for b in range(1, 1 << 20) if not any((node ^ b) ^ label in used for label in following))
+        for label in following:
+            at = node ^ base ^ label
+            units.extend([0] * (at + 1 - len(units)))
+            used.add(at)
+            units[at] = values[prefix] | 1 << 31 if label == 0 else label
+        units[node] |= base << 10 | (1 << 8 if 0 in following else 0)
+        for label in following:
+            if label:
+                place(node ^ base ^ label, prefix + bytes([label]))
+
+    place(0, b"")
+    units += [0] * (-len(units) % 256)
+    table = b"".join(unit.to_bytes(4, "little") for unit in units)
+    return len(table).to_bytes(4, "little") + table + ends
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"scheme": "never", "split": False},
+        {"collapse": True, "charsmap": charsmap({"\n": " ", "²": "2", "e\u0301": "é", "½": "1/2"})},
+    ],
+    ids=["words", "whole", "spaces"],
+)  # fmt: skip
+def test_llama_cpp_cuts_a_text_into_the_same_tokens_of_unigram(given: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = unigram(**given)
+    model = packed(model_of("qwen2", vocab_size=len(tokenizer) + 3), targets=["*.down_proj"])
+    report = export(model, "gguf", tmp_path / "model.gguf", tokenizer=tokenizer)
+    assert metadata(tmp_path / "model.gguf")["tokenizer.ggml.model"] == "t5"
+    assert not any("float32" in note for note in report.notes)
+    pytest.importorskip("xllamacpp", reason="the package xllamacpp is not installed")
+    texts = [TEXT + KHMER, "The  sun is a star", "XYZZYturns XYZZYx²½e\u0301"]
+    assert tokens(tmp_path / "model.gguf", *texts) == tokenizer(texts)["input_ids"]
+
+
 def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path: Path) -> None:
     model = packed(model_of("llama"), targets=["*.down_proj"])
     lowercase = small_tokenizers.bytes_bpe()
@@ -209,7 +278,18 @@ def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path: Path) -> 
     )
     endless = small_tokenizers.bytes_bpe()
     endless.eos_token = None
+    fallback = unigram()
+    rules = json.loads(fallback.backend_tokenizer.to_str())
+    rules["model"]["byte_fallback"] = True
+    fallback._tokenizer = Tokenizer.from_str(json.dumps(rules))
+    longer = unigram(split=False)
+    rules = json.loads(longer.backend_tokenizer.to_str())
+    rules["pre_tokenizer"]["split"] = True
+    longer._tokenizer = Tokenizer.from_str(json.dumps(rules))
     cases = {
+        "byte_fallback=True": fallback,
+        "only begin other tokens": longer,
+        "prepend_scheme=first": unigram("first"),
         "WordLevel": small_tokenizers.words(),
         r"(?s)merges for the .* ways.*--like": small_tokenizers.pieces(),
         "Lowercase": lowercase,

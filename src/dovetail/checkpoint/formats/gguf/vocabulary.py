@@ -1,6 +1,6 @@
 """A tokenizer as the keys of a GGUF file, or a refusal where llama.cpp would cut a text into other tokens.
 
-llama.cpp has two tokenizers that matter here:
+llama.cpp has three tokenizers that matter here:
 
 - "gpt2", byte-level BPE. A text is cut by regular expressions first, which llama.cpp has in its code under a name
   ("tokenizer.ggml.pre"); its own converter finds the name by the hash of a text's tokens. Here the steps of the
@@ -10,22 +10,29 @@ llama.cpp has two tokenizers that matter here:
   the merges that make one token follow each other in the list, and every way to join two tokens into a third is listed;
   the score is then minus the place in the list. This holds for what was converted from SentencePiece, and is checked.
 
+- "t5", Unigram: of all ways to cut a text, the one with the largest sum of scores. The tokenizers library searches in
+  the same order, with the same score for a character that is no token. It often cuts each word for itself, where
+  llama.cpp cuts the whole text: no token may then go beyond a word. llama.cpp has no bytes for unknown characters here.
+
 Source: llama.cpp's `src/llama-vocab.cpp`.
 """
 
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dovetail.checkpoint.formats.gguf.families import LIKE
 from dovetail.errors import ExportError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """llama.cpp's types of tokens: NORMAL ones are merged, USER_DEFINED are matched first, CONTROL not in plain text."""
@@ -67,13 +74,15 @@ _NO_MARKS = ("tekken", "gpt-4o")
 class Vocabulary:
     """The keys "tokenizer.…" of a file.
 
-    model     "gpt2" or "llama"
+    model     "gpt2", "llama" or "t5"
     pre       name of the pre-tokenizer
     tokens    texts by id, as many as the embedding has rows
     types     llama.cpp's type of each
     scores    of each; None for "gpt2"
-    merges    pairs, parted by a space; None for "llama"
+    merges    pairs, parted by a space; None for "llama" and "t5"
     prefix    whether a space is put before a text; None: never
+    collapse  whether spaces that follow each other are one, and those at the end none; None: never
+    charsmap  SentencePiece's table of characters that are replaced; None: without one
     special   "bos", "eos", "unk", "pad" or "mask" -> id
     adds      "bos" and "eos" -> whether texts get the token
     template  of chats
@@ -87,6 +96,8 @@ class Vocabulary:
     scores: list[float] | None
     merges: list[str] | None
     prefix: bool | None
+    collapse: bool | None
+    charsmap: bytes | None
     special: Mapping[str, int]
     adds: Mapping[str, bool]
     template: str | None
@@ -104,6 +115,10 @@ class Vocabulary:
             writer.add_token_merges(self.merges)
         if self.prefix is not None:
             writer.add_add_space_prefix(self.prefix)
+        if self.collapse is not None:
+            writer.add_remove_extra_whitespaces(self.collapse)
+        if self.charsmap is not None:
+            writer.add_precompiled_charsmap(self.charsmap)
         ids = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "unk": writer.add_unk_token_id}
         ids |= {"pad": writer.add_pad_token_id, "mask": writer.add_mask_token_id}
         for name, number in self.special.items():
@@ -129,6 +144,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase | None, rows: int) -> Vocab
         raise _refused(type(tokenizer).__name__, "the tokenizer must be one of the tokenizers library")
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     model = rules["model"]
+    if model["type"] == "Unigram":
+        return _unigram(tokenizer, rules, rows)
     if model["type"] != "BPE":
         raise _refused(f"a model of type {model['type']}", "llama.cpp's tokenizers here are BPE and SentencePiece's")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -142,15 +159,11 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase | None, rows: int) -> Vocab
     else:
         prefix = _prefix(_flat(rules["normalizer"], "normalizers"), steps, model)
         pre, scores = "default", _scores(model["vocab"], merges, {each["content"] for each in added.values()})
-    tokens, types = [f"[PAD{at}]" for at in range(rows)], [UNUSED] * rows
     texts = {number: token for token, number in model["vocab"].items()}
     texts |= {number: each["content"] for number, each in added.items()}
-    for number, token in texts.items():
-        if number < rows:
-            tokens[number], types[number] = _typed(token, added.get(number), scores is not None, model)
-    if len(set(tokens)) < rows:
-        twice = next(token for token in tokens if tokens.count(token) > 1)
-        raise _refused(f"the token {twice[:60]!r} twice", "llama.cpp needs a text for each id")
+    unknown = None if scores is None else model["vocab"].get(model["unk_token"])
+    bytes_ = {at for at, token in texts.items() if scores is not None and _is_byte(token)}
+    tokens, types = _table(texts, added, rows, unknown, bytes_)
     special = _special(tokenizer, rows)
     return Vocabulary(
         model="gpt2" if scores is None else "llama",
@@ -160,6 +173,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase | None, rows: int) -> Vocab
         scores=None if scores is None else [scores.get(token, 0.0) for token in tokens],
         merges=[" ".join(pair) for pair in merges] if scores is None else None,
         prefix=prefix,
+        collapse=None,
+        charsmap=None,
         special=special,
         adds=_adds(tokenizer, special),
         template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
@@ -252,12 +267,94 @@ _MERGES = (
 )
 
 
-def _typed(token: str, added: dict[str, Any] | None, pieces: bool, model: dict[str, Any]) -> tuple[str, int]:
-    """Return the text of a token as llama.cpp has it, and its type."""
+def _unigram(tokenizer: PreTrainedTokenizerFast, rules: dict[str, Any], rows: int) -> Vocabulary:
+    """Return a Unigram tokenizer as the keys of a file. Raises ExportError for one that llama.cpp does not have."""
+    model, added = rules["model"], {each["id"]: each for each in rules["added_tokens"]}
+    pieces: list[tuple[str, float]] = [(token, score) for token, score in model["vocab"]]
+    unknown, normalizers = model["unk_id"], _flat(rules["normalizer"], "normalizers")
+    if model.get("byte_fallback") or unknown is None or unknown >= min(rows, len(pieces)):
+        found = f"Unigram with byte_fallback={model.get('byte_fallback')}, unk_id={unknown}"
+        raise _refused(found, "llama.cpp's Unigram has one token for all unknown characters, and no bytes")
+    charsmap = None
+    if normalizers and normalizers[0]["type"] == "Precompiled":
+        charsmap = b64decode(normalizers[0]["precompiled_charsmap"])
+        normalizers = normalizers[1:]
+    collapse = bool(normalizers)
+    said = {(each["type"], each.get("strip_right"), str(each.get("pattern"))) for each in normalizers}
+    spaces = all(each.get("content", " ") in (" ", _SPACE) for each in normalizers)
+    if normalizers and (said != _ONE_SPACE or not spaces):
+        rule = "Unigram may replace characters by SentencePiece's table, then strip the end and make spaces one"
+        raise _refused(f"the normalizer {json.dumps(normalizers)[:200]}", rule)
+    steps = _flat(rules["pre_tokenizer"], "pretokenizers")
+    if len(steps) != 1 or steps[0]["type"] != "Metaspace" or steps[0]["replacement"] != _SPACE:
+        raise _refused(f"the pre-tokenizer {json.dumps(steps)[:200]}", "the pre-tokenizer of Unigram must be Metaspace")
+    scheme, split = steps[0]["prepend_scheme"], steps[0]["split"]
+    if scheme == "first" or (collapse and scheme != "always"):
+        found = f"Metaspace with prepend_scheme={scheme}" + (", where spaces are made one" if collapse else "")
+        raise _refused(found, "llama.cpp puts a space before the text after each special token, or never")
+    normal = [score for at, (_, score) in enumerate(pieces) if at not in added and at != unknown]
+    inner = [token for at, (token, _) in enumerate(pieces) if at not in added and _SPACE in token[1:]]
+    if (split and inner) or _SPACE not in dict(pieces):
+        found = f"the token {inner[0][:60]!r}" if split and inner else f"no token {_SPACE}"
+        raise _refused(found, f"{_SPACE} must be a token, and where texts are cut at it only begin other tokens")
+    if not normal or min(normal) != min(score for _, score in pieces):
+        rule = "unknown characters are scored by the lowest score of a token that is not special"
+        raise _refused("a special token of the lowest score", rule)
+    texts = {at: token for at, (token, _) in enumerate(pieces)} | {at: each["content"] for at, each in added.items()}
+    tokens, types = _table(texts, added, rows, unknown, set())
+    special = _special(tokenizer, rows) | {"unk": unknown}
+    notes = _notes("", None, sum(at >= rows for at in texts))
+    if scheme == "always" and not collapse:
+        notes.append("llama.cpp puts a space before a text, or what follows a special token, that begins with one, too")
+    if any(float(np.float32(score)) != score for score in normal):
+        notes.append("scores are rounded to float32, which may decide between two ways to cut a text with the same sum")
+    if charsmap is not None:
+        notes.append("llama.cpp replaces sequences of characters of the table, the tokenizer single ones")
+    if collapse:
+        notes.append("the tokenizer strips any white space at the end of a text, and llama.cpp spaces")
+    return Vocabulary(
+        model="t5",
+        pre="default",
+        tokens=tokens,
+        types=types,
+        scores=[pieces[at][1] if at < len(pieces) else 0.0 for at in range(rows)],
+        merges=None,
+        prefix=scheme == "always",
+        collapse=collapse,
+        charsmap=charsmap,
+        special=special,
+        adds=_adds(tokenizer, special),
+        template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        notes=notes,
+    )
+
+
+_ONE_SPACE = {("Strip", True, "None"), ("Replace", None, str({"Regex": " {2,}"}))}
+"""The normalizers with which spaces that follow each other are one, and those at the end none."""
+
+
+def _table(
+    texts: Mapping[int, str], added: Mapping[int, dict[str, Any]], rows: int, unknown: int | None, bytes_: set[int]
+) -> tuple[list[str], list[int]]:
+    """Return the texts by id as llama.cpp has them, and the type of each.
+
+    unknown, bytes_  ids of the token of unknown characters, and of those of bytes
+    """
+    tokens, types = [f"[PAD{at}]" for at in range(rows)], [UNUSED] * rows
+    for number, token in texts.items():
+        if number < rows:
+            plain = BYTE if number in bytes_ else UNKNOWN if number == unknown else NORMAL
+            tokens[number], types[number] = _typed(token, added.get(number), plain)
+    if len(set(tokens)) < rows:
+        twice = next(token for token in tokens if tokens.count(token) > 1)
+        raise _refused(f"the token {twice[:60]!r} twice", "llama.cpp needs a text for each id")
+    return tokens, types
+
+
+def _typed(token: str, added: dict[str, Any] | None, plain: int) -> tuple[str, int]:
+    """Return the text of a token as llama.cpp has it, and its type, which is `plain` for a token that was not added."""
     if added is None:
-        if pieces and _is_byte(token):
-            return token, BYTE
-        return token, UNKNOWN if pieces and token == model["unk_token"] else NORMAL
+        return token, plain
     if added["special"] or _looks_special(token):
         return token, CONTROL
     return token.replace(_SPACE, " "), USER_DEFINED
