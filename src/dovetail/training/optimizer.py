@@ -7,12 +7,17 @@ Differences from the table: no weight decay by default, none of vectors, and pag
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from dovetail import processes
+from dovetail.chains.layer.elastic import groups
 from dovetail.chains.layer.linear import LinkState, chain_layers
 from dovetail.chains.link import Adapter
 from dovetail.errors import TrainError
@@ -64,6 +69,35 @@ def check_checkpointing(model: PreTrainedModel, asked: bool) -> None:
         )
 
 
+def check_compiling(model: nn.Module, asked: bool) -> None:
+    """Raise TrainError if torch.compile is asked for, and the chain or the machine does not allow it."""
+    if not asked:
+        return
+    where = f"train a {type(model).__name__}, torch_compile=true"
+    if groups(model):
+        raise TrainError(
+            where,
+            found="elastic ranks",
+            rule="ranks are drawn for each step, and a compiled model is made for one rank of each layer",
+            fix="leave torch_compile or elastic out",
+        )
+    if processes.count() > 1:
+        raise TrainError(
+            where,
+            found=f"{processes.count()} processes",
+            rule="a model that DistributedDataParallel wraps is not compiled",
+            fix="leave torch_compile out, or train in one process",
+        )
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise TrainError(
+            where,
+            found=f"no C++ compiler: {compiler}",
+            rule="torch.compile compiles its loops with one",
+            fix="install it, name another one in the environment variable CXX, or leave torch_compile out",
+        )
+
+
 def learning_rates(model: nn.Module, settings: TrainSettings) -> dict[str, float]:
     """Return the maximum learning rate of each of `trained_parts`."""
     of_links = {
@@ -81,18 +115,18 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
     It is torch's, or one of bitsandbytes with a state of 8 bits or a paged one.
     """
     rates = learning_rates(model, settings)
-    groups: list[dict[str, Any]] = []
+    trained: list[dict[str, Any]] = []
     for part, parameters in trained_parts(model).items():
         for decay, matrices in ((settings.weight_decay, True), (0.0, False)):
             chosen = [p for p in parameters if (p.ndim > 1) == matrices]
             if chosen:
-                groups.append({"params": chosen, "lr": rates[part], "weight_decay": decay})
+                trained.append({"params": chosen, "lr": rates[part], "weight_decay": decay})
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+        return torch.optim.AdamW(trained, betas=(0.9, 0.999), fused=True)
     from bitsandbytes import optim
 
     names = {"adamw_8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw_8bit": optim.PagedAdamW8bit}
-    return names[settings.optimizer](groups, betas=(0.9, 0.999))
+    return names[settings.optimizer](trained, betas=(0.9, 0.999))
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dovetail.chains.layer.operators import Numbered
 from dovetail.chains.link import Link
 from dovetail.training.peak_memory import PeakMemory
 
@@ -162,6 +163,8 @@ def _description(block: nn.Module) -> dict[tuple[str, str], Hashable]:
     for name, module in block.named_modules():
         found[name, ""] = type(module)
         for key, value in vars(module).items():
+            if key == "number" and isinstance(module, Numbered):
+                continue  # every layer has another one
             if isinstance(value, bool | int | float | str | torch.dtype | Link) or value is None:
                 found[name, key] = value
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:

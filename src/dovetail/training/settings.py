@@ -41,6 +41,8 @@ class Training(Part):
     keep_weights            keep the weights that chains with remask or regrid make, from the forward to the backward
                             pass and between the batches of a step: faster, for a copy of these weights in memory;
                             auto: on a processor, if the predicted peak with them is within the free memory
+    torch_compile           run the model by torch.compile, as one graph: fewer and larger operations. The first steps
+                            compile it, and need a C++ compiler
     group_by_length         put rows of similar length into a batch; the longest row is in the second step
     evaluate_every          steps between evaluations on the validation split; None: no evaluation
     evaluate_limit          evaluate only this many records
@@ -66,6 +68,7 @@ class Training(Part):
     bf16: bool = False
     gradient_checkpointing: bool = False
     keep_weights: Literal["auto"] | bool = "auto"
+    torch_compile: bool = False
     group_by_length: bool = True
     evaluate_every: Positive | None = None
     evaluate_limit: Positive | None = None

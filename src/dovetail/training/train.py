@@ -47,6 +47,7 @@ from dovetail.training.optimizer import (
     cast_frozen,
     cast_heads,
     check_checkpointing,
+    check_compiling,
     learning_rates,
     trained_parts,
 )
@@ -134,8 +135,8 @@ def train(
                   gradient_accumulation=1, lr_scale=1.0, learning_rate=1e-4, link_learning_rate,
                   head_learning_rate=1e-3, schedule="linear", warmup=0.0, weight_decay=0.0, optimizer="adamw",
                   max_grad_norm=1.0, max_length=512, packing=False, bf16=False, gradient_checkpointing=False,
-                  keep_weights="auto", group_by_length=True, evaluate_every, evaluate_limit, checkpoint_every=200,
-                  report_to="none", preset, seed=0. Two runs with the same seed give the same bits
+                  keep_weights="auto", torch_compile=False, group_by_length=True, evaluate_every, evaluate_limit,
+                  checkpoint_every=200, report_to="none", preset, seed=0. Two runs with the same seed give the same bits
     calibration   batches for pruning and quantizing in later stages; by default drawn from the train split
     output_dir    directory of checkpoints; nothing is written without one
     resume        continue a killed run, to the same bits; the model must be as it was at the start of that run
@@ -170,6 +171,7 @@ def train(
     progress = progress and processes.first()
     check_checkpointing(model, asked.gradient_checkpointing)
     started = time.perf_counter()
+    check_compiling(model, asked.torch_compile)
     config: Any = model.config
     if not chain_layers(model):
         vars(config).pop("dovetail", None)  # the fingerprint of a merged model is wrong once the model is trained

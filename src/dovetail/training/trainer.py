@@ -4,12 +4,12 @@ Differences from the stock Trainer: each link has its own learning rate; the los
 the whole step, for every model and any number of accumulated batches; batches of similar length come in random order,
 the longest row early; elastic adapters run at ranks drawn for each step; a checkpoint holds only the trained
 parameters, as safetensors, and is valid once it is complete; a loss that is not finite ends the run; the peak of memory
-is measured over the first steps.
+is measured over the first steps; a model that `torch_compile` asks to compile runs uncompiled during these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -147,6 +147,7 @@ class StageTrainer(Trainer):
         self.settings, self.watch = settings, watch
         self._auxiliary = 0.0
         self._looked = False
+        self._compiled: Callable[..., Any] | None = None
         config: Any = model.config
         self.order = BatchOrder(
             [_tokens(row, config.is_encoder_decoder) for row in rows],
@@ -224,7 +225,9 @@ class StageTrainer(Trainer):
                 partial(_forward, self._own, inputs),
                 error=TrainError,
             )
-        outputs = model(**inputs)
+        if self.settings.torch_compile and self._compiled is None:
+            self._compiled = torch.compile(model)
+        outputs = (self._compiled or model)(**inputs)
         loss = outputs.loss
         if not bool(loss.isfinite()):
             raise self._not_finite(self._own, inputs)

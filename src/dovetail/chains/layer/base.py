@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dovetail.chains.grid import QuantizedWeight, row_slices
 from dovetail.chains.layer.bits import INTEGERS, pack_bits, unpack_bits
+from dovetail.chains.layer.operators import Numbered
 from dovetail.chains.link import Quantizer
 from dovetail.chains.statistics import InputStatistics
 from dovetail.models.layouts import Layout
@@ -48,7 +49,7 @@ class Scratch:
         return Scratch, ()  # a copy shares no memory
 
 
-class Base(nn.Module):
+class Base(Numbered):
     """What the chain starts from, on one layer.
 
     weight  the layer's own frozen weight, in its own layout

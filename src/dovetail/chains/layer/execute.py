@@ -8,14 +8,15 @@ Shapes: t o i r = token, out, in, rank. Thin products have r as their first axis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from dovetail.chains.layer.base import Base
+from dovetail.chains.layer.operators import numbered, operator
 from dovetail.chains.layer.planner import Factors, affine_, casts
 from dovetail.chains.link import Constraint
 from dovetail.chains.terms import Form
@@ -80,6 +81,37 @@ def _factors(form: Form, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | No
     )
 
 
+def _product(base: Base, x_ti: Tensor, bias_o: Tensor | None) -> Tensor:
+    """Return x Wᵀ + b, (t, o), in x's dtype."""
+    if base.quantized is not None and torch.compiler.is_compiling():
+        return torch.ops.dovetail.product(x_ti, base.number, bias_o)  # type: ignore[no-any-return]
+    weight_oi = base.layout.matrix(base.native(x_ti.dtype))
+    return x_ti @ weight_oi.t() if bias_o is None else torch.addmm(bias_o, x_ti, weight_oi.t())
+
+
+def _pulled(base: Base, g_to: Tensor) -> Tensor:
+    """Return g W, (t, i), in g's dtype."""
+    if base.quantized is not None and torch.compiler.is_compiling():
+        return torch.ops.dovetail.pulled(g_to, base.number)  # type: ignore[no-any-return]
+    return g_to @ base.layout.matrix(base.native(g_to.dtype))
+
+
+@operator(
+    "product(Tensor x_ti, int base, Tensor? bias_o) -> Tensor",
+    lambda x_ti, number, _: x_ti.new_empty(x_ti.shape[0], numbered(number).shape[0]),
+)
+def _product_by_number(x_ti: Tensor, number: int, bias_o: Tensor | None) -> Tensor:
+    return _product(numbered(number), x_ti, bias_o)
+
+
+@operator(
+    "pulled(Tensor g_to, int base) -> Tensor",
+    lambda g_to, number: g_to.new_empty(g_to.shape[0], numbered(number).shape[1]),
+)
+def _pulled_by_number(g_to: Tensor, number: int) -> Tensor:
+    return _pulled(numbered(number), g_to)
+
+
 class _Open(torch.autograd.Function):
     """The one Function of the open path. Saves x, the small factors, and x Wᵀ only when the out-scale is trained."""
 
@@ -95,12 +127,8 @@ class _Open(torch.autograd.Function):
         bias_o: Tensor | None,
     ) -> Tensor:
         x_ti = x.reshape(-1, x.shape[-1])
-        weight_oi = base.layout.matrix(base.native(x.dtype))
         scaled_ti = x_ti if in_i is None else torch.addcmul(x_ti, x_ti, in_i)
-        if bias_o is not None and out_o is None:
-            y_to = torch.addmm(bias_o, scaled_ti, weight_oi.t())
-        else:
-            y_to = scaled_ti @ weight_oi.t()
+        y_to = _product(base, scaled_ti, bias_o if out_o is None else None)
         product_to = None
         if out_o is not None:
             # The out-scale's gradient needs x Wᵀ; b is the frozen base's bias unless a link scales it.
@@ -134,9 +162,7 @@ class _Open(torch.autograd.Function):
             if need_a:
                 grad_a = v_rt @ x_ti
         if need_x or need_in:
-            weight_oi = ctx.base.layout.matrix(ctx.base.native(x_ti.dtype))
-            scaled_to = g_to if out_o is None else torch.addcmul(g_to, g_to, out_o)
-            grad_ti = scaled_to @ weight_oi
+            grad_ti = _pulled(ctx.base, g_to if out_o is None else torch.addcmul(g_to, g_to, out_o))
             if need_in:
                 grad_in = (grad_ti * x_ti).sum(0)
             if need_x:
@@ -151,17 +177,35 @@ class _Open(torch.autograd.Function):
 # -------------------------------------------------------------------------------------------------------------- closed
 
 
-def run_closed(
-    x: Tensor, form: Form, base: Base, constraints: Sequence[Constraint], from_codes: bool, key: Hashable = None
-) -> Tensor:
-    """y = x W'ᵀ + b' for W' = constraints(diag(s) W diag(t) + B A). x (..., i) in the weight's dtype.
+class Layer(Protocol):
+    """What the closed and the recomputed path read of a layer (`chains/layer/linear.py`)."""
 
-    key  of what W' is made from: W' is kept in `base.kept`, and made again only where the key is another one. None:
-         it is not kept
-    """
+    number: int
+    base: Base
+    constraints: list[Constraint]
+    from_codes: bool
+
+    def key(self, dtype: torch.dtype) -> Hashable:
+        """Return what W' is made from: it is kept in `base.kept`, and made again only where the key is another one.
+
+        None: it is not kept.
+        """
+        ...
+
+    def parameters_of_weight(self) -> list[Tensor]:
+        """Return the parameters that W' and b' are made from."""
+        ...
+
+    def native_fold(self) -> tuple[Tensor, Tensor | None]:
+        """Return (W' in the layer's own layout, b') by the links' definitions, in ordinary autograd."""
+        ...
+
+
+def run_closed(x: Tensor, form: Form, layer: Layer) -> Tensor:
+    """y = x W'ᵀ + b' for W' = constraints(diag(s) W diag(t) + B A). x (..., i) in the weight's dtype."""
     bias_o = None if form.bias_o is None else form.bias_o.to(x.dtype)
-    factors = casts(form, work_dtype(x.dtype, constraints))
-    return _Closed.apply(x, base, constraints, from_codes, key, bias_o, *factors)  # type: ignore[no-any-return]
+    factors = casts(form, work_dtype(x.dtype, layer.constraints))
+    return _Closed.apply(x, layer, bias_o, *factors)  # type: ignore[no-any-return]
 
 
 def work_dtype(dtype: torch.dtype, constraints: Sequence[Constraint]) -> torch.dtype:
@@ -250,53 +294,87 @@ class _Closed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        base: Base,
-        constraints: Sequence[Constraint],
-        from_codes: bool,
-        key: Hashable,
-        bias_o: Tensor | None,
-        *factors: Tensor | None,
-    ) -> Tensor:
-        if key is None:
-            native = _materialise(base, constraints, from_codes, x.dtype, factors)
-        else:
-            native = kept(base, constraints, from_codes, factors, key)
-        ctx.base, ctx.constraints, ctx.from_codes, ctx.key = base, constraints, from_codes, key
+    def forward(ctx: Any, x: Tensor, layer: Layer, bias_o: Tensor | None, *factors: Tensor | None) -> Tensor:
+        ctx.layer = layer
         ctx.save_for_backward(x, *factors)
-        return _no_view(base.layout.call(x, native, bias_o))
+        if torch.compiler.is_compiling():
+            return torch.ops.dovetail.closed(x, layer.number, bias_o, factors)  # type: ignore[no-any-return]
+        ctx.key = layer.key(x.dtype)
+        return _closed(x, layer, ctx.key, bias_o, factors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *factors = ctx.saved_tensors
-        base: Base = ctx.base
-        g_to, x_ti = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        needs = ctx.needs_input_grad[6:]
-        listed = any(needs) and lists_gradient(ctx.constraints)
-        weight_grad_oi = _weight_grad(g_to, x_ti, base) if any(needs) and not listed else None
-        blocked: list[Tensor] = []
-        if ctx.key is not None and base.kept is not None and base.kept_key == ctx.key:
-            native, blocked = base.kept, base.blocked
+        needs = [need for at, need in enumerate(ctx.needs_input_grad) if at != 1]
+        if torch.compiler.is_compiling():
+            found = iter(torch.ops.dovetail.closed_back(grad, x, ctx.layer.number, factors, needs))
         else:
-            into = blocked if listed else None
-            native = _materialise(base, ctx.constraints, ctx.from_codes, x.dtype, factors, weight_grad_oi, into)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (g_to @ base.layout.matrix(native)).view(x.shape)
-        grads: tuple[Tensor | None, ...] = (None, None, None, None)
-        few = sum(map(len, blocked)) * _FEW < native.numel()
-        if listed and few and not (needs[0] or needs[1]) and all(each.lists_blocked for each in ctx.constraints):
-            grads = _low_rank_grads(g_to, x_ti, factors, blocked)
-        elif any(needs):
-            if weight_grad_oi is None:
-                weight_grad_oi = _masked(_weight_grad(g_to, x_ti, base), base, ctx.constraints, blocked)
-            begin_oi = base.start_weight(ctx.from_codes, x.dtype) if needs[0] or needs[1] else None
-            grads = _factor_grads(weight_grad_oi, begin_oi, base.row_chunks(x.dtype), needs, factors)
-        grad_bias = g_to.sum(0) if ctx.needs_input_grad[5] else None
-        return grad_x, None, None, None, None, grad_bias, *grads
+            found = iter(_closed_back(grad, x, ctx.layer, ctx.key, factors, needs))
+        grad_x, *grads = (next(found) if need else None for need in needs)
+        return grad_x, None, *grads
+
+
+def _closed(x: Tensor, layer: Layer, key: Hashable, bias_o: Tensor | None, factors: Factors) -> Tensor:
+    base = layer.base
+    if key is None:
+        native = _materialise(base, layer.constraints, layer.from_codes, x.dtype, factors)
+    else:
+        native = kept(base, layer.constraints, layer.from_codes, factors, key)
+    return _no_view(base.layout.call(x, native, bias_o))
+
+
+def _closed_back(
+    grad: Tensor, x: Tensor, layer: Layer, key: Hashable, factors: Factors, needs: Sequence[bool]
+) -> list[Tensor]:
+    """Return the gradients of those of x, b' and the four factors that need one, in this order."""
+    base, constraints, from_codes = layer.base, layer.constraints, layer.from_codes
+    g_to, x_ti = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    need_x, need_bias, *need = needs
+    listed = any(need) and lists_gradient(constraints)
+    weight_grad_oi = _weight_grad(g_to, x_ti, base) if any(need) and not listed else None
+    blocked: list[Tensor] = []
+    if key is not None and base.kept is not None and base.kept_key == key:
+        native, blocked = base.kept, base.blocked
+    else:
+        into = blocked if listed else None
+        native = _materialise(base, constraints, from_codes, x.dtype, factors, weight_grad_oi, into)
+    grad_x = (g_to @ base.layout.matrix(native)).view(x.shape) if need_x else None
+    grads: tuple[Tensor | None, ...] = (None, None, None, None)
+    few = sum(map(len, blocked)) * _FEW < native.numel()
+    if listed and few and not (need[0] or need[1]) and all(each.lists_blocked for each in constraints):
+        grads = _low_rank_grads(g_to, x_ti, factors, blocked)
+    elif any(need):
+        if weight_grad_oi is None:
+            weight_grad_oi = _masked(_weight_grad(g_to, x_ti, base), base, constraints, blocked)
+        begin_oi = base.start_weight(from_codes, x.dtype) if need[0] or need[1] else None
+        grads = _factor_grads(weight_grad_oi, begin_oi, base.row_chunks(x.dtype), need, factors)
+    grad_bias = g_to.sum(0) if need_bias else None
+    found = zip((grad_x, grad_bias, *grads), needs, strict=True)
+    return [tensor for tensor, needed in found if needed and tensor is not None]
+
+
+@operator(
+    "closed(Tensor x, int layer, Tensor? bias_o, Tensor?[] factors) -> Tensor",
+    lambda x, number, *_: x.new_empty(*x.shape[:-1], numbered(number).base.shape[0]),
+)
+def _closed_by_number(x: Tensor, number: int, bias_o: Tensor | None, factors: Factors) -> Tensor:
+    layer: Layer = numbered(number)
+    return _closed(x, layer, layer.key(x.dtype), bias_o, factors).contiguous()
+
+
+def _empty_grads(_: Tensor, x: Tensor, number: int, factors: Factors, needs: Sequence[bool]) -> list[Tensor]:
+    bias_o = x.new_empty(numbered(number).base.shape[0])
+    found = zip((x, bias_o, *factors), needs, strict=True)
+    return [tensor.new_empty(tensor.shape) for tensor, needed in found if needed and tensor is not None]
+
+
+@operator("closed_back(Tensor grad, Tensor x, int layer, Tensor?[] factors, bool[] needs) -> Tensor[]", _empty_grads)
+def _closed_back_by_number(
+    grad: Tensor, x: Tensor, number: int, factors: Factors, needs: Sequence[bool]
+) -> list[Tensor]:
+    layer: Layer = numbered(number)
+    return [each.contiguous() for each in _closed_back(grad, x, layer, layer.key(x.dtype), factors, needs)]
 
 
 def _weight_grad(g_to: Tensor, x_ti: Tensor, base: Base) -> Tensor:
@@ -376,33 +454,76 @@ def _factor_grads(
 
 # ---------------------------------------------------------------------------------------------------------- recomputed
 
-Fold = Callable[[], tuple[Tensor, Tensor | None]]
-"""Gives (W' in the layer's own layout, b') by the links' definitions, in ordinary autograd."""
 
-
-def run_recomputed(x: Tensor, fold: Fold, base: Base, parameters: Sequence[Tensor]) -> Tensor:
+def run_recomputed(x: Tensor, layer: Layer) -> Tensor:
     """Run the layer on W' by definition; save nothing of the size of W between forward and backward."""
-    return _Recomputed.apply(x, fold, base, *parameters)  # type: ignore[no-any-return]
+    return _Recomputed.apply(x, layer, *layer.parameters_of_weight())  # type: ignore[no-any-return]
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fold: Fold, base: Base, *parameters: Tensor) -> Tensor:
-        ctx.fold, ctx.base = fold, base
+    def forward(ctx: Any, x: Tensor, layer: Layer, *parameters: Tensor) -> Tensor:
+        ctx.layer = layer
         ctx.save_for_backward(x, *parameters)
-        weight, bias_o = fold()
-        return _no_view(base.layout.call(x, weight.to(x.dtype), None if bias_o is None else bias_o.to(x.dtype)))
+        if torch.compiler.is_compiling():
+            return torch.ops.dovetail.recomputed(x, layer.number, parameters)  # type: ignore[no-any-return]
+        return _no_view(_by_definition(x, layer))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *parameters = ctx.saved_tensors
-        with torch.enable_grad():
-            inner = x.detach().requires_grad_(ctx.needs_input_grad[0])
-            weight, bias_o = ctx.fold()
-            y = ctx.base.layout.call(inner, weight.to(x.dtype), None if bias_o is None else bias_o.to(x.dtype))
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
-        wanted = [t for t, need in zip([inner, *parameters], needs, strict=True) if need]
-        found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
+        needs = [need for at, need in enumerate(ctx.needs_input_grad) if at != 1]
+        if torch.compiler.is_compiling():
+            found = iter(torch.ops.dovetail.recomputed_back(grad, x, ctx.layer.number, parameters, needs))
+        else:
+            found = iter(_recomputed_back(grad, x, ctx.layer, parameters, needs))
         grad_x, *grads = (next(found) if need else None for need in needs)
-        return grad_x, None, None, *grads
+        return grad_x, None, *grads
+
+
+def _by_definition(x: Tensor, layer: Layer) -> Tensor:
+    weight, bias_o = layer.native_fold()
+    return layer.base.layout.call(x, weight.to(x.dtype), None if bias_o is None else bias_o.to(x.dtype))
+
+
+def _recomputed_back(
+    grad: Tensor, x: Tensor, layer: Layer, parameters: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients of those of x and the parameters that need one; None for what the output does not read."""
+    with torch.enable_grad():
+        inner = x.detach().requires_grad_(needs[0])
+        y = _by_definition(inner, layer)
+    wanted = [tensor for tensor, need in zip([inner, *parameters], needs, strict=True) if need]
+    return list(torch.autograd.grad(y, wanted, grad, allow_unused=True))
+
+
+@torch.no_grad()
+def _empty_output(x: Tensor, number: int, _: Sequence[Tensor]) -> Tensor:
+    layer: Layer = numbered(number)
+    return layer.base.layout.call(x, layer.base.layout.empty(x.dtype, x.device), None).contiguous()
+
+
+@operator("recomputed(Tensor x, int layer, Tensor[] parameters) -> Tensor", _empty_output)
+@torch.no_grad()
+def _recomputed_by_number(x: Tensor, number: int, _: Sequence[Tensor]) -> Tensor:
+    return _no_view(_by_definition(x, numbered(number)).contiguous())
+
+
+@operator(
+    "recomputed_back(Tensor grad, Tensor x, int layer, Tensor[] parameters, bool[] needs) -> Tensor[]",
+    lambda _, x, number, parameters, needs: [
+        tensor.new_empty(tensor.shape) for tensor, need in zip([x, *parameters], needs, strict=True) if need
+    ],
+)
+def _recomputed_back_by_number(
+    grad: Tensor, x: Tensor, number: int, parameters: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor]:
+    layer: Layer = numbered(number)
+    own = layer.parameters_of_weight()  # of which `native_fold` makes W': a compiled graph has its own tensors for them
+    found = _recomputed_back(grad, x, layer, own, needs)
+    wanted = [tensor for tensor, need in zip([x, *own], needs, strict=True) if need]
+    return [
+        torch.zeros_like(like) if tensor is None else tensor.contiguous()
+        for tensor, like in zip(found, wanted, strict=True)
+    ]

@@ -21,6 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.layer.base import Base
 from dovetail.chains.layer.execute import lists_gradient, materialise, run_closed, run_open, run_recomputed, run_step
+from dovetail.chains.layer.operators import Numbered
 from dovetail.chains.layer.planner import Path, choose_path, compose
 from dovetail.chains.link import Adapter, Constraint, Link, OutputAdapter, Site
 from dovetail.chains.terms import Form, Term
@@ -129,7 +130,7 @@ class NoWeight:
         return self.device.type == "meta"
 
 
-class ChainLinear(Holder):
+class ChainLinear(Numbered, Holder):
     """A layer whose weight is a base plus a chain of links.
 
     base     dense or quantized weight (`chains/layer/base.py`), frozen
@@ -187,7 +188,7 @@ class ChainLinear(Holder):
         """Whether the weight can be kept between forward and backward passes (`Base.keep`)."""
         return self.path == "closed" and lists_gradient(self.constraints)
 
-    def _key(self, dtype: torch.dtype) -> Hashable:
+    def key(self, dtype: torch.dtype) -> Hashable:
         """Return what the weight of a closed chain is made from, by identity and version; None: it is not kept.
 
         The identity is that of the storage too, which `parameter.data = other` replaces without another version. A weak
@@ -195,7 +196,7 @@ class ChainLinear(Holder):
         """
         if self.base.kept is None or self.base.kept.dtype != dtype or not self.keeps:
             return None
-        parameters = [parameter for state in self.adapters for parameter in state.parameters()]
+        parameters = self.parameters_of_weight()
         if any(parameter.is_inference() for parameter in parameters):
             return None  # these have no version
         found = tuple((id(p), p._version, StorageWeakRef(p.untyped_storage()), p.data_ptr()) for p in parameters)
@@ -247,7 +248,12 @@ class ChainLinear(Holder):
                 return self._moved(state.running, values)
         return self.base.quantized
 
-    def _native_fold(self) -> tuple[Tensor, Tensor | None]:
+    def parameters_of_weight(self) -> list[Tensor]:
+        """Return the parameters that W' and b' are made from."""
+        return [parameter for state in self.adapters for parameter in state.parameters()]
+
+    def native_fold(self) -> tuple[Tensor, Tensor | None]:
+        """Return (W' in the layer's own layout, b') by the links' definitions, in ordinary autograd."""
         weight, bias = self._fold()
         return self.layout.native(weight.to(self.base.dtype)), bias
 
@@ -265,7 +271,7 @@ class ChainLinear(Holder):
             form = self.form()
             bias = None if form.bias_o is None else form.bias_o.to(self.base.dtype)
             return materialise(form, self.base, self.constraints, self.from_codes, self.base.dtype).clone(), bias
-        weight, bias = self._native_fold()
+        weight, bias = self.native_fold()
         return weight.to(self.base.dtype).clone(), None if bias is None else bias.to(self.base.dtype)
 
     @torch.no_grad()
@@ -307,7 +313,7 @@ class ChainLinear(Holder):
 
     @property
     def held_nbytes(self) -> int:
-        if (self.path == "open" and self.base.quantized is None) or self._key(self.base.dtype) is not None:
+        if (self.path == "open" and self.base.quantized is None) or self.key(self.base.dtype) is not None:
             return 0
         return math.prod(self.base.shape) * self.base.dtype.itemsize
 
@@ -327,14 +333,14 @@ class ChainLinear(Holder):
             y = self.layout.call(x, *self._held)
         elif self.path == "open":
             form = self.form()
-            y = None if torch.is_grad_enabled() else run_step(x, form, self.base)
+            stepping = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            y = run_step(x, form, self.base) if stepping else None
             if y is None:
                 y = run_open(x, form, self.base)
         elif self.path == "closed":
-            y = run_closed(x, self.form(), self.base, self.constraints, self.from_codes, self._key(x.dtype))
+            y = run_closed(x, self.form(), self)
         else:
-            parameters = [parameter for state in self.adapters for parameter in state.parameters()]
-            y = run_recomputed(x, self._native_fold, self.base, parameters)
+            y = run_recomputed(x, self)
         for link, state in self._on_output:
             axis = self.layout.out_axis
             y = link.output(y.movedim(axis, -1), state.values()).movedim(-1, axis)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dovetail.chains.layer.base import Base
+from dovetail.chains.layer.operators import numbered, operator
 from dovetail.chains.terms import Form, Hadamard, InScale, LowRank, OutScale, RowNorm, Term, nonzero
 from dovetail.models.layouts import Layout
 
@@ -54,8 +55,31 @@ def row_norm(form: Form, base: Base, from_codes: bool = True) -> Tensor:
 
     s²‖W t‖² + 2 s·rowsum(((W t) Aᵀ) ⊙ B) + rowsum((B A Aᵀ) ⊙ B)
     """
-    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
-    scale_i = None if form.in_scale_i is None else form.in_scale_i.to(wide)
+    factors = form.out_scale_o, form.in_scale_i, *(form.factors() or (None, None))
+    if torch.compiler.is_compiling():
+        return torch.ops.dovetail.row_norm(factors, base.number, from_codes)  # type: ignore[no-any-return]
+    return _row_norm(factors, base, from_codes)
+
+
+def _wide(base: Base) -> torch.dtype:
+    return torch.float64 if base.dtype == torch.float64 else torch.float32
+
+
+def _empty_norm(_: Factors, number: int, from_codes: bool) -> Tensor:
+    base: Base = numbered(number)
+    return torch.empty(base.shape[0], dtype=_wide(base), device=base.device)
+
+
+@operator("row_norm(Tensor?[] factors, int base, bool from_codes) -> Tensor", _empty_norm)
+def _row_norm_by_number(factors: Factors, number: int, from_codes: bool) -> Tensor:
+    return _row_norm(factors, numbered(number), from_codes)
+
+
+@torch.no_grad()
+def _row_norm(factors: Factors, base: Base, from_codes: bool) -> Tensor:
+    out_o, in_i, a_ri, b_or = factors
+    wide = _wide(base)
+    scale_i = None if in_i is None else in_i.to(wide)
     if scale_i is None:
         square_o = base.row_square(from_codes)
     else:
@@ -63,12 +87,11 @@ def row_norm(form: Form, base: Base, from_codes: bool = True) -> Tensor:
         square_o = torch.empty(base.shape[0], dtype=wide, device=weight.device)
         for rows in base.row_chunks(wide):
             square_o[rows] = weight[rows].to(wide).square() @ scale_i.square()
-    scale_o = torch.ones_like(square_o) if form.out_scale_o is None else form.out_scale_o.to(wide)
+    scale_o = torch.ones_like(square_o) if out_o is None else out_o.to(wide)
     square_o = scale_o.square() * square_o
-    factors = form.factors()
-    if factors is None:
+    if a_ri is None or b_or is None:
         return square_o.sqrt()
-    a_ri, b_or = factors[0].to(wide), factors[1].to(wide)
+    a_ri, b_or = a_ri.to(wide), b_or.to(wide)
     weight = base.start_weight(from_codes)
     a_scaled = a_ri if scale_i is None else a_ri * scale_i
     b_ro = b_or.t().contiguous()
