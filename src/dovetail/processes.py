@@ -1,7 +1,8 @@
 """Several processes of one run, started by torchrun or accelerate launch: they train together, and the first writes.
 
-A run is the same run on any number of processes: each takes a part of every batch, and what is not computed together
-(calibrated weights, scores, results) is the first one's. Without a launcher there is one process, and nothing waits.
+A run is the same run on any number of processes: each trains on a part of every batch and scores a part of the batches,
+and what is not computed together (calibrated weights, results) is the first one's. Without a launcher there is one
+process, and nothing waits.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM",
+            "ACCELERATE_USE_PARALLELISM_CONFIG")  # fmt: skip
+"""How `accelerate launch` says that the processes share one model."""
 _LONGEST = timedelta(days=7)
 """How long a process waits for the others: while the first one scores and merges."""
 
@@ -38,7 +42,7 @@ def rank() -> int:
 
 
 def first() -> bool:
-    """Return whether this process is the one that writes, scores and prints."""
+    """Return whether this process is the one that writes and prints."""
     return rank() == 0
 
 
@@ -48,13 +52,34 @@ def refuse(where: str, kind: type[DovetailError]) -> None:
         raise kind(
             where,
             found=f"WORLD_SIZE={count()}: one of several processes",
-            rule="torchrun and accelerate launch start several processes of `dovetail run` or dovetail.train only",
+            rule="torchrun and accelerate launch start several processes of `dovetail run`, `dovetail evaluate` of "
+            "Dovetail's own tasks, and dovetail.train only",
             fix="start it without a launcher; `dovetail study --jobs` runs several trainings at a time",
+        )
+
+
+def check_launcher() -> None:
+    """Raise DovetailError where a launcher asks for what would change a run without a word: sharding, a precision."""
+    for name in _SHARDED:
+        if os.environ.get(name, "false").lower() in ("true", "1", "yes", "y", "t", "on"):
+            raise DovetailError(
+                "processes",
+                found=f"{name}={os.environ[name]}",
+                rule="the processes of a run train by DistributedDataParallel: each one holds the whole model",
+                fix="start it with torchrun, or configure accelerate for several processes without sharding",
+            )
+    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
+        raise DovetailError(
+            "processes",
+            found=f"ACCELERATE_MIXED_PRECISION={precision}",
+            rule="the settings of a training say its precision, so that its report does",
+            fix="set bf16 in the recipe's train part, and mixed_precision to no in accelerate",
         )
 
 
 def start() -> None:
     """Connect the processes, once: over gloo on processors, and over nccl too on GPUs."""
+    check_launcher()
     import torch
     import torch.distributed as dist
 
@@ -125,6 +150,23 @@ def share(tensors: Iterable[Tensor]) -> None:
                 dist.broadcast(values.view(-1).view(torch.uint8), 0)  # gloo does not know every dtype
                 if values.data_ptr() != tensor.data_ptr():
                     tensor.detach().copy_(values)
+
+
+def of_all(own: T) -> list[T]:
+    """Return what each process gives, in the order of their numbers; JSON must be able to hold it."""
+    if count() == 1:
+        return [own]
+    import torch
+    import torch.distributed as dist
+
+    text = json.dumps(own).encode()
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(count())]
+    dist.all_gather(sizes, torch.tensor([len(text)]))
+    data = [torch.zeros(int(max(sizes)), dtype=torch.uint8) for _ in sizes]
+    mine = torch.zeros_like(data[0])
+    mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    dist.all_gather(data, mine)
+    return [json.loads(bytes(each[: int(size)].tolist())) for each, size in zip(data, sizes, strict=True)]
 
 
 def total(number: Tensor) -> Tensor:

@@ -24,11 +24,13 @@ from dovetail.compression.apply import apply
 from dovetail.errors import DovetailError, TrainError
 from dovetail.runs.recipe import Recipe
 from dovetail.runs.report.record import Report
+from dovetail.tasks.scoring import evaluate
+from dovetail.tasks.task import Task
 from dovetail.training.callbacks import Watch
 from dovetail.training.checkpoints import last_checkpoint
 from dovetail.training.train import train
 from dovetail.training.trainer import BatchOrder, RankBatches
-from small_models import SUMS, llama, make_tokenizer, quiet, training_killed_at
+from small_models import SUMS, VALUES, bert, llama, make_tokenizer, quiet, training_killed_at
 from small_runs import small_recipe
 
 CHAIN = "wanda(0.5) >> int(bits=4, group=32) >> lora(r=2) >> remask >> regrid"
@@ -135,6 +137,40 @@ def test_a_stopped_run_goes_on_in_another_number_of_processes(later: int, tmp_pa
         same_bits([expected[0], found[0]])
     else:
         close(found[0], expected[0])
+
+
+def scored(folder: Path) -> Any:
+    """Score tasks of every kind; return scores and outputs."""
+    said: dict[str, list[str]] = {}
+    records = SUMS.split("validation")
+    texts = [{"text": record["prompt"] + record["answer"]} for record in records]
+    choices = [{"prompt": r["prompt"], "choices": [" two", r["answer"]], "label": 1} for r in records]
+    tasks = [
+        Task("sums", "generation", "exact_match", {"test": records}),
+        Task("texts", "text", "perplexity", {"test": texts}),
+        Task("choices", "choice", "accuracy", {"test": choices}),
+    ]
+    language = evaluate(llama(), make_tokenizer(), tasks, batch_size=3, in_parts=True, on_outputs=said.__setitem__)
+    values = Task("values", "regression", "pearson", {"test": VALUES.split("train")[:7]})
+    head = evaluate(bert(1), make_tokenizer(), values, batch_size=2, in_parts=True, on_outputs=said.__setitem__)
+    return language, head, said
+
+
+def test_scores_of_one_process(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    expected = scored(tmp_path)
+    assert launched(3, scored, tmp_path) == [expected] * 3
+
+
+def test_a_launcher_that_shards_or_rounds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in [("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_MIXED_PRECISION", "fp16")]:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(DovetailError, match=f"{name}={value}"):
+                quiet(llama(), SUMS)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    processes.check_launcher()
 
 
 def test_an_error_in_the_first_process_ends_the_others(tmp_path: Path) -> None:
@@ -266,7 +302,10 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on(tmp_path: Path) 
     assert report.merge is not None
     assert report.merge.exact
     assert not partial.exists()
+    torch.set_num_threads(1)
     alone = run(recipe, output=tmp_path / "alone", progress=False)
     assert [loss for _, loss in report.training[0].losses] == pytest.approx(
         [loss for _, loss in alone.training[0].losses], rel=1e-5
     )
+    assert [row.name for row in report.stages] == [row.name for row in alone.stages]
+    assert [row.metrics for row in report.stages[:2]] == [row.metrics for row in alone.stages[:2]]  # base, quantized

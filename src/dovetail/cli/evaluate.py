@@ -72,6 +72,7 @@ def evaluate(
     quiet()
     import torch
 
+    from dovetail import processes
     from dovetail.checkpoint.config import best_device
     from dovetail.cli.tables import print_samples, print_scores
     from dovetail.runs.report.record import Example, finite
@@ -80,6 +81,8 @@ def evaluate(
     from dovetail.tasks.scoring.harness import evaluate_lm_eval
 
     names = task or [_data_of(model)]
+    if any(name.startswith(_LM_EVAL) for name in names):
+        processes.refuse("evaluate", DataError)
     theirs = [name.removeprefix(_LM_EVAL) for name in names if name.startswith(_LM_EVAL)]
     groups = [_tasks(name) for name in names if not name.startswith(_LM_EVAL)]
     tasks = [each for group in groups for each in group]
@@ -95,7 +98,7 @@ def evaluate(
         outputs: dict[str, list[str]] = {}
         scores = evaluate_model(
             loaded, tokenizer, tasks, split=chosen, limit=limit, batch_size=batch_size, max_length=max_length or 1024,
-            on_outputs=outputs.__setitem__ if shown else None,
+            on_outputs=outputs.__setitem__ if shown else None, in_parts=True, progress=processes.first(),
         )  # fmt: skip
         for group in groups:
             scores |= _mean(group, scores)
@@ -114,6 +117,8 @@ def evaluate(
                         after=Example.shorten(said))
                 for prompt, right, said in found[:shown]
             ]  # fmt: skip
+    if not processes.first():
+        return
     if not as_json:
         print_scores(console(), scores)
         print_samples(console(), examples)

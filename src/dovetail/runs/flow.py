@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dovetail import processes
+from dovetail.chains.check import CheckedChain
 from dovetail.chains.layer.applied import applied
 from dovetail.chains.link import Link
 from dovetail.checkpoint.adapter import save_adapter
@@ -29,15 +30,12 @@ from dovetail.runs.report.card import CARD, card
 from dovetail.runs.report.page import page
 from dovetail.runs.report.record import Losses, Merge, Report, Row, TaskInfo, environment
 from dovetail.runs.report.summary import verdict
-from dovetail.runs.rows import Rows, row_names
+from dovetail.runs.rows import Rows, Scores, row_names
 from dovetail.runs.shared import SharedBases, SharedScores, scoring_identity
-from dovetail.tasks.task import HEAD_KINDS, Task
+from dovetail.tasks.task import HEAD_KINDS
 from dovetail.training.optimizer import trained_parts
 from dovetail.training.settings import check_environment, check_processes
 from dovetail.training.train import train
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def run(
@@ -82,8 +80,9 @@ def run(
     torch.nn.Module.to(model, best_device())
     model.requires_grad_(False)  # the base is frozen; a new head is trained once the chain is applied
     batches = steps.calibration(recipe, task, model, tokenizer)
+    scores = Scores(model, tokenizer, tasks, recipe, progress=progress)
     if not processes.first():
-        return _follow(recipe, model, tokenizer, task, batches)
+        return _follow(recipe, scores, links, batches)
     probe = steps.probe_of(batches[0], model, task.kind)
     identity = steps.identity(model, tokenizer, tasks, batches)
     names = iter(row_names(links, head=task.kind in HEAD_KINDS))
@@ -91,7 +90,7 @@ def run(
 
     with Bar(f"run {recipe.chain}", shown=progress), run_folder(output, recipe, resume, identity) as folder:
         rows = Rows(
-            folder, model, tokenizer, tasks, recipe, progress=progress, on_row=on_row,
+            folder, scores, on_row=on_row,
             shared=None if shared is None else SharedScores(shared, scoring_identity(identity, recipe, model)),
         )  # fmt: skip
         rows.add("base")
@@ -131,7 +130,7 @@ def run(
             rows.add("merged", merged.footprint)
             checkpoint = steps.write_stock(folder.path / MODEL, model, tokenizer, probe)
         report = Report(
-            task=TaskInfo.of(task, rows.split, recipe.evaluate.limit),
+            task=TaskInfo.of(task, scores.split, recipe.evaluate.limit),
             chain=recipe.chain,
             layers=recipe.layers,
             model=recipe.model,
@@ -162,17 +161,29 @@ def run(
     return report
 
 
-def _follow(
-    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task,
-    batches: Sequence[dict[str, Tensor]],
-) -> Report:  # fmt: skip
-    """Take part in the training of a run whose first process writes, scores and merges; return its report."""
+def _follow(recipe: Recipe, scores: Scores, links: CheckedChain, batches: Sequence[dict[str, Tensor]]) -> Report:
+    """Take part in the training and the scores of a run whose first process writes; return its report."""
+    model, task = scores.model, scores.tasks[0]
+    names = iter(row_names(links, head=task.kind in HEAD_KINDS))
+    scores.follow()  # the base
+
+    def follow_row(_: Link) -> None:
+        next(names)
+        scores.follow()
+
     apply(
-        model, steps.checked_chain(recipe), layers=recipe.layers, targets=recipe.targets, calibration=batches,
-        calibration_inputs=recipe.calibration.inputs, seed=recipe.seed,
+        model, links, layers=recipe.layers, targets=recipe.targets, calibration=batches,
+        calibration_inputs=recipe.calibration.inputs, seed=recipe.seed, progress=False, on_link=follow_row,
     )  # fmt: skip
     if applied(model).stages_left or trained_parts(model):
         train(
-            model, tokenizer, task, seed=recipe.seed, calibration=batches, progress=False, **recipe.train.model_dump()
-        )
+            model, scores.tokenizer, task, seed=recipe.seed, calibration=batches, progress=False,
+            **recipe.train.model_dump(),
+        )  # fmt: skip
+    if next(names, None) is not None:
+        scores.follow()
+    if recipe.merge != "none":
+        merge(model, lossy=recipe.merge == "lossy", packed=True)
+        to_stock(model)
+        scores.follow()
     return Report.model_validate(processes.from_first(dict))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from dovetail import processes
 from dovetail.chains.check import check
 from dovetail.chains.link import Chain
 from dovetail.checkpoint.footprint import Footprint, footprint
@@ -41,17 +42,54 @@ def row_names(links: Chain, *, head: bool = False) -> list[str]:
     return [kind if latest[kind] == index else f"{kind}, stage {number}" for index, (kind, number) in enumerate(found)]
 
 
+class Scores:
+    """The scores of the model of a run, which all processes of the run compute together.
+
+    The first one says whether there are any to compute: it may have them from an earlier start.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task], recipe: Recipe, *,
+        progress: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.tokenizer, self.tasks, self.settings = model, tokenizer, tasks, recipe.evaluate
+        self.split, self.progress = recipe.evaluate.split or "test", progress
+
+    def compute(self) -> Scored:
+        """Return the scores of the model as it is, in the first process."""
+        processes.from_first(lambda: True)
+        return self._compute()
+
+    def end(self) -> None:
+        """Let the other processes go on."""
+        processes.from_first(lambda: False)
+
+    def follow(self) -> None:
+        """Take part in what the first process computes, until it ends."""
+        while processes.from_first(lambda: False):
+            self._compute()
+
+    def _compute(self) -> Scored:
+        processes.share([*self.model.parameters(), *self.model.buffers()])
+        outputs: dict[str, list[str]] = {}
+        scores: dict[str, Any] = dict(evaluate(
+            self.model, self.tokenizer, self.tasks, split=self.split, limit=self.settings.limit,
+            batch_size=self.settings.batch_size, max_length=self.settings.max_length,
+            progress=self.progress, on_outputs=outputs.__setitem__, in_parts=True,
+        ))  # fmt: skip
+        for task in self.tasks:  # the primary metric of a task comes first
+            scores[task.name] = {task.metric: scores[task.name][task.metric], **scores[task.name]}
+        said = [Example.shorten(text) for text in outputs[self.tasks[0].name][:EXAMPLES]]
+        return Scored(metrics=scores, outputs=said)
+
+
 class Rows:
     """The rows of a run in order; rows that an earlier start finished are not computed again."""
 
     def __init__(
-        self, folder: RunFolder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[Task],
-        recipe: Recipe, *, progress: bool, on_row: Callable[[Row], None] | None, shared: SharedScores | None,
-    ) -> None:  # fmt: skip
-        self.shared = shared
-        self.folder, self.model, self.tokenizer, self.tasks = folder, model, tokenizer, tasks
-        self.settings, self.progress, self.on_row = recipe.evaluate, progress, on_row
-        self.split = recipe.evaluate.split or "test"
+        self, folder: RunFolder, scores: Scores, *, on_row: Callable[[Row], None] | None, shared: SharedScores | None
+    ) -> None:
+        self.folder, self.scores, self.on_row, self.shared = folder, scores, on_row, shared
         self.seconds_before = 0.0
         self._finished: list[FinishedRow] = []
         self._started = time.perf_counter()
@@ -69,6 +107,7 @@ class Rows:
             self.folder.add(finished)
         else:
             self.seconds_before += finished.row.seconds
+        self.scores.end()
         self._finished.append(finished)
         if self.on_row is not None:
             self.on_row(finished.row)
@@ -76,25 +115,14 @@ class Rows:
 
     def _score(self, name: str, taken: Footprint | None) -> FinishedRow:
         untuned = name == "base" or name.startswith(("pruned", "quantized"))
-        found = self.shared.of(self.model, self._scored) if self.shared is not None and untuned else self._scored()
+        model, compute = self.scores.model, self.scores.compute
+        found = self.shared.of(model, compute) if self.shared is not None and untuned else compute()
         seconds = time.perf_counter() - self._started
-        row = Row(name=name, metrics=found.metrics, footprint=taken or footprint(self.model), seconds=seconds)
+        row = Row(name=name, metrics=found.metrics, footprint=taken or footprint(model), seconds=seconds)
         return FinishedRow(row=row, outputs=found.outputs)
-
-    def _scored(self) -> Scored:
-        outputs: dict[str, list[str]] = {}
-        scores: dict[str, Any] = dict(evaluate(
-            self.model, self.tokenizer, self.tasks, split=self.split, limit=self.settings.limit,
-            batch_size=self.settings.batch_size, max_length=self.settings.max_length,
-            progress=self.progress, on_outputs=outputs.__setitem__,
-        ))  # fmt: skip
-        for task in self.tasks:  # the primary metric of a task comes first
-            scores[task.name] = {task.metric: scores[task.name][task.metric], **scores[task.name]}
-        said = [Example.shorten(text) for text in outputs[self.tasks[0].name][:EXAMPLES]]
-        return Scored(metrics=scores, outputs=said)
 
     def examples(self) -> list[Example]:
         """Return the first records of the first task with the outputs of the base row and of the last row."""
-        task, before, after = self.tasks[0], self._finished[0].outputs, self._finished[-1].outputs
-        records = task.split(self.split)[: len(before)]
+        task, before, after = self.scores.tasks[0], self._finished[0].outputs, self._finished[-1].outputs
+        records = task.split(self.scores.split)[: len(before)]
         return [Example.of(task, *shown) for shown in zip(records, before, after, strict=True)]

@@ -149,7 +149,8 @@ def train(
     logging_dir   directory of TensorBoard's files, if report_to names it; by default ./tensorboard
 
     Several processes (torchrun, accelerate launch) train the same model on the same data together: each takes a part of
-    every batch, which gives the losses of one process up to rounding. The first one writes and scores.
+    every batch, which gives the losses of one process up to rounding, and scores a part of the batches. The first one
+    writes.
 
     With bf16, adapters and heads are trained in float32; heads are rounded at the end. Later stages merge into the
     rounded base, which costs precision. A model without a chain keeps float32 parameters. The global random state is
@@ -170,8 +171,8 @@ def train(
     output_dir, resume = _agreed(output_dir, resume)
     progress = progress and processes.first()
     check_checkpointing(model, asked.gradient_checkpointing)
-    started = time.perf_counter()
     check_compiling(model, asked.torch_compile)
+    started = time.perf_counter()
     config: Any = model.config
     if not chain_layers(model):
         vars(config).pop("dovetail", None)  # the fingerprint of a merged model is wrong once the model is trained
@@ -236,7 +237,7 @@ def train(
             title = f"train {data.name}" + (f", stage {stage + 1} of {stages}" if stages > 1 else "")
             watch = Watch(
                 title, shown=progress, evaluate_every=asked.evaluate_every,
-                evaluate=None if validate is None else partial(processes.from_first, validate),
+                evaluate=validate,
                 log=None if on_log is None or not processes.first() else partial(on_log, stage + 1),
             )  # fmt: skip
             trainer = StageTrainer(
@@ -335,7 +336,9 @@ def _validation(
 
     def validate() -> dict[str, float]:
         with autocast(model.device, settings.bf16):
-            scores = evaluate(model, tokenizer, data, split="validation", limit=limit, progress=False)[data.name]
+            scores = evaluate(model, tokenizer, data, split="validation", limit=limit, progress=False, in_parts=True)[
+                data.name
+            ]
             return scores | {"loss": mean_loss(model, rows, collate, settings.batch_size)}
 
     return validate

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dovetail import processes
 from dovetail.errors import DataError
 from dovetail.tasks.find import as_task
 from dovetail.tasks.holding import holding
@@ -50,6 +51,7 @@ def evaluate(
     max_length: int = 1024,
     progress: bool = True,
     on_outputs: Callable[[str, list[str]], None] | None = None,
+    in_parts: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Return the scores of a model on tasks: task name -> metric -> score, with the counts of `COUNTS`.
 
@@ -62,6 +64,8 @@ def evaluate(
     on_outputs   called with the name of each task and the model's output for each record: the continuation, choice,
                  sentence, label or value; for the first conversations only where their likelihood alone is scored, and
                  no outputs for texts
+    in_parts     whether each process of this run (torchrun) scores a part of the batches. All must call it, with the
+                 same model, and all get the scores that one process computes
 
     `Task.scoring` adds shots, stop texts, an extractor and more (`dovetail.tasks.rules`). Metrics per kind: generation
     exact_match; choice accuracy, accuracy_norm (lm-eval's acc and acc_norm); pairs accuracy; text perplexity,
@@ -73,6 +77,8 @@ def evaluate(
     device where they are. Nothing is drawn by chance, and the model is left in the mode it was in. Raises DataError
     for a missing split, a label without a place in the head, or a task that the model has no head for.
     """
+    if in_parts:
+        processes.start()
     tasks = _tasks(tasks, split)
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
@@ -91,7 +97,7 @@ def evaluate(
             length = length_limit(model, tokenizer, max_length, records)
             samples = 0 if on_outputs is None else SAMPLES
             runner = Runner(
-                model, tokenizer, task.name, batch_size, length, progress, task.metric, task.scoring, samples
+                model, tokenizer, task.name, batch_size, length, progress, task.metric, task.scoring, samples, in_parts
             )  # fmt: skip
             found, outputs = METHODS[task.kind](runner, records)
             scores[task.name] = {**found, "n": len(records), **runner.make.say(task.name, shown=progress)}

@@ -52,4 +52,4 @@ def _outputs(runner: Runner, kind: str, records: Sequence[Record]) -> Tensor:
         if not bool(logits.isfinite().all()):
             raise runner.not_finite(lambda batch=batch: runner.logits(batch))
         results[chosen] = logits.float().cpu()
-    return results
+    return runner.whole(results)

@@ -127,4 +127,4 @@ def continued(runner: Runner, answers: Sequence[str], rows_of: Callable[[int], l
                 said[row] = runner.scoring.stopped(text)
     finally:
         model.generation_config = own
-    return said
+    return runner.joined(said)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dovetail import processes
 from dovetail.errors import DovetailError
 from dovetail.progress import Bar, note
 from dovetail.tasks.finite import check_finite, not_finite
@@ -47,6 +48,7 @@ class Runner:
     metric    the main one of the task
     scoring   of the task
     samples   records to which answers are generated where the scores need none
+    in_parts  whether each process of this run scores a part of the batches
     """
 
     model: nn.Module
@@ -58,6 +60,7 @@ class Runner:
     metric: str = ""
     scoring: Scoring = field(default_factory=Scoring)
     samples: int = 0
+    in_parts: bool = False
     _together: dict[Side, Together] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -85,23 +88,42 @@ class Runner:
     ) -> Iterator[tuple[list[int], Batch]]:
         """Yield row numbers and their batch on the model's device, the longest rows first.
 
+        With `in_parts`, this process's share of the batches, which are those of one process. `whole` and `joined` make
+        the results of all rows of what was found for these.
+
         side      of the padding
         outputs   batch -> (rows, ...), by which the effect of padding is found out; the logits by default
         """
         order = sorted(range(len(rows)), key=lambda row: _lengths(rows[row]), reverse=True)
-        outputs = outputs or self.logits
-        if side not in self._together and order:
-            self._check_finite(rows[order[-1]], side, outputs)
-        together = self._who_together([rows[row] for row in order], side, outputs)
+        longest_first = [rows[row] for row in order]
+        decide = partial(self._decide, longest_first, side, outputs or self.logits)
+        # One process decides: the outputs of another processor may differ by more.
+        together: Together = processes.from_first(decide) if self.in_parts else decide()
         groups = [order] if together == "all" else [[row] for row in order]
         if together == "equal":
             groups = [list(group) for _, group in groupby(order, key=lambda row: _lengths(rows[row]))]
+        size = self.batch_size
+        batches = [group[at : at + size] for group in groups for at in range(0, len(group), size)]
         with Bar(f"evaluate {self.name}", len(rows), shown=self.progress) as bar:
-            for group in groups:
-                for at in range(0, len(group), self.batch_size):
-                    chosen = group[at : at + self.batch_size]
+            for number, chosen in enumerate(batches):
+                if not self.in_parts or number % processes.count() == processes.rank():
                     yield chosen, self._batch([rows[row] for row in chosen], side)
-                    bar.advance(len(chosen))
+                bar.advance(len(chosen))
+
+    def whole(self, found: Tensor) -> Tensor:
+        """Return the numbers of all rows; found: those of this process's rows, zero elsewhere. On the processor."""
+        return processes.total(found) if self.in_parts else found
+
+    def joined(self, found: list[str]) -> list[str]:
+        """Return the texts of all rows; found: those of this process's rows, empty elsewhere."""
+        if not self.in_parts:
+            return found
+        return ["".join(texts) for texts in zip(*processes.of_all(found), strict=True)]
+
+    def _decide(self, rows: Sequence[Example], side: Side, outputs: Callable[[Batch], Tensor]) -> Together:
+        if side not in self._together and rows:
+            self._check_finite(rows[-1], side, outputs)
+        return self._who_together(rows, side, outputs)
 
     def _batch(self, rows: Sequence[Example], side: Side) -> Batch:
         device = next(self.model.parameters()).device
@@ -180,7 +202,7 @@ class Runner:
             if not bool(likelihood_bt.isfinite().all()):
                 raise self.not_finite(lambda batch=batch: self.logits(batch))
             sums[chosen], counts[chosen] = likelihood_bt.sum(1).cpu(), counted_bt.sum(1).cpu()
-        return sums, counts
+        return self.whole(sums), self.whole(counts)
 
     def _labels_and_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the labels, (rows, places), and the logits that predict them, (rows, places, vocabulary).
