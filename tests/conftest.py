@@ -28,7 +28,8 @@ torch.set_num_threads(int(THREADS))
 
 
 def pytest_collection_finish():
-    """Collect garbage from now on."""
+    """Collect garbage from now on, and never what was imported or collected as a test."""
+    gc.freeze()
     gc.enable()
 
 
