@@ -365,7 +365,7 @@ def give(
 def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr("dovetail.experts.store.http._PAUSE", 0.001)
-    monkeypatch.setattr("dovetail.experts.store.http._INDEX_NBYTES", 1 << 20)
+    monkeypatch.setattr("dovetail.experts.store.http._INDEX_NBYTES", 1 << 17)
     Store.write_index(folder)
     server = Server(folder)
     yield server
@@ -412,7 +412,7 @@ def silent(handler: BaseHTTPRequestHandler) -> None:
 
 
 def silent_for_long(handler: BaseHTTPRequestHandler) -> None:
-    time.sleep(4)
+    time.sleep(1)
 
 
 def cut(handler: BaseHTTPRequestHandler) -> None:
