@@ -221,6 +221,11 @@ class Watch(TrainerCallback):
         if self._steps_done < _MEASURED_STEPS:  # LoRA's A has zeros as its gradient until B has moved
             self._name([name for name in self._still if name in self._unreached])
 
+    @property
+    def measuring(self) -> bool:
+        """Whether every operation is counted, to find the peak of memory."""
+        return self._memory is not None
+
     def _resume(self, state: TrainerState) -> None:
         """Take over the seconds and the peak of the start that this one continues."""
         history: list[Any] = state.log_history

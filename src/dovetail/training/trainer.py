@@ -4,7 +4,7 @@ Differences from the stock Trainer: each link has its own learning rate; the los
 the whole step, for every model and any number of accumulated batches; batches of similar length come in random order,
 the longest row early; elastic adapters run at ranks drawn for each step; a checkpoint holds only the trained
 parameters, as safetensors, and is valid once it is complete; a loss that is not finite ends the run; the peak of memory
-is measured over the first steps; a model that `torch_compile` asks to compile runs uncompiled during these.
+is measured over the first steps.
 """
 
 from __future__ import annotations
@@ -225,9 +225,7 @@ class StageTrainer(Trainer):
                 partial(_forward, self._own, inputs),
                 error=TrainError,
             )
-        if self.settings.torch_compile and self._compiled is None:
-            self._compiled = torch.compile(model)
-        outputs = (self._compiled or model)(**inputs)
+        outputs = self._runs(model)(**inputs)
         loss = outputs.loss
         if not bool(loss.isfinite()):
             raise self._not_finite(self._own, inputs)
@@ -243,6 +241,14 @@ class StageTrainer(Trainer):
         said = self._loss_of_labels(outputs, inputs["labels"])
         self._auxiliary += 0.0 if said is outputs.loss else float((outputs.loss.detach() - said) * share)
         return (loss, outputs) if return_outputs else loss
+
+    def _runs(self, model: nn.Module) -> Callable[..., Any]:
+        """Return the model, or the compiled one: not while memory is measured, which sees every operation."""
+        if not self.settings.torch_compile or self.watch.measuring:
+            return model
+        if self._compiled is None:
+            self._compiled = torch.compile(model)
+        return self._compiled
 
     @property
     def _own(self) -> nn.Module:
