@@ -19,6 +19,8 @@ tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of TO
 SOURCE = ROOT / "src/dovetail"
 NOT_IMPORTED_YET = {"datasets"}
 """Dependencies of the next release's tasks."""
+IMPORTED_IN_FUNCTIONS = {"kernels.py"}
+"""Modules that functions import where an optional package is installed."""
 IMPORTED_BY_OPTUNA = {"greenlet"}
 """Optional there: its GPSampler is faster with it."""
 DISTRIBUTIONS = packages_distributions()
@@ -53,7 +55,7 @@ def imports() -> Iterator[tuple[str, Path, bool]]:
             for module in modules:
                 top = module.partition(".")[0]
                 if top != "dovetail" and top not in sys.stdlib_module_names:
-                    yield top, path, id(node) not in deferred
+                    yield top, path, id(node) not in deferred and path.name not in IMPORTED_IN_FUNCTIONS
 
 
 def _is_deferred(node: ast.AST) -> bool:

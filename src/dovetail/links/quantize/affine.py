@@ -18,7 +18,7 @@ from dovetail.chains.link import Quantizer, Site, always_print, identity_of
 from dovetail.chains.packing import CODES_PER_UNIT, pack, packed_nbytes, read, unpack, value_table
 from dovetail.errors import ChainError
 from dovetail.links.quantize import scales
-from dovetail.links.quantize.accelerate import by_loops
+from dovetail.links.quantize.accelerate import by_kernels, by_loops
 from dovetail.links.quantize.ranges import SCALE_BITS, Scales, Symmetry, affine_range
 
 if TYPE_CHECKING:
@@ -134,6 +134,14 @@ class AffineWeight(QuantizedWeight):
         levels = tuple(float(code) for code in range(2**self.bits))
         return scale, read(self.zero_og, self.bits, first, last, value_table(levels, self.bits, self.zero_og))
 
+    def dequantize(self, out: Tensor) -> Tensor:
+        if not (out.is_contiguous() and by_kernels(self, out)):
+            return super().dequantize(out)
+        from dovetail.links.quantize import kernels
+
+        self._check_shape(out)
+        return kernels.decode(*self._for_kernels(), None, out, bits=self.bits, block=self.block)
+
     def _decode(self, start: int, stop: int, rows: Tensor) -> None:
         i = self.shape[1]
         scale, zero = self._grid(start, stop - start)
@@ -156,6 +164,8 @@ class AffineWeight(QuantizedWeight):
         self._to_values(rows, scale, zero)
 
     def product(self, x_ti: Tensor) -> Tensor | None:
+        if by_kernels(self, x_ti):
+            return self._product_by_kernel(x_ti)
         if not (by_loops(self, self.codes) and self.bits in (2, 4, 8) and self.block * self.bits % 8 == 0):
             return None
         from dovetail.links.quantize import loops
@@ -170,12 +180,26 @@ class AffineWeight(QuantizedWeight):
         loops.over_blocks(loops.multiply_affine, [array.numpy() for array in arrays], x, sums, self.bits)
         return y_ot.t()
 
+    def _product_by_kernel(self, x_ti: Tensor) -> Tensor | None:
+        from dovetail.links.quantize import kernels
+
+        o, i = self.shape
+        if not kernels.multiplies(i, self.bits, self.block):
+            return None
+        return kernels.multiply(*self._for_kernels(), None, x_ti, o, bits=self.bits, block=self.block)
+
+    def _for_kernels(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return packed codes, scales and zero points as kernels on GPUs read them."""
+        blocks = self.shape[0] * self.shape[1] // self.block
+        scale = scales.plain([self.get_buffer(name) for name in self._scale_names], blocks)
+        return self.codes.view(torch.uint8), scale, None if self.zero_og is None else self.zero_og.view(-1)
+
     def _to_values(self, rows: Tensor, scale: Tensor, zero: Tensor | None) -> None:
-        """Replace codes, minus 2^(bits-1) if symmetric, by their values; zero is +0 where a scale is negative, too."""
+        """Replace codes, minus 2^(bits-1) if symmetric, by their values; zero is +0 for every scale."""
         if zero is not None:
             self._by_block(Tensor.sub_, rows, zero)
         self._by_block(Tensor.mul_, rows, scale)
-        if bool((scale < 0).any()):
+        if bool((scale <= 0).any()):
             rows.add_(0.0)
 
     def _to_codes(self, rows: Tensor, scale: Tensor, zero: Tensor | None, inside: Tensor | None = None) -> None:
@@ -201,6 +225,12 @@ class AffineWeight(QuantizedWeight):
             rows.add_(0.0)
 
     def _snap(self, rows: Tensor, start: int, inside: Tensor | None = None) -> None:
+        if by_kernels(self, rows):
+            from dovetail.links.quantize import kernels
+
+            (_, scale, zero), (first, _) = self._for_kernels(), self._block_range(start, len(rows))
+            kernels.snap_affine(rows, scale, zero, inside, first=first, bits=self.bits, block=self.block)
+            return
         scale, zero = self._grid(start, len(rows))
         if by_loops(self, rows) and not self._zero_is_float:
             from dovetail.links.quantize import loops

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from dovetail.chains.grid import QuantizedWeight
 from dovetail.chains.packing import CODES_PER_UNIT, pack, packed_nbytes, read, value_table
 from dovetail.links.quantize import scales
-from dovetail.links.quantize.accelerate import by_loops, four_bit_kernel
+from dovetail.links.quantize.accelerate import by_kernels, by_loops, four_bit_kernel
 from dovetail.links.quantize.nearest import nearest
 
 if TYPE_CHECKING:
@@ -157,12 +157,34 @@ class CodeBookWeight(QuantizedWeight):
         return scales.decode([self.get_buffer(name) for name in self._scale_names], *self._block_range(start, rows))
 
     def dequantize(self, out: Tensor) -> Tensor:
-        """Write the values into `out`; on a GPU by bitsandbytes' kernel where it is installed, with the same bits."""
+        """Write the values into `out`; on a GPU by a kernel where there is one, with the same bits."""
+        if out.is_contiguous() and by_kernels(self, out):
+            from dovetail.links.quantize import kernels
+
+            self._check_shape(out)
+            levels = _tables(self.book, out.device)[0]
+            return kernels.decode(self.codes, self._plain_scales(), None, levels, out, bits=self.bits, block=self.block)
         kernel = four_bit_kernel(self.book.name, self.book.levels, self.shape, self.block, out.dtype, self.codes)
         if kernel is None or not out.is_contiguous():
             return super().dequantize(out)
         self._check_shape(out)
         return out.copy_(kernel(self.codes, self.block_scales(0, self.shape[0]), self.shape))
+
+    def product(self, x_ti: Tensor) -> Tensor | None:
+        """Return x Wᵀ (t, o), float32, straight from the codes, on a GPU where there are kernels; else None."""
+        if not by_kernels(self, x_ti):
+            return None
+        from dovetail.links.quantize import kernels
+
+        o, i = self.shape
+        if not kernels.multiplies(i, self.bits, self.block):
+            return None
+        levels, scale = _tables(self.book, x_ti.device)[0], self._plain_scales()
+        return kernels.multiply(self.codes, scale, None, levels, x_ti, o, bits=self.bits, block=self.block)
+
+    def _plain_scales(self) -> Tensor:
+        blocks = -(-self.shape[0] * self.shape[1] // self.block)
+        return scales.plain([self.get_buffer(name) for name in self._scale_names], blocks)
 
     def moved(self, factor_b: Tensor | None = None, offset_b: Tensor | None = None) -> Self:
         assert offset_b is None
@@ -208,6 +230,22 @@ class CodeBookWeight(QuantizedWeight):
             flat[whole * self.block :].div_(scale[-1])
 
     def _snap(self, rows: Tensor, start: int, inside: Tensor | None = None) -> None:
+        if by_kernels(self, rows):
+            from dovetail.links.quantize import kernels
+
+            _, levels, middles = _tables(self.book, rows.device)
+            kernels.snap_levels(
+                rows,
+                self._plain_scales(),
+                inside,
+                levels,
+                middles,
+                first=self._block_range(start, len(rows))[0],
+                block=self.block,
+                reach=self.book.reach,
+                divides=self.book.ieee,
+            )
+            return
         scale = self.block_scales(start, len(rows))
         if by_loops(self, rows) and self.bits <= 4:
             from dovetail.links.quantize import loops
@@ -236,6 +274,14 @@ class CodeBookWeight(QuantizedWeight):
         packed = pack(_whole_units(codes.reshape(-1), self.book), self.bits)
         scale = {name: self.get_buffer(name) for name in self._scale_names}
         return type(self)(packed, scale, shape=self.shape, block=self.block, book=self.book, identity=self.identity)
+
+
+@lru_cache(maxsize=64)
+def _tables(book: Book, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the levels by code, the levels ascending and the midpoints between them, float32, on a device."""
+    with torch.inference_mode(False):
+        ascending, middles = (torch.from_numpy(each).to(device) for each in book.for_loops)
+        return torch.from_numpy(book.by_code).to(device), ascending, middles
 
 
 def _whole_units(codes: Tensor, book: Book) -> Tensor:
