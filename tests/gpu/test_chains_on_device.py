@@ -1,7 +1,8 @@
 """Chains on the device are those of the CPU: every quantizer under adapters and constraints, on one layer.
 
 In float64, in which no code depends on the order of a sum, values and gradients are those of the CPU's definition. In
-float32 and bfloat16 the fast path is the definition on the device itself. Kernels take part, where there are some.
+float32 and bfloat16, open chains run as their definition on the device itself, and closed ones are merged with the bits
+that they ran with. Kernels take part, where there are some.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def test_values_and_gradients_are_those_of_the_cpu(quantizer: str) -> None:
 @each_quantizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_fast_path_is_the_definition_on_the_device(quantizer: str, dtype: torch.dtype) -> None:
-    for text in chains_over(quantizer)[::2]:
+    """Of open chains: one rounded otherwise, a weight of a closed chain may have a neighbouring code."""
+    for text in (f"{quantizer} >> {adapter}" for adapter in ADAPTERS):
         model, x = on_device(chained(text, dtype=dtype)), input_of(dtype=dtype).to(DEVICE)
         with torch.no_grad():
             wanted = by_definition(model.layer, x)
@@ -91,11 +93,12 @@ def test_the_fast_path_is_the_definition_on_the_device(quantizer: str, dtype: to
 
 
 @each_quantizer
-def test_a_merge_is_exact_and_says_so(quantizer: str) -> None:
-    for text in chains_over(quantizer):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_merge_is_exact_and_says_so(quantizer: str, dtype: torch.dtype) -> None:
+    for text in chains_over(quantizer)[:: 1 if dtype == torch.float32 else 3]:
         if not text.endswith((*GRID_CONSTRAINTS,)):
             continue
-        model, x = on_device(chained(text)), input_of().to(DEVICE)
+        model, x = on_device(chained(text, dtype=dtype)), input_of(dtype=dtype).to(DEVICE)
         with torch.no_grad():
             before = model(x)
             report = dovetail.merge(model)
@@ -115,4 +118,4 @@ def test_the_device_chooses_the_codes_of_the_cpu(quantizer: str) -> None:
         dovetail.apply(model, quantizer, targets="layer")
     state = wanted.layer.base.quantized.state_dict()
     for name, each in found.layer.base.quantized.state_dict().items():
-        assert torch.equal(each.cpu().view(torch.uint8), state[name].view(torch.uint8)), name
+        assert torch.equal(each.cpu().view(-1).view(torch.uint8), state[name].view(-1).view(torch.uint8)), name

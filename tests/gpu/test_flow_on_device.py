@@ -133,6 +133,7 @@ def test_a_packed_model_generates_and_comes_back(quantizer: str, tmp_path: Path)
         whole = model(torch.cat([prompt, prompt[:, :1]], 1)).logits[:, -1:]
     assert difference(one.cpu(), whole.cpu()) <= 1e2 * rounding(torch.float32, 128, steps=8)
     dovetail.save_packed(model, tmp_path / "packed")
+    make_tokenizer().save_pretrained(tmp_path / "packed")
     again, _ = dovetail.load(tmp_path / "packed")
     assert torch.equal(logits(torch.nn.Module.to(again, DEVICE), inputs), tuned)
 
