@@ -14,7 +14,6 @@ import torch
 import dovetail
 from accelerators import DEVICE
 from dovetail.chains.layer.applied import applied
-from dovetail.checkpoint.config import best_device
 from dovetail.links.quantize import accelerate
 from dovetail.tasks.find import load_task
 from dovetail.tasks.spec import Data

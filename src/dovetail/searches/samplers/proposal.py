@@ -135,7 +135,7 @@ class ProposalSampler(BaseSampler):
         if not _any_complete(_others(study, trial)):
             study._storage.set_trial_system_attr(trial._trial_id, _DESIGN, self._seed)
             # A trial that was proposed meanwhile may not have read the seed.
-            search_space = self.infer_relative_search_space(study, trial)
+            search_space = search_space or self.infer_relative_search_space(study, trial)
         space = Space(search_space)
         proposal: dict[str, Any] = {}
         for _ in range(_ROUNDS):
