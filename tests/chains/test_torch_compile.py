@@ -24,7 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 
 FAMILIES = {
     "llama": "int(bits=4, group=32) >> lora(r=4) >> regrid",
-    "qwen2": "nf4 >> lora(r=4)",
     "qwen3": "dora(r=4)",
     "gemma3": "nf4 >> ia3 >> lora(r=4)",
     "phi3": "wanda(0.5) >> int(bits=2, group=32) >> lora(r=4) >> remask >> regrid",
