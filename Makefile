@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUTPUT ?=
 
-.PHONY: demo test real portable tiny check fix docs bench clean
+.PHONY: demo test real portable gpu tiny check fix docs bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,10 @@ real: $(READY)  ## the tests on real models, data and runtimes; installs llama.c
 
 portable: $(READY)  ## the numeric tests as on other processors, one line for each setting; 20 to 30 minutes
 	$(BIN)/python tests/portable.py
+
+gpu: $(READY)  ## on a machine with a CUDA device: its tests, then its benchmark; minutes
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python bench/gpu.py --output gpu.json
 
 tiny: $(READY)  ## the whole flow on a two-layer model, in seconds
 	$(BIN)/python -m pytest tests/test_tiny.py

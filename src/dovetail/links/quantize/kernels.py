@@ -229,7 +229,7 @@ def snap_affine(
     first   the block of w's first number
     """
     lowest, middle = float(-(2 ** (bits - 1)) if zero is None else 0), float(2 ** (bits - 1))
-    flags = w if inside is None else inside.view(torch.int8)
+    flags = w if inside is None else inside.view(-1).view(torch.int8)
     constants = {"BITS": bits, "BLOCK": block, "ZERO": zero is not None, "ASKED": inside is not None, "TILE": _TILE}
     tensors = (w, scale, scale if zero is None else zero, flags)
     numbers = (w.numel(), first, lowest, lowest + 2**bits - 1, middle)
@@ -250,7 +250,7 @@ def snap_levels(
     divides  whether w is divided by the scale, or multiplied by its reciprocal, except in a short last block
     """
     whole = 0 if divides else w.numel() // block * block
-    flags = w if inside is None else inside.view(torch.int8)
+    flags = w if inside is None else inside.view(-1).view(torch.int8)
     constants = {"BITS": len(middles).bit_length(), "BLOCK": block, "ASKED": inside is not None, "TILE": _TILE}
     tensors = (w, scale, flags, levels, middles)
     _run(_snap_levels, _programs(w.numel()), tensors, w.numel(), first, whole, float(reach), **constants)
