@@ -214,8 +214,8 @@ def _predict(x_nf: Array, y_n: Array, x_cf: Array) -> tuple[Array, Array]:
         return float(-white_n @ white_n / 2 - np.log(np.diag(factor_nn)).sum())
 
     noise, length = max(itertools.product(_NOISES, _LENGTHS), key=lambda each: log_likelihood(*each))
-    process = GaussianProcessRegressor(RBF(length), alpha=noise, normalize_y=True, optimizer=None).fit(x_nf, y_n)
-    mean_c, deviation_c = process.predict(x_cf, return_std=True)
+    process = GaussianProcessRegressor(RBF(length), alpha=noise, normalize_y=True).set_params(optimizer=None)
+    mean_c, deviation_c = process.fit(x_nf, y_n).predict(x_cf, return_std=True)
     return mean_c, np.maximum(deviation_c, 1e-12)
 
 
