@@ -29,8 +29,8 @@ SETTINGS: dict[str, dict[str, str]] = {
     "2-threads": {"DOVETAIL_TEST_THREADS": "2"},
     "no-bitsandbytes": {"DOVETAIL_TEST_WITHOUT": "bitsandbytes"},
 }
-ONLY_NUMBA = ["experts/test_experts.py"]
-"""What numba compiles is the codec of experts: these tests replace all others in its setting."""
+ONLY_NUMBA = ["experts/test_experts.py", "links/test_quantize.py", "links/test_sparsify.py"]
+"""The tests of what numba compiles, the codec of experts and the loops of grids, in place of all others."""
 
 
 def run(name: str, workers: str, arguments: list[str]) -> bool:
