@@ -120,6 +120,16 @@ def test_a_chain_that_trains_equals_the_one_in_memory(chain: str, name: str, tmp
     check_equal(tmp_path / "memory", tmp_path / "disk")
 
 
+def test_a_merge_writes_only_layers_that_were_trained(tmp_path: Path) -> None:
+    source = save("llama", tmp_path / "model")
+    for chain, written in (("nf4", False), ("nf4 >> lora(r=4) >> regrid", True)):
+        disk = Disk(tmp_path / f"work{written}")
+        model, _ = dovetail.load(source, disk=disk)
+        dovetail.apply(model, chain, disk=disk)
+        dovetail.merge(model, packed=True, disk=disk)
+        assert any(disk.folder.glob("merged-*")) == written
+
+
 @pytest.mark.parametrize("chain", ["nf4 >> lora(init=loftq)", "lora(r=4) >> nf4"])
 def test_a_chain_that_changes_its_base_again_is_refused(chain: str, tmp_path: Path) -> None:
     disk = Disk(tmp_path / "work")

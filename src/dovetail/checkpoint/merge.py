@@ -143,9 +143,12 @@ def merge(
     tally, slack = _Tally(), _rounding_of_open_layers(layers.values())
     with in_evaluation(model):
         for number, (name, layer) in enumerate(layers.items()):
+            changed = bool(layer.states or record.stage.missing)
             _absorb(layer, record.stage.missing, tally, of_base="zeros" in record.given_up)
-            if disk is not None:
+            if disk is not None and changed:
                 keep_on_disk(disk, f"merged-{number}", {name: layer.base})
+            elif disk is not None:  # the base is on disk already
+                disk.drop()
             layer.record = None  # merged: no chain to train, save or merge any more
     layers.clear()  # or codes and values of all layers would be held together in `to_stock`
     summary = footprint(model, disk)
